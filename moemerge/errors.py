@@ -1,0 +1,64 @@
+"""The one family of exceptions for faults that a user can cause and mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoemergeError(Exception):
+    """A fault in what the user gave, told in four parts.
+
+    The command line prints the four parts without a traceback and exits with code 2.
+    """
+
+    def __init__(self, what: str, *, given: str, expected: str, fix: str) -> None:
+        self.what, self.given, self.expected, self.fix = what, given, expected, fix
+        super().__init__(f"{what}\n  given:    {given}\n  expected: {expected}\n  to fix:   {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        parts = {"given": self.given, "expected": self.expected, "fix": self.fix}
+        return (_rebuild, (type(self), self.what, parts))
+
+
+class OptionError(MoemergeError):
+    """A recipe, flag or argument is unknown, mistyped, missing or contradicts another."""
+
+
+class DataError(MoemergeError):
+    """A preference or candidate file cannot be used as it is."""
+
+
+class CheckpointError(MoemergeError):
+    """A model folder is incomplete, damaged or of another shape than asked for."""
+
+
+class UnsupportedError(MoemergeError):
+    """An architecture or combination that cannot work; says why."""
+
+
+class ArtifactError(MoemergeError):
+    """A stage's output folder exists, is damaged, or belongs to another stage."""
+
+
+class Faults(OptionError):
+    """Several option faults found in one go; `faults` holds them in the order of discovery."""
+
+    def __init__(self, what: str, faults: list[MoemergeError]) -> None:
+        self.faults = faults
+        Exception.__init__(self, "\n".join([f"{what}: {len(faults)} fault(s)", *map(str, faults)]))
+        self.what = what
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Faults, (self.what, self.faults))
+
+
+def _rebuild(kind: type[MoemergeError], what: str, parts: dict[str, str]) -> MoemergeError:
+    return kind(what, **parts)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Advice for a misspelt name: the nearest known one, or the whole list."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known)}"

@@ -1,0 +1,349 @@
+"""Every option of every stage, declared once: recipes, flags, help and checks follow from here.
+
+A stage's *settings* are what a recipe holds; its *options* add the paths that it reads and writes.
+This file imports nothing heavy: `moemerge --help` and `moemerge check` depend on that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moemerge.errors import OptionError
+
+
+class _Input:
+    """Marks a field whose value names something read from disk or the hub."""
+
+
+INPUT = _Input()
+Source = Annotated[str, INPUT]
+Sources = Annotated[dict[str, str], INPUT]
+Layers = str
+
+
+class Options(BaseModel):
+    """Base of all options: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Run(Options):
+    """What every stage takes besides its own settings."""
+
+    output: Path = Field(description="folder to write; must not exist yet")
+    seed: int = Field(0, ge=0, description="seed of every random draw")
+    threads: int | None = Field(None, ge=1, description="CPU threads (default: leave as it is)")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    overwrite: bool = Field(False, description="replace an existing output once the new one is whole")
+
+
+class TextFormat(Options):
+    """How rows of preference data become token sequences."""
+
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="other names for prompt, chosen, rejected, subset, margin, candidates, text, score",
+    )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="what to do with broken rows; either way they are counted and reported"
+    )
+    max_length: int = Field(1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows")
+
+
+class UpcycleSettings(Options):
+    """dense reward model -> mixture of experts that computes the same function."""
+
+    num_routed_experts: int = Field(7, ge=2, description="routed experts per layer (N)")
+    num_experts_per_tok: int = Field(5, ge=1, description="routed experts per token (K)")
+    shared_expert: bool = Field(True, description="keep one expert that sees every token")
+    layers: Layers = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
+    gate: Literal["xft", "topk", "prompt"] = Field(
+        "xft", description="xft: normalised (shared 1 - max s); topk: renormalised top-k; prompt: one gate per prompt"
+    )
+    gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="shared expert's weight under gate topk")
+    router: Literal["linear", "mlp"] = Field("linear", description="router network")
+    router_init: Literal["normal", "zero"] = Field(
+        "normal", description="router's last layer at the start; zero always picks the first K experts at first"
+    )
+    router_init_std: float = Field(0.02, gt=0, description="standard deviation of router_init: normal")
+    expert_noise: float = Field(
+        0.0, ge=0, description="noise on the copies, in units of each matrix's standard deviation"
+    )
+    balance_coefficient: float = Field(0.01, ge=0, description="weight of the balance loss, kept in the config")
+    balance_loss: Literal["cv", "switch"] = Field("cv", description="cv: cv^2 of importance and load; switch")
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> UpcycleSettings:
+        if self.num_experts_per_tok > self.num_routed_experts:
+            raise ValueError("num_experts_per_tok is larger than num_routed_experts")
+        return self
+
+
+class Upcycle(UpcycleSettings, Run):
+    """Options of `moemerge upcycle`."""
+
+    model: Source = Field(description="dense reward model, base LM or encoder: folder or hub name")
+
+
+class TrainSettings(Options):
+    """Bradley-Terry training on preference pairs with TRL's RewardTrainer."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
+    batch_size: int = Field(8, ge=1, description="pairs per device and step")
+    gradient_accumulation: int = Field(1, ge=1, description="steps summed into one update")
+    learning_rate: float = Field(1e-5, gt=0, description="of everything that has no rate of its own")
+    expert_learning_rate: float | None = Field(
+        None, gt=0, description="of routed and shared experts, or of a dense model's MLPs (default: learning_rate)"
+    )
+    router_learning_rate: float | None = Field(None, gt=0, description="of routers (default: learning_rate)")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps with rising learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    trainable: Literal["full", "experts", "lora"] = Field(
+        "full", description="full; experts: experts, routers and head; lora: those plus LoRA on attention"
+    )
+    train_layers: Layers = Field("all", description="transformer layers that train; the head always does")
+    lora_rank: int = Field(16, ge=1, description="rank of LoRA on attention")
+    lora_alpha: float = Field(32.0, gt=0, description="scale of LoRA on attention")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast on a GPU, float32 on CPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations (default: ten per run)")
+    patience: int | None = Field(3, ge=1, description="evaluations without progress before stopping; none: never")
+    search: dict[str, list[float]] = Field(
+        default_factory=dict,
+        description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; validation loss chooses",
+    )
+
+    @model_validator(mode="after")
+    def _search_known(self) -> TrainSettings:
+        allowed = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
+        unknown = set(self.search) - allowed
+        if unknown:
+            raise ValueError(f"search takes {', '.join(sorted(allowed))}; not {', '.join(sorted(unknown))}")
+        return self
+
+
+class Train(TrainSettings, TextFormat, Run):
+    """Options of `moemerge train`."""
+
+    model: Source = Field(description="MoE or dense reward model, or a base model (fresh head): folder or hub name")
+    pairs: Source = Field(description="training pairs")
+    validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class RouteSettings(Options):
+    """Routing statistics of a MoE over preference pairs."""
+
+    max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+
+
+class Route(RouteSettings, TextFormat, Run):
+    """Options of `moemerge route`."""
+
+    model: Source = Field(description="MoE folder")
+    pairs: Source = Field(description="preference pairs")
+
+
+class FitSettings(Options):
+    """Merge coefficients: one per layer and expert, and a weight for the shared expert."""
+
+    method: str = Field("learned", description="uniform, usage, learned, ...")
+    initial: Literal["uniform", "usage"] = Field("usage", description="where learned starts")
+    shared_weight: float | Literal["match", "learned"] = Field(
+        0.5, description="weight of the shared expert: a number in [0, 1], match (as in routing) or learned"
+    )
+    learning_rate: float = Field(0.05, gt=0, description="of the coefficient logits (Adam)")
+    max_epochs: int = Field(10, ge=1, description="most passes over the fitting pairs")
+    batch_size: int = Field(32, ge=1, description="pairs per step")
+    micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
+    kl: float = Field(0.0, ge=0, description="pull towards the initial coefficients")
+    patience: int = Field(3, ge=1, description="evaluations without progress before stopping")
+    evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch")
+    holdout: float = Field(0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given")
+
+    @model_validator(mode="after")
+    def _weight_in_range(self) -> FitSettings:
+        if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
+            raise ValueError("shared_weight is outside [0, 1]")
+        return self
+
+
+class Fit(FitSettings, TextFormat, Run):
+    """Options of `moemerge fit`."""
+
+    model: Source = Field(description="MoE folder")
+    routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
+    pairs: Source | None = Field(None, description="fitting pairs; needed by learned")
+    validation: Source | None = Field(None, description="held-out pairs (default: a share of the fitting pairs)")
+
+
+class MergeSettings(Options):
+    """MoE + coefficients -> dense reward model of the original architecture."""
+
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field("keep", description="dtype of the result")
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+
+
+class Merge(MergeSettings, Run):
+    """Options of `moemerge merge`."""
+
+    model: Source = Field(description="MoE folder")
+    coefficients: Source = Field(description="folder written by fit")
+
+
+class EvaluateSettings(Options):
+    """Accuracy and over-optimisation of several models on the same data."""
+
+    probes: list[str] = Field(default_factory=lambda: ["accuracy", "best_of_n"], description="what to measure")
+    baseline: str | None = Field(None, description="model that the others are compared with, pair by pair")
+    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+
+
+class Evaluate(EvaluateSettings, TextFormat, Run):
+    """Options of `moemerge evaluate`."""
+
+    models: Sources = Field(description="name=folder or hub name, one per model")
+    pairs: Sources = Field(default_factory=dict, description="name=file, preference pairs")
+    candidates: Sources = Field(default_factory=dict, description="name=file, prompts with scored candidates")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class PublishSettings(Options):
+    """Model card and push to the Hugging Face Hub."""
+
+    repo: str | None = Field(None, description="owner/name on the hub; without it only the card is written")
+    push: bool = Field(False, description="really push; otherwise only show what would be pushed")
+    public: bool = Field(False, description="make the repository public")
+    license: str | None = Field(None, description="licence id for the card (default: taken from the dense model)")
+    datasets: list[str] = Field(default_factory=list, description="dataset ids for the card")
+    base_model: str | None = Field(None, description="hub name of the dense model for the card")
+
+
+class Publish(PublishSettings, Run):
+    """Options of `moemerge publish`."""
+
+    model: Source = Field(description="merged (or MoE) folder to publish")
+    evaluation: Source | None = Field(None, description="folder written by evaluate, for the card")
+    endpoint: str | None = Field(None, description="another hub's address (default: huggingface.co)")
+
+
+class SyntheticSettings(Options):
+    """A preference world with a known gold reward, and a tiny untrained Llama for it."""
+
+    train_pairs: int = Field(6000, ge=10, description="training pairs")
+    validation_pairs: int = Field(600, ge=10, description="held-out pairs for early stopping and fitting")
+    test_pairs: int = Field(2000, ge=10, description="test pairs, in and out of distribution each")
+    prompts: int = Field(100, ge=2, description="prompts with candidate answers")
+    candidates: int = Field(256, ge=2, description="answers per prompt for best-of-n")
+    label_noise: float = Field(0.25, ge=0, lt=0.5, description="share of flipped labels in training pairs")
+    hidden_size: int = Field(64, ge=8, description="width of the tiny Llama")
+    num_layers: int = Field(3, ge=1, description="layers of the tiny Llama")
+
+
+class Synthetic(SyntheticSettings, Run):
+    """Options of `moemerge.synthetic.write_world`."""
+
+
+class DataSettings(TextFormat):
+    """Where a recipe's preference data comes from and how it is split."""
+
+    train: Source | None = Field(None, description="training pairs: file or hub name:split")
+    validation: Source | None = Field(None, description="held-out pairs; default: split off train")
+    fit: Source | None = Field(None, description="pairs for fitting coefficients; default: the validation pairs")
+    tests: Sources = Field(default_factory=dict, description="name: file, test pairs")
+    candidates: Sources = Field(default_factory=dict, description="name: file, scored candidates for best-of-n")
+    split_by: str | None = Field(None, description="row field whose values never straddle a split, e.g. topic")
+    validation_share: float = Field(0.1, ge=0, lt=1, description="share split off train for validation")
+    test_share: float = Field(0.0, ge=0, lt=1, description="share split off train as test set 'test'")
+    max_train: int | None = Field(None, ge=1, description="draw at most so many training pairs")
+    max_validation: int | None = Field(None, ge=1, description="draw at most so many validation pairs")
+    max_test: int | None = Field(None, ge=1, description="draw at most so many pairs per test set")
+    max_prompts: int | None = Field(None, ge=1, description="draw at most so many prompts per candidate set")
+
+
+class Data(DataSettings, Run):
+    """Options of `moemerge.data.prepare`."""
+
+    tokenizer: Source | None = Field(None, description="model whose tokenizer measures max_length")
+
+
+class Recipe(Options):
+    """A whole run. Sections are the stages' settings; `model` and `data` may come from `synthetic`."""
+
+    output: Path = Field(description="folder of the run; one subfolder per step")
+    seed: int = Field(0, ge=0, description="seed of every stage")
+    threads: int | None = Field(None, ge=1, description="CPU threads")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    model: Source | None = Field(None, description="dense reward model, base LM or encoder")
+    synthetic: SyntheticSettings | None = Field(None, description="make model and data: no input needed")
+    data: DataSettings | None = Field(None, description="preference data")
+    base: TrainSettings | None = Field(None, description="train the dense reward model first")
+    upcycle: UpcycleSettings = Field(default_factory=UpcycleSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    control: TrainSettings | None = Field(None, description="the dense model trained with the same budget")
+    route: RouteSettings = Field(default_factory=RouteSettings)
+    fit: FitSettings = Field(default_factory=FitSettings)
+    also_merge: list[str] = Field(default_factory=list, description="other coefficient methods to merge and compare")
+    merge: MergeSettings = Field(default_factory=MergeSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    publish: PublishSettings = Field(default_factory=PublishSettings)
+
+
+def input_fields(options: Options) -> dict[str, Any]:
+    """The options that name something to read, by field name, without the unset ones."""
+    found = {}
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if value and INPUT in _marks(field):
+            found[name] = value
+    return found
+
+
+def _marks(field: Any) -> list[object]:
+    nested = [m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())]
+    return [*field.metadata, *nested]
+
+
+def parse_layers(spec: Layers, count: int) -> list[int]:
+    """Layer numbers that `spec` (all, first:4, last:4, 0,2,5-7) picks out of `count` layers.
+
+    Raises OptionError for a spec that cannot be read or leaves the model.
+    """
+    try:
+        layers = _layer_numbers(spec.replace(" ", ""), count)
+        if layers and min(layers) >= 0 and max(layers) < count:
+            return layers
+    except ValueError:
+        pass
+    raise OptionError(
+        "layers cannot be picked",
+        given=f"{spec!r} for a model of {count} layers",
+        expected=f"all, first:4, last:4, or numbers from 0 to {count - 1} such as 0,2,5-7",
+        fix="correct the layers option",
+    )
+
+
+def _layer_numbers(spec: str, count: int) -> list[int]:
+    if spec == "all":
+        return list(range(count))
+    word, _, number = spec.partition(":")
+    if word == "first":
+        return list(range(int(number)))
+    if word == "last":
+        return list(range(count - int(number), count))
+    ranges = [part.partition("-") for part in spec.split(",")]
+    return sorted({n for lo, _, hi in ranges for n in range(int(lo), int(hi or lo) + 1)})
