@@ -1,0 +1,34 @@
+"""Threads, devices and dtypes: the few process-wide choices, made in one place."""
+
+from __future__ import annotations
+
+import torch
+
+from moemerge.errors import OptionError
+from moemerge.recipe import Run
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def use(options: Run) -> torch.device:
+    """Set the CPU threads that `options` ask for and return its device; OptionError if it is not there."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return pick_device(options.device)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; "auto" takes a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(
+            "device cannot be used",
+            given=repr(name),
+            expected="auto, cpu, cuda or cuda:N of a GPU that this torch sees",
+            fix=f"choose another device ({str(error).splitlines()[0]})",
+        ) from error

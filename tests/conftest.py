@@ -1,0 +1,70 @@
+"""Tiny models and a tiny tokenizer, built in code: CPU, offline, seeded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+VOCABULARY = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
+SIZES = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "num_labels": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+DECODERS = {"num_key_value_heads": 2, "head_dim": 8}
+TINY = {
+    "llama": DECODERS,
+    "mistral": DECODERS,
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": DECODERS,
+    "gemma2": DECODERS,
+    "bert": {},
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w60 split at white space, with pad and eos, right padding."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
+    )
+
+
+def tiny_dense(family: str = "llama", seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A random dense reward model of `family`, float32, eval mode."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**SIZES, **TINY[family], **changes})
+    return AutoModelForSequenceClassification.from_config(config).float().eval()
+
+
+def save_dense(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
+    """A tiny dense reward model with its tokenizer, saved as an ordinary checkpoint."""
+    tiny_dense(family, seed, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama reward model on disk; read only."""
+    return save_dense(tmp_path_factory.mktemp("models") / "dense")
