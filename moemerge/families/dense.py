@@ -1,0 +1,48 @@
+"""The dense model behind a config: its own config, class and skeleton without weights."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+PREFIX = "moemerge_"
+OURS = ("moemerge", "auto_map", "model_type", "architectures", "transformers_version")
+
+
+def is_moe(config: PretrainedConfig) -> bool:
+    """Whether `config` belongs to a moemerge MoE."""
+    return config.model_type.startswith(PREFIX)
+
+
+def dense_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the dense reward model of the same architecture; a new object."""
+    values = {key: value for key, value in config.to_dict().items() if key not in OURS}
+    kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+    dense = kind.from_dict({**values, "model_type": kind.model_type})
+    dense.architectures = [dense_class(dense).__name__]
+    return dense
+
+
+def dense_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The ...ForSequenceClassification class of the dense architecture of `config`."""
+    kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+    return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense reward model on the meta device: names and shapes, no weights. Do not change it."""
+    return _skeleton(dense_class(config), dense_config(config).to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=8)
+def _skeleton(kind: type[PreTrainedModel], text: str) -> PreTrainedModel:
+    values: dict[str, Any] = json.loads(text)
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForSequenceClassification.from_config(config))

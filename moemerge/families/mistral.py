@@ -1,0 +1,5 @@
+"""Mistral: gated MLP."""
+
+from moemerge.families.base import Family
+
+FAMILY = Family("mistral")
