@@ -1,0 +1,145 @@
+"""Upcycle a reward model into a mixture of experts, train it, and merge it back with learned coefficients.
+
+Importing this package loads nothing heavy. What it offers is imported when first used, and its model
+types and merge method are made known to transformers and mergekit when those are imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
+    from moemerge.coefficients import Coefficients as Coefficients
+    from moemerge.data import prepare as prepare
+    from moemerge.errors import ArtifactError as ArtifactError
+    from moemerge.errors import CheckpointError as CheckpointError
+    from moemerge.errors import DataError as DataError
+    from moemerge.errors import Faults as Faults
+    from moemerge.errors import MoemergeError as MoemergeError
+    from moemerge.errors import OptionError as OptionError
+    from moemerge.errors import UnsupportedError as UnsupportedError
+    from moemerge.evaluate import evaluate as evaluate
+    from moemerge.fit import fit as fit
+    from moemerge.merge import merge as merge
+    from moemerge.modelling import load_moe as load_moe
+    from moemerge.pipeline import check_recipe as check_recipe
+    from moemerge.pipeline import load_recipe as load_recipe
+    from moemerge.pipeline import run_recipe as run_recipe
+    from moemerge.publish import publish as publish
+    from moemerge.route import route as route
+    from moemerge.routing import RoutingStatistics as RoutingStatistics
+    from moemerge.synthetic import write_world as write_world
+    from moemerge.train import train as train
+    from moemerge.upcycle import upcycle as upcycle
+
+    __version__: str
+
+_HOMES = {
+    "upcycle": "upcycle",
+    "train": "train",
+    "route": "route",
+    "fit": "fit",
+    "merge": "merge",
+    "evaluate": "evaluate",
+    "publish": "publish",
+    "prepare": "data",
+    "write_world": "synthetic",
+    "run_recipe": "pipeline",
+    "check_recipe": "pipeline",
+    "load_recipe": "pipeline",
+    "load_moe": "modelling",
+    "RoutingStatistics": "routing",
+    "Coefficients": "coefficients",
+    "MoemergeError": "errors",
+    "OptionError": "errors",
+    "DataError": "errors",
+    "CheckpointError": "errors",
+    "UnsupportedError": "errors",
+    "ArtifactError": "errors",
+    "Faults": "errors",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public name `name`, imported from its home when first asked for (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moemerge")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `moemerge.train` the function after the module of the same name has been imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+class _HostWatch:
+    """An import finder that finds nothing: it notices when transformers or mergekit is first imported."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name in _HOSTS and cls in sys.meta_path:
+            sys.meta_path.remove(cls)
+            _hook_hosts()
+        return None
+
+
+_HOSTS = ("transformers", "mergekit")
+
+
+def _hook_hosts() -> None:
+    import wrapt  # costs more than the rest of this file, so it waits for a host
+
+    wrapt.register_post_import_hook(_watch_model_types, "transformers.models.auto.configuration_auto")
+    wrapt.register_post_import_hook(_register_method, "mergekit.merge_methods.registry")
+
+
+def _watch_model_types(module: Any) -> None:
+    """Have the first look-up of a model type of ours register the classes for it.
+
+    Importing them here would be too early: transformers is often half imported when this hook runs.
+    """
+    import wrapt
+
+    def look_up(wrapped: Any, instance: Any, args: tuple[str], kwargs: dict[str, Any]) -> Any:
+        if str(args[0]).startswith("moemerge_"):
+            _register_model_types()
+        return wrapped(*args, **kwargs)
+
+    for method in ("__getitem__", "__contains__"):
+        wrapt.wrap_function_wrapper(type(module.CONFIG_MAPPING), method, look_up)
+
+
+@cache
+def _register_model_types() -> None:
+    importlib.import_module("moemerge.modelling").register()
+
+
+def _register_method(registry: ModuleType) -> None:
+    importlib.import_module("moemerge.mergekit_bridge").register()
+
+
+sys.modules[__name__].__class__ = _Package
+if any(host in sys.modules for host in _HOSTS):
+    _hook_hosts()
+else:
+    sys.meta_path.insert(0, _HostWatch)
