@@ -87,6 +87,36 @@ def panels(
     return _save(figure, path)
 
 
+def dots(groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, x_label: str) -> Path:
+    """Draw value, low and high of every name as a dot with its interval, one plot per group, as a PNG."""
+    most = max(len(rows) for rows in groups.values())
+    columns = min(3, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure, grid = _figure(1.0 + 4.2 * columns, rows * (1.0 + 0.36 * most), rows, columns)
+    cells = np.atleast_1d(grid).flatten()
+    for cell, (title, group) in zip(cells, groups.items(), strict=False):
+        _draw_dots(cell, title, group, x_label)
+    for cell in cells[len(groups) :]:
+        cell.remove()
+    return _save(figure, path)
+
+
+def _draw_dots(axes: Any, title: str, group: Mapping[str, tuple[float, float, float]], x_label: str) -> None:
+    for place, (value, low, high) in enumerate(group.values()):
+        axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
+        axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
+    axes.axvline(next(iter(group.values()))[0], color=GREY, linestyle="--", linewidth=1)
+    axes.set(title=title, xlabel=x_label, ylim=(len(group) - 0.5, -0.5))
+    axes.set_yticks(range(len(group)), list(group))
+    _tidy(axes)
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -119,9 +149,7 @@ def _draw(axes: Any, plot: Panel, styles: dict[str, dict[str, Any]], log_x: bool
     axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     if log_x:
         axes.set_xscale("log", base=2)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _tidy(axes)
 
 
 def _legend(figure: Any, cells: Any) -> None:
