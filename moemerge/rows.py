@@ -1,0 +1,213 @@
+"""Rows of data files: reading any supported kind, counting the bad ones, writing gzip'd JSON lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moemerge.errors import DataError, suggest
+
+KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
+SHOWN = 10
+
+
+class BadRow(Exception):
+    """A row that cannot be used; the message is the reason, worded so that equal faults count together."""
+
+
+Row = dict[str, Any]
+Text = str | list[dict[str, str]]
+
+
+@dataclass
+class RowReport:
+    """What became of the rows of one source: how many there were, and which were bad for what reason.
+
+    Row numbers count from 1 (line numbers in JSON lines). A row is listed under one reason only.
+    """
+
+    source: str
+    total: int = 0
+    reasons: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def bad(self) -> int:
+        """Number of bad rows."""
+        return sum(map(len, self.reasons.values()))
+
+    @property
+    def kept(self) -> int:
+        """Number of rows that can be used."""
+        return self.total - self.bad
+
+    def add(self, reason: str, row: int) -> None:
+        """Count row number `row` as bad for `reason`."""
+        self.reasons.setdefault(reason, []).append(row)
+
+    def summary(self, shown: int | None = SHOWN) -> dict[str, Any]:
+        """Counts and the first `shown` row numbers (None: all) per reason, as JSON values."""
+        bad = {why: {"count": len(rows), "rows": rows[:shown]} for why, rows in self.reasons.items()}
+        return {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
+
+    def check(self, bad_rows: str, expected: str) -> None:
+        """Raise DataError if no row is left, or if any is bad and `bad_rows` is "refuse"."""
+        if self.kept and (bad_rows == "skip" or not self.bad):
+            return
+        raise DataError(
+            f"{self.bad} of {self.total} rows of {self.source} cannot be used",
+            given="; ".join(self._lines()) or "no rows at all",
+            expected=expected,
+            fix=self._remedy(),
+        )
+
+    def _lines(self) -> Iterator[str]:
+        for reason, rows in self.reasons.items():
+            more = ", ..." if len(rows) > SHOWN else ""
+            yield f"{reason}: {len(rows)} (row {', '.join(map(str, rows[:SHOWN]))}{more})"
+
+    def _remedy(self) -> str:
+        if not self.total:
+            return "give a file that has rows"
+        mend = "mend these rows, or name the file's own fields in `fields`"
+        return f"{mend}, or set bad_rows to skip to go on without them" if self.kept else mend
+
+
+def read_rows(source: str) -> Iterator[tuple[int, Row | BadRow]]:
+    """Number (from 1) and content of each row of `source`; a BadRow stands for a row that cannot be read.
+
+    `source` is a .jsonl, .json (a list) or .parquet file, the first two also gzip'd, or a dataset on the
+    hub, owner/name:split or owner/name:configuration:split. Raises DataError if it cannot be opened.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _file_rows(path)
+    hub = HUB.fullmatch(source)
+    if hub and not path.exists():
+        return _numbered(_hub_rows(source, **hub.groupdict()))
+    _refuse(path)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write `rows` as gzip'd JSON lines; equal rows give equal bytes. Returns their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_bytes(gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0))
+    return len(lines)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    name = path.name.lower().removesuffix(".gz")
+    packed = path.name.lower().endswith(".gz")
+    if name.endswith(".jsonl"):
+        return _lines(path, packed)
+    if name.endswith(".json"):
+        return _numbered(_json_list(path, packed))
+    if name.endswith(".parquet") and not packed:
+        return _numbered(_parquet_rows(path))
+    raise DataError(
+        f"{path} is of no kind that can be read",
+        given=path.suffix or "no suffix",
+        expected=", ".join(KINDS),
+        fix="convert the file, or give it the suffix of its kind",
+    )
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Row | BadRow]]:
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else BadRow("not an object")
+
+
+def _lines(path: Path, packed: bool) -> Iterator[tuple[int, Row | BadRow]]:
+    try:
+        with gzip.open(path) if packed else path.open("rb") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield number, _parse(line)
+    except (OSError, EOFError, zlib.error) as error:
+        _refuse_damaged(path, error)
+
+
+def _parse(line: bytes) -> Row | BadRow:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return BadRow("not UTF-8")
+    except (ValueError, RecursionError):
+        return BadRow("broken JSON")
+    return row if isinstance(row, dict) else BadRow("not an object")
+
+
+def _json_list(path: Path, packed: bool) -> list[Any]:
+    try:
+        with gzip.open(path) if packed else path.open("rb") as handle:
+            rows = json.loads(handle.read().decode("utf-8"))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        _refuse_damaged(path, error, "; JSON lines need the suffix .jsonl")
+    if isinstance(rows, list):
+        return rows
+    raise DataError(
+        f"{path} holds no list",
+        given=f"JSON {type(rows).__name__}",
+        expected="a list of objects",
+        fix="write the rows as one JSON list, or as JSON lines with the suffix .jsonl",
+    )
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        _refuse_damaged(path, error)
+
+
+def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterable[Any]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"dataset {name} cannot be loaded",
+            given=f"{source} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            expected="a dataset that the hub has and this account may read, as owner/name:split",
+            fix="check name, configuration, split, network and token, or give a file",
+        ) from error
+
+
+def _refuse(path: Path) -> NoReturn:
+    if path.is_dir():
+        files = sorted(p.name for p in path.iterdir() if p.name.endswith(KINDS))
+        raise DataError(
+            f"{path} is a folder",
+            given=f"a folder with {', '.join(files[:SHOWN]) or 'no data file'}",
+            expected=f"one file ({', '.join(KINDS)}) or owner/name:split",
+            fix=f"give {path / files[0]}" if files else "give a file",
+        )
+    folder = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = [p.name for p in folder if p.name.endswith(KINDS)]
+    raise DataError(
+        f"{path} does not exist",
+        given=str(path),
+        expected=f"a file ({', '.join(KINDS)}), or a dataset on the hub as owner/name:split",
+        fix=suggest(path.name, near) if near else "correct the path, or add the split: owner/name:train",
+    )
+
+
+def _refuse_damaged(path: Path, error: Exception, hint: str = "") -> NoReturn:
+    raise DataError(
+        f"{path} cannot be read",
+        given=f"{type(error).__name__}: {error}"[:300],
+        expected="a whole, undamaged file of the kind that its suffix tells",
+        fix=f"make or fetch the file again{hint}",
+    ) from error

@@ -1,0 +1,94 @@
+"""Preference texts as tokens, exactly as TRL's RewardTrainer makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moemerge.errors import DataError
+from moemerge.rows import BadRow, Text
+
+Item = tuple[Text, Text]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt and answer; the first `prompt_length` of them belong to the prompt."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def encode(tokenizer: Any, prompt: Text, answer: Text) -> Encoded:
+    """Tokens of prompt + answer exactly as TRL's RewardTrainer makes them (trl 1.16, _prepare_dataset).
+
+    Plain text is joined first, and the EOS token's text is appended unless the answer ends with it (a
+    tokenizer without EOS appends nothing); messages go through the chat template. Nothing is truncated.
+    The prompt's tokens are those with which both the prompt alone and the whole begin; none where the
+    template cannot render the prompt alone. Raises DataError if there is no chat template, BadRow if the
+    template refuses the messages.
+    """
+    encoded = encode_all(tokenizer, [(prompt, answer)])[0]
+    if isinstance(encoded, BadRow):
+        raise encoded
+    return encoded
+
+
+def encode_all(tokenizer: Any, items: Sequence[Item]) -> list[Encoded | BadRow]:
+    """`encode` for many (prompt, answer) at once; returns the BadRow that encode would raise."""
+    whole = _tokens(tokenizer, [_whole(prompt, answer, tokenizer.eos_token) for prompt, answer in items])
+    keys = [json.dumps(prompt) for prompt, _ in items]
+    unique = {key: prompt for key, (prompt, _) in zip(keys, items, strict=True)}
+    prompts = dict(zip(unique, _tokens(tokenizer, list(unique.values())), strict=True))
+    return [
+        ids if isinstance(ids, BadRow) else Encoded(ids, _shared_length(prompts[key], ids))
+        for key, ids in zip(keys, whole, strict=True)
+    ]
+
+
+def _whole(prompt: Text, answer: Text, eos: str | None) -> Text:
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return f"{prompt}{answer}" + (eos if eos and not answer.endswith(eos) else "")
+    if isinstance(answer, str):
+        raise TypeError("prompt and answer must both be text or both be messages")
+    return [*(prompt if isinstance(prompt, list) else []), *answer]
+
+
+def _shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
+    if isinstance(prompt, BadRow):
+        return 0
+    differ = (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
+    return next(differ, min(len(prompt), len(ids)))
+
+
+def _tokens(tokenizer: Any, texts: list[Text]) -> list[list[int] | BadRow]:
+    """Ids of each text: plain text with the tokenizer's special tokens, rendered chats without."""
+    ready = [text if isinstance(text, str) else _render(tokenizer, text) for text in texts]
+    found: list[list[int] | BadRow] = [text if isinstance(text, BadRow) else [] for text in ready]
+    for is_plain in (True, False):
+        some = {i: t for i, t in enumerate(ready) if isinstance(t, str) and (t is texts[i]) == is_plain}
+        if some:
+            ids = tokenizer(list(some.values()), add_special_tokens=is_plain, verbose=False)["input_ids"]
+            for i, one in zip(some, ids, strict=True):
+                found[i] = list(one)
+    return found
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
+    from jinja2 import TemplateError
+
+    if not messages:
+        return ""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "chat messages cannot be encoded",
+            given=f"a tokenizer without a chat template ({tokenizer.name_or_path})",
+            expected="a tokenizer with a chat template, or plain text",
+            fix="use the chat model's tokenizer, or give prompt, chosen and rejected as text",
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError:
+        return BadRow("chat template refuses the messages")

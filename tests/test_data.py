@@ -1,0 +1,359 @@
+"""Reading, checking, tokenising and splitting preference data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from moemerge.artifacts import read_manifest
+from moemerge.data import (
+    CandidateSet,
+    Encoded,
+    Pair,
+    RowReport,
+    encode,
+    encode_candidates,
+    encode_pairs,
+    prepare,
+    read_candidates,
+    read_pairs,
+)
+from moemerge.errors import DataError, OptionError
+from moemerge.recipe import TextFormat
+from moemerge.rows import BadRow
+
+PLAIN = TextFormat()
+SKIP = TextFormat(bad_rows="skip")
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "w50 {{ m['role'] == 'user' and 'w51' or 'w52' }} {{ m['content'] }} <eos> {% endfor %}"
+)
+USER = {"role": "user", "content": "w1 w2"}
+GOOD = {"role": "assistant", "content": "w3 w4"}
+BAD = {"role": "assistant", "content": "w5"}
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def write_lines(path: Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def pair_row(number: int = 0, **changes: object) -> dict[str, object]:
+    return {"prompt": f"p{number}", "chosen": f"good {number}", "rejected": f"bad {number}", **changes}
+
+
+def parts(error: pytest.ExceptionInfo[DataError]) -> list[str]:
+    return [error.value.what, error.value.given, error.value.expected, error.value.fix]
+
+
+FORMS = {
+    "text with prompt": (
+        {"prompt": "q ", "chosen": "a", "rejected": "b", "subset": "s", "margin": 2},
+        ("q ", "a", "b", "s", 2.0),
+    ),
+    "text without prompt": ({"chosen": "q a", "rejected": "q b"}, ("", "q a", "q b", "", None)),
+    "chat with prompt": (
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        ([USER], [GOOD], [BAD], "", None),
+    ),
+    "chat without prompt": (
+        {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
+        ([USER, GOOD, USER], [GOOD], [BAD], "", None),
+    ),
+    "chat that shares nothing": ({"chosen": [GOOD], "rejected": [BAD]}, ([], [GOOD], [BAD], "", None)),
+    "chat with the prompt as text beside it": (
+        {"prompt": "w1 w2", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        ([USER], [GOOD], [BAD], "", None),
+    ),
+    "chat prompt, text answers": (
+        {"prompt": [USER], "chosen": "w3 w4", "rejected": "w5"},
+        ([USER], [GOOD], [BAD], "", None),
+    ),
+    "absent values as parquet gives them": (
+        {"prompt": [{**USER, "name": None}], "chosen": [GOOD], "rejected": [BAD], "subset": None, "margin": None},
+        ([USER], [GOOD], [BAD], "", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pair_forms(tmp_path: Path, form: str) -> None:
+    row, (prompt, chosen, rejected, subset, margin) = FORMS[form]
+    pairs, report = read_pairs(write_lines(tmp_path / "x.jsonl", [row]), PLAIN)
+    assert pairs == [Pair(prompt, chosen, rejected, subset, margin, row=1, source=row)]
+    assert (report.total, report.kept, report.reasons) == (1, 1, {})
+
+
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "margin": 0.5}, pair_row(1)][:1] * 3
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(text)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "e.parquet"))
+    read = {p.name: read_pairs(str(p), PLAIN)[0] for p in sorted(tmp_path.iterdir())}
+    assert len(read) == 5
+    for name, pairs in read.items():
+        assert [(p.prompt, p.chosen, p.rejected, p.margin, p.row) for p in pairs] == [
+            ([USER], [GOOD], [BAD], 0.5, n) for n in (1, 2, 3)
+        ], name
+
+
+def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> object:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([pair_row(7)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("owner/name:train", "owner/name:hard:test", "owner/name:train[:10%]"):
+        assert read_pairs(source, PLAIN)[0][0].chosen == "good 7"
+    assert asked == [
+        ("owner/name", None, "train"),
+        ("owner/name", "hard", "test"),
+        ("owner/name", None, "train[:10%]"),
+    ]
+
+
+def test_hub_dataset_that_cannot_be_had() -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match="owner/absent cannot be loaded") as error:
+        read_pairs("owner/absent:train", PLAIN)
+    assert all(parts(error))
+
+
+def test_fields_are_mapped(tmp_path: Path) -> None:
+    rows = [{"question": "q", "good": "a", "bad": "b", "topic": 3, "prompt": "not this"}]
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad", "subset": "topic"}
+    pairs, _ = read_pairs(write_lines(tmp_path / "x.jsonl", rows), TextFormat(fields=names))
+    assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected, pairs[0].subset) == ("q", "a", "b", "3")
+
+
+def test_unknown_field_to_map_is_refused_with_a_near_name(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="did you mean 'chosen'"):
+        prepare(output=tmp_path / "out", train="x.jsonl", fields={"chosn": "good"})
+
+
+BAD_PAIRS = {
+    "broken JSON": b'{"chosen": "a"',
+    "not UTF-8": b'{"prompt": "p", "chosen": "\xff", "rejected": "b"}',
+    "not an object": b'["a", "b"]',
+    "missing prompt": b'{"chosen": "a", "rejected": "b"}',
+    "missing chosen": b'{"prompt": "p", "rejected": "b"}',
+    "missing rejected": b'{"prompt": "p", "chosen": "a", "rejected": null}',
+    "chosen is neither text nor messages": b'{"prompt": "p", "chosen": 3, "rejected": "b"}',
+    "rejected is neither text nor messages": b'{"prompt": "p", "chosen": "a", "rejected": [{"role": "user"}]}',
+    "chosen and rejected are of different kinds": (
+        b'{"prompt": "p", "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]}'
+    ),
+    "empty answer": b'{"prompt": "p", "chosen": " \\n", "rejected": "b"}',
+    "identical answers": b'{"prompt": "p", "chosen": "a", "rejected": "a"}',
+    "margin is not a finite number": b'{"prompt": "p", "chosen": "a", "rejected": "b", "margin": NaN}',
+    "subset is not text": b'{"prompt": "p", "chosen": "a", "rejected": "b", "subset": ["s"]}',
+    "has tools, which cannot be honoured": b'{"prompt": "p", "chosen": "a", "rejected": "b", "tools": ["t"]}',
+    "prompt is text, answers are messages that do not begin with it": (
+        b'{"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}],'
+        b' "rejected": [{"role": "assistant", "content": "b"}]}'
+    ),
+}
+LONE_SURROGATE = b'{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}'
+GOOD_LINE = b'{"prompt": "p", "chosen": "a", "rejected": "b"}'
+
+
+def test_each_fault_is_counted_by_reason_and_row(tmp_path: Path) -> None:
+    lines = [GOOD_LINE, b"", *BAD_PAIRS.values(), LONE_SURROGATE, GOOD_LINE]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    pairs, report = read_pairs(str(tmp_path / "x.jsonl"), SKIP)
+    expected = {reason: [3 + i] for i, reason in enumerate(BAD_PAIRS)}
+    expected["not UTF-8"].append(3 + len(BAD_PAIRS))
+    assert report.reasons == expected
+    assert [pair.row for pair in pairs] == [1, len(lines)]
+    assert (report.total, report.kept) == (len(lines) - 1, 2)
+
+
+def test_refused_rows_are_told_in_four_parts(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([GOOD_LINE, *BAD_PAIRS.values()]))
+    with pytest.raises(DataError) as error:
+        read_pairs(str(tmp_path / "x.jsonl"), PLAIN)
+    what, given, expected, fix = parts(error)
+    assert f"{len(BAD_PAIRS)} of {len(BAD_PAIRS) + 1} rows" in what
+    assert all(f"{reason}: 1 (row {i})" in given for i, reason in enumerate(BAD_PAIRS, 2))
+    assert "prompt, chosen, rejected" in expected and "found fields: prompt, chosen, rejected" in expected
+    assert "skip" in fix
+
+
+def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", b""), ("b.jsonl", BAD_PAIRS["empty answer"]), ("c.json", b"[]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match="cannot be used"):
+            read_pairs(str(tmp_path / name), SKIP)
+
+
+def test_chat_faults(tmp_path: Path) -> None:
+    rows = [
+        {"chosen": [USER, GOOD], "rejected": [USER, GOOD]},
+        {"chosen": [USER, GOOD], "rejected": [USER]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ]
+    _, report = read_pairs(write_lines(tmp_path / "x.jsonl", rows), SKIP)
+    assert report.reasons == {"identical answers": [1], "empty answer": [2]}
+
+
+def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_bytes(GOOD_LINE)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD_LINE * 100)[:-12])
+    (tmp_path / "no.parquet").write_bytes(b"no")
+    (tmp_path / "object.json").write_bytes(GOOD_LINE)
+    (tmp_path / "pairs.csv").write_bytes(b"a,b")
+    hints = {
+        tmp_path: "cut.jsonl.gz",
+        tmp_path / "pair.jsonl": "did you mean 'pairs.jsonl'",
+        tmp_path / "cut.jsonl.gz": "again",
+        tmp_path / "no.parquet": "again",
+        tmp_path / "object.json": "list",
+        tmp_path / "pairs.csv": "convert",
+        Path("owner/name"): "owner/name:train",
+    }
+    for source, hint in hints.items():
+        with pytest.raises(DataError) as error:
+            read_pairs(str(source), PLAIN)
+        assert hint in error.value.fix and all(parts(error)), source
+
+
+def test_candidates(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "candidates": [{"text": "a", "score": 1}, {"text": "b", "score": -0.5}], "subset": "s"}]
+    sets, report = read_candidates(write_lines(tmp_path / "x.jsonl", rows), PLAIN)
+    assert sets == [CandidateSet("q", ["a", "b"], [1.0, -0.5], "s", row=1)]
+    assert report.kept == 1
+    renamed = [{"q": "q", "answers": [{"t": "a", "gold": 1}, {"t": "b", "gold": 0}]}]
+    names = {"prompt": "q", "candidates": "answers", "text": "t", "score": "gold"}
+    sets, _ = read_candidates(write_lines(tmp_path / "y.jsonl", renamed), TextFormat(fields=names))
+    assert sets == [CandidateSet("q", ["a", "b"], [1.0, 0.0], row=1)]
+
+
+def test_candidate_faults(tmp_path: Path) -> None:
+    good, other = {"text": "a", "score": 1.0}, {"text": "b", "score": 2.0}
+    bad = {
+        "missing prompt": {"candidates": [good, other]},
+        "missing candidates": {"prompt": "q"},
+        "candidates is not a list of objects": {"prompt": "q", "candidates": ["a", "b"]},
+        "fewer than 2 candidates": {"prompt": "q", "candidates": [good]},
+        "missing score": {"prompt": "q", "candidates": [good, {"text": "b"}]},
+        "score is not a finite number": {"prompt": "q", "candidates": [good, {"text": "b", "score": float("nan")}]},
+        "missing text": {"prompt": "q", "candidates": [good, {"score": 1.0}]},
+        "empty answer": {"prompt": "q", "candidates": [good, {"text": "", "score": 1.0}]},
+        "prompt and text are of different kinds": {
+            "prompt": "q",
+            "candidates": [good, {"text": [GOOD], "score": 1.0}],
+        },
+    }
+    source = write_lines(tmp_path / "x.jsonl", [*bad.values(), {"prompt": "q", "candidates": [good, other]}])
+    sets, report = read_candidates(source, SKIP)
+    assert report.reasons == {reason: [i] for i, reason in enumerate(bad, 1)}
+    assert [one.row for one in sets] == [len(bad) + 1]
+
+
+def trl_ids(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, object]]) -> list[tuple[list[int], list[int]]]:
+    """What TRL's own RewardTrainer makes of `rows`."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None)
+    made = trl.RewardTrainer._prepare_dataset(
+        None, datasets.Dataset.from_list(rows), tokenizer, arguments, "train"
+    )
+    return [(row["chosen_ids"], row["rejected_ids"]) for row in made]
+
+
+TRL_ROWS: dict[str, list[dict[str, object]]] = {
+    "text with prompt": [
+        {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5<eos>"},
+        {"prompt": "w1", "chosen": "w3", "rejected": " w6 unknown"},
+    ],
+    "text without prompt": [{"chosen": "w1 w2 w3", "rejected": "w1 w4"}],
+    "chat with prompt": [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER, GOOD]}],
+    "chat without prompt": [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}],
+}
+
+
+@pytest.mark.parametrize("begins_with", ["", "<unk> "])
+@pytest.mark.parametrize("form", TRL_ROWS)
+def test_tokens_are_those_of_trl(tmp_path: Path, form: str, begins_with: str) -> None:
+    """With and without special tokens that the tokenizer adds by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = chat_tokenizer()
+    post = TemplateProcessing(single=f"{begins_with}$A", special_tokens=[("<unk>", 2)])
+    tokenizer.backend_tokenizer.post_processor = post
+    rows = TRL_ROWS[form]
+    pairs, report = read_pairs(write_lines(tmp_path / "x.jsonl", rows), PLAIN)
+    ours = encode_pairs(tokenizer, pairs, PLAIN, report)
+    assert [(one.chosen.ids, one.rejected.ids) for one in ours] == trl_ids(tokenizer, rows)
+    singly = [(encode(tokenizer, p.prompt, p.chosen), encode(tokenizer, p.prompt, p.rejected)) for p in pairs]
+    assert singly == [(one.chosen, one.rejected) for one in ours]
+
+
+def test_prompt_length() -> None:
+    tokenizer = chat_tokenizer()
+    w = tokenizer.convert_tokens_to_ids(["w0"])[0]
+    assert encode(tokenizer, "w1 w2 ", "w3") == Encoded([w + 1, w + 2, w + 3, 1], 2)
+    assert encode(tokenizer, "", "w3") == Encoded([w + 3, 1], 0)
+    assert encode(tokenizer, "w1 w", "3 w4") == Encoded([w + 1, w + 3, w + 4, 1], 1), "joined word is no prompt"
+    chat = [w + 50, w + 51, w + 1, w + 2, 1, w + 50, w + 52, w + 3, w + 4, 1]
+    assert encode(tokenizer, [USER], [GOOD]) == Encoded(chat, 5)
+    assert encode(tokenizer, [], [USER, GOOD]) == Encoded(chat, 0)
+
+
+def test_tokenizer_without_eos_adds_none() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    assert encode(tokenizer, "w1 ", "w2").ids == tokenizer.convert_tokens_to_ids(["w1", "w2"])
+
+
+def test_templates_that_are_missing_or_refuse() -> None:
+    with pytest.raises(DataError, match="chat template"):
+        encode(tiny_tokenizer(), [USER], [GOOD])
+    system = {"role": "system", "content": "w1"}
+    with pytest.raises(BadRow, match="refuses"):
+        encode(chat_tokenizer(), [system, USER], [GOOD])
+    pairs = [Pair([system], [GOOD], [BAD], row=1), Pair([USER], [GOOD], [BAD], row=2)]
+    report = RowReport("x", total=2)
+    assert [one.pair.row for one in encode_pairs(chat_tokenizer(), pairs, SKIP, report)] == [2]
+    assert report.reasons == {"chat template refuses the messages": [1]}
+
+
+def test_too_long_is_a_bad_row_and_never_cut() -> None:
+    pairs = [Pair("w1 ", "w2", "w3", row=1), Pair("w1 ", "w2 w3", "w4", row=2), Pair("w1 ", "w2", "w3 w4", row=3)]
+    report = RowReport("x", total=3)
+    kept = encode_pairs(tiny_tokenizer(), pairs, TextFormat(max_length=3, bad_rows="skip"), report)
+    assert [one.pair.row for one in kept] == [1] and len(kept[0].chosen.ids) == 3
+    assert report.reasons == {"longer than 3 tokens": [2, 3]} and report.kept == 1
+    with pytest.raises(DataError, match="2 of 3 rows"):
+        encode_pairs(tiny_tokenizer(), pairs, TextFormat(max_length=3), RowReport("x", total=3))
+    with pytest.raises(DataError, match="3 of 3 rows"):
+        encode_pairs(
+            tiny_tokenizer(), pairs, TextFormat(max_length=2, bad_rows="skip"), RowReport("x", total=3)
+        )
+
+
+def test_candidate_set_with_a_long_answer_is_bad() -> None:
+    sets = [CandidateSet("w1 ", ["w2", "w3 w4"], [0, 1], row=1), CandidateSet("w1 ", ["w2", "w3"], [0, 1], row=2)]
+    report = RowReport("x", total=2)
+    kept = encode_candidates(tiny_tokenizer(), sets, TextFormat(max_length=3, bad_rows="skip"), report)
+    assert [one.candidates.row for one in kept] == [2]
+    assert [one.prompt_length for one in kept[0].answers] == [1, 1]
+    assert report.reasons == {"longer than 3 tokens": [1]}
