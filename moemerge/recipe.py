@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from moemerge.errors import OptionError
+from moemerge.errors import OptionError, suggest
 
 
 class _Input:
@@ -22,6 +22,7 @@ INPUT = _Input()
 Source = Annotated[str, INPUT]
 Sources = Annotated[dict[str, str], INPUT]
 Layers = str
+COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
 
 
 class Options(BaseModel):
@@ -51,6 +52,14 @@ class TextFormat(Options):
         "refuse", description="what to do with broken rows; either way they are counted and reported"
     )
     max_length: int = Field(1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows")
+
+    @field_validator("fields")
+    @classmethod
+    def _columns_known(cls, fields: dict[str, str]) -> dict[str, str]:
+        for name in fields:
+            if name not in COLUMNS:
+                raise ValueError(f"{name!r} is no field to rename: {suggest(name, COLUMNS)}")
+        return fields
 
 
 class UpcycleSettings(Options):
