@@ -1,0 +1,40 @@
+# make demo: install into .venv and run the quickstart. make test: install with the test extra, check everything.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml')
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(BIN)/moemerge run merge_configs/quickstart.yml
+
+test: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist runs/quickstart *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moemerge needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# The dependencies are installed once per change of their list, the package itself once per change of a source file.
+$(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) .
+	touch $@
+
+$(VENV)/.test-dependencies: $(VENV)/.dependencies
+	$(PIP) '.[test]'
+	touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.dependencies
+	$(PIP) --no-deps --force-reinstall .
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.test-dependencies $(VENV)/.installed
+	touch $@
