@@ -1,0 +1,173 @@
+"""Safetensors model folders: read tensor by tensor, written shard by shard.
+
+Letters: N routed experts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from moemerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from moemerge.families.base import ExpertTensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
+NOT_COPIED = {"config.json", "manifest.json", "README.md", "training_args.bin", "moemerge_shim.py"}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+ON_HUB = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model: `source` itself, or the hub's copy of that name, without pickle files."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=ON_HUB))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            "model cannot be found",
+            given=str(source),
+            expected="a folder, or a name on the hub that can be reached",
+            fix=f"correct the name ({str(error).splitlines()[0]})",
+        ) from error
+
+
+class Checkpoint:
+    """A folder with model.safetensors or its shards, opened read-only; tensors are read when asked for.
+
+    Raises CheckpointError when weights are missing, damaged, outside the folder, or only there as pickle.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = local_folder(folder)
+        self._files = self._weight_files()
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, in the order of the shards."""
+        return list(self._files)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands. CheckpointError if it is missing or no JSON object."""
+        try:
+            values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            return dict(values)
+        except (OSError, ValueError, TypeError) as error:
+            raise self._fault("config.json cannot be read", str(error), "a JSON object") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of the tensor `name`, from the header. CheckpointError for kinds that no merge can use."""
+        kind = self._slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise self._fault("a tensor is quantised", f"{name} in {kind}", ", ".join(DTYPES))
+        return DTYPES[kind]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, as stored."""
+        return self._handle(name).get_tensor(name)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, one at a time."""
+        return ((name, self.tensor(name)) for name in self.names)
+
+    def expert(self, tensor: ExpertTensor, index: int) -> torch.Tensor:
+        """Routed expert number `index`'s copy of a dense MLP tensor, in the dense layout; only it is read."""
+        rows = self._slice(tensor.stacked)[index, tensor.rows]
+        return rows.T.contiguous() if tensor.transposed else rows
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(name).get_slice(name)
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._files:
+            raise self._fault("a tensor is missing", name, "a checkpoint that holds it")
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = _open_file(self.folder / file)
+        return self._open[file]
+
+    def _weight_files(self) -> dict[str, str]:
+        if (self.folder / INDEX).exists():
+            return self._indexed_files()
+        if (self.folder / SINGLE).exists():
+            return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
+        found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
+        raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
+
+    def _indexed_files(self) -> dict[str, str]:
+        try:
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._fault("the index of shards cannot be read", str(error), "a weight_map") from error
+        for file in set(files.values()):
+            if Path(file).name != file or not (self.folder / file).is_file():
+                raise self._fault("a shard named in the index is not there", file, "a file in this folder")
+        held = {(name, file) for file in set(files.values()) for name in _open_file(self.folder / file).keys()}
+        if held != set(files.items()):
+            names = sorted(name for name, _ in held ^ set(files.items()))
+            raise self._fault("index and shards disagree", ", ".join(names[:5]), "the same tensors in both")
+        return files
+
+    def _fault(self, what: str, given: str, expected: str) -> CheckpointError:
+        fix = "copy or download the model again, as safetensors"
+        return CheckpointError(f"{self.folder}: {what}", given=given, expected=expected, fix=fix)
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read",
+            given=str(error),
+            expected="a whole safetensors file",
+            fix="copy or download it again",
+        ) from error
+
+
+def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int) -> None:
+    """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time."""
+    from mergekit.io.tensor_writer import TensorWriter
+
+    with TensorWriter(str(folder), max_shard_size=shard_size) as writer:
+        for name, tensor in tensors:
+            writer.save_tensor(name, tensor)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what is neither weights, config, card nor manifest: tokenizer, chat template, licence, ..."""
+    for path in sorted(source.iterdir()):
+        skip = path.name in NOT_COPIED or path.name.endswith(WEIGHTS) or path.name.startswith(".")
+        if path.is_file() and not skip:
+            shutil.copyfile(path, target / path.name)
