@@ -1,0 +1,368 @@
+"""Training of a reward model, MoE or dense, on preference pairs with TRL's RewardTrainer.
+
+A run is one trial, or a grid of them (`search`). Each trial works in its own folder of the workspace, so that
+a killed run goes on from its last checkpoint; the winner's weights are put into a freshly loaded model.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge import runtime
+from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
+from moemerge.data import EncodedPair, encode_pairs, read_pairs
+from moemerge.errors import OptionError, UnsupportedError
+from moemerge.families import family_of
+from moemerge.moe import moe_layers
+from moemerge.plotting import Line, Panel, panels
+from moemerge.recipe import Train, parse_layers
+from moemerge.scoring import load_reward_model, load_tokenizer
+
+LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
+DONE = "done.json"
+
+log = logging.getLogger(__name__)
+
+
+@stage("train", Train)
+def train(options: Train, draft: Draft) -> None:
+    """Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
+
+    Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
+    of lowest validation loss are kept, which may be those of the start (best_step 0). A killed run, started
+    again with equal options, goes on from its last checkpoint, and on CPU ends with the very same weights.
+    Also writes history.json and history.png. Losses are in nats, `seconds` those since the last start.
+    Raises OptionError, DataError, CheckpointError or UnsupportedError.
+    """
+    trials = _trials(options)
+    bench = _bench(options, draft)
+    with workspace(options) as folder:
+        reports = _compete(bench, trials, folder)
+        best = _winner(reports)
+        model = _finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
+        model.save_pretrained(draft.folder)
+    bench.tokenizer.save_pretrained(draft.folder)
+    _write_history(reports[best]["history"], draft.folder)
+    draft.results |= _results(options, reports, best)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all trials share."""
+
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    pairs: list[EncodedPair]
+    held_out: list[EncodedPair]
+
+
+def _bench(options: Train, draft: Draft) -> _Bench:
+    device = runtime.use(options)
+    if device.type == "cuda" and device.index:
+        raise OptionError(
+            "training uses the first GPU that it sees",
+            given=options.device,
+            expected="auto, cpu, cuda or cuda:0",
+            fix=f"set the environment variable CUDA_VISIBLE_DEVICES={device.index} and device to cuda",
+        )
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    sides = {"pairs": options.pairs, "validation": options.validation}
+    read = {name: _read(source, options, tokenizer, name, draft) for name, source in sides.items()}
+    return _Bench(device, tokenizer, read["pairs"], read["validation"])
+
+
+def _read(
+    source: str | None, options: Train, tokenizer: PreTrainedTokenizerBase, name: str, draft: Draft
+) -> list[EncodedPair]:
+    if source is None:
+        return []
+    pairs, report = read_pairs(source, options)
+    encoded = encode_pairs(tokenizer, pairs, options, report)
+    draft.results.setdefault("rows", {})[name] = report.summary()
+    return encoded
+
+
+def _trials(options: Train) -> list[Train]:
+    """The grid that `search` spans, in order; without a search, the options themselves."""
+    if not options.search:
+        return [options]
+    faults = {
+        "needs validation pairs to choose by": options.validation is None,
+        "cannot try epochs while max_steps overrides them": "epochs" in options.search and options.max_steps,
+        "needs at least one value per option": not all(options.search.values()),
+    }
+    for fault in (text for text, found in faults.items() if found):
+        raise OptionError(
+            f"search {fault}",
+            given=json.dumps(options.search),
+            expected="values per option, validation pairs, and no contradiction",
+            fix="correct or remove the search",
+        )
+    base = options.model_dump() | {"search": {}}
+    grid = itertools.product(*options.search.values())
+    return [parse_options(Train, base | dict(zip(options.search, v, strict=True)), "search") for v in grid]
+
+
+def _compete(bench: _Bench, trials: list[Train], folder: Path) -> list[dict[str, Any]]:
+    """The reports of all trials; only the winner's weights are left in `folder`."""
+    reports: list[dict[str, Any]] = []
+    for number, options in enumerate(trials):
+        home = folder / f"trial-{number}"
+        home.mkdir(exist_ok=True)
+        reports.append(_once(home / DONE, lambda o=options, h=home: _trial(bench, o, h)))  # type: ignore[misc]
+        gc.collect()
+        best = _winner(reports)
+        for other in range(number + 1):
+            _keep_only(folder / f"trial-{other}", reports[best]["best_step"] if other == best else None)
+    return reports
+
+
+def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    from moemerge.trainer import write_whole
+
+    if not path.exists():
+        write_whole(path, make())
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _keep_only(home: Path, step: int | None) -> None:
+    for path in home.glob("checkpoint-*"):
+        if path.name != f"checkpoint-{step}":
+            shutil.rmtree(path)
+
+
+def _winner(reports: list[dict[str, Any]]) -> int:
+    losses = [report["after"]["loss"] if report["after"] else 0.0 for report in reports]
+    return losses.index(min(losses))
+
+
+def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
+    """Train one trial in `home`, or go on with it; the report on it, as JSON values."""
+    from moemerge.trainer import make_trainer
+
+    clock = time.perf_counter()
+    model, roles = _prepare(bench, options, bench.device)
+    trainer = make_trainer(options, model, bench.tokenizer, roles, bench.pairs, bench.held_out, home)
+    before = trainer.measure() if bench.held_out else None
+    state = _fit(trainer, options.patience, before, home)
+    return _report(state, before) | {
+        "parameters": _count(model, roles),
+        "seconds": round(time.perf_counter() - clock, 3),
+    }
+
+
+def _fit(trainer: Any, patience: int | None, before: dict[str, float] | None, home: Path) -> dict[str, Any]:
+    """Train to the end, from the last checkpoint if there is one; the state that the trainer left."""
+    from moemerge.trainer import Patience, exhausted, last_checkpoint, read_state
+
+    start = before["loss"] if before else math.inf
+    last = last_checkpoint(home)
+    if last is not None:
+        state = read_state(last)
+        stopped = before is not None and exhausted(state["log_history"], patience, start)
+        if stopped or state["global_step"] >= state["max_steps"]:
+            return state
+        log.info("going on from step %d", state["global_step"])
+    if before and patience is not None:
+        trainer.add_callback(Patience(patience, start))
+    trainer.train(resume_from_checkpoint=last and str(last))
+    last = last_checkpoint(home)
+    assert last is not None
+    return read_state(last)
+
+
+def _report(state: dict[str, Any], before: dict[str, float] | None) -> dict[str, Any]:
+    history = [_entry(logged) for logged in state["log_history"]]
+    step, after = state["global_step"], None
+    if before:
+        evaluated = [entry for entry in history if "eval_loss" in entry]
+        start = {"step": 0, **{f"eval_{name}": value for name, value in before.items()}}
+        best = min([start, *evaluated], key=lambda entry: entry["eval_loss"])
+        step, after = best["step"], {"loss": best["eval_loss"], "accuracy": best["eval_accuracy"]}
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return {
+        "steps": state["global_step"],
+        "best_step": step,
+        "before": before,
+        "after": after,
+        "train_loss": losses[-1] if losses else None,
+        "tokens": state["num_input_tokens_seen"],
+        "history": history,
+    }
+
+
+def _entry(logged: dict[str, Any]) -> dict[str, Any]:
+    return {name: logged[name] for name in ("step", "epoch", *LOGGED) if name in logged}
+
+
+def _finished(bench: _Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
+    """The model as loaded, with the weights of `step` (0: its own) and without any trace of LoRA."""
+    from moemerge.trainer import load_trained
+
+    model, roles = _prepare(bench, options, torch.device("cpu"))
+    if step:
+        load_trained(model, home / f"checkpoint-{step}")
+    broken = [name for name in roles if not model.get_parameter(name).isfinite().all()]
+    if broken:
+        raise OptionError(
+            "training diverged",
+            given=f"{len(broken)} tensors are no longer finite, such as {broken[0]}",
+            expected="finite weights",
+            fix="lower the learning rates, or give validation pairs so that the best weights are kept",
+        )
+    _merge_lora(model)
+    return model
+
+
+def _prepare(bench: _Bench, options: Train, device: torch.device) -> tuple[PreTrainedModel, dict[str, str]]:
+    """The model in float32 with exactly the intended parameters to train, and the role of each of these."""
+    remote = options.trust_remote_code
+    model = load_reward_model(options.model, device, torch.float32, remote, fresh_head_seed=options.seed)
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = bench.tokenizer.pad_token_id
+    if options.trainable == "lora":
+        _add_lora(model, options)
+    roles = trained_parameters(model, options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in roles)
+    return model, roles
+
+
+def trained_parameters(model: PreTrainedModel, options: Train) -> dict[str, str]:
+    """Name -> role (experts, routers or rest) of every parameter that `options` let train.
+
+    Experts of a dense model are its MLPs. The head, in an encoder with its pooler, always trains; so do
+    LoRA's own parameters. Raises OptionError for layers that the model lacks.
+    """
+    path, layers = family_of(model.config).dense_layers(model)
+    chosen = parse_layers(options.train_layers, len(layers))
+    places = tuple(f"{path}.{number}." for number in chosen) if options.train_layers != "all" else ("",)
+    roles = _roles(model)
+
+    def trains(name: str) -> bool:
+        wanted = options.trainable == "full" or name in roles or ".lora_" in name
+        return _in_head(model, name) or (wanted and name.startswith(places))
+
+    return {name: roles.get(name, "rest") for name, _ in model.named_parameters() if trains(name)}
+
+
+def _roles(model: PreTrainedModel) -> dict[str, str]:
+    """Role of each parameter that belongs to an expert or a router."""
+    parts: list[tuple[str, nn.Module]] = []
+    for layer in moe_layers(model).values():
+        experts = [layer.experts, *([layer.shared_expert] if layer.shared_expert is not None else [])]
+        parts += [("routers", layer.router), *(("experts", part) for part in experts)]
+    if not parts:
+        family = family_of(model.config)
+        _, layers = family.dense_layers(model)
+        parts = [("experts", part) for layer in layers for part in family.linears(layer).values()]
+    roles = {id(weight): role for role, part in parts for weight in part.parameters()}
+    return {name: roles[id(weight)] for name, weight in model.named_parameters() if id(weight) in roles}
+
+
+def _in_head(model: PreTrainedModel, name: str) -> bool:
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:
+    """Numbers of parameters: per role, and of the whole model in training."""
+    counts: Counter[str] = Counter()
+    for name, role in roles.items():
+        counts[role] += model.get_parameter(name).numel()
+    return {**counts, "trained": sum(counts.values()), "model": sum(p.numel() for p in model.parameters())}
+
+
+def _add_lora(model: PreTrainedModel, options: Train) -> None:
+    """Put LoRA on the attention linears of the layers that train, drawn from the seed."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    path, layers = family_of(model.config).dense_layers(model)
+    targets = [
+        f"{path}.{number}.{name}"
+        for number in parse_layers(options.train_layers, len(layers))
+        for name, module in layers[number].named_modules()
+        if isinstance(module, nn.Linear) and ("attn" in name or "attention" in name)
+    ]
+    if not targets:
+        raise UnsupportedError(
+            "LoRA finds no attention linears",
+            given=f"model_type {model.config.model_type}",
+            expected="linear modules under a name with attn or attention",
+            fix="set trainable to full or experts",
+        )
+    torch.manual_seed(options.seed)
+    alpha: Any = options.lora_alpha  # peft takes any number, its annotation says int
+    config = LoraConfig(r=options.lora_rank, lora_alpha=alpha, target_modules=targets)
+    inject_adapter_in_model(config, model)
+
+
+def _merge_lora(model: PreTrainedModel) -> None:
+    """Add LoRA's products to the weights and put the plain linears back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
+def _write_history(history: list[dict[str, Any]], folder: Path) -> None:
+    """The log as history.json (not finite: null), and its curves as history.png."""
+    write_json(folder / "history.json", [{k: _finite(v) for k, v in entry.items()} for entry in history])
+    pairs = {"Loss (nats)": ("loss", "eval_loss"), "Accuracy": ("accuracy", "eval_accuracy")}
+    plots = [
+        Panel(title, curves, "step", title.lower())
+        for title, names in pairs.items()
+        if (curves := _curves(history, dict(zip(("training", "validation"), names, strict=True))))
+    ]
+    if plots:
+        panels(plots, folder / "history.png", "Training")
+
+
+def _curves(history: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[str, Line]:
+    found = {}
+    for label, name in names.items():
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points:
+            found[label] = Line([step for step, _ in points], [value for _, value in points])
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every number that JSON lacks turned into null."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _results(options: Train, reports: list[dict[str, Any]], best: int) -> dict[str, Any]:
+    winner = {name: value for name, value in reports[best].items() if name != "history"}
+    winner["seconds"] = round(sum(report["seconds"] for report in reports), 3)
+    tried = itertools.product(*options.search.values())
+    trials = [
+        {"options": dict(zip(options.search, values, strict=True)), **_summary(report)}
+        for values, report in zip(tried, reports, strict=True)
+    ]
+    return {k: _finite(v) for k, v in winner.items()} | ({"trials": trials} if options.search else {})
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: report[name] for name in ("best_step", "steps", "train_loss", "seconds")}
+    return {name: _finite(value) for name, value in (kept | report["after"]).items()}

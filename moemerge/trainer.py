@@ -1,0 +1,314 @@
+"""TRL's RewardTrainer as `moemerge train` uses it: rates by role, exact evaluation, small checkpoints.
+
+Checkpoints live in the run's own workspace and are read back by torch.load(weights_only=True) and safetensors
+only; nothing else is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+
+from moemerge.data import EncodedPair
+from moemerge.errors import CheckpointError
+from moemerge.moe import moe_layers
+from moemerge.recipe import Train
+from moemerge.scoring import bradley_terry, score_pairs
+
+WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
+COMPLETE = (WEIGHTS, "optimizer.pt", "scheduler.pt")
+EVAL_TOKENS = 8192
+EVALUATIONS = 10
+LOGS_PER_EVALUATION = 10
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator, which also passes on `prompt_lengths` (chosen rows first, as the ids)."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A padded batch of both sides of each pair."""
+        batch = super().torch_call(examples)
+        if "prompt_lengths" in examples[0]:
+            lengths_P2 = torch.tensor([example["prompt_lengths"] for example in examples])
+            batch["prompt_lengths"] = lengths_P2.T.flatten()
+        return batch
+
+
+class Patience(TrainerCallback):
+    """Stops training once `patience` evaluations in a row brought no lower loss than the best before."""
+
+    def __init__(self, patience: int, start: float) -> None:
+        self.patience, self.start = patience, start
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask the trainer to stop."""
+        if exhausted(state.log_history, self.patience, self.start):
+            control.should_training_stop = True
+
+
+def exhausted(history: list[dict[str, Any]], patience: int | None, start: float) -> bool:
+    """Whether the last `patience` evaluations all failed to undercut the best loss before them."""
+    losses = [start, *(entry["eval_loss"] for entry in history if "eval_loss" in entry)]
+    return patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+class PairTrainer(RewardTrainer):
+    """A RewardTrainer that logs the balance loss and evaluates on all held-out pairs, each counted once.
+
+    `groups` are AdamW parameter groups; `held_out` the pairs that `measure` and `evaluate` score. Its
+    checkpoints hold the weights that train, and no others. It sends no telemetry and writes no model card.
+    """
+
+    model: Any
+    processing_class: Any
+
+    def __init__(self, *, groups: list[dict[str, Any]], held_out: Sequence[EncodedPair], **trl: Any) -> None:
+        super().__init__(**trl)
+        self.groups, self.held_out = groups, held_out
+        self.moe = list(moe_layers(self.model).values())
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the given groups."""
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(self.groups, **settings)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass; the attached balance loss is averaged over an update's passes."""
+        for layer in self.moe:
+            layer.balance_scale = 1 / self.current_gradient_accumulation_steps
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """TRL's Bradley-Terry loss; besides, the mean balance loss over layers is kept for the log."""
+        result = super().compute_loss(model, *args, **kwargs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics.pop("num_tokens", None)  # TRL's counter forgets the steps before a resume
+        balance = [layer.last_balance.cpu() for layer in self.moe if layer.last_balance is not None]
+        if balance:
+            metrics["balance_loss"].append(torch.stack(balance).mean().item())
+        return result
+
+    def measure(self) -> dict[str, float]:
+        """Bradley-Terry loss in nats (infinite if a score is not finite) and accuracy on the held-out pairs."""
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                scores_P2 = score_pairs(self.model, self.processing_class, self.held_out, EVAL_TOKENS)
+        except CheckpointError:
+            return {"loss": math.inf, "accuracy": 0.0}
+        loss, accuracy = bradley_terry(scores_P2)
+        return {"loss": loss, "accuracy": accuracy}
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure, log and tell the callbacks: TRL's own averages count a ragged last batch too much."""
+        metrics = {f"eval_{name}": value for name, value in self.measure().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: training checkpoints are no models to publish."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model, Path(resume_from_checkpoint))
+
+
+def load_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Copy the weights of a trainer checkpoint into the parameters of the same names."""
+    with torch.no_grad():
+        for name, tensor in load_file(checkpoint / WEIGHTS).items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def make_trainer(
+    options: Train,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    roles: dict[str, str],
+    pairs: Sequence[EncodedPair],
+    held_out: Sequence[EncodedPair],
+    folder: Path,
+) -> PairTrainer:
+    """A trainer of the parameters in `roles` (name -> role) whose checkpoints go to `folder`, our own."""
+    gated = (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
+    return PairTrainer(
+        model=model,
+        args=_arguments(options, model.device, len(pairs), bool(held_out), folder),
+        data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=_dataset(pairs, gated),
+        eval_dataset=_dataset(held_out, gated) if held_out else None,
+        processing_class=tokenizer,
+        groups=_groups(options, model, roles),
+        held_out=held_out,
+    )
+
+
+def _dataset(pairs: Sequence[EncodedPair], gated: bool) -> Dataset:
+    columns: dict[str, list[Any]] = {
+        "chosen_ids": [pair.chosen.ids for pair in pairs],
+        "rejected_ids": [pair.rejected.ids for pair in pairs],
+    }
+    if any(pair.pair.margin is not None for pair in pairs):
+        columns["margin"] = [pair.pair.margin or 0.0 for pair in pairs]
+    if gated:
+        columns["prompt_lengths"] = [[p.chosen.prompt_length, p.rejected.prompt_length] for p in pairs]
+    return Dataset.from_dict(columns)
+
+
+def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: a rate per role, weight decay on matrices only."""
+    rates = {
+        "rest": options.learning_rate,
+        "experts": options.expert_learning_rate or options.learning_rate,
+        "routers": options.router_learning_rate or options.learning_rate,
+    }
+    groups = []
+    for (role, rate), decays in itertools.product(rates.items(), (True, False)):
+        names = [name for name in roles if roles[name] == role and _decays(name) == decays]
+        if names:
+            weights = [model.get_parameter(name) for name in names]
+            decay = options.weight_decay if decays else 0.0
+            groups.append({"params": weights, "lr": rate, "weight_decay": decay, "role": role})
+    return groups
+
+
+def _decays(name: str) -> bool:
+    return not (name.endswith("bias") or "norm" in name.lower())
+
+
+def _arguments(
+    options: Train, device: torch.device, num_pairs: int, evaluates: bool, folder: Path
+) -> RewardConfig:
+    every, logged = _intervals(options, num_pairs)
+    settings = {
+        "output_dir": str(folder.resolve()),
+        "seed": options.seed,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": SCHEDULES[options.schedule],
+        "warmup_steps": options.warmup,
+        "max_grad_norm": options.max_grad_norm,
+        "bf16": _autocasts(options, device),
+        "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every,
+        "save_steps": every,
+        # Three: best, last, and the one before, which stands in should a kill tear the last one.
+        "save_total_limit": 3,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": logged,
+    }
+    return _make_config(settings | _quiet(device))
+
+
+def _quiet(device: torch.device) -> dict[str, Any]:
+    return {
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "max_length": None,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "include_num_input_tokens_seen": "non_padding",
+    }
+
+
+def _make_config(settings: dict[str, Any]) -> RewardConfig:
+    with warnings.catch_warnings():
+        # TRL still uses transformers' old name for activation checkpointing.
+        warnings.simplefilter("ignore", FutureWarning)
+        config = RewardConfig(**settings)
+    config._n_gpu = min(config.n_gpu, 1)  # TRL refuses DataParallel; one process trains on one GPU
+    return config
+
+
+def _autocasts(options: Train, device: torch.device) -> bool:
+    if options.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return options.precision == "bfloat16"
+
+
+def total_steps(options: Train, num_pairs: int) -> int:
+    """Optimiser steps of a whole run over `num_pairs` pairs."""
+    passes = math.ceil(num_pairs / options.batch_size)
+    per_epoch = math.ceil(passes / options.gradient_accumulation)
+    return options.max_steps or math.ceil(options.epochs * per_epoch)
+
+
+def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
+    """Steps between evaluations, and between log entries: a divisor, so that a resumed log goes on evenly."""
+    every = options.eval_steps or max(1, total_steps(options, num_pairs) // EVALUATIONS)
+    wanted = max(1, every // LOGS_PER_EVALUATION)
+    return every, next(steps for steps in range(wanted, 0, -1) if every % steps == 0)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete trainer checkpoint in `folder`, or None; incomplete ones are removed.
+
+    The state file is written last, so one that parses shows that the others are whole. Its path of the best
+    checkpoint is renewed in case the folder was moved.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if _is_whole(path)]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    if not whole:
+        return None
+    state = read_state(whole[-1])
+    if state["best_model_checkpoint"]:
+        state["best_model_checkpoint"] = str(folder.resolve() / Path(state["best_model_checkpoint"]).name)
+        write_whole(whole[-1] / STATE, state)
+    return whole[-1]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(read_state(checkpoint)) and all((checkpoint / name).exists() for name in COMPLETE)
+    except (OSError, ValueError):
+        return False
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state as saved in `checkpoint`."""
+    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either its old content or all of the new."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value), encoding="utf-8")
+    new.replace(path)
