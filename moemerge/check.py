@@ -1,0 +1,363 @@
+"""Recipes: read from YAML and checked, every fault in one go, without touching weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from moemerge.artifacts import parse_options
+from moemerge.errors import Faults, MoemergeError, OptionError, suggest
+from moemerge.recipe import Recipe, TrainSettings, input_fields, parse_layers
+
+MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000
+MAX_ROUNDS = 20
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+RECIPE_COPY = "recipe.json"
+ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
+
+Tree = dict[str, Any]
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | Path | None = None) -> Recipe:
+    """The recipe in the YAML file `path`, with `overrides` such as "train.epochs=2" applied.
+
+    Relative inputs are looked for beside the recipe first, then in the working directory; `output` is
+    relative to the working directory. Raises OptionError, or Faults with everything that is wrong at once.
+    """
+    tree = read_yaml(Path(path))
+    apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
+    faults, recipe, touched = _faults_of_form(tree)
+    if recipe is not None:
+        recipe = _resolve_inputs(recipe, Path(path).parent)
+        faults = [*faults, *find_faults(recipe, touched)]
+    if faults:
+        raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
+    assert recipe is not None
+    return recipe
+
+
+def check_recipe(path: str | Path, overrides: Iterable[str] = ()) -> list[MoemergeError]:
+    """Every fault of the recipe at `path`; an empty list if it can run."""
+    try:
+        load_recipe(path, overrides)
+    except Faults as found:
+        return found.faults
+    except MoemergeError as fault:
+        return [fault]
+    return []
+
+
+def read_yaml(path: Path) -> Tree:
+    """The mapping in a YAML file. OptionError for a file that is missing, huge, broken or ambiguous."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise _unreadable(path, f"{path.stat().st_size} bytes", f"at most {MAX_BYTES} bytes of YAML")
+        tree = _yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error), "a recipe file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _unreadable(path, " ".join(str(error).split()), "valid YAML") from error
+    if not isinstance(tree, dict):
+        raise _unreadable(path, type(tree).__name__, "a mapping of options to values")
+    return tree
+
+
+def _unreadable(path: Path, given: str, expected: str) -> OptionError:
+    fix = "correct the file, or write a fresh one with `moemerge init`"
+    return OptionError(f"recipe {path} cannot be read", given=given, expected=expected, fix=fix)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses keys that are given twice or are no texts."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Tree:
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for number, key in enumerate(keys):
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is no text", problem_mark=key.start_mark
+                )
+            if key.value in [earlier.value for earlier in keys[:number]]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text; yaml.YAMLError if it is broken, or too large with its aliases unfolded."""
+    value = yaml.load(text, _StrictLoader)
+    queue, count = [value], 0
+    while queue:
+        item, count = queue.pop(), count + 1
+        queue += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
+        if count > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values")
+    return value
+
+
+def apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
+    """Set "section.key=value" in `tree`, the value read as YAML. Raises OptionError for any other form."""
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        *sections, key = path.strip().split(".")
+        try:
+            place = tree
+            for section in sections:
+                place[section] = place = dict(place.get(section) or {})
+            place[key] = _yaml(text)
+        except (yaml.YAMLError, TypeError, ValueError, AttributeError):
+            equals = ""
+        if not equals or not all([*sections, key]):
+            raise OptionError(
+                "override cannot be read", given=override, expected="section.key=value", fix="correct --set"
+            )
+
+
+def _faults_of_form(tree: Tree) -> tuple[list[MoemergeError], Recipe | None, set[str]]:
+    """Unknown keys and wrong types; the recipe without them, if one is left; and the sections they are in."""
+    try:
+        return [], parse_options(Recipe, tree, "recipe"), set()
+    except MoemergeError as error:
+        faults = error.faults if isinstance(error, Faults) else [error]
+    tree, touched = copy.deepcopy(tree), set()
+    for _ in range(MAX_ROUNDS):
+        try:
+            return faults, Recipe(**tree), touched
+        except ValidationError as error:
+            for place in [one["loc"] for one in error.errors()]:
+                touched.add(str(place[0]))
+                _drop(tree, place)
+    return faults, None, touched
+
+
+def _drop(tree: Tree, place: tuple[str | int, ...]) -> None:
+    """Take the value at `place` out of `tree`, or put one there that will do if it is missing."""
+    *parents, last = place
+    node: Any = tree
+    for number, parent in enumerate(parents):
+        if not isinstance(node.get(parent), dict):  # the rest of the place is inside a value or a type's name
+            last, parents = parent, parents[:number]
+            break
+        node = node[parent]
+    if last in node:
+        del node[last]
+    elif not parents and last == "output":
+        node[last] = "output"
+
+
+def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with relative inputs that exist beside it spelt out."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: found(one) for name, one in value.items()}
+        beside = folder / value
+        return str(beside) if beside.exists() and not Path(value).is_absolute() else value
+
+    def resolved(options: Any) -> Any:
+        return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
+
+    data = resolved(recipe.data) if recipe.data else None
+    return resolved(recipe).model_copy(update={"data": data})
+
+
+# What is wrong with a recipe whose form is right. Each check yields the faults it finds.
+Check = Callable[[Recipe], Iterator[MoemergeError]]
+
+
+def find_faults(recipe: Recipe, touched: Iterable[str] = ()) -> list[MoemergeError]:
+    """Missing inputs, unknown names and contradictions; nothing about the sections in `touched`."""
+    checks: dict[Check, set[str]] = {
+        _check_sources: {"model", "synthetic", "data"},
+        _check_files: {"model", "data"},
+        _check_model: {"model", "upcycle", "base"},
+        _check_training: {"data", "base", "train", "control"},
+        _check_fit: {"data", "fit", "also_merge"},
+        _check_evaluation: {"data", "evaluate", "also_merge", "fit", "control"},
+        _check_publish: {"publish"},
+        _check_output: {"output"},
+    }
+    needed = [check for check, sections in checks.items() if not sections & set(touched)]
+    return [fault for check in needed for fault in check(recipe)]
+
+
+def _fault(what: str, given: object, expected: str, fix: str) -> OptionError:
+    return OptionError(what, given=str(given), expected=expected, fix=fix)
+
+
+def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
+    if recipe.synthetic is None:
+        if recipe.model is None:
+            yield _fault(
+                "no model", "neither model nor synthetic", "one of them", "add model: FOLDER or HUB NAME"
+            )
+        if recipe.data is None or recipe.data.train is None:
+            yield _fault("no training pairs", "no data.train", "preference pairs", "add data: {train: FILE}")
+        return
+    if recipe.model is not None:
+        yield _fault("two models", "model and synthetic", "one of them", "take one of the two out")
+    given = input_fields(recipe.data) if recipe.data else {}
+    if given:
+        named = ", ".join(f"data.{name}" for name in given)
+        yield _fault("two sources of data", f"synthetic and {named}", "one of them", f"take out {named}")
+
+
+def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
+    given = {"model": recipe.model} if recipe.model else {}
+    for key, value in (input_fields(recipe.data) if recipe.data else {}).items():
+        named = value if isinstance(value, dict) else {"": value}
+        given |= {f"data.{key}" + (f".{name}" if name else ""): source for name, source in named.items()}
+    for key, source in given.items():
+        if not Path(source).expanduser().exists() and _reads_like_path(source):
+            fix = f"correct {key}, or override it: --set {key}=PATH"
+            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
+
+
+def _reads_like_path(source: str) -> bool:
+    return (
+        source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES) or source.count("/") > 1
+    )
+
+
+def local_config(recipe: Recipe) -> Tree | None:
+    """The config.json of the recipe's model, if it is a folder with a readable one."""
+    try:
+        config = json.loads((Path(recipe.model or "") / "config.json").read_text(encoding="utf-8"))
+        return config if recipe.model and isinstance(config, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
+    config = local_config(recipe)
+    if recipe.model and Path(recipe.model).is_dir() and config is None:
+        yield _fault(
+            "model is not a model folder", recipe.model, "a folder with config.json", "correct model"
+        )
+    known = config or {}
+    layers = known.get("num_hidden_layers", recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS)
+    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
+    specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
+    for key, spec in ({"upcycle.layers": recipe.upcycle.layers} | specs).items():
+        try:
+            parse_layers(spec, int(layers))
+        except OptionError as fault:
+            yield _fault(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
+    if recipe.upcycle.gate == "prompt" and _is_encoder(str(known.get("model_type"))):
+        yield _fault(
+            "gate prompt needs a causal model",
+            f"upcycle.gate prompt, model type {known['model_type']}",
+            "gate xft or topk, because in an encoder the prompt's states see the answer",
+            "set upcycle.gate to xft",
+        )
+    heads = known.get("architectures") or []
+    if config and recipe.base is None and not any("SequenceClassification" in name for name in heads):
+        yield _fault(
+            "model has no reward head",
+            f"{', '.join(heads) or 'no architecture'}, and no section base",
+            "a reward model, or a section base that trains one from it",
+            "add the section base",
+        )
+
+
+def _is_encoder(model_type: str) -> bool:
+    from moemerge.families import FAMILIES
+
+    return model_type in FAMILIES and not FAMILIES.get(model_type).causal
+
+
+def _has_validation(recipe: Recipe) -> bool:
+    data = recipe.data
+    return bool(recipe.synthetic or (data and (data.validation or data.validation_share)))
+
+
+def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
+    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
+    for name, section in sections.items():
+        if isinstance(section, TrainSettings) and section.search and not _has_validation(recipe):
+            yield _fault(
+                f"{name}.search needs validation pairs",
+                "no data.validation, and data.validation_share 0",
+                "held-out pairs, which choose among the values",
+                "set data.validation or data.validation_share",
+            )
+
+
+def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.coefficients import METHODS
+
+    methods = {"fit.method": recipe.fit.method} | {
+        f"also_merge[{i}]": m for i, m in enumerate(recipe.also_merge)
+    }
+    for key, method in methods.items():
+        yield from _unknown(key, method, METHODS)
+    if len(set(methods.values())) < len(methods):
+        yield _fault(
+            "a coefficient method is named twice",
+            ", ".join(methods.values()),
+            "each of fit.method and also_merge once",
+            "take the repeated one out of also_merge",
+        )
+    fitting = recipe.data and recipe.data.fit
+    if "learned" in methods.values() and not fitting and not _has_validation(recipe):
+        yield _fault(
+            "method learned needs fitting pairs",
+            "no data.fit, no data.validation, and data.validation_share 0",
+            "pairs that were not trained on",
+            "set data.fit or data.validation_share, or choose method usage",
+        )
+
+
+def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeError]:
+    known = list(known)
+    if name not in known:
+        yield _fault(f"unknown {key}", name, f"one of: {', '.join(known)}", suggest(name, known))
+
+
+def model_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, by their names in the report."""
+    merges = [f"merge-{method}" for method in [*recipe.also_merge, recipe.fit.method]]
+    return ["dense", *(["control"] if recipe.control else []), "moe", *merges]
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.probes import PROBES
+
+    for probe in recipe.evaluate.probes:
+        yield from _unknown("evaluate.probes", probe, PROBES)
+    if recipe.evaluate.baseline is not None:
+        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, model_names(recipe))
+    data = recipe.data
+    if recipe.synthetic is None and data and not (data.tests or data.test_share or data.candidates):
+        yield _fault(
+            "nothing to evaluate on",
+            "no data.tests, no data.candidates, and data.test_share 0",
+            "test pairs or candidate sets",
+            "set data.tests or data.test_share",
+        )
+
+
+def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
+    if recipe.publish.push and recipe.publish.repo is None:
+        yield _fault(
+            "push without a repository", "publish.push true", "publish.repo", "set publish.repo: OWNER/NAME"
+        )
+
+
+def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
+    output = recipe.output
+    foreign = output.is_dir() and any(output.iterdir()) and not (output / RECIPE_COPY).exists()
+    if foreign or (output.exists() and not output.is_dir()):
+        fix = "choose another output: --output FOLDER"
+        yield _fault(
+            "output is not the folder of a run", output, "a new folder, or that of an earlier run", fix
+        )

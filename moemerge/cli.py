@@ -1,0 +1,289 @@
+"""The command line: a command per stage, flags made from its options. Only this file prints or exits."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+import click
+
+from moemerge.errors import MoemergeError, OptionError, suggest
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from moemerge.pipeline import StepReport
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+SHOWN_RESULTS = 6
+
+# Commands that run one stage, in pipeline order; recipe.py has their options, in classes of the same names.
+STAGE_COMMANDS = {
+    "synthetic": "Make preference data with a known gold reward.",
+    "data": "Read, check and split preference data.",
+    "upcycle": "Turn a dense reward model into a mixture of experts.",
+    "train": "Train a reward model on preference pairs.",
+    "route": "Count which experts a MoE uses.",
+    "fit": "Find merge coefficients.",
+    "merge": "Merge a MoE into one dense reward model.",
+    "evaluate": "Compare reward models.",
+    "publish": "Write the model card; push to the hub.",
+}
+
+
+class Program(click.Group):
+    """Lists commands in pipeline order and knows near names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands in the order of their definition."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command to run; a usage error with a near name if there is none."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"unknown command {args[0]!r}: {suggest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class StageCommand(click.Command):
+    """A command whose flags are made when they are needed, because that imports pydantic."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The stage's options as flags, then what every command has."""
+        if not any(isinstance(param, Flag) for param in self.params):
+            self.params = [*flags(str(self.name)), *self.params]
+        return super().get_params(ctx)
+
+
+class Flag(click.Option):
+    """A command-line flag for one field of a stage's options; its value is checked by those."""
+
+
+def flags(stage: str) -> list[Flag]:
+    """One flag per option of `stage`, required ones first."""
+    from moemerge import recipe
+
+    fields = getattr(recipe, stage.capitalize()).model_fields
+    order = sorted(fields, key=lambda name: (not fields[name].is_required(), name in recipe.Run.model_fields))
+    return [_flag(name, fields[name]) for name in order]
+
+
+def _flag(name: str, field: FieldInfo) -> Flag:
+    dashed = "--" + name.replace("_", "-")
+    help = f"{field.description}{_default_text(field)}"
+    kinds = _kinds(field.annotation)
+    if kinds == [bool]:
+        return Flag([f"{dashed}/--no-{dashed[2:]}", name], default=None, help=help)
+    if dict in kinds:
+        return Flag([dashed, name], multiple=True, metavar=_mapping_metavar(field.annotation), help=help)
+    if list in kinds:
+        return Flag([dashed, name], multiple=True, metavar="VALUE", help=help + "; repeat for more")
+    if all(isinstance(kind, str) for kind in kinds):
+        return Flag([dashed, name], type=click.Choice(kinds), help=help)
+    metavar = "|".join(kind if isinstance(kind, str) else kind.__name__.upper() for kind in kinds)
+    return Flag([dashed, name], metavar=metavar, help=help)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The plain types and the literal values that an option may have, without None."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return list(arguments)
+    if origin in (dict, list):
+        return [origin]
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(annotation.__origin__)
+    if arguments:
+        return [kind for argument in arguments for kind in _kinds(argument)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _mapping_metavar(annotation: Any) -> str:
+    return "NAME=VALUE,..." if list in _kinds(_value_type(annotation)) else "NAME=VALUE"
+
+
+def _value_type(annotation: Any) -> Any:
+    while hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    return get_args(annotation)[1]
+
+
+def _default_text(field: FieldInfo) -> str:
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if field.is_required():
+        return "  [required]"
+    if default is None or default == {} or default == []:
+        return ""
+    text = ("no", "yes")[default] if isinstance(default, bool) else default
+    return f"  [default: {', '.join(text) if isinstance(text, list) else text}]"
+
+
+def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given on the command line, as the stage's option class takes them."""
+    from moemerge import recipe
+
+    fields = getattr(recipe, stage.capitalize()).model_fields
+    given = {}
+    for name, value in values.items():
+        if value is None or value == ():
+            continue
+        annotation = fields[name].annotation
+        given[name] = _parse(name, value, annotation)
+    return given
+
+
+def _parse(name: str, value: Any, annotation: Any) -> Any:
+    kinds = _kinds(annotation)
+    if dict in kinds:
+        pairs = [_pair(name, one) for one in value]
+        lists = list in _kinds(_value_type(annotation))
+        return {key: one.split(",") if lists else one for key, one in pairs}
+    if list in kinds:
+        return list(value)
+    optional = type(None) in get_args(annotation)
+    return None if optional and value == "none" else value
+
+
+def _pair(name: str, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        flag = "--" + name.replace("_", "-")
+        raise OptionError(f"bad option {flag}", given=text, expected="name=value", fix=f"correct {flag}")
+    return key, value
+
+
+def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | None) -> None:
+    levels = {None: logging.INFO, True: logging.DEBUG, False: logging.WARNING}
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
+    logging.getLogger("moemerge").setLevel(levels[value])
+
+
+def _verbosity() -> click.Option:
+    return click.Option(
+        ["--verbose/--quiet"],
+        default=None,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="Tell more, or only warnings.",
+    )
+
+
+def run_stage(stage: str, **values: Any) -> None:
+    """Run one stage with the options given on the command line, and print its main results."""
+    from moemerge.artifacts import read_manifest
+    from moemerge.pipeline import STAGES
+
+    output = STAGES.get(stage)(**given_options(stage, values))
+    click.echo(f"{output}{_results_text(read_manifest(output)['results'])}")
+
+
+def _results_text(results: dict[str, Any]) -> str:
+    """The first few results that are single values."""
+    shown = {k: v for k, v in results.items() if isinstance(v, (bool, int, float, str)) and len(str(v)) <= 40}
+    texts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
+    return "".join(f"  {text}" for text in texts[:SHOWN_RESULTS])
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="moemerge")
+def cli() -> None:
+    """Upcycle a reward model into a mixture of experts, train it, and merge it back.
+
+    A whole run: init writes a recipe, check finds its faults, run does every step. The other commands are the
+    single steps, in order.
+    """
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    command = cli.command()(function)
+    command.params.append(_verbosity())
+    return function
+
+
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Change one value of the recipe; repeat for more.",
+)
+
+
+@_command
+@click.option(
+    "--template", default="quickstart", show_default=True, help="Which of the shipped recipes to copy."
+)
+@click.argument("path", type=click.Path(path_type=Path))
+def init(path: Path, template: str) -> None:
+    """Write a commented recipe to PATH."""
+    from moemerge.pipeline import write_template
+
+    click.echo(f"wrote {write_template(path, template)}; run it: moemerge run {path}")
+
+
+@_command
+@_set
+@click.argument("recipe", type=click.Path(path_type=Path))
+def check(recipe: Path, overrides: Sequence[str]) -> None:
+    """Find every fault of RECIPE, or print its plan."""
+    from moemerge.pipeline import load_recipe, plan
+
+    steps = plan(load_recipe(recipe, overrides))
+    click.echo("ok")
+    for step in steps:
+        click.echo(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
+
+
+@_command
+@_set
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the run, in place of the recipe's."
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
+    """Run the steps of RECIPE that are not done yet."""
+    from moemerge.pipeline import run_recipe
+
+    report = run_recipe(recipe, overrides, output, tell=_tell_step)
+    click.echo(
+        f"\n{report.table}\n\n{report.verdict}\n\nLoad the merged model:\n{_loading_lines(report.merged)}"
+    )
+
+
+def _tell_step(step: StepReport) -> None:
+    what = "valid, skipped" if step.reason is None else f"{step.seconds:.1f} s ({step.reason})"
+    click.echo(f"{step.name:<16} {what}{_results_text(step.results)}")
+
+
+def _loading_lines(folder: Path) -> str:
+    return (
+        "  from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        f'  model = AutoModelForSequenceClassification.from_pretrained("{folder}")\n'
+        f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )
+
+
+for _name, _summary in STAGE_COMMANDS.items():
+    cli.add_command(
+        StageCommand(_name, help=_summary, callback=partial(run_stage, _name), params=[_verbosity()]), _name
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line. Faults that the user can mend end with code 2, an interrupt with 130."""
+    try:
+        code = cli.main(args=arguments, prog_name="moemerge", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MoemergeError as error:
+        click.echo(str(error), err=True)
+        sys.exit(USAGE_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command goes on where this one stopped", err=True)
+        sys.exit(INTERRUPTED)

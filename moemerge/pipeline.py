@@ -1,0 +1,280 @@
+"""The order of the stages: a recipe becomes a plan of steps; steps that are still valid are skipped."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge import recipe as options_of
+from moemerge import summary
+from moemerge.artifacts import Stage, read_manifest, why_stale, write_json
+from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
+from moemerge.errors import ArtifactError, Faults, OptionError, suggest
+from moemerge.recipe import Recipe, Run, TextFormat
+from moemerge.registry import Registry
+
+__all__ = ["STAGES", "check_recipe", "load_recipe", "plan", "run_recipe", "templates", "write_template"]
+
+# Every stage by the name in its manifests, in pipeline order.
+STAGES: Registry[Stage[Any]] = Registry(
+    "stage",
+    {
+        "synthetic": "moemerge.synthetic:write_world",
+        "data": "moemerge.data:prepare",
+        "upcycle": "moemerge.upcycle:upcycle",
+        "train": "moemerge.train:train",
+        "route": "moemerge.route:route",
+        "fit": "moemerge.fit:fit",
+        "merge": "moemerge.merge:merge",
+        "evaluate": "moemerge.evaluate:evaluate",
+        "publish": "moemerge.publish:publish",
+    },
+)
+LOCK = ".lock"
+SUMMARY = "summary.md"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan: the name of its folder in the run, the stage's name, what it is called with."""
+
+    name: str
+    stage: str
+    options: Run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of a step: why it ran (None if it was skipped), how long it took, what it told."""
+
+    name: str
+    reason: str | None
+    seconds: float
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A finished run: its folder, what became of each step, the final table, the merged model's folder."""
+
+    output: Path
+    steps: list[StepReport]
+    table: str
+    verdict: str
+    merged: Path
+
+
+def run_recipe(
+    recipe: Recipe | str | Path,
+    overrides: Iterable[str] = (),
+    output: str | Path | None = None,
+    tell: Callable[[StepReport], None] | None = None,
+) -> RunReport:
+    """Run every step of a recipe (or of the recipe file) whose output is not valid any more, in order.
+
+    `tell` is called after each step. Raises OptionError or Faults before anything runs if the recipe is
+    faulty, ArtifactError if another run is at work in the same folder, and whatever a stage raises.
+    A run that was killed goes on where it was when it is started again.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides, output)
+    elif faults := find_faults(recipe):
+        raise Faults("recipe", list(faults))
+    steps = plan(recipe)
+    with _alone(recipe.output):
+        _remove_leftovers(recipe.output, steps)
+        write_json(recipe.output / RECIPE_COPY, json.loads(recipe.model_dump_json()))
+        reports = []
+        for step in steps:
+            reports.append(_run_step(step))
+            if tell is not None:
+                tell(reports[-1])
+        return _finish(recipe, reports)
+
+
+def _run_step(step: Step) -> StepReport:
+    started = time.perf_counter()
+    reason = why_stale(step.stage, step.options)
+    if reason is not None:
+        log.info("%s: %s", step.name, reason)
+        STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
+    results = read_manifest(step.options.output)["results"]
+    return StepReport(step.name, reason, time.perf_counter() - started, results)
+
+
+def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+    report = json.loads((recipe.output / "evaluate" / "report.json").read_text(encoding="utf-8"))
+    learned = f"merge-{recipe.fit.method}"
+    table, verdict = summary.table(report), summary.verdict(report, learned)
+    (recipe.output / SUMMARY).write_text(f"# Results\n\n{table}\n\n{verdict}\n", encoding="utf-8")
+    return RunReport(recipe.output, reports, table, verdict, recipe.output / learned)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the run's folder; the lock goes with the process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / LOCK, timeout=0):
+            yield
+    except Timeout as error:
+        raise ArtifactError(
+            "another run is at work in this folder",
+            given=str(output),
+            expected="one run per folder at a time",
+            fix="wait for it, or choose another output",
+        ) from error
+
+
+def _remove_leftovers(output: Path, steps: Iterable[Step]) -> None:
+    for step in steps:
+        for leftover in output.glob(f".{step.name}.*.tmp"):
+            shutil.rmtree(leftover)
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """The steps of a recipe in order. Reads nothing, so the recipe must be free of faults."""
+    return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
+
+
+class _Plan:
+    """The paths and options that the steps of one recipe share."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.output = recipe.output
+        self.common = {"seed": recipe.seed, "threads": recipe.threads, "device": recipe.device}
+        self.trust = {"trust_remote_code": recipe.trust_remote_code}
+        self.data = self._data_settings()
+        self.source = str(self.output / "synthetic" / "model") if recipe.synthetic else str(recipe.model)
+        self.dense = self.path("base") if recipe.base else self.source
+        self.moe = self.path("train")
+        self.format = TextFormat(bad_rows=self.data.bad_rows, max_length=self.data.max_length).model_dump()
+
+    def path(self, name: str) -> str:
+        return str(self.output / name)
+
+    def pairs(self, name: str) -> str:
+        return self.path(f"data/{name}.jsonl.gz")
+
+    def _data_settings(self) -> options_of.DataSettings:
+        """The recipe's section data; with a synthetic world, pointed at the files of that world."""
+        settings = self.recipe.data or options_of.DataSettings()
+        if self.recipe.synthetic is None:
+            return settings
+        from moemerge.synthetic import sources
+
+        return settings.model_copy(update=sources(self.output / "synthetic"))
+
+    @property
+    def validation(self) -> str | None:
+        given = self.data.validation or self.data.validation_share
+        return self.pairs("validation") if given else None
+
+    def fitting(self) -> dict[str, str | None]:
+        """Fitting pairs, and held-out pairs if they are others than the fitting pairs."""
+        if self.data.fit:
+            return {"pairs": self.pairs("fit"), "validation": self.validation}
+        return {"pairs": self.validation, "validation": None}
+
+    def step(
+        self, name: str, stage: str, section: options_of.Options | None, **given: Any
+    ) -> tuple[str, str, Run]:
+        """A step's name, stage and options: those of a recipe's section, and what the plan adds."""
+        kind = getattr(options_of, stage.capitalize())
+        settings = section.model_dump() if section is not None else {}
+        fields = {**settings, **self.common, **given, "output": self.output / name}
+        return name, stage, kind(**fields)
+
+    def steps(self) -> Iterator[tuple[str, str, Run]]:
+        """All steps in order."""
+        recipe = self.recipe
+        if recipe.synthetic:
+            yield self.step("synthetic", "synthetic", recipe.synthetic)
+        yield self.step("data", "data", self.data, tokenizer=self.source)
+        if recipe.base:
+            yield self.train("base", recipe.base, self.source)
+        if recipe.control:
+            yield self.train("control", recipe.control, self.dense)
+        yield self.step("upcycle", "upcycle", recipe.upcycle, model=self.dense, **self.trust)
+        yield self.train("train", recipe.train, self.path("upcycle"))
+        yield self.step(
+            "route", "route", recipe.route, **self.format, model=self.moe, pairs=self.pairs("train")
+        )
+        for method in [*recipe.also_merge, recipe.fit.method]:
+            yield from self.merged(method)
+        yield self.evaluate()
+        yield self.publish()
+
+    def train(self, name: str, section: options_of.TrainSettings, model: str) -> tuple[str, str, Run]:
+        """Training of a dense model or a MoE."""
+        data = {"pairs": self.pairs("train"), "validation": self.validation}
+        return self.step(name, "train", section, **self.format, **self.trust, **data, model=model)
+
+    def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
+        """Coefficients by one method, and the merge with them."""
+        given = {"method": method, "model": self.moe, "routing": self.path("route")} | self.fitting()
+        settings = self.recipe.fit.model_copy(update={"method": method})
+        yield self.step(f"fit-{method}", "fit", settings, **self.format, **given)
+        given = {"model": self.moe, "coefficients": self.path(f"fit-{method}")}
+        yield self.step(f"merge-{method}", "merge", self.recipe.merge, **given)
+
+    def evaluate(self) -> tuple[str, str, Run]:
+        """All models on all test and candidate sets."""
+        places = {"dense": self.dense, "control": self.path("control"), "moe": self.moe}
+        models = {name: places.get(name, self.path(name)) for name in model_names(self.recipe)}
+        tests = [*self.data.tests, *(["test"] if self.data.test_share else [])]
+        candidates = {name: self.path(f"data/candidates/{name}.jsonl.gz") for name in self.data.candidates}
+        return self.step(
+            "evaluate",
+            "evaluate",
+            self.recipe.evaluate,
+            **self.format,
+            **self.trust,
+            models=models,
+            pairs={name: self.pairs(f"tests/{name}") for name in tests},
+            candidates=candidates,
+            baseline=self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense"),
+        )
+
+    def publish(self) -> tuple[str, str, Run]:
+        """The merged model's card, and the push if the recipe asks for it."""
+        given = {"model": self.path(f"merge-{self.recipe.fit.method}"), "evaluation": self.path("evaluate")}
+        return self.step("publish", "publish", self.recipe.publish, **given)
+
+
+def templates() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    installed = Path(str(importlib.resources.files("moemerge"))) / "merge_configs"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "merge_configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yml"))}
+
+
+def write_template(path: str | Path, name: str = "quickstart") -> Path:
+    """Write the commented recipe `name` to `path`. OptionError for an unknown name or an existing file."""
+    known, path = templates(), Path(path)
+    if name not in known:
+        fix = suggest(name, known)
+        raise OptionError("unknown template", given=name, expected=f"one of: {', '.join(known)}", fix=fix)
+    if path.exists():
+        raise OptionError(
+            "file exists already",
+            given=str(path),
+            expected="a new file",
+            fix="choose another name or remove it",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(known[name].read_text(encoding="utf-8"), encoding="utf-8")
+    return path

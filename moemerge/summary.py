@@ -1,0 +1,91 @@
+"""The last word of a run: one table over all models, and whether merging helped here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def table(report: Report) -> str:
+    """One row per model: accuracy with interval on each test set, gold score of the best of n on each
+    candidate set, parameters that one token uses. `report` is what evaluate wrote as report.json.
+    """
+    columns = [("model", {name: name for name in report["models"]}), *_accuracy(report), *_gold(report)]
+    columns.append(
+        ("parameters used", {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()})
+    )
+    rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
+    return _markdown([title for title, _ in columns], rows)
+
+
+def _sets(report: Report, probe: str) -> dict[str, Any]:
+    return dict(report["probes"].get(probe, {}).get("sets", {}))
+
+
+def _accuracy(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, measured in _sets(report, "accuracy").items():
+        models = measured["all"]["models"]
+        yield (
+            f"accuracy {name}",
+            {
+                m: f"{v['accuracy']:.3f} ({v['interval'][0]:.3f}-{v['interval'][1]:.3f})"
+                for m, v in models.items()
+            },
+        )
+
+
+def _gold(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, measured in _sets(report, "best_of_n").items():
+        for place, n in enumerate(measured["n"]):
+            cells = {model: f"{curve['gold'][place]:.2f}" for model, curve in measured["models"].items()}
+            yield (f"gold {name} n={n}" if place == 0 else f"n={n}"), cells
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table with aligned columns, as readable in a terminal as on a page."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [
+            cell.ljust(w) if place == 0 else cell.rjust(w)
+            for place, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in [header, rule, *rows]
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdict(report: Report, model: str) -> str:
+    """Whether `model` is better than the report's baseline, in words, set by set, by the paired intervals."""
+    baseline = report["baseline"]
+    if model == baseline:
+        return f"Did merging help here? {model} is the baseline itself; nothing to compare."
+    found = [(what, *_judge(*numbers)) for what, *numbers in _differences(report, model)]
+    words = {word for _, word, _ in found}
+    clear = sorted(words - {SAME})
+    head = {0: SAME, 1: clear[0] if clear else ""}.get(
+        len(clear), "helped in one place, made it worse in another"
+    )
+    parts = "; ".join(f"{what}: {word} ({numbers})" for what, word, numbers in found)
+    return f"Did merging help here? {model} against {baseline}: {head}. {parts}."
+
+
+HELPED, WORSE, SAME = "helped", "made it worse", "no difference beyond the interval"
+
+
+def _differences(report: Report, model: str) -> Iterator[tuple[str, float, float, float]]:
+    """What is compared, the difference to the baseline, and its paired interval."""
+    for name, measured in _sets(report, "accuracy").items():
+        versus = measured["all"]["models"][model]["vs_baseline"]
+        yield f"accuracy {name}", versus["difference"], *versus["interval"]
+    for name, measured in _sets(report, "best_of_n").items():
+        curve = measured["models"][model]
+        ends = (curve[f"minus_baseline{end}"][-1] for end in ("", "_low", "_high"))
+        yield f"gold {name} at n={measured['n'][-1]}", *ends
+
+
+def _judge(difference: float, low: float, high: float) -> tuple[str, str]:
+    word = HELPED if low > 0 else WORSE if high < 0 else SAME
+    return word, f"{difference:+.3f}, {low:+.3f} to {high:+.3f}"
