@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar

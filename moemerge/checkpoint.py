@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moemerge.families.base import ExpertTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
+WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
 NOT_COPIED = {"config.json", "manifest.json", "README.md", "training_args.bin", "moemerge_shim.py"}
 DTYPES = {
     "F64": torch.float64,
@@ -128,10 +128,11 @@ class Checkpoint:
             files = {str(name): str(file) for name, file in index["weight_map"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault("the index of shards cannot be read", str(error), "a weight_map") from error
-        for file in set(files.values()):
+        shards = set(files.values())
+        for file in shards:
             if Path(file).name != file or not (self.folder / file).is_file():
                 raise self._fault("a shard named in the index is not there", file, "a file in this folder")
-        held = {(name, file) for file in set(files.values()) for name in _open_file(self.folder / file).keys()}
+        held = {(name, file) for file in shards for name in _open_file(self.folder / file).keys()}
         if held != set(files.items()):
             names = sorted(name for name, _ in held ^ set(files.items()))
             raise self._fault("index and shards disagree", ", ".join(names[:5]), "the same tensors in both")

@@ -13,8 +13,13 @@ from types import new_class
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -125,7 +130,8 @@ def model_class(family: str) -> type[PreTrainedModel]:
 
 @cache
 def _backbone_class(family: str) -> type[PreTrainedModel]:
-    return _subclass(MoemergeModelMixin, MODEL_MAPPING[CONFIG_MAPPING[family]], family)
+    dense = cast(type[PreTrainedModel], MODEL_MAPPING[CONFIG_MAPPING[family]])
+    return _subclass(MoemergeModelMixin, dense, family)
 
 
 def _subclass(mixin: type, dense: type[PreTrainedModel], family: str) -> type[PreTrainedModel]:
@@ -165,7 +171,7 @@ def moe_config(dense: PretrainedConfig, settings: MoeSettings) -> PretrainedConf
     values = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map"):
         values.pop(name, None)
-    config = config_class(dense.model_type)(**values, moemerge=settings.to_dict())
+    config = config_class(dense.model_type)(**{**values, "moemerge": settings.to_dict()})
     config.architectures = [model_class(dense.model_type).__name__]
     return config
 

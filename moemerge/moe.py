@@ -331,7 +331,8 @@ class MoELayer(nn.Module):
 
 def _repeat(gating: Gating, length: int, mask_T: torch.Tensor) -> Gating:
     rows = (gating.probabilities_TN, gating.index_TK, gating.weights_TK, gating.shared_T)
-    return Gating(*(row.repeat_interleave(length, 0) for row in rows), mask_T)
+    s_TN, index_TK, weights_TK, shared_T = (row.repeat_interleave(length, 0) for row in rows)
+    return Gating(s_TN, index_TK, weights_TK, shared_T, mask_T)
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoELayer]:

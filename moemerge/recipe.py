@@ -51,7 +51,9 @@ class TextFormat(Options):
     bad_rows: Literal["refuse", "skip"] = Field(
         "refuse", description="what to do with broken rows; either way they are counted and reported"
     )
-    max_length: int = Field(1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows")
+    max_length: int = Field(
+        1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows"
+    )
 
     @field_validator("fields")
     @classmethod
@@ -70,18 +72,22 @@ class UpcycleSettings(Options):
     shared_expert: bool = Field(True, description="keep one expert that sees every token")
     layers: Layers = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
     gate: Literal["xft", "topk", "prompt"] = Field(
-        "xft", description="xft: normalised (shared 1 - max s); topk: renormalised top-k; prompt: one gate per prompt"
+        "xft",
+        description="xft: normalised (shared 1 - max s); topk: renormalised top-k; prompt: one gate per prompt",
     )
     gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="shared expert's weight under gate topk")
     router: Literal["linear", "mlp"] = Field("linear", description="router network")
     router_init: Literal["normal", "zero"] = Field(
-        "normal", description="router's last layer at the start; zero always picks the first K experts at first"
+        "normal",
+        description="router's last layer at the start; zero always picks the first K experts at first",
     )
     router_init_std: float = Field(0.02, gt=0, description="standard deviation of router_init: normal")
     expert_noise: float = Field(
         0.0, ge=0, description="noise on the copies, in units of each matrix's standard deviation"
     )
-    balance_coefficient: float = Field(0.01, ge=0, description="weight of the balance loss, kept in the config")
+    balance_coefficient: float = Field(
+        0.01, ge=0, description="weight of the balance loss, kept in the config"
+    )
     balance_loss: Literal["cv", "switch"] = Field("cv", description="cv: cv^2 of importance and load; switch")
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
@@ -108,12 +114,16 @@ class TrainSettings(Options):
     gradient_accumulation: int = Field(1, ge=1, description="steps summed into one update")
     learning_rate: float = Field(1e-5, gt=0, description="of everything that has no rate of its own")
     expert_learning_rate: float | None = Field(
-        None, gt=0, description="of routed and shared experts, or of a dense model's MLPs (default: learning_rate)"
+        None,
+        gt=0,
+        description="of routed and shared experts, or of a dense model's MLPs (default: learning_rate)",
     )
     router_learning_rate: float | None = Field(None, gt=0, description="of routers (default: learning_rate)")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps with rising learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning rate after warm-up"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     trainable: Literal["full", "experts", "lora"] = Field(
         "full", description="full; experts: experts, routers and head; lora: those plus LoRA on attention"
@@ -126,7 +136,9 @@ class TrainSettings(Options):
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations (default: ten per run)")
-    patience: int | None = Field(3, ge=1, description="evaluations without progress before stopping; none: never")
+    patience: int | None = Field(
+        3, ge=1, description="evaluations without progress before stopping; none: never"
+    )
     search: dict[str, list[float]] = Field(
         default_factory=dict,
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; validation loss chooses",
@@ -144,7 +156,9 @@ class TrainSettings(Options):
 class Train(TrainSettings, TextFormat, Run):
     """Options of `moemerge train`."""
 
-    model: Source = Field(description="MoE or dense reward model, or a base model (fresh head): folder or hub name")
+    model: Source = Field(
+        description="MoE or dense reward model, or a base model (fresh head): folder or hub name"
+    )
     pairs: Source = Field(description="training pairs")
     validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
@@ -179,7 +193,9 @@ class FitSettings(Options):
     kl: float = Field(0.0, ge=0, description="pull towards the initial coefficients")
     patience: int = Field(3, ge=1, description="evaluations without progress before stopping")
     evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch")
-    holdout: float = Field(0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given")
+    holdout: float = Field(
+        0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given"
+    )
 
     @model_validator(mode="after")
     def _weight_in_range(self) -> FitSettings:
@@ -194,13 +210,17 @@ class Fit(FitSettings, TextFormat, Run):
     model: Source = Field(description="MoE folder")
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
     pairs: Source | None = Field(None, description="fitting pairs; needed by learned")
-    validation: Source | None = Field(None, description="held-out pairs (default: a share of the fitting pairs)")
+    validation: Source | None = Field(
+        None, description="held-out pairs (default: a share of the fitting pairs)"
+    )
 
 
 class MergeSettings(Options):
     """MoE + coefficients -> dense reward model of the original architecture."""
 
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field("keep", description="dtype of the result")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
+        "keep", description="dtype of the result"
+    )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
 
 
@@ -214,7 +234,9 @@ class Merge(MergeSettings, Run):
 class EvaluateSettings(Options):
     """Accuracy and over-optimisation of several models on the same data."""
 
-    probes: list[str] = Field(default_factory=lambda: ["accuracy", "best_of_n"], description="what to measure")
+    probes: list[str] = Field(
+        default_factory=lambda: ["accuracy", "best_of_n"], description="what to measure"
+    )
     baseline: str | None = Field(None, description="model that the others are compared with, pair by pair")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
@@ -236,7 +258,9 @@ class PublishSettings(Options):
     repo: str | None = Field(None, description="owner/name on the hub; without it only the card is written")
     push: bool = Field(False, description="really push; otherwise only show what would be pushed")
     public: bool = Field(False, description="make the repository public")
-    license: str | None = Field(None, description="licence id for the card (default: taken from the dense model)")
+    license: str | None = Field(
+        None, description="licence id for the card (default: taken from the dense model)"
+    )
     datasets: list[str] = Field(default_factory=list, description="dataset ids for the card")
     base_model: str | None = Field(None, description="hub name of the dense model for the card")
 
@@ -271,10 +295,16 @@ class DataSettings(TextFormat):
 
     train: Source | None = Field(None, description="training pairs: file or hub name:split")
     validation: Source | None = Field(None, description="held-out pairs; default: split off train")
-    fit: Source | None = Field(None, description="pairs for fitting coefficients; default: the validation pairs")
+    fit: Source | None = Field(
+        None, description="pairs for fitting coefficients; default: the validation pairs"
+    )
     tests: Sources = Field(default_factory=dict, description="name: file, test pairs")
-    candidates: Sources = Field(default_factory=dict, description="name: file, scored candidates for best-of-n")
-    split_by: str | None = Field(None, description="row field whose values never straddle a split, e.g. topic")
+    candidates: Sources = Field(
+        default_factory=dict, description="name: file, scored candidates for best-of-n"
+    )
+    split_by: str | None = Field(
+        None, description="row field whose values never straddle a split, e.g. topic"
+    )
     validation_share: float = Field(0.1, ge=0, lt=1, description="share split off train for validation")
     test_share: float = Field(0.0, ge=0, lt=1, description="share split off train as test set 'test'")
     max_train: int | None = Field(None, ge=1, description="draw at most so many training pairs")
@@ -306,7 +336,9 @@ class Recipe(Options):
     control: TrainSettings | None = Field(None, description="the dense model trained with the same budget")
     route: RouteSettings = Field(default_factory=RouteSettings)
     fit: FitSettings = Field(default_factory=FitSettings)
-    also_merge: list[str] = Field(default_factory=list, description="other coefficient methods to merge and compare")
+    also_merge: list[str] = Field(
+        default_factory=list, description="other coefficient methods to merge and compare"
+    )
     merge: MergeSettings = Field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     publish: PublishSettings = Field(default_factory=PublishSettings)
@@ -323,7 +355,9 @@ def input_fields(options: Options) -> dict[str, Any]:
 
 
 def _marks(field: Any) -> list[object]:
-    nested = [m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())]
+    nested = [
+        m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())
+    ]
     return [*field.metadata, *nested]
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @stage("upcycle", Upcycle)
 def upcycle(options: Upcycle, draft: Draft) -> None:
-    """Write the MoE of `options.model` into a folder, and check on a probe batch that it equals the dense model.
+    """Write the MoE of `options.model`, and check on a probe batch that it equals the dense model.
 
     A base language model or encoder gets a fresh head drawn from `seed`. Weights are read and written
     tensor by tensor, so no more than one shard is held. Raises UnsupportedError for an unknown
@@ -94,7 +94,7 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
 
 
 def _source_names(source: Checkpoint, config: PretrainedConfig) -> dict[str, str | None]:
-    """For each tensor of the dense reward model its name in `source`, None for the head's that it lacks."""
+    """For each tensor of the dense reward model its name in `source`; None for a head that it lacks."""
     held, prefix = set(source.names), f"{dense_class(config).base_model_prefix}."
     wanted = skeleton(config).state_dict()
     found = {n: next((m for m in (n, n.removeprefix(prefix)) if m in held), None) for n in wanted}
@@ -223,8 +223,11 @@ def _dense_scores(
     device: torch.device,
 ) -> torch.Tensor:
     dense: PreTrainedModel = load_reward_model(
-        options.model, device, dtype, options.trust_remote_code, fresh_head_seed=options.seed if head else None
+        options.model,
+        device,
+        dtype,
+        options.trust_remote_code,
+        fresh_head_seed=options.seed if head else None,
     )
     dense.load_state_dict(head, strict=False)
     return dense(**inputs).logits.float()
-

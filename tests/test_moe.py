@@ -37,7 +37,9 @@ def tiny_moe(family: str = "llama", **changes: Any) -> torch.nn.Module:
 
 
 def random_logits(num_tokens: int = 50, num_experts: int = 7) -> torch.Tensor:
-    return torch.randn(num_tokens, num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        num_tokens, num_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_zero_logits_give_the_published_weights() -> None:
@@ -101,7 +103,9 @@ def test_balance_loss_against_loops(kind: str) -> None:
     if kind == "switch":
         expected = 4 * sum(counts[i] / (2 * tokens) * mass[i] / tokens for i in range(4))
     else:
-        expected = sum(torch.tensor(x).var().item() / torch.tensor(x).mean().item() ** 2 for x in (importance, chances))
+        expected = sum(
+            torch.tensor(x).var().item() / torch.tensor(x).mean().item() ** 2 for x in (importance, chances)
+        )
     assert balance_loss(logits, s_TN, index_TK, mask, kind).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -122,7 +126,9 @@ def test_attached_balance_gradient_equals_explicit_loss(mode: str) -> None:
     """Gradient of score + coefficient * scale * balance, in every form of checkpointing."""
     layer = moe_layers(tiny_moe())[0].double().train()
     layer.balance_scale = 0.5
-    x_TD = torch.randn(30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    x_TD = torch.randn(
+        30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    ).requires_grad_()
     layer.context.mask_BT = torch.arange(30).reshape(1, 30) < 20
     call = layer if mode == "plain" else lambda x: checkpoint(layer, x, use_reentrant=mode == "reentrant")
     call(x_TD).square().sum().backward()
@@ -201,10 +207,16 @@ def test_prompt_gate_ignores_the_answer() -> None:
     seen: list[Gating] = []
     moe_layers(model)[2].observer = seen.append
     lengths = torch.tensor([2, 2])
-    model(input_ids=torch.tensor([[5, 6, 7, 8], [5, 6, 40, 0]]), attention_mask=torch.tensor([[1] * 4, [1, 1, 1, 0]]),
-          prompt_lengths=lengths)
-    model(input_ids=torch.tensor([[0, 5, 6, 7], [0, 5, 6, 9]]), attention_mask=torch.tensor([[0, 1, 1, 1]] * 2),
-          prompt_lengths=lengths)
+    model(
+        input_ids=torch.tensor([[5, 6, 7, 8], [5, 6, 40, 0]]),
+        attention_mask=torch.tensor([[1] * 4, [1, 1, 1, 0]]),
+        prompt_lengths=lengths,
+    )
+    model(
+        input_ids=torch.tensor([[0, 5, 6, 7], [0, 5, 6, 9]]),
+        attention_mask=torch.tensor([[0, 1, 1, 1]] * 2),
+        prompt_lengths=lengths,
+    )
     rows = torch.cat([gating.probabilities_TN for gating in seen])
     torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-4, atol=1e-6)
     with pytest.raises(UnsupportedError, match="prompt_lengths"):

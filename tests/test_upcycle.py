@@ -99,9 +99,7 @@ def test_every_expert_is_a_copy_and_readable_alone(tmp_path: Path) -> None:
 def test_noise_moves_routed_experts_only_and_is_seeded(tmp_path: Path) -> None:
     dense = save_dense(tmp_path / "dense")
     common = {"model": str(dense), "expert_noise": 0.1}
-    one, two, three = (
-        upcycle(output=tmp_path / str(n), seed=s, **common) for n, s in enumerate((0, 0, 1))
-    )
+    one, two, three = (upcycle(output=tmp_path / str(n), seed=s, **common) for n, s in enumerate((0, 0, 1)))
     name = "model.layers.0.mlp.experts.down_proj"
     first, again, other = (Checkpoint(folder).tensor(name) for folder in (one, two, three))
     original = Checkpoint(dense).tensor("model.layers.0.mlp.down_proj.weight")

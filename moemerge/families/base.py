@@ -88,7 +88,14 @@ class Family:
         return found
 
     def _expert_tensor(
-        self, matrix: str, path: str, kind: str, shape: tuple[int, ...], prefix: str, number: int, layer: nn.Module
+        self,
+        matrix: str,
+        path: str,
+        kind: str,
+        shape: tuple[int, ...],
+        prefix: str,
+        number: int,
+        layer: nn.Module,
     ) -> ExpertTensor:
         transposed = self.transposed and kind == "weight"
         gated = any(name == "gate" for name, _ in self.matrices)

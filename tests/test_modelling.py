@@ -1,0 +1,144 @@
+"""MoE checkpoints as HF folders: exact reload, any dtype and device map, safe without moemerge."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, save_dense, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from test_moe import tiny_moe
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+
+from moemerge.errors import CheckpointError
+from moemerge.modelling import dense_class, is_moe, load_moe
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+MASK = (IDS != 0).long()
+
+
+@torch.no_grad()
+def scores(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, attention_mask=MASK).logits[:, 0].float()
+
+
+@pytest.fixture(params=TINY)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Path]:
+    model = tiny_moe(request.param)
+    model.save_pretrained(tmp_path / "moe")
+    tiny_tokenizer().save_pretrained(tmp_path / "moe")
+    return model, tmp_path / "moe"
+
+
+def test_reload_is_exact(saved: tuple[torch.nn.Module, Path]) -> None:
+    model, folder = saved
+    again, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    torch.testing.assert_close(scores(again), scores(model), rtol=0, atol=1e-8)
+    assert is_moe(again.config)
+    assert again.config._experts_implementation == "grouped_mm"
+
+
+def test_shards_dtypes_and_device_maps(tmp_path: Path) -> None:
+    model = tiny_moe()
+    model.save_pretrained(tmp_path / "moe", max_shard_size="30KB")
+    assert len(list((tmp_path / "moe").glob("*.safetensors"))) > 2
+    load = AutoModelForSequenceClassification.from_pretrained
+    for device_map in ("cpu", "auto", {"": "cpu"}):
+        assert torch.equal(scores(load(tmp_path / "moe", device_map=device_map)), scores(model))
+    offloaded = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "score": "cpu"}
+    offloaded["model.rotary_emb"] = "cpu"
+    loaded = load(tmp_path / "moe", device_map=offloaded, offload_folder=tmp_path / "offload")
+    torch.testing.assert_close(scores(loaded), scores(model))
+    half = load(tmp_path / "moe", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(scores(half), scores(model), rtol=0.1, atol=0.05)
+
+
+def test_pipeline_and_base_model(saved: tuple[torch.nn.Module, Path]) -> None:
+    model, folder = saved
+    answer = pipeline("text-classification", str(folder), function_to_apply="none")("w1 w2 w3")
+    ids = tiny_tokenizer()("w1 w2 w3", return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(**ids).logits.item()
+    assert answer[0]["score"] == pytest.approx(expected, abs=1e-6)
+    backbone = AutoModel.from_pretrained(folder)
+    assert any(".experts." in name for name, _ in backbone.named_parameters())
+
+
+BLOCKED = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "moemerge":
+            raise ModuleNotFoundError("No module named 'moemerge'", name=name)
+sys.meta_path.insert(0, Absent())
+from transformers import AutoModelForSequenceClassification
+AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "yes")
+"""
+
+
+@pytest.mark.parametrize(("trust", "said"), [("yes", "pip install moemerge"), ("no", "custom code")])
+def test_without_moemerge_nothing_is_loaded(tmp_path: Path, trust: str, said: str) -> None:
+    tiny_moe().save_pretrained(tmp_path / "moe")
+    call = [sys.executable, "-c", BLOCKED, str(tmp_path / "moe"), trust]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and said in done.stderr
+    assert "pip install moemerge" in (tmp_path / "moe" / "moemerge_shim.py").read_text()
+
+
+@pytest.mark.parametrize("first", ["moemerge", "transformers"])
+def test_importing_moemerge_registers_in_either_order(tmp_path: Path, first: str) -> None:
+    tiny_moe().save_pretrained(tmp_path / "moe")
+    order = ["import moemerge", "from transformers import AutoModelForSequenceClassification as A"]
+    lines = order if first == "moemerge" else order[::-1]
+    code = "\n".join([*lines, f"print(type(A.from_pretrained({str(tmp_path / 'moe')!r})).__name__)"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "MoemergeLlamaForSequenceClassification", done.stderr
+
+
+def test_load_moe_refuses_what_is_not_whole(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a MoE"):
+        load_moe(save_dense(tmp_path / "dense"))
+    tiny_moe().save_pretrained(tmp_path / "moe")
+    path = tmp_path / "moe" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.experts.down_proj"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing keys.*layers.1.mlp.experts.down_proj"):
+        load_moe(tmp_path / "moe")
+
+
+def test_unknown_moe_field_in_config_is_refused(tmp_path: Path) -> None:
+    tiny_moe().save_pretrained(tmp_path / "moe")
+    path = tmp_path / "moe" / "config.json"
+    config = json.loads(path.read_text())
+    config["moemerge"]["future"] = 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="future"):
+        load_moe(tmp_path / "moe")
+
+
+def test_saving_twice_through_the_shim_keeps_one_shim(tmp_path: Path) -> None:
+    tiny_moe().save_pretrained(tmp_path / "one")
+    load = AutoModelForSequenceClassification.from_pretrained
+    load(tmp_path / "one", trust_remote_code=True).save_pretrained(tmp_path / "two")
+    names = {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {"config.json", "model.safetensors", "moemerge_shim.py"}
+    one, two = (json.loads((tmp_path / n / "config.json").read_text())["auto_map"] for n in ("one", "two"))
+    assert one == two
+    assert torch.equal(scores(load(tmp_path / "two")), scores(load(tmp_path / "one")))
+
+
+def test_configs_pickle_and_know_their_dense_class() -> None:
+    model = tiny_moe("gemma2")
+    assert pickle.loads(pickle.dumps(model.config)).to_dict() == model.config.to_dict()
+    assert dense_class(model.config).__name__ == "Gemma2ForSequenceClassification"
+    assert type(AutoConfig.for_model("moemerge_gemma2")) is type(model.config)
