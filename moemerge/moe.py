@@ -149,6 +149,11 @@ def _squared_variation(x_N: torch.Tensor) -> torch.Tensor:
 class DenseExpert(nn.Module):
     """An MLP made of the dense model's own linear modules: gate_proj, up_proj or gate_up_proj, down_proj."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
     def __init__(self, linears: dict[str, nn.Module], activation: str) -> None:
         super().__init__()
         for name, linear in linears.items():
@@ -176,6 +181,7 @@ class StackedExperts(nn.Module):
     is_concatenated = True
     has_post_expert_norm = False
     _is_expert_parallel = False
+    down_proj: nn.Parameter
 
     def __init__(self, config: Any, shapes: dict[str, tuple[int, ...]], activation: str) -> None:
         super().__init__()

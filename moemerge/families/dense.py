@@ -37,11 +37,11 @@ def dense_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The dense reward model on the meta device: names and shapes, no weights. Do not change it."""
-    return _skeleton(dense_class(config), dense_config(config).to_json_string(use_diff=False))
+    return _skeleton(dense_config(config).to_json_string(use_diff=False))
 
 
 @lru_cache(maxsize=8)
-def _skeleton(kind: type[PreTrainedModel], text: str) -> PreTrainedModel:
+def _skeleton(text: str) -> PreTrainedModel:
     values: dict[str, Any] = json.loads(text)
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     with torch.device("meta"):
