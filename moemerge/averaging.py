@@ -1,0 +1,105 @@
+"""The arithmetic of the merge: one dense matrix out of the copies that the experts hold of it.
+
+Shapes: N routed experts. No model, file or device is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moemerge.errors import CheckpointError, OptionError
+
+TOLERANCE = 1e-6
+
+
+def routing_normalized_average(
+    shared: Tensor | None,
+    experts_N: Iterable[Tensor],
+    alpha_N: Tensor | Sequence[float],
+    shared_weight: float,
+) -> Tensor:
+    """W = shared_weight * shared + (1 - shared_weight) * sum_i alpha_i expert_i.
+
+    `experts_N` may be a generator: one matrix is held at a time. Sums run in float32 (float64 for float64
+    experts), the result has the experts' dtype; nothing given is changed. `shared` may be None if its weight
+    is 0. Exact, bit for bit: equal matrices give that matrix for any weights, one-hot `alpha_N` with
+    `shared_weight` 0 gives that expert, `shared_weight` 1 gives `shared`.
+
+    Raises OptionError for weights that do not form an average, CheckpointError for matrices that do not fit.
+    Source: XFT (arXiv 2404.15247), step 4; its shared-expert rate in UMM-RM (arXiv 2512.00724).
+    """
+    alpha = check_weights(alpha_N, shared_weight, shared is not None)
+    total: Tensor | None = None
+    reference = torch.empty(0)
+    dtype = torch.float32
+    # R - sum_i w_i (R - W_i), R being the first matrix of non-zero weight. The weights sum to one, so this
+    # is the average; and x - (+0) is x for every float, -0.0 included, which makes the identities exact.
+    for weight, matrix in _terms(shared, experts_N, alpha, shared_weight):
+        if total is None:
+            dtype, reference = matrix.dtype, _wide(matrix)
+            total = reference.clone()
+        else:
+            _check_alike(matrix, reference)
+            total.sub_(reference - _wide(matrix), alpha=weight)
+    assert total is not None
+    return total.to(dtype)
+
+
+def check_weights(alpha_N: Tensor | Sequence[float], shared_weight: float, has_shared: bool) -> list[float]:
+    """`alpha_N` as numbers; OptionError unless they and `shared_weight` form an average."""
+    values = torch.as_tensor(alpha_N, dtype=torch.float64)
+    if values.ndim != 1 or not len(values) or not bool(values.isfinite().all()):
+        raise _bad_weights("alpha is not a list of finite numbers", str(values.tolist()))
+    if bool((values < 0).any()) or abs(float(values.sum()) - 1) > TOLERANCE:
+        raise _bad_weights("alpha does not form an average", f"{values.tolist()}, sum {float(values.sum())}")
+    if not 0 <= shared_weight <= 1:
+        raise _bad_weights("shared weight is out of range", str(shared_weight))
+    if shared_weight and not has_shared:
+        raise _bad_weights("weight for a shared expert that is not there", str(shared_weight))
+    return [float(v) for v in values.tolist()]
+
+
+def _bad_weights(what: str, given: str) -> OptionError:
+    return OptionError(
+        what,
+        given=given,
+        expected="alpha >= 0 with sum 1; shared weight in [0, 1], and 0 without a shared expert",
+        fix="correct the weights, or fit them again",
+    )
+
+
+def _terms(
+    shared: Tensor | None, experts_N: Iterable[Tensor], alpha: list[float], shared_weight: float
+) -> Iterator[tuple[float, Tensor]]:
+    """Weights and matrices of the average, without those of weight zero."""
+    if shared is not None and shared_weight:
+        yield shared_weight, shared
+    count = 0
+    for count, matrix in enumerate(experts_N, start=1):
+        weight = (1 - shared_weight) * alpha[count - 1] if count <= len(alpha) else 0.0
+        if weight:
+            yield weight, matrix
+    if count != len(alpha):
+        raise CheckpointError(
+            "number of experts and number of weights differ",
+            given=f"{count} experts, {len(alpha)} weights",
+            expected="one weight per routed expert",
+            fix="use coefficients that were fitted for this model",
+        )
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _check_alike(matrix: Tensor, reference: Tensor) -> None:
+    if matrix.shape != reference.shape or _wide(matrix[:0]).dtype != reference.dtype:
+        raise CheckpointError(
+            "experts do not have one shape",
+            given=f"{tuple(matrix.shape)} {matrix.dtype} beside {tuple(reference.shape)}",
+            expected="matrices of one shape and precision",
+            fix="check that the folder holds one whole MoE checkpoint",
+        )

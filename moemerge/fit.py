@@ -1,0 +1,186 @@
+"""Stage fit: merge coefficients for a MoE, by one of the ways in moemerge.coefficients.
+
+Shapes: L layers with experts, N routed experts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moemerge import plotting, runtime
+from moemerge.artifacts import Draft, stage, write_json
+from moemerge.coefficients import METHODS, Coefficients, FitOutcome, FitProblem, Objective
+from moemerge.data import EncodedPair, encode_pairs, read_pairs
+from moemerge.errors import CheckpointError, DataError
+from moemerge.merged_model import MergedModel, PairObjective
+from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.probes import Table
+from moemerge.provenance import model_fingerprint
+from moemerge.recipe import Fit
+from moemerge.routing import RoutingStatistics
+from moemerge.scoring import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@stage("fit", Fit)
+def fit(options: Fit, draft: Draft) -> None:
+    """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
+
+    uniform needs nothing but the MoE, usage its routing statistics, learned preference pairs besides.
+    Nothing but coefficients is fitted; the MoE on disk is only read. Raises OptionError when the method
+    lacks an input, CheckpointError for a foreign or damaged one, DataError for unusable pairs.
+    """
+    device = runtime.use(options)
+    method = METHODS.get(options.method)
+    source = MoeCheckpoint(options.model)
+    model = model_fingerprint(source.folder)
+    problem = _problem(options, source, model, _objective(options, source, device, draft))
+    outcome = method(problem)
+    meta = {"method": options.method, "shared_weight": str(options.shared_weight), "model": model}
+    coefficients = Coefficients(source.settings.layers, outcome.alpha_LN, outcome.shared_L, meta)
+    coefficients.save(draft.folder)
+    log.info("fit: %s", outcome.report["verdict"])
+    _tell(draft, coefficients, outcome)
+
+
+def _problem(
+    options: Fit, source: MoeCheckpoint, model: str, objective: Callable[[], Objective] | None
+) -> FitProblem:
+    settings = source.settings
+    if not settings.shared_expert and isinstance(options.shared_weight, str):
+        log.warning("shared_weight %s is ignored: the MoE has no shared expert", options.shared_weight)
+    return FitProblem(
+        layers=settings.layers,
+        num_experts=settings.num_routed_experts,
+        has_shared=settings.shared_expert,
+        settings=options,
+        seed=options.seed,
+        statistics=_statistics(options.routing, source, model),
+        objective=objective,
+    )
+
+
+def _statistics(routing: str | None, source: MoeCheckpoint, model: str) -> RoutingStatistics | None:
+    """The routing statistics, which must be of this very model."""
+    if routing is None:
+        return None
+    found, settings = RoutingStatistics.load(routing), source.settings
+    theirs, mine = (found.layers, found.num_experts), (settings.layers, settings.num_routed_experts)
+    if theirs == mine and found.meta.get("model") in (None, model):
+        return found
+    raise CheckpointError(
+        "routing statistics are of another model",
+        given=f"layers {theirs[0]}, {theirs[1]} experts, fingerprint {found.meta.get('model')}",
+        expected=f"layers {mine[0]}, {mine[1]} experts, fingerprint {model}",
+        fix="run route on this MoE",
+    )
+
+
+def _objective(
+    options: Fit, source: MoeCheckpoint, device: torch.device, draft: Draft
+) -> Callable[[], Objective] | None:
+    """What builds the objective when a method asks for it; None without pairs."""
+    if options.pairs is None:
+        return None
+
+    def build() -> Objective:
+        tokenizer = load_tokenizer(str(source.folder))
+        train, held_out = _pairs(options, tokenizer, draft.results)
+        shape = (len(source.settings.layers), source.settings.num_routed_experts)
+        alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        merged = MergedModel(source, alpha_LN, torch.zeros(shape[0], dtype=torch.float64), device, dtype)
+        return PairObjective(merged, tokenizer, train, held_out, options.micro_batch_size)
+
+    return build
+
+
+def _pairs(
+    options: Fit, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Training and held-out pairs; what became of the rows goes into `results`."""
+    rows = results.setdefault("rows", {})
+
+    def read(name: str, source: str) -> list[EncodedPair]:
+        pairs, report = read_pairs(source, options)
+        encoded = encode_pairs(tokenizer, pairs, options, report)
+        rows[name] = report.summary()
+        return encoded
+
+    train = read("pairs", str(options.pairs))
+    if options.validation is not None:
+        return train, read("validation", options.validation)
+    return hold_out(train, options.holdout, options.seed)
+
+
+def hold_out(
+    pairs: Sequence[EncodedPair], share: float, seed: int
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Split off about `share` of the pairs, at least one; pairs of one prompt stay together.
+
+    Raises DataError if there is only one prompt.
+    """
+    keys = [json.dumps(p.pair.prompt or (p.pair.chosen, p.pair.rejected), sort_keys=True) for p in pairs]
+    counts = Counter(keys)
+    groups = list(counts)
+    if len(groups) < 2:
+        raise DataError(
+            "no pairs can be held out",
+            given=f"{len(pairs)} pairs of {len(groups)} prompt(s)",
+            expected="pairs of two prompts at least, as no prompt is on both sides",
+            fix="give validation pairs, or more pairs",
+        )
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    sizes = accumulate(counts[groups[number]] for number in order)
+    enough = next(number for number, size in enumerate(sizes, start=1) if size >= share * len(pairs))
+    held = {groups[number] for number in order[: min(enough, len(groups) - 1)]}
+    rows = list(zip(pairs, keys, strict=True))
+    return [pair for pair, key in rows if key not in held], [pair for pair, key in rows if key in held]
+
+
+def _tell(draft: Draft, coefficients: Coefficients, outcome: FitOutcome) -> None:
+    write_json(draft.folder / "report.json", outcome.report)
+    plotting.heat_map(
+        coefficients.alpha_LN.numpy(),
+        draft.folder / "alpha.png",
+        "Merge coefficients of the routed experts",
+        "expert",
+        "layer",
+        y_ticks=coefficients.layers,
+    )
+    tables = [*_loss_tables(outcome.report), _coefficient_table(coefficients, outcome.report)]
+    parts = ["# Merge coefficients\n", outcome.report["verdict"] + "\n", *(t.markdown() for t in tables)]
+    (draft.folder / "fit.md").write_text("\n".join([*parts, "![alpha](alpha.png)\n"]), encoding="utf-8")
+    draft.results |= {k: v for k, v in outcome.report.items() if k != "trajectory"}
+
+
+def _loss_tables(report: dict[str, Any]) -> list[Table]:
+    if "held_out" not in report:
+        return []
+    rows = []
+    for split in ("train", "held_out"):
+        for when in ("before", "after"):
+            at = report[split][when]
+            rows.append([split, when, str(report["pairs"][split]), f"{at['loss']:.4f}", f"{at['accuracy']:.4f}"])
+    return [Table("Bradley-Terry loss", ["pairs", "when", "number", "loss", "accuracy"], rows)]
+
+
+def _coefficient_table(coefficients: Coefficients, report: dict[str, Any]) -> Table:
+    moved = [f"{one['l1']:.4f}" for one in report.get("moved", [])] or [""] * len(coefficients.layers)
+    shared_L, alpha_LN = coefficients.shared_L.tolist(), coefficients.alpha_LN.tolist()
+    values = zip(coefficients.layers, moved, shared_L, alpha_LN, strict=True)
+    rows = [[str(n), l1, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha)] for n, l1, shared, alpha in values]
+    header = ["layer", "moved", "shared", *(f"expert {i}" for i in range(coefficients.num_experts))]
+    note = "moved: L1 distance of the routed experts' coefficients from where they started."
+    return Table("Coefficients", header, rows, note if report.get("moved") else "")
