@@ -353,14 +353,16 @@ def _finite(value: Any) -> Any:
 
 
 def _results(options: Train, reports: list[dict[str, Any]], best: int) -> dict[str, Any]:
-    winner = {name: value for name, value in reports[best].items() if name != "history"}
-    winner["seconds"] = round(sum(report["seconds"] for report in reports), 3)
-    tried = itertools.product(*options.search.values())
-    trials = [
-        {"options": dict(zip(options.search, values, strict=True)), **_summary(report)}
-        for values, report in zip(tried, reports, strict=True)
-    ]
-    return {k: _finite(v) for k, v in winner.items()} | ({"trials": trials} if options.search else {})
+    """The winner's report without its history, and a line on each trial of a search."""
+    results = {name: _finite(value) for name, value in reports[best].items() if name != "history"}
+    results["seconds"] = round(sum(report["seconds"] for report in reports), 3)
+    if options.search:
+        tried = itertools.product(*options.search.values())
+        results["trials"] = [
+            {"options": dict(zip(options.search, values, strict=True)), **_summary(report)}
+            for values, report in zip(tried, reports, strict=True)
+        ]
+    return results
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class PairTrainer(RewardTrainer):
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; the attached balance loss is averaged over an update's passes."""
+        """One forward and backward pass; the balance loss is a mean over layers and an update's passes."""
         for layer in self.moe:
-            layer.balance_scale = 1 / self.current_gradient_accumulation_steps
+            layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
         return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ class PairTrainer(RewardTrainer):
         return result
 
     def measure(self) -> dict[str, float]:
-        """Bradley-Terry loss in nats (infinite if a score is not finite) and accuracy on the held-out pairs."""
+        """Bradley-Terry loss in nats (infinite if scores are not finite) and accuracy on held-out pairs."""
         self.model.eval()
         try:
             with self.accelerator.autocast():
@@ -218,7 +218,8 @@ def _arguments(
         "gradient_accumulation_steps": options.gradient_accumulation,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": SCHEDULES[options.schedule],
-        "warmup_steps": options.warmup,
+        # Rounded down: a short run must not spend its only step at rate zero.
+        "warmup_steps": int(options.warmup * total_steps(options, num_pairs)),
         "max_grad_norm": options.max_grad_norm,
         "bf16": _autocasts(options, device),
         "use_cpu": device.type == "cpu",

@@ -1,0 +1,553 @@
+"""Training: what moves, at which rate, on which gradient; resume, search and the weights that are kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_dense, tiny_tokenizer
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+
+from moemerge.artifacts import read_manifest
+from moemerge.data import Encoded, EncodedPair, Pair
+from moemerge.errors import DataError, OptionError
+from moemerge.moe import balance_loss, gate_weights, moe_layers
+from moemerge.recipe import Train
+from moemerge.scoring import load_reward_model, load_tokenizer, score_pairs
+from moemerge.upcycle import upcycle
+
+module = importlib.import_module("moemerge.train")
+train = module.train
+STEADY = {"schedule": "constant", "warmup": 0.0, "patience": None}
+EXPERTS, ROUTERS = (".mlp.experts.", ".mlp.shared_expert."), (".mlp.gate.",)
+
+
+def words(draw: random.Random, low: int, high: int, count: int) -> str:
+    return " ".join(f"w{draw.randint(low, high)}" for _ in range(count))
+
+
+def rows(count: int, seed: int, flip: bool = False, margin: bool = False) -> list[dict[str, Any]]:
+    """Pairs in which the chosen answer has lower word numbers (higher with `flip`), of ragged lengths."""
+    draw, made = random.Random(seed), []
+    for _ in range(count):
+        low, high = (words(draw, a, b, draw.randint(2, 9)) for a, b in ((0, 40), (20, 60)))
+        made.append({"prompt": words(draw, 0, 60, draw.randint(1, 5)) + " ", "chosen": low, "rejected": high})
+        if flip:
+            made[-1] |= {"chosen": high, "rejected": low}
+        if margin:
+            made[-1]["margin"] = draw.random()
+    return made
+
+
+def write(path: Path, made: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, MoEs made of it, and files of pairs; read only."""
+    folder = tmp_path_factory.mktemp("world")
+    dense = save_dense(folder / "dense")
+    made = {"num_routed_experts": 4, "num_experts_per_tok": 2, "router_init_std": 0.5}
+    for name, more in {
+        "moe": {"balance_coefficient": 0.1},
+        "free": {"balance_coefficient": 0.0},
+        "upper": {"layers": "last:2"},
+        "prompt": {"gate": "prompt"},
+    }.items():
+        upcycle(model=str(dense), output=folder / name, **made, **more)
+    write(folder / "train.jsonl", rows(48, 1))
+    write(folder / "held.jsonl", rows(13, 2))
+    write(folder / "flipped.jsonl", rows(24, 3, flip=True))
+    write(folder / "margin.jsonl", rows(8, 4, margin=True))
+    return folder
+
+
+def run(world: Path, output: Path, model: str = "moe", held: bool = False, **options: Any) -> dict[str, Any]:
+    """Train; the results of the manifest."""
+    given = {"pairs": str(world / "train.jsonl"), "device": "cpu"} | options
+    if held:
+        given["validation"] = str(world / "held.jsonl")
+    train(model=str(world / model), output=output, **given)
+    return read_manifest(output)["results"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    old, new = weights(before), weights(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def make(world: Path, home: Path, model: str = "moe", pairs: str = "train", **options: Any) -> Any:
+    """A trainer as the stage makes it, and its model."""
+    from moemerge.trainer import make_trainer
+
+    given = {"model": str(world / model), "output": home / "out", "pairs": str(world / f"{pairs}.jsonl")}
+    chosen = Train(**given, **options)
+    tokenizer = load_tokenizer(given["model"])
+    held = encoded(tokenizer, world / "held.jsonl")
+    bench = module._Bench(torch.device("cpu"), tokenizer, encoded(tokenizer, world / f"{pairs}.jsonl"), held)
+    loaded, roles = module._prepare(bench, chosen, bench.device)
+    return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
+
+
+def encoded(tokenizer: Any, path: Path) -> list[EncodedPair]:
+    from moemerge.data import encode_pairs, read_pairs
+    from moemerge.recipe import TextFormat
+
+    pairs, report = read_pairs(str(path), TextFormat())
+    return encode_pairs(tokenizer, pairs, TextFormat(), report)
+
+
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Gradients that reach the optimiser in the first update."""
+    from transformers import TrainerCallback
+
+    found: dict[str, torch.Tensor] = {}
+
+    class Catch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            trained = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+            found.update({name: grad.clone() for name, grad in trained.items()} if not found else {})
+
+    trainer.add_callback(Catch())
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_loss_goes_down_and_is_the_loss_of_what_is_saved(world: Path, tmp_path: Path, model: str) -> None:
+    results = run(world, tmp_path / "out", model, held=True, epochs=4, learning_rate=3e-3)
+    assert results["after"]["loss"] < 0.6 * results["before"]["loss"]
+    assert results["after"]["accuracy"] > results["before"]["accuracy"]
+    measured = brute_force(tmp_path / "out", world / "held.jsonl")
+    assert measured == pytest.approx(tuple(results["after"].values()), abs=1e-6)
+    assert brute_force(world / model, world / "held.jsonl") == pytest.approx(
+        tuple(results["before"].values()), abs=1e-6
+    )
+
+
+def brute_force(folder: Path, path: Path) -> tuple[float, float]:
+    """Loss and accuracy, each text alone in its batch, by transformers only."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    differences = []
+    with torch.no_grad():
+        for pair in encoded(load_tokenizer(str(folder)), path):
+            chosen, rejected = (
+                model(torch.tensor([side.ids])).logits.item() for side in (pair.chosen, pair.rejected)
+            )
+            differences.append(chosen - rejected)
+    gaps = torch.tensor(differences, dtype=torch.float64)
+    return -logsigmoid(gaps).mean().item(), (gaps > 0).double().mean().item()
+
+
+def expected(names: set[str], model: str, trainable: str, layers: str) -> set[str]:
+    """Names that should train, by the patterns of llama's names."""
+    experts = (".mlp.",) if model == "dense" else EXPERTS + ROUTERS
+    wanted = {"full": ("",), "experts": experts, "lora": (*experts, ".self_attn.")}[trainable]
+    chosen = {n for n in names if any(part in n for part in wanted)}
+    if model == "upper" and trainable != "full":
+        chosen -= {n for n in chosen if ".0.mlp." in n}
+    if layers != "all":
+        chosen = {n for n in chosen if any(f"layers.{number}." in n for number in layers.split(","))}
+    return chosen | {"score.weight"}
+
+
+@pytest.mark.parametrize("layers", ["all", "0,2"])
+@pytest.mark.parametrize("trainable", ["full", "experts", "lora"])
+@pytest.mark.parametrize("model", ["dense", "moe", "upper"])
+def test_exactly_the_intended_parameters_move(
+    world: Path, tmp_path: Path, model: str, trainable: str, layers: str
+) -> None:
+    options = {"trainable": trainable, "train_layers": layers, "max_steps": 3, "learning_rate": 1e-2}
+    results = run(world, tmp_path / "out", model, batch_size=16, **options, **STEADY)
+    old, new = weights(world / model), weights(tmp_path / "out")
+    names = expected(set(old), model, trainable, layers)
+    assert moved(world / model, tmp_path / "out") == names
+    for name in (n for n in names if ".experts." in n):
+        assert not (old[name] == new[name]).flatten(1).all(1).any(), f"an expert of {name} stood still"
+    if trainable != "lora":
+        assert results["parameters"]["trained"] == sum(old[name].numel() for name in names)
+
+
+def test_encoder_trains_its_pooler_and_classifier_with_the_experts(tmp_path: Path) -> None:
+    dense = save_dense(tmp_path / "bert", "bert")
+    write(tmp_path / "train.jsonl", rows(16, 1))
+    for model, output in ((dense, tmp_path / "a"), (tmp_path / "moe", tmp_path / "b")):
+        if model != dense:
+            upcycle(model=str(dense), output=model, num_routed_experts=3, num_experts_per_tok=2)
+        options = {"trainable": "experts", "max_steps": 2, "learning_rate": 1e-2, "batch_size": 8}
+        train(model=str(model), output=output, pairs=str(tmp_path / "train.jsonl"), **options, **STEADY)
+        changed = moved(model, output)
+        assert {n for n in changed if "pooler" in n or "classifier" in n} == {
+            "bert.pooler.dense.weight",
+            "bert.pooler.dense.bias",
+            "classifier.weight",
+            "classifier.bias",
+        } - ({"classifier.bias"} - changed)  # the bias cancels out of every difference of scores
+        assert all("attention" not in n and "LayerNorm" not in n and "embeddings" not in n for n in changed)
+        assert any("intermediate" in n for n in changed)
+
+
+def test_base_model_gets_a_seeded_head_that_trains(world: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(world / "dense").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for output, seed in (("a", 1), ("b", 1), ("c", 2)):
+        given = {"model": str(tmp_path / "base"), "pairs": str(world / "train.jsonl"), "max_steps": 1}
+        train(**given, output=tmp_path / output, seed=seed)
+    a, b, c = (weights(tmp_path / output)["score.weight"] for output in "abc")
+    assert torch.equal(a, b) and not torch.allclose(a, c, atol=1e-3)
+
+
+def test_first_step_moves_each_role_by_its_own_rate(world: Path, tmp_path: Path) -> None:
+    """Adam's first step is its rate times the sign of the gradient."""
+    rates = {"learning_rate": 1e-3, "expert_learning_rate": 5e-3, "router_learning_rate": 2e-2}
+    run(world, tmp_path / "out", max_steps=1, **rates, **STEADY)
+    old, new = weights(world / "moe"), weights(tmp_path / "out")
+    for name in old:
+        rate = rates["expert_learning_rate"] if any(part in name for part in EXPERTS) else 1e-3
+        rate = rates["router_learning_rate"] if ROUTERS[0] in name else rate
+        assert (new[name] - old[name]).abs().max().item() == pytest.approx(rate, rel=0.02), name
+
+
+def test_parameter_groups_cover_each_parameter_once_and_spare_norms(world: Path, tmp_path: Path) -> None:
+    trainer = make(world, tmp_path, weight_decay=0.1, expert_learning_rate=1e-3)
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    found = [names[id(weight)] for group in groups for weight in group["params"]]
+    assert sorted(found) == sorted(names.values())
+    for group in groups:
+        for name in (names[id(weight)] for weight in group["params"]):
+            assert group["weight_decay"] == (0.0 if "norm" in name else 0.1)
+            assert group["lr"] == (1e-3 if any(part in name for part in EXPERTS) else 1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_update_gradient_equals_explicit_loss(world: Path, tmp_path: Path, checkpointing: bool) -> None:
+    """Two passes per update: their mean of Bradley-Terry + 0.1 * mean over layers of the balance loss."""
+    options = {"batch_size": 3, "gradient_accumulation": 2, "max_steps": 1, "max_grad_norm": 1e9}
+    trainer = make(world, tmp_path, gradient_checkpointing=checkpointing, **options)
+    collate, batches = trainer.data_collator, []
+    trainer.data_collator = lambda examples: batches.append(collate(examples)) or batches[-1]
+    found = gradients(trainer)
+    explicit = explicit_gradients(world / "free", batches[:2], 0.1)
+    for name, gradient in explicit.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
+    without = explicit_gradients(world / "free", batches[:2], 0.0)
+    routers = [name for name in explicit if ROUTERS[0] in name]
+    assert all((explicit[n] - without[n]).norm() > 0.05 * explicit[n].norm() for n in routers)
+
+
+def explicit_gradients(folder: Path, batches: list[Any], coefficient: float) -> dict[str, torch.Tensor]:
+    """By autograd through losses written out here, on a MoE whose own balance loss is off."""
+    model, logits = load_reward_model(str(folder), "cpu"), []
+    model.load_state_dict(load_reward_model(str(folder.with_name("moe")), "cpu").state_dict())
+    layers = list(moe_layers(model).values())
+    for layer in layers:
+        layer.router.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
+    for batch in batches:
+        logits.clear()
+        chosen, rejected = model(**batch).logits.squeeze(-1).chunk(2)
+        loss, mask = -logsigmoid(chosen - rejected).mean(), batch["attention_mask"].flatten().bool()
+        for logits_TN in logits:
+            s_TN, index_TK, _, _ = gate_weights(logits_TN, 2, "xft", True)
+            loss = loss + coefficient * balance_loss(logits_TN, s_TN, index_TK, mask, "cv") / len(layers)
+        (loss / len(batches)).backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_eight_single_pairs_make_the_update_of_one_batch_of_eight(world: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 1, "max_grad_norm": 1e9}
+    one = gradients(make(world, tmp_path / "a", "free", batch_size=8, **options))
+    many = gradients(make(world, tmp_path / "b", "free", batch_size=1, gradient_accumulation=8, **options))
+    assert one.keys() == many.keys() and len(one) > 20
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_measure_equals_brute_force_whatever_the_batches(world: Path, tmp_path: Path) -> None:
+    found = make(world, tmp_path).measure()
+    assert (found["loss"], found["accuracy"]) == pytest.approx(
+        brute_force(world / "moe", world / "held.jsonl"), abs=1e-6
+    )
+
+
+def test_margins_enter_the_loss(world: Path, tmp_path: Path) -> None:
+    trainer = make(world, tmp_path, "dense", "margin")
+    scores = score_pairs(trainer.model, trainer.processing_class, trainer.held_out, 64)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(8)])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+    chosen, rejected = trainer.model(batch["input_ids"], batch["attention_mask"]).logits.squeeze(-1).chunk(2)
+    margins = torch.tensor([row["margin"] for row in rows(8, 4, margin=True)])
+    assert loss.item() == pytest.approx(-logsigmoid(chosen - rejected - margins).mean().item(), rel=1e-5)
+    assert scores.shape == (13, 2)
+
+
+def test_prompt_lengths_reach_a_prompt_gated_model(world: Path, tmp_path: Path) -> None:
+    trainer = make(world, tmp_path, "prompt")
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(5)])
+    prompts = [len(row["prompt"].split()) for row in rows(48, 1)[:5]]
+    assert batch["prompt_lengths"].tolist() == prompts * 2
+    results = run(world, tmp_path / "out", "prompt", held=True, max_steps=3, learning_rate=1e-2)
+    assert any(ROUTERS[0] in name for name in moved(world / "prompt", tmp_path / "out"))
+    assert results["after"]["loss"] < results["before"]["loss"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_tokenizer
+from test_train import resumable, run
+from moemerge import trainer
+
+kind, steps = sys.argv[2], 0
+plain = trainer.PairTrainer.training_step
+def step(self, *args, **kwargs):
+    global steps
+    steps += 1
+    if kind == "step" and steps == 8:
+        os.kill(os.getpid(), 9)
+    return plain(self, *args, **kwargs)
+def save(self, folder):
+    Path(folder, "optimizer.pt").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+trainer.PairTrainer.training_step = step
+if kind == "save":
+    trainer.PairTrainer._save_optimizer_and_scheduler = save
+run(Path(sys.argv[3]), Path(sys.argv[4]), **resumable())
+"""
+
+
+def resumable() -> dict[str, Any]:
+    return {"held": True, "epochs": 3, "learning_rate": 3e-3, "eval_steps": 3, "batch_size": 10, "threads": 1}
+
+
+def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: Path) -> None:
+    """Killed in a step, killed again in the middle of a checkpoint, then let run."""
+    straight = run(world, tmp_path / "straight", **resumable())
+    for kind in ("step", "save"):
+        tests = Path(__file__).parent
+        given = [sys.executable, "-c", KILLED, str(tests), kind, str(world), str(tmp_path / "killed")]
+        assert subprocess.run(given, cwd=tests.parent, capture_output=True, check=False).returncode == -9
+        assert not (tmp_path / "killed").exists()
+        (home,) = tmp_path.glob(".killed.*.work/trial-0")
+        assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
+    assert not (home / "checkpoint-9" / "trainer_state.json").exists()
+    resumed = run(world, tmp_path / "killed", **resumable())
+    assert not moved(tmp_path / "straight", tmp_path / "killed")
+    assert history(tmp_path / "straight") == history(tmp_path / "killed")
+    assert {k: v for k, v in straight.items() if k != "seconds"} == {
+        k: v for k, v in resumed.items() if k != "seconds"
+    }
+    left = [p for p in tmp_path.iterdir() if p.name.startswith(".") and not p.name.endswith(".tmp")]
+    assert not left
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "history.json").read_text()))
+
+
+def test_run_killed_after_its_last_step_trains_no_further(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"held": True, "epochs": 6, "eval_steps": 1, "patience": 1, "learning_rate": 3e-2}
+    stopped = run(world, tmp_path / "straight", **options)
+    assert stopped["best_step"] < stopped["steps"] < 36
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(module, "_report", raiser("killed"))
+        run(world, tmp_path / "killed", **options)
+    from moemerge.trainer import PairTrainer
+
+    monkeypatch.setattr(PairTrainer, "training_step", raiser("trained on"))
+    run(world, tmp_path / "killed", **options)
+    assert not moved(tmp_path / "straight", tmp_path / "killed")
+
+
+def raiser(text: str) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(text)
+
+    return fail
+
+
+def test_best_weights_are_kept_not_the_last(world: Path, tmp_path: Path) -> None:
+    results = run(
+        world, tmp_path / "out", held=True, epochs=6, eval_steps=3, learning_rate=5e-2, patience=None
+    )
+    losses = {e["step"]: e["eval_loss"] for e in history(tmp_path / "out") if "eval_loss" in e}
+    best = min(losses, key=lambda step: losses[step])
+    assert results["best_step"] == best < results["steps"] == 36 and losses[best] < losses[36]
+    loss, _ = brute_force(tmp_path / "out", world / "held.jsonl")
+    assert loss == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_without_progress_training_stops_and_the_start_is_kept(world: Path, tmp_path: Path) -> None:
+    options = {"pairs": str(world / "flipped.jsonl"), "epochs": 20, "eval_steps": 2, "patience": 2}
+    results = run(world, tmp_path / "out", held=True, learning_rate=1e-3, **options, warmup=0.0)
+    assert (results["best_step"], results["steps"]) == (0, 4)
+    assert results["after"] == results["before"]
+    assert not moved(world / "moe", tmp_path / "out")
+
+
+def test_without_validation_the_last_weights_are_kept(world: Path, tmp_path: Path) -> None:
+    results = run(world, tmp_path / "out", max_steps=5, learning_rate=1e-3)
+    assert (results["best_step"], results["before"], results["after"]) == (5, None, None)
+    assert moved(world / "moe", tmp_path / "out")
+
+
+def test_search_keeps_the_trial_with_the_lowest_validation_loss(world: Path, tmp_path: Path) -> None:
+    grid = {"learning_rate": [1e-4, 5e-3], "epochs": [1, 2]}
+    results = run(world, tmp_path / "out", held=True, search=grid)
+    trials = results["trials"]
+    assert [trial["options"] for trial in trials] == [
+        {"learning_rate": rate, "epochs": epochs} for rate in (1e-4, 5e-3) for epochs in (1.0, 2.0)
+    ]
+    assert len({trial["loss"] for trial in trials}) == 4
+    assert results["after"]["loss"] == min(trial["loss"] for trial in trials)
+    assert brute_force(tmp_path / "out", world / "held.jsonl")[0] == pytest.approx(
+        results["after"]["loss"], abs=1e-6
+    )
+    alone = run(world, tmp_path / "alone", held=True, learning_rate=5e-3, epochs=2)
+    assert alone["after"]["loss"] == trials[3]["loss"]
+
+
+def test_search_goes_on_with_the_trial_it_was_killed_in(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"held": True, "max_steps": 4, "search": {"learning_rate": [5e-3, 1e-4]}}
+    whole, trial, calls = run(world, tmp_path / "whole", **options), module._trial, []
+
+    def fails_second(*given: Any) -> Any:
+        calls.append(given)
+        return trial(*given) if len(calls) == 1 else raiser("killed")()
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(module, "_trial", fails_second)
+        run(world, tmp_path / "killed", **options)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(module, "_finished", raiser("killed"))
+        run(world, tmp_path / "killed", **options)
+    (work,) = tmp_path.glob(".killed.*.work")
+    kept = [path.parent.name for path in work.glob("trial-*/checkpoint-*")]
+    assert kept == ["trial-0"]
+    monkeypatch.setattr(module, "_trial", raiser("done before"))
+    assert run(world, tmp_path / "killed", **options)["after"] == whole["after"]
+    assert not moved(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_lora_leaves_an_ordinary_checkpoint(world: Path, tmp_path: Path, model: str) -> None:
+    results = run(
+        world, tmp_path / "out", model, held=True, trainable="lora", max_steps=6, learning_rate=1e-2
+    )
+    assert weights(tmp_path / "out").keys() == weights(world / model).keys()
+    assert "lora" not in (tmp_path / "out" / "config.json").read_text().lower()
+    loss, accuracy = brute_force(tmp_path / "out", world / "held.jsonl")
+    assert (loss, accuracy) == pytest.approx(tuple(results["after"].values()), abs=1e-5)
+    assert results["best_step"] > 0
+    source, trained = (load_reward_model(str(p), "cpu") for p in (world / model, tmp_path / "out"))
+    change = "model.layers.0.self_attn.q_proj.weight"
+    product = trained.get_parameter(change) - source.get_parameter(change)
+    assert 0 < torch.linalg.matrix_rank(product.detach(), rtol=1e-3) <= 16
+
+
+def test_bfloat16_autocast_trains_float32_weights(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "out", precision="bfloat16", max_steps=2, learning_rate=1e-3, **STEADY)
+    run(world, tmp_path / "wide", max_steps=2, learning_rate=1e-3, **STEADY)
+    found, wide = weights(tmp_path / "out"), weights(tmp_path / "wide")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert moved(tmp_path / "wide", tmp_path / "out")
+    assert all((found[name] - wide[name]).abs().max() < 5e-3 for name in found)
+
+
+def test_stock_reward_trainer_takes_the_moe(world: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    config = RewardConfig(
+        str(tmp_path / "trl"),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = RewardTrainer(str(world / "moe"), config, train_dataset=Dataset.from_list(rows(16, 1)))
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    assert trainer.train().training_loss < 1
+    assert all(not torch.equal(w, before[name]) for name, w in trainer.model.named_parameters())
+    trainer.save_model(str(tmp_path / "saved"))
+    again = load_reward_model(str(tmp_path / "saved"), "cpu").state_dict()
+    assert all(torch.equal(w, again[name]) for name, w in trainer.model.state_dict().items())
+
+
+def test_output_is_quiet_complete_and_alone(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run(world, tmp_path / "out", held=True, max_steps=4)
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("history.json", "history.png", "manifest.json", "moemerge_shim.py"),
+    }
+    assert results["rows"]["pairs"]["kept"] == 48 and results["rows"]["validation"]["kept"] == 13
+    lengths = [
+        len(pair.chosen.ids) + len(pair.rejected.ids)
+        for pair in encoded(tiny_tokenizer(), world / "train.jsonl")
+    ]
+    assert 0 < results["tokens"] < sum(lengths)
+    assert all(entry["balance_loss"] > 0 for entry in history(tmp_path / "out") if "loss" in entry)
+
+
+def test_faults_name_their_remedy(world: Path, tmp_path: Path) -> None:
+    for options, text in (
+        ({"search": {"learning_rate": [1e-3]}}, "search needs validation"),
+        ({"held": True, "search": {"epochs": [1]}, "max_steps": 2}, "max_steps overrides"),
+        ({"held": True, "search": {"epochs": []}}, "at least one value"),
+        ({"held": True, "search": {"learning_rate": [-1.0]}}, "learning_rate"),
+        ({"train_layers": "7"}, "layers cannot be picked"),
+    ):
+        with pytest.raises(OptionError, match=text):
+            run(world, tmp_path / "out", **options)
+    with pytest.raises(DataError, match="longer than 8 tokens"):
+        run(world, tmp_path / "out", max_length=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_diverged_training_is_refused_or_falls_back(world: Path, tmp_path: Path) -> None:
+    wild = {"learning_rate": 1e30, "max_steps": 6, **STEADY}
+    with pytest.raises(OptionError, match="diverged"):
+        run(world, tmp_path / "out", "dense", **wild)
+    results = run(world, tmp_path / "held", "dense", held=True, eval_steps=3, **wild)
+    assert results["best_step"] == 0 and not moved(world / "dense", tmp_path / "held")
+
+
+def test_encoded_pairs_with_and_without_margin_mix(world: Path) -> None:
+    from moemerge.trainer import _dataset
+
+    side, one = Encoded([3, 4], 1), Pair("w1", "w2", "w3", margin=0.25)
+    pairs = [EncodedPair(side, side, one), EncodedPair(side, side, Pair("w1", "w2", "w3"))]
+    assert _dataset(pairs, False)["margin"] == [0.25, 0.0]
