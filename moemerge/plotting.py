@@ -87,8 +87,13 @@ def panels(
     return _save(figure, path)
 
 
-def dots(groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, x_label: str) -> Path:
-    """Draw value, low and high of every name as a dot with its interval, one plot per group, as a PNG."""
+def dots(
+    groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, x_label: str, reference: str
+) -> Path:
+    """Draw value, low and high of every name as a dot with its interval, one plot per group, as a PNG.
+
+    A dashed line marks the value of `reference`.
+    """
     most = max(len(rows) for rows in groups.values())
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
@@ -96,6 +101,7 @@ def dots(groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: P
     cells = np.atleast_1d(grid).flatten()
     for cell, (title, group) in zip(cells, groups.items(), strict=False):
         _draw_dots(cell, title, group, x_label)
+        cell.axvline(group[reference][0], color=GREY, linestyle="--", linewidth=1)
     for cell in cells[len(groups) :]:
         cell.remove()
     return _save(figure, path)
@@ -105,7 +111,6 @@ def _draw_dots(axes: Any, title: str, group: Mapping[str, tuple[float, float, fl
     for place, (value, low, high) in enumerate(group.values()):
         axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
-    axes.axvline(next(iter(group.values()))[0], color=GREY, linestyle="--", linewidth=1)
     axes.set(title=title, xlabel=x_label, ylim=(len(group) - 0.5, -0.5))
     axes.set_yticks(range(len(group)), list(group))
     _tidy(axes)

@@ -144,7 +144,8 @@ def plot(result: dict[str, Any], folder: Path) -> list[str]:
         name: {model: (n["accuracy"], *n["interval"]) for model, n in measured["all"]["models"].items()}
         for name, measured in result["sets"].items()
     }
-    plotting.dots(rows, folder / "accuracy.png", "accuracy")
+    baseline = next(iter(result["sets"].values()))["all"]["baseline"]
+    plotting.dots(rows, folder / "accuracy.png", "accuracy", baseline)
     return ["accuracy.png"]
 
 

@@ -1,7 +1,9 @@
 """Best-of-n: the gold score of the answer that a model ranks first among n, against KL (arXiv 2210.10760).
 
-The estimator uses all N candidates of a prompt (arXiv 2009.01325's idea, unbiased): the one of rank i, counted
-from the worst, is the best of n drawn without replacement with probability C(i-1, n-1) / C(N, n).
+The estimator is unbiased and uses all N candidates of a prompt (arXiv 2112.09332, appendix I): the one of
+rank i, worst first, is the best of n drawn without replacement with probability C(i-1, n-1) / C(N, n).
+
+Q prompts, N candidates of one prompt, C of all, S values of n, M models, R resamples, X measured values.
 """
 
 from __future__ import annotations
@@ -174,13 +176,13 @@ def _table(name: str, measured: dict[str, Any], confidence: float) -> Table:
     ]
     rows = []
     for model, curve in measured["models"].items():
-        row = [model, *(f"{curve['gold'][s]:.3f}" for s in shown), _last_difference(curve)]
+        row = [model, *(f"{gold:.3f}" for gold in curve["gold"]), _last_difference(curve)]
         drop, low, high = curve["drop"][0], curve["drop_low"][0], curve["drop_high"][0]
         rows.append([*row, str(curve["peak_n"]), f"{drop:.3f} ({low:.3f} to {high:.3f})"])
     for reference, values in measured["references"].items():
-        rows.append([reference, *(f"{values[s]:.3f}" for s in shown), "", "", ""])
-    fewest, most = measured["candidates"]
-    note = f"{measured['prompts']} prompts with {fewest if fewest == most else f'{fewest} to {most}'} candidates; "
+        rows.append([reference, *(f"{value:.3f}" for value in values), "", "", ""])
+    candidates = " to ".join(str(count) for count in sorted(set(measured["candidates"])))
+    note = f"{measured['prompts']} prompts with {candidates} candidates; "
     note += f"{confidence:.0%} intervals over prompts. Baseline: {measured['baseline']}. "
     note += "Drop: gold score at its peak minus that at the last n."
     return Table(f"Gold score of the best of n on {name}", header, rows, note)

@@ -1,0 +1,252 @@
+"""The model card: what a published model was made of, from what, and how well it does.
+
+No local path gets into a card: files and folders appear by name and checksum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from moemerge import recipe
+from moemerge.artifacts import MANIFEST, expect_stage, fingerprint, read_manifest
+from moemerge.coefficients import Coefficients
+from moemerge.errors import ArtifactError
+from moemerge.probes import PROBES, Table
+from moemerge.recipe import Publish, Run, input_fields
+
+SHORT = 12
+LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
+MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, averaged per layer into
+one MLP (routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
+[UMM-RM](https://arxiv.org/abs/2512.00724)) with moemerge. It has the architecture and the cost of the dense
+model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
+and answer together."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that holds the published model: the report, and the model's name in it."""
+
+    folder: Path
+    report: dict[str, Any]
+    model: str
+
+
+def make_card(options: Publish) -> ModelCard:
+    """The card of `options.model`, from its manifest and those of everything that it came from.
+
+    Raises ArtifactError if the model is no merged or trained one, or the evaluation does not hold it.
+    """
+    folder = Path(options.model)
+    manifest = expect_stage(folder, "merge", "train")
+    evaluation = find_evaluation(folder, options.evaluation) if options.evaluation else None
+    chain = list(ancestors(folder))
+    title = options.repo or folder.resolve().name
+    data = _card_data(title, options, chain, evaluation)
+    parts = [f"# {title}", MERGED if manifest["stage"] == "merge" else TRAINED, _loading(title, folder)]
+    parts += ["## Made from", _made_from(chain), *_coefficients(manifest)]
+    parts += _evaluation(evaluation) if evaluation else []
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def find_evaluation(model: Path, folder: str) -> Evaluation:
+    """The report in `folder`, and the name under which `model`, by its checksum, was evaluated."""
+    manifest = expect_stage(folder, "evaluate")
+    wanted = _digest(model)
+    names = [name for name, given in manifest["inputs"]["models"].items() if given["sha256"] == wanted]
+    if not names:
+        raise ArtifactError(
+            "the evaluation does not hold the model to publish",
+            given=f"evaluated: {', '.join(manifest['inputs']['models'])}; none equals {model}",
+            expected="an evaluation of the very files to publish",
+            fix="evaluate this model, or leave the evaluation out",
+        )
+    report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+    return Evaluation(Path(folder), report, names[0])
+
+
+def ancestors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Manifests of everything that `folder` was made from and that is still as it was, then its own."""
+    seen: set[Path] = set()
+
+    def visit(place: Path) -> Iterator[dict[str, Any]]:
+        if place.resolve() in seen:
+            return
+        seen.add(place.resolve())
+        manifest = read_manifest(place)
+        for given in _inputs(manifest).values():
+            yield from visit_input(given)
+        yield manifest
+
+    def visit_input(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        path = Path(given.get("path", ""))
+        home = next((p for p in (path, *path.parents[:2]) if (p / MANIFEST).is_file()), None)
+        if "path" in given and home and path.exists() and _digest(path) == given["sha256"]:
+            yield from visit(home)
+
+    yield from visit(folder)
+
+
+def _digest(path: Path) -> str:
+    known = read_manifest(path)["files"] if (path / MANIFEST).is_file() else None
+    return str(fingerprint(path, known)["sha256"])
+
+
+def _inputs(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifest's inputs by name; those of a mapping under NAME.KEY."""
+    flat: dict[str, dict[str, Any]] = {}
+    for name, given in manifest["inputs"].items():
+        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
+    return flat
+
+
+def _card_data(
+    title: str, options: Publish, chain: list[dict[str, Any]], evaluation: Evaluation | None
+) -> ModelCardData:
+    base = options.base_model or _hub_base(chain)
+    merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
+    return ModelCardData(
+        base_model=base,
+        license=options.license or _inherited_license(base, chain),
+        datasets=options.datasets or None,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=[*merged, "moemerge", "reward-model"],
+        model_name=title,
+        eval_results=list(_eval_results(evaluation)) if evaluation else None,
+    )
+
+
+def _origins(chain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Models that no stage of the chain made: the dense model at its start."""
+    made = {tuple(sorted(r["sha256"] for r in manifest["files"].values())) for manifest in chain}
+    found = [given for manifest in chain for name, given in _inputs(manifest).items() if name == "model"]
+    return [
+        given
+        for given in found
+        if tuple(sorted(r["sha256"] for r in given.get("files", {}).values())) not in made
+    ]
+
+
+def _hub_base(chain: list[dict[str, Any]]) -> str | None:
+    return next((given["hub"] for given in _origins(chain) if "hub" in given), None)
+
+
+def _inherited_license(base: str | None, chain: list[dict[str, Any]]) -> str | None:
+    """The licence that the dense model's own card names, if that is on this machine."""
+    cached = try_to_load_from_cache(base, "README.md") if base and base.count("/") == 1 else None
+    cards = [cached] if isinstance(cached, str) else []
+    cards += [str(Path(given["path"]) / "README.md") for given in _origins(chain) if "path" in given]
+    for card in cards:
+        if Path(card).is_file():
+            stated = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+            if stated:
+                return str(stated)
+    return None
+
+
+def _eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:
+    probes = evaluation.report["probes"]
+    for name, measured in probes.get("accuracy", {}).get("sets", {}).items():
+        value = measured["all"]["models"][evaluation.model]["accuracy"]
+        yield _eval_result(name, "accuracy", "Accuracy on preference pairs", value)
+    for name, measured in probes.get("best_of_n", {}).get("sets", {}).items():
+        value, last = measured["models"][evaluation.model]["gold"][-1], measured["n"][-1]
+        yield _eval_result(name, f"gold_best_of_{last}", f"Gold score of the best of {last}", value)
+
+
+def _eval_result(name: str, metric: str, title: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-classification",
+        task_name="Reward modelling",
+        dataset_type=name,
+        dataset_name=name,
+        metric_type=metric,
+        metric_name=title,
+        metric_value=round(value, 6),
+    )
+
+
+def _loading(name: str, folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    mixture = config["model_type"].startswith("moemerge_")
+    code = LOADING.format(name=name, extra="\nimport moemerge  # knows the model type" if mixture else "")
+    return f"```python\n{code}\n```"
+
+
+def _made_from(chain: list[dict[str, Any]]) -> str:
+    rows = [_stage_row(manifest) for manifest in chain]
+    table = Table(
+        "Stages, in order", ["stage", "from", "settings other than the defaults", "moemerge", "when"], rows
+    )
+    return table.markdown().rstrip()
+
+
+def _stage_row(manifest: dict[str, Any]) -> list[str]:
+    sources = [f"{name}: {_source_name(given)}" for name, given in _inputs(manifest).items()]
+    settings = [f"{name}={_brief(value)}" for name, value in _changed_settings(manifest).items()]
+    version = manifest["versions"].get("moemerge", "")
+    cells = [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+
+
+def _source_name(given: dict[str, Any]) -> str:
+    if "hub" in given:
+        return f"`{given['hub']}`" if not Path(given["hub"]).is_absolute() else f"`{Path(given['hub']).name}`"
+    return f"`{Path(given['path']).name}` ({given['sha256'][:SHORT]})"
+
+
+def _changed_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Options other than their defaults, without paths and what does not change results."""
+    kind = getattr(recipe, manifest["stage"].title(), None)
+    if kind is None:
+        return {}
+    options = kind.model_construct(**manifest["options"])
+    left_out = {*input_fields(options), *Run.model_fields} - {"seed"}
+    fields = {name: field for name, field in kind.model_fields.items() if name not in left_out}
+    given = {name: manifest["options"][name] for name in fields if name in manifest["options"]}
+    return {
+        name: value
+        for name, value in given.items()
+        if value != fields[name].get_default(call_default_factory=True)
+    }
+
+
+def _brief(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+def _coefficients(manifest: dict[str, Any]) -> list[str]:
+    """The coefficient table of a merged model, while the file is still the one that was merged with."""
+    given = manifest["inputs"].get("coefficients")
+    path = Path(given["path"]) if given and "path" in given else None
+    if path is None or not path.exists() or _digest(path) != given["sha256"]:
+        return []
+    coefficients = Coefficients.load(path)
+    header = ["layer", "shared", *(f"expert {i}" for i in range(coefficients.num_experts))]
+    numbers = zip(
+        coefficients.layers, coefficients.shared_L.tolist(), coefficients.alpha_LN.tolist(), strict=True
+    )
+    rows = [
+        [str(layer), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for layer, shared, alpha_N in numbers
+    ]
+    note = "W = shared · W_shared + (1 - shared) · Σ_i expert_i · W_i, for every matrix of the layer's MLP."
+    return ["## Coefficients", Table("Per layer", header, rows, note).markdown().rstrip()]
+
+
+def _evaluation(evaluation: Evaluation) -> list[str]:
+    results = evaluation.report["probes"]
+    tables = [table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])]
+    plots = [f"![{plot}](plots/{plot})" for plot in evaluation.report["plots"]]
+    intro = f"In the tables and plots this model is called **{evaluation.model}**."
+    return ["## Evaluation", intro, *(table.markdown().rstrip() for table in tables), *plots]

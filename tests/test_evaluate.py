@@ -1,0 +1,157 @@
+"""The stage evaluate: one report over several models on the same rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_dense, tiny_tokenizer
+from safetensors.torch import load_file
+
+from moemerge.artifacts import read_manifest
+from moemerge.data import encode, read_pairs
+from moemerge.errors import DataError, OptionError
+from moemerge.evaluate import evaluate, parameters
+from moemerge.recipe import TextFormat
+from moemerge.scoring import load_reward_model, load_tokenizer
+from moemerge.upcycle import upcycle
+
+
+def words(draw: random.Random, longest: int = 20) -> str:
+    return " ".join(f"w{draw.randrange(61)}" for _ in range(draw.randrange(1, longest)))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two dense models and a MoE, 60 pairs (one of them long), 8 prompts with 6 candidates."""
+    folder, draw = tmp_path_factory.mktemp("world"), random.Random(0)
+    dense = save_dense(folder / "dense", seed=0)
+    other = save_dense(folder / "other", family="qwen2", seed=1)
+    upcycle(model=str(dense), output=folder / "moe", num_routed_experts=4, num_experts_per_tok=2)
+    pairs = [
+        {
+            "prompt": words(draw),
+            "chosen": " " + words(draw),
+            "rejected": " w1 " + words(draw),
+            "subset": f"s{i % 2}",
+        }
+        for i in range(60)
+    ]
+    pairs[7]["chosen"] = " w5" * 90
+    candidates = [
+        {
+            "prompt": words(draw),
+            "candidates": [{"text": f" {i} {words(draw)}", "score": draw.random()} for i in range(6)],
+        }
+        for _ in range(8)
+    ]
+    return {
+        "models": {"dense": str(dense), "other": str(other), "moe": str(folder / "moe")},
+        "pairs": {"test": write(folder / "pairs.jsonl", pairs)},
+        "candidates": {"bon": write(folder / "candidates.jsonl", candidates)},
+        "max_length": 80,
+        "bad_rows": "skip",
+        "resamples": 100,
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluated(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return evaluate(**world, output=tmp_path_factory.mktemp("evaluated") / "e")
+
+
+def test_report_agrees_with_scores_made_one_by_one(world: dict[str, Any], evaluated: Path) -> None:
+    report = json.loads((evaluated / "report.json").read_text())
+    scores = load_file(evaluated / "scores.safetensors")
+    pairs, _ = read_pairs(world["pairs"]["test"], TextFormat())
+    kept = [pair for pair in pairs if pair.row != 8]
+    assert scores["pairs/test/rows"].tolist() == [pair.row for pair in kept for _ in range(2)]
+    model, tokenizer = (
+        load_reward_model(world["models"]["dense"], "cpu"),
+        load_tokenizer(world["models"]["dense"]),
+    )
+    with torch.no_grad():
+        expected = [
+            model(torch.tensor([encode(tokenizer, pair.prompt, answer).ids])).logits[0, 0].item()
+            for pair in kept
+            for answer in (pair.chosen, pair.rejected)
+        ]
+    np.testing.assert_allclose(scores["pairs/test/model/dense"], expected, atol=1e-5)
+    right = np.reshape(expected, (-1, 2))
+    part = report["probes"]["accuracy"]["sets"]["test"]["all"]
+    assert part["pairs"] == 59
+    assert part["models"]["dense"]["accuracy"] == pytest.approx((right[:, 0] > right[:, 1]).mean())
+    assert report["rows"]["pairs/test"]["bad"] == {"longer than 80 tokens": {"count": 1, "rows": [8]}}
+
+
+def test_an_upcycled_model_is_measured_like_its_dense_model(evaluated: Path) -> None:
+    probes = json.loads((evaluated / "report.json").read_text())["probes"]
+    accuracy = probes["accuracy"]["sets"]["test"]["all"]["models"]
+    gold = probes["best_of_n"]["sets"]["bon"]["models"]
+    assert accuracy["moe"]["loss"] == pytest.approx(accuracy["dense"]["loss"], abs=1e-5)
+    assert gold["moe"]["gold"] == pytest.approx(gold["dense"]["gold"], abs=1e-5)
+    assert gold["other"]["gold"] != pytest.approx(gold["dense"]["gold"], abs=1e-5)
+    assert accuracy["moe"]["vs_baseline"]["right_alone"] == 0
+
+
+def test_files_and_manifest(evaluated: Path) -> None:
+    report = json.loads((evaluated / "report.json").read_text())
+    assert report["plots"] == ["accuracy.png", "best_of_n_bon.png"]
+    assert all((evaluated / plot).stat().st_size > 1000 for plot in report["plots"])
+    text = (evaluated / "report.md").read_text()
+    assert "### Accuracy on test" in text and "### Gold score of the best of n on bon" in text
+    results = read_manifest(evaluated)["results"]
+    measured = report["probes"]["accuracy"]["sets"]["test"]["all"]["models"]
+    assert results["main"]["accuracy"]["test"] == {name: n["accuracy"] for name, n in measured.items()}
+    assert results["main"]["best_of_n_gold"]["bon"]["n"] == 6
+
+
+def test_parameters_count_what_a_token_uses(world: dict[str, Any]) -> None:
+    dense = parameters(load_reward_model(world["models"]["dense"], "cpu"))
+    moe = parameters(load_reward_model(world["models"]["moe"], "cpu"))
+    mlp, routers = 3 * 3 * 32 * 48, 3 * 4 * 32
+    assert dense["parameters"] == dense["active_parameters"]
+    assert moe["parameters"] == dense["parameters"] + 4 * mlp + routers
+    assert moe["active_parameters"] == dense["parameters"] + 2 * mlp + routers
+
+
+def test_rows_too_long_for_one_tokenizer_are_dropped_for_all(world: dict[str, Any], tmp_path: Path) -> None:
+    """`wide` needs a token per letter, so more rows are too long for it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    wide = save_dense(tmp_path / "wide")
+    tokenizer.save_pretrained(wide)
+    models = {"dense": world["models"]["dense"], "wide": str(wide)}
+    out = evaluate(**{**world, "models": models, "candidates": {}}, output=tmp_path / "e")
+    scores = load_file(out / "scores.safetensors")
+    rows = [pair.row for pair in read_pairs(world["pairs"]["test"], TextFormat())[0]]
+    kept = scores["pairs/test/rows"][::2].tolist()
+    assert 0 < len(kept) < 59 and set(kept) < set(rows)
+    assert len(scores["pairs/test/model/dense"]) == len(scores["pairs/test/model/wide"]) == 2 * len(kept)
+    report = json.loads((out / "report.json").read_text())
+    assert sum(bad["count"] for bad in report["rows"]["pairs/test"]["bad"].values()) == 60 - len(kept)
+    assert "best_of_n" not in report["probes"]
+
+
+def test_faults(world: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="did you mean 'dense'"):
+        evaluate(**world, baseline="dens", output=tmp_path / "e")
+    with pytest.raises(OptionError, match="unknown probe"):
+        evaluate(**world, probes=["accuracies"], output=tmp_path / "e")
+    with pytest.raises(OptionError, match="nothing to evaluate"):
+        evaluate(**{**world, "candidates": {}}, probes=["best_of_n"], output=tmp_path / "e")
+    with pytest.raises(DataError, match="longer than 80"):
+        evaluate(**{**world, "bad_rows": "refuse"}, output=tmp_path / "e")
+    assert not list(tmp_path.iterdir())
