@@ -1,0 +1,135 @@
+"""Upcycling against a raw copy of the bytes that it writes; peak memory against the shard size.
+
+python benchmarks/upcycle.py [--hidden 768 --layers 8 --repeats 5]
+
+Prints one row for benchmarks/README.md: median ratio (writing only, and the whole stage with its
+checksums and its comparison with the dense model), and peak memory of the writing in shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from moemerge.checkpoint import Checkpoint, write_checkpoint
+from moemerge.modelling import moe_config
+from moemerge.recipe import Upcycle
+from moemerge.upcycle import _dense_config, _moe_tensors, _settings, _source_names, upcycle
+
+
+def make_dense(folder: Path, hidden: int, layers: int) -> None:
+    """A random Llama reward model, float32, and a tokenizer of one word."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder
+    )
+
+
+def write_only(options: Upcycle) -> None:
+    """What upcycle does with tensors, without checksums and comparison; flushed to disk."""
+    source = Checkpoint(options.model)
+    config = _dense_config(source, options)
+    moe = moe_config(config, _settings(options, config))
+    options.output.mkdir()
+    tensors = _moe_tensors(source, _source_names(source, config), moe, options)
+    write_checkpoint(options.output, tensors, options.shard_size)
+    flush(options.output)
+
+
+def raw_copy(source: Path, target: Path) -> None:
+    """Copy all weights as they are; flushed to disk."""
+    target.mkdir()
+    for path in source.glob("*.safetensors"):
+        shutil.copyfile(path, target / path.name)
+    flush(target)
+
+
+def flush(folder: Path) -> None:
+    """Wait until every file is on disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def timed(function, *arguments) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def peak_memory(options: Upcycle, queue: multiprocessing.Queue) -> None:
+    """Anonymous memory that writing adds to a fresh process, in bytes."""
+    LlamaForSequenceClassification, torch.ones(1)
+    _settings(options, _dense_config(Checkpoint(options.model), options))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_only(options)
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def main() -> None:
+    """Run the copies side by side and print the row."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shard-size", type=int, default=300_000_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        root = Path(name)
+        make_dense(root / "dense", arguments.hidden, arguments.layers)
+        options = Upcycle(
+            model=str(root / "dense"), output=root / "moe", shard_size=arguments.shard_size, threads=2
+        )
+        upcycle(options)
+        written = sum(path.stat().st_size for path in (root / "moe").glob("*.safetensors"))
+        rows = []
+        for repeat in range(arguments.repeats):
+            targets = [root / f"{kind}{repeat}" for kind in ("copy", "write", "stage")]
+            copy = timed(raw_copy, root / "moe", targets[0])
+            write = timed(write_only, options.model_copy(update={"output": targets[1]}))
+            whole = timed(upcycle, options.model_copy(update={"output": targets[2]}))
+            rows.append((copy, write, whole))
+            for target in targets:
+                shutil.rmtree(target)
+        queue: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue()
+        final = options.model_copy(update={"output": root / "memory"})
+        process = multiprocessing.get_context("spawn").Process(target=peak_memory, args=(final, queue))
+        process.start()
+        peak = queue.get()
+        process.join()
+    copy, write, whole = (statistics.median(row[i] for row in rows) for i in range(3))
+    ratios = [statistics.median(row[i] / row[0] for row in rows) for i in (1, 2)]
+    print(
+        f"| upcycle | {written / 1e9:.2f} GB written, shards of {arguments.shard_size / 1e6:.0f} MB"
+        f" | copy {copy:.2f} s, write {write:.2f} s ({ratios[0]:.2f}x), whole stage {whole:.2f} s"
+        f" ({ratios[1]:.2f}x); peak memory {peak / arguments.shard_size:.2f} shards |"
+    )
+
+
+if __name__ == "__main__":
+    main()
