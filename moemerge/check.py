@@ -33,10 +33,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | P
     """
     tree = read_yaml(Path(path))
     apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
-    faults, recipe, touched = _faults_of_form(tree)
+    faults, recipe, dropped = _faults_of_form(tree)
     if recipe is not None:
         recipe = _resolve_inputs(recipe, Path(path).parent)
-        faults = [*faults, *find_faults(recipe, touched)]
+        faults = [*faults, *find_faults(recipe, dropped)]
     if faults:
         raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
     assert recipe is not None
@@ -111,7 +111,8 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
         try:
             place = tree
             for section in sections:
-                place[section] = place = dict(place.get(section) or {})
+                place[section] = dict(place.get(section) or {})
+                place = place[section]
             place[key] = _yaml(text)
         except (yaml.YAMLError, TypeError, ValueError, AttributeError):
             equals = ""
@@ -122,20 +123,20 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
 
 
 def _faults_of_form(tree: Tree) -> tuple[list[MoemergeError], Recipe | None, set[str]]:
-    """Unknown keys and wrong types; the recipe without them, if one is left; and the sections they are in."""
+    """Unknown keys and wrong types; the recipe without them, if one is left; and the known keys that fell."""
     try:
         return [], parse_options(Recipe, tree, "recipe"), set()
     except MoemergeError as error:
         faults = error.faults if isinstance(error, Faults) else [error]
-    tree, touched = copy.deepcopy(tree), set()
+    tree, dropped = copy.deepcopy(tree), set()
     for _ in range(MAX_ROUNDS):
         try:
-            return faults, Recipe(**tree), touched
+            return faults, Recipe(**tree), dropped
         except ValidationError as error:
-            for place in [one["loc"] for one in error.errors()]:
-                touched.add(str(place[0]))
-                _drop(tree, place)
-    return faults, None, touched
+            for one in error.errors():
+                dropped |= {".".join(map(str, one["loc"][:2]))} if one["type"] != "extra_forbidden" else set()
+                _drop(tree, one["loc"])
+    return faults, None, dropped
 
 
 def _drop(tree: Tree, place: tuple[str | int, ...]) -> None:
@@ -173,20 +174,28 @@ def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
 Check = Callable[[Recipe], Iterator[MoemergeError]]
 
 
-def find_faults(recipe: Recipe, touched: Iterable[str] = ()) -> list[MoemergeError]:
-    """Missing inputs, unknown names and contradictions; nothing about the sections in `touched`."""
+def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeError]:
+    """Missing inputs, unknown names and contradictions; nothing that hangs on one of the `dropped` keys."""
+    held_out = {"data", "data.validation", "data.validation_share"}
     checks: dict[Check, set[str]] = {
-        _check_sources: {"model", "synthetic", "data"},
-        _check_files: {"model", "data"},
-        _check_model: {"model", "upcycle", "base"},
-        _check_training: {"data", "base", "train", "control"},
-        _check_fit: {"data", "fit", "also_merge"},
-        _check_evaluation: {"data", "evaluate", "also_merge", "fit", "control"},
-        _check_publish: {"publish"},
-        _check_output: {"output"},
+        _check_sources: {"model", "synthetic", "data", "data.train"},
+        _check_files: set(),
+        _check_model: {"base"},
+        _check_training: held_out,
+        _check_fit: held_out | {"data.fit"},
+        _check_evaluation: {
+            "data",
+            "data.tests",
+            "data.test_share",
+            "data.candidates",
+            "control",
+            "also_merge",
+        },
+        _check_publish: {"publish.repo"},
+        _check_output: set(),
     }
-    needed = [check for check, sections in checks.items() if not sections & set(touched)]
-    return [fault for check in needed for fault in check(recipe)]
+    sound = [check for check, keys in checks.items() if not keys & set(dropped)]
+    return [fault for check in sound for fault in check(recipe)]
 
 
 def _fault(what: str, given: object, expected: str, fix: str) -> OptionError:
@@ -276,8 +285,9 @@ def _is_encoder(model_type: str) -> bool:
 
 
 def _has_validation(recipe: Recipe) -> bool:
+    """Whether there are held-out pairs, as far as a recipe without any data can be asked."""
     data = recipe.data
-    return bool(recipe.synthetic or (data and (data.validation or data.validation_share)))
+    return bool(recipe.synthetic or data is None or data.validation or data.validation_share)
 
 
 def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
@@ -355,7 +365,8 @@ def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
 
 def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
     output = recipe.output
-    foreign = output.is_dir() and any(output.iterdir()) and not (output / RECIPE_COPY).exists()
+    visible = [path.name for path in output.glob("[!.]*")]
+    foreign = bool(visible) and RECIPE_COPY not in visible
     if foreign or (output.exists() and not output.is_dir()):
         fix = "choose another output: --output FOLDER"
         yield _fault(

@@ -1,0 +1,503 @@
+"""Recipes: every fault at once; runs: skip what is valid, rerun what changed, go on after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moemerge import check, pipeline, summary
+from moemerge import recipe as options_of
+from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
+from moemerge.errors import ArtifactError, Faults, OptionError
+from moemerge.recipe import Recipe, Run, input_fields
+
+REPORT = {
+    "models": {
+        name: {"active_parameters": 10}
+        for name in ("dense", "control", "moe", "merge-usage", "merge-learned")
+    },
+    "baseline": "control",
+    "probes": {
+        "accuracy": {
+            "sets": {
+                "test": {
+                    "all": {
+                        "models": {
+                            name: {
+                                "accuracy": 0.75,
+                                "interval": [0.7, 0.8],
+                                "vs_baseline": {"difference": 0.02, "interval": [0.01, 0.03]},
+                            }
+                            for name in ("dense", "control", "moe", "merge-usage", "merge-learned")
+                        }
+                    }
+                }
+            }
+        }
+    },
+}
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing may catch it."""
+
+
+class FakeStages:
+    """Stages that write a digest of their options and inputs, and count their calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.kill_in = ""
+
+    def get(self, name: str) -> Stage[Any]:
+        return Stage(name, getattr(options_of, name.capitalize()), self.body)
+
+    def body(self, options: Run, draft: Draft) -> None:
+        self.calls.append(options.output.name)
+        settings = options.model_dump_json(exclude={"output", "overwrite"})
+        inputs = json.dumps({k: _contents(v) for k, v in input_fields(options).items()})
+        digest = hashlib.sha256((settings + inputs).encode()).hexdigest()
+        (draft.folder / "digest").write_text(digest)
+        if options.output.name == self.kill_in:
+            raise Killed
+        if options.output.name == "data":
+            for name in ("train", "validation", "tests/test"):
+                path = draft.folder / f"{name}.jsonl.gz"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(digest + name)
+        if options.output.name == "evaluate":
+            (draft.folder / "report.json").write_text(json.dumps(REPORT))
+        draft.results["number"] = 1
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _contents(one) for name, one in value.items()}
+    return fingerprint(Path(value))["sha256"] if Path(value).exists() else value
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
+    fake = FakeStages()
+    monkeypatch.setattr(pipeline, "STAGES", fake)
+    return fake
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model folder, data and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_hidden_layers": 2,
+    }
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    write(
+        tmp_path,
+        model="model",
+        data={"train": "pairs.jsonl", "test_share": 0.2},
+        control={},
+        also_merge=["usage"],
+    )
+    return tmp_path
+
+
+def write(folder: Path, **sections: Any) -> Path:
+    path = folder / "recipe.yml"
+    path.write_text(json.dumps({"output": str(folder / "out"), **sections}))
+    return path
+
+
+STEPS = [
+    "data",
+    "control",
+    "upcycle",
+    "train",
+    "route",
+    "fit-usage",
+    "merge-usage",
+    "fit-learned",
+    "merge-learned",
+]
+STEPS += ["evaluate", "publish"]
+
+
+def digests(output: Path) -> dict[str, str]:
+    return {p.parent.name: p.read_text() for p in output.glob("*/digest")}
+
+
+# Runs
+
+
+def test_runs_in_order_and_skips_what_is_valid(folder: Path, stages: FakeStages) -> None:
+    first = pipeline.run_recipe("recipe.yml")
+    assert stages.calls == STEPS
+    assert [step.name for step in first.steps] == STEPS
+    assert all(step.reason == "not made yet" for step in first.steps)
+    stages.calls.clear()
+    second = pipeline.run_recipe("recipe.yml")
+    assert stages.calls == []
+    assert all(step.reason is None for step in second.steps)
+    assert second.table == first.table and second.merged == folder / "out/merge-learned"
+
+
+def test_changed_option_reruns_from_there(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    report = pipeline.run_recipe("recipe.yml", ["fit.learning_rate=0.01", "fit.method=learned"])
+    assert stages.calls == ["fit-usage", "merge-usage", "fit-learned", "merge-learned", "evaluate", "publish"]
+    assert {s.name: s.reason for s in report.steps}["fit-usage"] == "changed: learning_rate"
+    assert {s.name: s.reason for s in report.steps}["merge-usage"] == "changed input: coefficients"
+
+
+def test_changed_data_rerun_everything(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    (folder / "pairs.jsonl").write_text('{"changed": 1}')
+    pipeline.run_recipe("recipe.yml")
+    assert stages.calls == [name for name in STEPS if name != "upcycle"]
+
+
+def test_step_with_damaged_output_reruns(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    (folder / "out/route/digest").unlink()
+    pipeline.run_recipe("recipe.yml")
+    assert stages.calls == ["route"]  # the same result again, so that nothing after it is stale
+
+
+@pytest.mark.parametrize("killed_in", ["data", "train", "evaluate"])
+def test_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
+    folder: Path, stages: FakeStages, killed_in: str
+) -> None:
+    pipeline.run_recipe("recipe.yml")
+    whole = digests(folder / "out")
+    write(folder, **{**json.loads((folder / "recipe.yml").read_text()), "output": str(folder / "again")})
+    stages.calls.clear()
+    stages.kill_in = killed_in
+    with pytest.raises(Killed):
+        pipeline.run_recipe("recipe.yml")
+    leftover = folder / "again" / f".{killed_in}.abc.tmp"
+    leftover.mkdir()
+    stages.kill_in = ""
+    pipeline.run_recipe("recipe.yml")
+    assert sorted(stages.calls) == sorted([*STEPS, killed_in])
+    assert not leftover.exists()
+    assert digests(folder / "again").keys() == whole.keys() == set(STEPS)
+    assert set(STEPS) == {p.name for p in (folder / "again").iterdir() if p.is_dir()}
+
+
+def test_second_run_in_the_same_folder_is_refused(folder: Path, stages: FakeStages) -> None:
+    with pipeline._alone(folder / "out"), pytest.raises(ArtifactError, match="another run"):
+        pipeline.run_recipe("recipe.yml")
+
+
+def test_summary_and_recipe_are_written(folder: Path, stages: FakeStages) -> None:
+    report = pipeline.run_recipe("recipe.yml")
+    text = (folder / "out/summary.md").read_text()
+    assert report.table in text and text.rstrip().endswith(report.verdict)
+    assert Recipe(**json.loads((folder / "out/recipe.json").read_text())).also_merge == ["usage"]
+
+
+def test_python_recipe_runs_like_a_file(folder: Path, stages: FakeStages) -> None:
+    recipe = pipeline.load_recipe("recipe.yml")
+    pipeline.run_recipe(recipe)
+    stages.calls.clear()
+    pipeline.run_recipe("recipe.yml")
+    assert stages.calls == []
+
+
+def test_faulty_python_recipe_is_refused(folder: Path, stages: FakeStages) -> None:
+    with pytest.raises(OptionError, match="no model"):
+        pipeline.run_recipe(Recipe(output=folder / "out"))
+    assert stages.calls == []
+
+
+# Plans
+
+
+def test_plan_connects_the_steps(folder: Path) -> None:
+    write(
+        folder,
+        model="model",
+        data={"train": "pairs.jsonl", "test_share": 0.2},
+        base={},
+        control={"epochs": 2},
+        seed=5,
+    )
+    steps = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}
+    out = str(folder / "out")
+    assert steps["base"].model == "model"
+    assert steps["control"].model == steps["upcycle"].model == f"{out}/base"
+    assert steps["control"].epochs == 2 and steps["train"].epochs == 1
+    assert steps["train"].model == f"{out}/upcycle" and steps["route"].model == f"{out}/train"
+    assert steps["merge-learned"].coefficients == f"{out}/fit-learned"
+    assert steps["evaluate"].models["dense"] == f"{out}/base" and steps["evaluate"].baseline == "control"
+    assert steps["evaluate"].pairs == {"test": f"{out}/data/tests/test.jsonl.gz"}
+    assert (
+        steps["publish"].model == f"{out}/merge-learned" and steps["publish"].evaluation == f"{out}/evaluate"
+    )
+    assert {options.seed for options in steps.values()} == {5}
+
+
+def test_fitting_pairs_of_their_own_leave_validation_for_stopping(folder: Path) -> None:
+    data = {"train": "pairs.jsonl", "fit": "pairs.jsonl", "test_share": 0.2}
+    write(folder, model="model", data=data)
+    fit = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}[
+        "fit-learned"
+    ]
+    assert fit.pairs.endswith("data/fit.jsonl.gz") and fit.validation.endswith("data/validation.jsonl.gz")
+    write(folder, model="model", data={**data, "fit": None})
+    fit = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}[
+        "fit-learned"
+    ]
+    assert fit.pairs.endswith("data/validation.jsonl.gz") and fit.validation is None
+
+
+@pytest.mark.parametrize("name", pipeline.templates())
+def test_shipped_recipes_are_sound(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = pipeline.write_template(tmp_path / "mine.yml", name)
+    (tmp_path / "pairs.jsonl.gz").touch()
+    assert pipeline.check_recipe(path) == []
+    assert pipeline.plan(pipeline.load_recipe(path))[-1].name == "publish"
+    text = path.read_text()
+    keys = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    bare = [line for line in keys if ":" in line and not line.endswith(":") and "#" not in line]
+    assert bare == [], "every key has a comment"
+
+
+def test_template_is_not_written_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yml").write_text("precious")
+    with pytest.raises(OptionError, match="file exists already"):
+        pipeline.write_template(tmp_path / "mine.yml")
+    assert (tmp_path / "mine.yml").read_text() == "precious"
+    with pytest.raises(OptionError, match="did you mean 'quickstart'"):
+        pipeline.write_template(tmp_path / "other.yml", "quikstart")
+
+
+# Faults
+
+
+def faults(folder: Path, overrides: tuple[str, ...] = (), **sections: Any) -> list[str]:
+    found = pipeline.check_recipe(write(folder, **sections), overrides)
+    assert all(fault.given and fault.expected and fault.fix for fault in found)
+    return sorted(fault.what for fault in found)
+
+
+GOOD: dict[str, Any] = {"model": "model", "data": {"train": "pairs.jsonl", "test_share": 0.2}}
+
+
+def test_all_faults_at_once(folder: Path) -> None:
+    found = pipeline.check_recipe(
+        write(
+            folder,
+            model="./nowhere",
+            modle="x",
+            seed="many",
+            data={"train": "gone.jsonl", "test_share": 0.2, "validation_share": 0},
+            train={"search": {"learning_rate": [1e-5, 3e-5]}},
+            fit={"method": "lerned"},
+            publish={"push": True},
+        )
+    )
+    texts = {fault.what: fault.fix for fault in found}
+    assert texts == {
+        "unknown option recipe.modle": "did you mean 'model'?",
+        "bad option recipe.seed": "correct recipe.seed",
+        "model does not exist": "correct model, or override it: --set model=PATH",
+        "data.train does not exist": "correct data.train, or override it: --set data.train=PATH",
+        "train.search needs validation pairs": "set data.validation or data.validation_share",
+        "unknown fit.method": "did you mean 'learned'?",
+        "push without a repository": "set publish.repo: OWNER/NAME",
+    }
+    with pytest.raises(Faults, match="7 fault"):
+        pipeline.load_recipe(folder / "recipe.yml")
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"synthetic": {}}, ["two models", "two sources of data"]),
+        ({"model": None}, ["no model"]),
+        ({"data": None}, ["no training pairs"]),
+        ({"also_merge": ["usage", "usage"]}, ["a coefficient method is named twice"]),
+        ({"also_merge": ["learned"]}, ["a coefficient method is named twice"]),
+        ({"evaluate": {"probes": ["lenght"]}}, ["unknown evaluate.probes"]),
+        ({"evaluate": {"baseline": "control"}}, ["unknown evaluate.baseline"]),
+        ({"data": {"train": "pairs.jsonl"}}, ["nothing to evaluate on"]),
+        (
+            {"data": {"train": "pairs.jsonl", "test_share": 0.1, "validation_share": 0}},
+            ["method learned needs fitting pairs"],
+        ),
+        ({"upcycle": {"layers": "first:3"}}, ["upcycle.layers: layers cannot be picked"]),
+        ({"train": {"train_layers": "a-b"}}, ["train.train_layers: layers cannot be picked"]),
+        ({"upcycle": {"num_routed_experts": 2}}, ["bad option recipe.upcycle"]),
+        ({"data": 3}, ["bad option recipe.data"]),
+        ({"fit": {"shared_weight": 2.0}}, ["bad option recipe.fit"]),
+        ({"output": "model"}, ["output is not the folder of a run"]),
+    ],
+)
+def test_contradictions(folder: Path, sections: dict[str, Any], expected: list[str]) -> None:
+    assert faults(folder, **{**GOOD, **sections}) == expected
+
+
+def test_faults_of_the_model_are_found_without_its_weights(folder: Path) -> None:
+    (folder / "model/config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
+    )
+    assert faults(folder, **GOOD, upcycle={"gate": "prompt"}) == [
+        "gate prompt needs a causal model",
+        "model has no reward head",
+    ]
+    assert faults(folder, **GOOD, base={}) == []
+    (folder / "model/config.json").unlink()
+    assert faults(folder, **GOOD) == ["model is not a model folder"]
+
+
+def test_sound_recipe_with_hub_names(folder: Path) -> None:
+    assert (
+        faults(
+            folder,
+            model="owner/name",
+            data={"train": "owner/pairs:train", "tests": {"t": "owner/pairs:test"}},
+        )
+        == []
+    )
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("output: a\noutput: b\n", "line 2"),
+        ("output: a\n 1: b\n", "line 2"),
+        ("fit: {method: [}\n", "line 1"),
+        ("1: b\n", "key '1' is no text"),
+        ("- a\n", "list"),
+        ("", "NoneType"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    ],
+)
+def test_broken_yaml_is_refused_with_its_place(tmp_path: Path, text: str, given: str) -> None:
+    (tmp_path / "r.yml").write_text(text)
+    with pytest.raises(OptionError) as caught:
+        pipeline.load_recipe(tmp_path / "r.yml")
+    assert given in caught.value.given
+
+
+def test_huge_and_missing_recipes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yml").write_text("a: " + "b" * check.MAX_BYTES)
+    with pytest.raises(OptionError, match="at most"):
+        pipeline.load_recipe(tmp_path / "r.yml")
+    laughs = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 10))
+    (tmp_path / "r.yml").write_text("l0: &l0 [lol]\n" + laughs)
+    with pytest.raises(OptionError, match="values"):
+        pipeline.load_recipe(tmp_path / "r.yml")
+    with pytest.raises(OptionError, match="No such file"):
+        pipeline.load_recipe(tmp_path / "gone.yml")
+
+
+def test_anchors_can_share_a_section(folder: Path) -> None:
+    text = f"output: {folder}/out\nmodel: model\ndata: {{train: pairs.jsonl, test_share: 0.2}}\n"
+    (folder / "r.yml").write_text(
+        text + "train: &t {epochs: 2, batch_size: 4}\ncontrol: {<<: *t, epochs: 3}\n"
+    )
+    recipe = pipeline.load_recipe(folder / "r.yml")
+    assert recipe.control is not None and recipe.train.batch_size == recipe.control.batch_size == 4
+    assert (recipe.train.epochs, recipe.control.epochs) == (2, 3)
+
+
+def test_overrides(folder: Path) -> None:
+    sets = [
+        "train.learning_rate=1e-4",
+        "control.search.learning_rate=[1e-5, 3e-5]",
+        "data.tests.more=pairs.jsonl",
+    ]
+    recipe = pipeline.load_recipe("recipe.yml", [*sets, "fit.shared_weight=match", "control.patience=null"])
+    assert recipe.train.learning_rate == 1e-4 and recipe.fit.shared_weight == "match"
+    assert recipe.control is not None and recipe.control.search == {"learning_rate": [1e-5, 3e-5]}
+    assert recipe.data is not None and list(recipe.data.tests) == ["more"] and recipe.control.patience is None
+    assert pipeline.load_recipe("recipe.yml", output="elsewhere").output == Path("elsewhere")
+    for broken in ("train", "=3", "train..epochs=3", "output.deep=1", "train.epochs=[1"):
+        with pytest.raises(OptionError, match="override cannot be read"):
+            pipeline.load_recipe("recipe.yml", [broken])
+
+
+def test_inputs_lie_beside_the_recipe_or_in_the_working_directory(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub/pairs.jsonl").write_text("{}")
+    path = write(folder / "sub", **{**GOOD, "output": "out"})
+    recipe = pipeline.load_recipe(path)
+    assert recipe.data is not None and recipe.data.train == str(folder / "sub/pairs.jsonl")
+    assert recipe.model == "model" and recipe.output == Path("out")
+
+
+# The last word
+
+
+def report_with(low: float, high: float) -> dict[str, Any]:
+    report = json.loads(json.dumps(REPORT))
+    versus = {"difference": (low + high) / 2, "interval": [low, high]}
+    report["probes"]["accuracy"]["sets"]["test"]["all"]["models"]["merge-learned"]["vs_baseline"] = versus
+    curve = {
+        "gold": [0.1, 0.4],
+        "minus_baseline": [0, 0.2],
+        "minus_baseline_low": [0, -0.1],
+        "minus_baseline_high": [0, 0.5],
+    }
+    models = {name: curve for name in report["models"]}
+    report["probes"]["best_of_n"] = {"sets": {"wide": {"n": [1, 2], "models": models}}}
+    return report
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.01, 0.03, "helped"),
+        (-0.03, -0.01, "made it worse"),
+        (-0.01, 0.03, "no difference beyond the interval"),
+    ],
+)
+def test_verdict_follows_the_paired_interval(low: float, high: float, word: str) -> None:
+    text = summary.verdict(report_with(low, high), "merge-learned")
+    assert f"merge-learned against control: {word}. " in text
+    assert f"accuracy test: {word} ({(low + high) / 2:+.3f}, {low:+.3f} to {high:+.3f})" in text
+    assert "gold wide at n=2: no difference beyond the interval (+0.200, -0.100 to +0.500)" in text
+
+
+def test_verdict_tells_both_when_sets_disagree() -> None:
+    report = report_with(0.01, 0.03)
+    report["probes"]["best_of_n"]["sets"]["wide"]["models"]["merge-learned"]["minus_baseline_high"] = [
+        0,
+        -0.05,
+    ]
+    assert "helped in one place, made it worse in another" in summary.verdict(report, "merge-learned")
+
+
+def test_table_has_a_row_per_model() -> None:
+    lines = summary.table(report_with(0.01, 0.03)).splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
+        "model",
+        "accuracy test",
+        "gold wide n=1",
+        "n=2",
+        "parameters used",
+    ]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(REPORT["models"])
+    assert "0.750 (0.700-0.800)" in lines[2] and len({len(line) for line in lines}) == 1
+
+
+def test_manifest_is_of_the_stage_that_the_plan_names(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    for step in pipeline.plan(pipeline.load_recipe("recipe.yml")):
+        assert read_manifest(step.options.output)["stage"] == step.stage
