@@ -171,8 +171,8 @@ def _loss_tables(report: dict[str, Any]) -> list[Table]:
     rows = []
     for split in ("train", "held_out"):
         for when in ("before", "after"):
-            at = report[split][when]
-            rows.append([split, when, str(report["pairs"][split]), f"{at['loss']:.4f}", f"{at['accuracy']:.4f}"])
+            at, number = report[split][when], str(report["pairs"][split])
+            rows.append([split, when, number, f"{at['loss']:.4f}", f"{at['accuracy']:.4f}"])
     return [Table("Bradley-Terry loss", ["pairs", "when", "number", "loss", "accuracy"], rows)]
 
 

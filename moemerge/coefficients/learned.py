@@ -168,10 +168,11 @@ def _movement(layers: list[int], first: _Point, best: _Point) -> list[dict[str, 
 def _verdict(first: _Point, best: _Point) -> str:
     if best is first:
         return "Nothing that was tried beat the initial coefficients on the held-out pairs: they are kept."
-    gain = _gain(first, best)
+    gain, before, after = _gain(first, best), first.measures, best.measures
     text = (
-        f"The held-out loss fell from {first.measures['loss']:.4f} to {best.measures['loss']:.4f}, "
-        f"by {gain['mean']:.4f} with a standard error of {gain['standard_error']:.4f}."
+        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {gain['mean']:.4f} with a "
+        f"standard error of {gain['standard_error']:.4f}; accuracy went from {before['accuracy']:.4f} to "
+        f"{after['accuracy']:.4f}."
     )
     if gain["mean"] < 2 * gain["standard_error"]:
         return f"{text} This is within two standard errors: it may be chance."

@@ -1,0 +1,65 @@
+"""Small MoEs with experts that differ, and preference pairs, for the tests of route, fit and merge."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from conftest import save_dense
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moemerge.upcycle import upcycle
+
+N, K = 3, 2
+
+
+def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> Path:
+    """Replace every tensor of a one-file checkpoint by `change(name, tensor)`; None drops it."""
+    path = folder / "model.safetensors"
+    tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, path, metadata={"format": "pt"})
+    return folder
+
+
+def make_moe(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: object) -> Path:
+    """An upcycled MoE whose shared and routed experts, router and head were all moved by large random noise.
+
+    The dense model it came from lies beside it, in dense-NAME.
+    """
+    dense = save_dense(folder.parent / f"dense-{folder.name}", family)
+    upcycle(model=str(dense), output=folder, num_routed_experts=N, num_experts_per_tok=K, **options)
+    generator = torch.Generator().manual_seed(1)
+
+    def noisy(name: str, tensor: Tensor) -> Tensor:
+        scale = 0.15 if "expert" in name else 2.0 if ".gate." in name or "score" in name else 0.0
+        return (tensor + scale * torch.randn(tensor.shape, generator=generator)).to(dtype)
+
+    if dtype != torch.float32:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).split(".")[1]}))
+    return rewrite(folder, noisy)
+
+
+def random_pairs(count: int, seed: int = 0, subsets: tuple[str, ...] = ("",)) -> list[dict[str, str]]:
+    """Rows with a prompt and two different answers of unlike lengths; two rows share each prompt."""
+    draw = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"w{draw.randrange(61)}" for _ in range(draw.randint(low, high)))
+
+    rows = []
+    for number in range(count):
+        prompt = words(2, 5) if number % 2 == 0 else rows[-1]["prompt"]
+        row = {"prompt": prompt, "chosen": f" {words(2, 9)}", "rejected": f" {words(10, 14)} w0"}
+        rows.append({**row, "subset": subsets[number % len(subsets)]} if subsets != ("",) else row)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    """`rows` as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
