@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def _compete(bench: _Bench, trials: list[Train], folder: Path) -> list[dict[str,
     for number, options in enumerate(trials):
         home = folder / f"trial-{number}"
         home.mkdir(exist_ok=True)
-        reports.append(_once(home / DONE, lambda o=options, h=home: _trial(bench, o, h)))  # type: ignore[misc]
-        gc.collect()
+        reports.append(_once(home / DONE, partial(_trial, bench, options, home)))
+        if len(trials) > 1:
+            gc.collect()  # the last trial's model, which a cycle in the trainer holds
         best = _winner(reports)
         for other in range(number + 1):
             _keep_only(folder / f"trial-{other}", reports[best]["best_step"] if other == best else None)

@@ -103,7 +103,7 @@ class PairTrainer(RewardTrainer):
         result = super().compute_loss(model, *args, **kwargs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics.pop("num_tokens", None)  # TRL's counter forgets the steps before a resume
-        balance = [layer.last_balance.cpu() for layer in self.moe if layer.last_balance is not None]
+        balance = [layer.last_balance.float() for layer in self.moe if layer.last_balance is not None]
         if balance:
             metrics["balance_loss"].append(torch.stack(balance).mean().item())
         return result
@@ -228,8 +228,7 @@ def _arguments(
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every,
         "save_steps": every,
-        # Three: best, last, and the one before, which stands in should a kill tear the last one.
-        "save_total_limit": 3,
+        "save_total_limit": 2,  # the best and the last; older ones go once the last is whole
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "logging_steps": logged,

@@ -52,6 +52,13 @@ def write(path: Path, made: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training; one test draws."""
+    if request.node.name != "test_output_is_quiet_complete_and_alone":
+        monkeypatch.setattr(module, "panels", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model, MoEs made of it, and files of pairs; read only."""
@@ -505,7 +512,7 @@ def test_stock_reward_trainer_takes_the_moe(world: Path, tmp_path: Path) -> None
 def test_output_is_quiet_complete_and_alone(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = run(world, tmp_path / "out", held=True, max_steps=4)
+    results = run(world, tmp_path / "out", held=True, epochs=2)
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -518,7 +525,7 @@ def test_output_is_quiet_complete_and_alone(
         len(pair.chosen.ids) + len(pair.rejected.ids)
         for pair in encoded(tiny_tokenizer(), world / "train.jsonl")
     ]
-    assert 0 < results["tokens"] < sum(lengths)
+    assert results["tokens"] == 2 * sum(lengths)
     assert all(entry["balance_loss"] > 0 for entry in history(tmp_path / "out") if "loss" in entry)
 
 
@@ -551,3 +558,19 @@ def test_encoded_pairs_with_and_without_margin_mix(world: Path) -> None:
     side, one = Encoded([3, 4], 1), Pair("w1", "w2", "w3", margin=0.25)
     pairs = [EncodedPair(side, side, one), EncodedPair(side, side, Pair("w1", "w2", "w3"))]
     assert _dataset(pairs, False)["margin"] == [0.25, 0.0]
+
+
+def test_last_checkpoint_skips_torn_ones_and_follows_a_moved_folder(tmp_path: Path) -> None:
+    from moemerge.trainer import COMPLETE, last_checkpoint, read_state
+
+    for step in (9, 10, 11):
+        home = tmp_path / f"checkpoint-{step}"
+        home.mkdir()
+        for name in COMPLETE:
+            (home / name).write_bytes(b"x")
+        (home / "trainer_state.json").write_text('{"best_model_checkpoint": "/gone/checkpoint-9"}')
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"best_model')
+    last = last_checkpoint(tmp_path)
+    assert last == tmp_path / "checkpoint-10" and not (tmp_path / "checkpoint-11").exists()
+    assert read_state(last)["best_model_checkpoint"] == str((tmp_path / "checkpoint-9").resolve())
+    assert last_checkpoint(tmp_path / "nothing") is None
