@@ -38,6 +38,13 @@ STAGES: Registry[Stage[Any]] = Registry(
         "publish": "moemerge.publish:publish",
     },
 )
+# What the synthetic world writes, as a recipe's section data names it.
+WORLD = {
+    "train": "train",
+    "validation": "validation",
+    "tests": {name: f"tests/{name}" for name in ("in_distribution", "out_of_distribution")},
+    "candidates": {"wide": "candidates/wide"},
+}
 LOCK = ".lock"
 SUMMARY = "summary.md"
 
@@ -174,9 +181,8 @@ class _Plan:
         settings = self.recipe.data or options_of.DataSettings()
         if self.recipe.synthetic is None:
             return settings
-        from moemerge.synthetic import sources
-
-        return settings.model_copy(update=sources(self.output / "synthetic"))
+        world = {key: _under(self.output / "synthetic" / "data", value) for key, value in WORLD.items()}
+        return settings.model_copy(update=world)
 
     @property
     def validation(self) -> str | None:
@@ -253,6 +259,12 @@ class _Plan:
         """The merged model's card, and the push if the recipe asks for it."""
         given = {"model": self.path(f"merge-{self.recipe.fit.method}"), "evaluation": self.path("evaluate")}
         return self.step("publish", "publish", self.recipe.publish, **given)
+
+
+def _under(folder: Path, names: Any) -> Any:
+    if isinstance(names, dict):
+        return {key: _under(folder, name) for key, name in names.items()}
+    return str(folder / f"{names}.jsonl.gz")
 
 
 def templates() -> dict[str, Path]:
