@@ -196,8 +196,7 @@ def _stage_row(manifest: dict[str, Any]) -> list[str]:
     sources = [f"{name}: {_source_name(given)}" for name, given in _inputs(manifest).items()]
     settings = [f"{name}={_brief(value)}" for name, value in _changed_settings(manifest).items()]
     version = manifest["versions"].get("moemerge", "")
-    cells = [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
-    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
 
 
 def _source_name(given: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moemerge.probes import PROBES, CandidateScores, PairScores
+from moemerge.probes import PROBES, CandidateScores, PairScores, Table
 from moemerge.probes.best_of_n import kl, rank_weights, sample_sizes, selection
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
 from moemerge.recipe import EvaluateSettings
@@ -244,3 +244,18 @@ def test_plots_are_drawn_and_the_same_each_time(name: str, tmp_path: Path) -> No
     for file in files:
         first = (tmp_path / "x" / file).read_bytes()
         assert first[:8] == b"\x89PNG\r\n\x1a\n" and first == (tmp_path / "y" / file).read_bytes()
+
+
+def test_table_as_markdown() -> None:
+    table = Table("T", ["model", "score", "note"], [["a|b", "+0.1 (0 to 1)", "x"], ["c", "", "y"]], "All.")
+    lines = table.markdown().splitlines()
+    assert lines == [
+        "### T",
+        "",
+        "| model | score | note |",
+        "| --- | ---: | --- |",
+        "| a\\|b | +0.1 (0 to 1) | x |",
+        "| c |  | y |",
+        "",
+        "All.",
+    ]

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from moemerge.data import Encoded, EncodedPair, Pair
 from moemerge.errors import CheckpointError, DataError
 from moemerge.scoring import batches, bradley_terry, load_reward_model, load_tokenizer, score, score_pairs
+from moemerge.upcycle import upcycle
 
 
 def texts(count: int = 40, seed: int = 0) -> list[Encoded]:
@@ -67,6 +68,22 @@ def test_batches_keep_the_token_budget_and_every_row() -> None:
     assert all(len(rows) == 1 or len(rows) * max(lengths[r] for r in rows) <= 256 for rows in groups)
     padding = sum(len(rows) * max(lengths[r] for r in rows) for rows in groups) / sum(lengths)
     assert padding < 1.05
+
+
+def test_a_prompt_gated_mixture_is_told_where_prompts_end(dense_folder: Path, tmp_path: Path) -> None:
+    draw = {"num_routed_experts": 4, "num_experts_per_tok": 1, "expert_noise": 1.0, "router_init_std": 2.0}
+    folder = str(upcycle(model=str(dense_folder), output=tmp_path / "moe", gate="prompt", **draw))
+    model, tokenizer = load_reward_model(folder, "cpu"), load_tokenizer(folder)
+    encoded = [Encoded(text.ids, 1 + len(text.ids) // 2) for text in texts(20)]
+    with torch.no_grad():
+        alone = [
+            model(torch.tensor([text.ids]), prompt_lengths=torch.tensor([text.prompt_length])).logits[0, 0]
+            for text in encoded
+        ]
+    found = score(model, tokenizer, encoded, 300)
+    assert (found - torch.stack(alone)).abs().max() <= 1e-5
+    shorter = score(model, tokenizer, [Encoded(text.ids, 1) for text in encoded], 300)
+    assert (found - shorter).abs().max() > 1e-4
 
 
 def test_no_texts_and_empty_texts(dense_folder: Path) -> None:

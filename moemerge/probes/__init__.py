@@ -67,10 +67,15 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """The table as GitHub markdown, headed by its title."""
-        rule = ["---", *["---:"] * (len(self.header) - 1)]
-        body = ["| " + " | ".join(row) + " |" for row in [self.header, rule, *self.rows]]
+        """The table as GitHub markdown, headed by its title; columns of numbers keep to the right."""
+        rule = ["---:" if all(map(_is_number, column)) else "---" for column in zip(*self.rows, strict=True)]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows]
+        body = ["| " + " | ".join(row) + " |" for row in [self.header, rule, *cells]]
         return "\n".join([f"### {self.title}", "", *body, *(["", self.note] if self.note else [])]) + "\n"
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.lstrip("+-")[:1].isdigit() or cell == "baseline"
 
 
 @dataclass(frozen=True)

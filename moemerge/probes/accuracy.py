@@ -114,7 +114,7 @@ def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
     for rule in ("always_longer", "always_shorter"):
         rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", "", "", "", "", ""])
     note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {part['interval_kind']}. "
-    note += f"Baseline: {part['baseline']}; p: exact McNemar test."
+    note += f"Baseline: {part['baseline']}; p: exact McNemar test over pairs."
     return Table(f"Accuracy on {name}", header, rows, note)
 
 
