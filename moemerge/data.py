@@ -295,6 +295,6 @@ def _overlap(pairs: dict[str, list[Pair]], split_by: str | None) -> dict[str, in
     others = {name: some for name, some in pairs.items() if name != "train"}
     overlap = {name: sum(_group(p, split_by) in train for p in some) for name, some in others.items()}
     for name, count in overlap.items():
-        if count:
-            log.warning("%d of %d pairs of %s share their group with train", count, len(pairs[name]), name)
+        if train and count:
+            log.info("%d of %d pairs of %s share their group with train", count, len(pairs[name]), name)
     return overlap

@@ -82,7 +82,13 @@ FORMS = {
         ([USER], [GOOD], [BAD], "", None),
     ),
     "absent values as parquet gives them": (
-        {"prompt": [{**USER, "name": None}], "chosen": [GOOD], "rejected": [BAD], "subset": None, "margin": None},
+        {
+            "prompt": [{**USER, "name": None}],
+            "chosen": [GOOD],
+            "rejected": [BAD],
+            "subset": None,
+            "margin": None,
+        },
         ([USER], [GOOD], [BAD], "", None),
     ),
 }
@@ -158,7 +164,7 @@ BAD_PAIRS = {
     "missing chosen": b'{"prompt": "p", "rejected": "b"}',
     "missing rejected": b'{"prompt": "p", "chosen": "a", "rejected": null}',
     "chosen is neither text nor messages": b'{"prompt": "p", "chosen": 3, "rejected": "b"}',
-    "rejected is neither text nor messages": b'{"prompt": "p", "chosen": "a", "rejected": [{"role": "user"}]}',
+    "rejected is neither text nor messages": b'{"prompt": "p", "chosen": "a", "rejected": [{"role": "u"}]}',
     "chosen and rejected are of different kinds": (
         b'{"prompt": "p", "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]}'
     ),
@@ -237,7 +243,13 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_candidates(tmp_path: Path) -> None:
-    rows = [{"prompt": "q", "candidates": [{"text": "a", "score": 1}, {"text": "b", "score": -0.5}], "subset": "s"}]
+    rows = [
+        {
+            "prompt": "q",
+            "candidates": [{"text": "a", "score": 1}, {"text": "b", "score": -0.5}],
+            "subset": "s",
+        }
+    ]
     sets, report = read_candidates(write_lines(tmp_path / "x.jsonl", rows), PLAIN)
     assert sets == [CandidateSet("q", ["a", "b"], [1.0, -0.5], "s", row=1)]
     assert report.kept == 1
@@ -255,7 +267,10 @@ def test_candidate_faults(tmp_path: Path) -> None:
         "candidates is not a list of objects": {"prompt": "q", "candidates": ["a", "b"]},
         "fewer than 2 candidates": {"prompt": "q", "candidates": [good]},
         "missing score": {"prompt": "q", "candidates": [good, {"text": "b"}]},
-        "score is not a finite number": {"prompt": "q", "candidates": [good, {"text": "b", "score": float("nan")}]},
+        "score is not a finite number": {
+            "prompt": "q",
+            "candidates": [good, {"text": "b", "score": float("nan")}],
+        },
         "missing text": {"prompt": "q", "candidates": [good, {"score": 1.0}]},
         "empty answer": {"prompt": "q", "candidates": [good, {"text": "", "score": 1.0}]},
         "prompt and text are of different kinds": {
@@ -269,7 +284,9 @@ def test_candidate_faults(tmp_path: Path) -> None:
     assert [one.row for one in sets] == [len(bad) + 1]
 
 
-def trl_ids(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, object]]) -> list[tuple[list[int], list[int]]]:
+def trl_ids(
+    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, object]]
+) -> list[tuple[list[int], list[int]]]:
     """What TRL's own RewardTrainer makes of `rows`."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     arguments = SimpleNamespace(dataset_num_proc=None, max_length=None)
@@ -312,7 +329,9 @@ def test_prompt_length() -> None:
     w = tokenizer.convert_tokens_to_ids(["w0"])[0]
     assert encode(tokenizer, "w1 w2 ", "w3") == Encoded([w + 1, w + 2, w + 3, 1], 2)
     assert encode(tokenizer, "", "w3") == Encoded([w + 3, 1], 0)
-    assert encode(tokenizer, "w1 w", "3 w4") == Encoded([w + 1, w + 3, w + 4, 1], 1), "joined word is no prompt"
+    assert encode(tokenizer, "w1 w", "3 w4") == Encoded([w + 1, w + 3, w + 4, 1], 1), (
+        "joined word is no prompt"
+    )
     chat = [w + 50, w + 51, w + 1, w + 2, 1, w + 50, w + 52, w + 3, w + 4, 1]
     assert encode(tokenizer, [USER], [GOOD]) == Encoded(chat, 5)
     assert encode(tokenizer, [], [USER, GOOD]) == Encoded(chat, 0)
@@ -337,7 +356,11 @@ def test_templates_that_are_missing_or_refuse() -> None:
 
 
 def test_too_long_is_a_bad_row_and_never_cut() -> None:
-    pairs = [Pair("w1 ", "w2", "w3", row=1), Pair("w1 ", "w2 w3", "w4", row=2), Pair("w1 ", "w2", "w3 w4", row=3)]
+    pairs = [
+        Pair("w1 ", "w2", "w3", row=1),
+        Pair("w1 ", "w2 w3", "w4", row=2),
+        Pair("w1 ", "w2", "w3 w4", row=3),
+    ]
     report = RowReport("x", total=3)
     kept = encode_pairs(tiny_tokenizer(), pairs, TextFormat(max_length=3, bad_rows="skip"), report)
     assert [one.pair.row for one in kept] == [1] and len(kept[0].chosen.ids) == 3
@@ -351,9 +374,154 @@ def test_too_long_is_a_bad_row_and_never_cut() -> None:
 
 
 def test_candidate_set_with_a_long_answer_is_bad() -> None:
-    sets = [CandidateSet("w1 ", ["w2", "w3 w4"], [0, 1], row=1), CandidateSet("w1 ", ["w2", "w3"], [0, 1], row=2)]
+    sets = [
+        CandidateSet("w1 ", ["w2", "w3 w4"], [0, 1], row=1),
+        CandidateSet("w1 ", ["w2", "w3"], [0, 1], row=2),
+    ]
     report = RowReport("x", total=2)
     kept = encode_candidates(tiny_tokenizer(), sets, TextFormat(max_length=3, bad_rows="skip"), report)
     assert [one.candidates.row for one in kept] == [2]
     assert [one.prompt_length for one in kept[0].answers] == [1, 1]
     assert report.reasons == {"longer than 3 tokens": [1]}
+
+
+def rows_of(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+
+
+def test_prepare_writes_plain_names(tmp_path: Path) -> None:
+    names = {"prompt": "q", "chosen": "good", "rejected": "bad", "subset": "kind", "text": "t", "score": "s"}
+    row = {"q": "é ", "good": "a", "bad": "b", "kind": "x", "margin": 1, "other": 5}
+    train = write_lines(tmp_path / "train.jsonl", [row])
+    wide = write_lines(
+        tmp_path / "c.jsonl", [{"q": "q", "candidates": [{"t": "a", "s": 1}, {"t": "b", "s": 2}]}]
+    )
+    out = prepare(
+        output=tmp_path / "out",
+        train=train,
+        validation=train,
+        fit=train,
+        tests={"hard": train},
+        candidates={"wide": wide},
+        fields=names,
+    )
+    plain = [{"prompt": "é ", "chosen": "a", "rejected": "b", "subset": "x", "margin": 1.0}]
+    for name in ("train", "validation", "fit", "tests/hard"):
+        assert rows_of(out / f"{name}.jsonl.gz") == plain
+    candidates = [{"text": "a", "score": 1.0}, {"text": "b", "score": 2.0}]
+    assert rows_of(out / "candidates/wide.jsonl.gz") == [{"prompt": "q", "candidates": candidates}]
+    results = read_manifest(out)["results"]
+    assert results["sizes"] == {"train": 1, "validation": 1, "fit": 1, "tests/hard": 1, "candidates/wide": 1}
+    assert results["seen_in_train"] == {"validation": 1, "fit": 1, "tests/hard": 1}
+    again = read_pairs(str(out / "train.jsonl.gz"), PLAIN)[0][0]
+    assert (again.prompt, again.subset, again.margin) == ("é ", "x", 1.0)
+
+
+def many_rows(groups: int, per_group: int) -> list[object]:
+    rows = [pair_row(10 * g + i, prompt=f"p{g}", topic=g) for i in range(per_group) for g in range(groups)]
+    return list(rows)
+
+
+def prepared(
+    folder: Path, name: str, rows: list[object], **options: object
+) -> dict[str, list[dict[str, object]]]:
+    source = write_lines(folder / f"{name}.jsonl", rows)
+    out = prepare(output=folder / name, train=source, **options)
+    return {str(p.relative_to(out)).removesuffix(".jsonl.gz"): rows_of(p) for p in sorted(out.rglob("*.gz"))}
+
+
+@pytest.mark.parametrize("split_by", [None, "topic"])
+def test_no_group_straddles_a_split(tmp_path: Path, split_by: str | None) -> None:
+    rows = many_rows(20, 5)
+    made = prepared(tmp_path, "out", rows, split_by=split_by, validation_share=0.2, test_share=0.1)
+    assert {name: len(some) for name, some in made.items()} == {
+        "train": 70,
+        "validation": 20,
+        "tests/test": 10,
+    }
+    prompts = {name: {row["prompt"] for row in some} for name, some in made.items()}
+    assert sum(map(len, prompts.values())) == len(set().union(*prompts.values())) == 20
+    seen = sorted(row["chosen"] for some in made.values() for row in some)
+    assert seen == sorted(row["chosen"] for row in rows), "every row is in one split"
+
+
+def test_split_depends_on_the_seed_only(tmp_path: Path) -> None:
+    rows = many_rows(20, 2)
+    first, same = (prepared(tmp_path, name, rows, seed=3) for name in "ab")
+    other = prepared(tmp_path, "c", rows, seed=4)
+    assert first == same and first != other
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.gz")]
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_uneven_groups_come_as_near_to_the_share_as_they_can(tmp_path: Path) -> None:
+    rows = [pair_row(i, prompt=f"p{i if i < 50 else 99}") for i in range(100)]
+    for seed in range(5):
+        made = prepared(tmp_path, f"s{seed}", rows, seed=seed, validation_share=0.3)
+        assert len(made["train"]) + len(made["validation"]) == 100
+        assert len(made["validation"]) in (30, *range(50, 81)) or len(made["validation"]) < 30
+        assert made["train"] and made["validation"]
+
+
+def test_caps_draw_without_order_change(tmp_path: Path) -> None:
+    rows = many_rows(40, 1)
+    tests = {"other": write_lines(tmp_path / "t.jsonl", many_rows(30, 1))}
+    answers = [{"text": "a", "score": 1}, {"text": "b", "score": 2}]
+    sets = write_lines(tmp_path / "c.jsonl", [{"prompt": f"q{i}", "candidates": answers} for i in range(9)])
+    caps = {"max_train": 11, "max_validation": 3, "max_test": 7, "max_prompts": 4}
+    made = prepared(tmp_path, "out", rows, tests=tests, candidates={"c": sets}, **caps)
+    sizes = {"train": 11, "validation": 3, "tests/other": 7, "candidates/c": 4}
+    assert {name: len(some) for name, some in made.items()} == sizes
+    numbers = [int(str(row["prompt"])[1:]) for row in made["train"]]
+    assert numbers == sorted(numbers) and numbers != list(range(11))
+
+
+def test_prepare_measures_lengths(tmp_path: Path, dense_folder: Path) -> None:
+    long = {"prompt": "w1 ", "chosen": "w2 w3 w4", "rejected": "w5"}
+    short = {"prompt": "w1 ", "chosen": "w2", "rejected": "w5"}
+    sets = [
+        {"prompt": "w1 ", "candidates": [{"text": t, "score": 0} for t in ("w2", more)]}
+        for more in ("w3", "w3 w4")
+    ]
+    source = {"c": write_lines(tmp_path / "c.jsonl", sets)}
+    options = {"tokenizer": str(dense_folder), "max_length": 3, "bad_rows": "skip", "validation_share": 0.0}
+    made = prepared(tmp_path, "out", [long, short], candidates=source, **options)
+    assert made["train"] == [short] and len(made["candidates/c"]) == 1
+    bad = {"longer than 3 tokens": {"count": 1, "rows": [1]}}
+    results = read_manifest(tmp_path / "out")["results"]
+    assert results["rows"]["train"] == {
+        "source": str(tmp_path / "out.jsonl"),
+        "total": 2,
+        "kept": 1,
+        "bad": bad,
+    }
+    assert results["rows"]["candidates/c"]["bad"] == {"longer than 3 tokens": {"count": 1, "rows": [2]}}
+    with pytest.raises(DataError, match="longer than 3 tokens"):
+        prepare(
+            output=tmp_path / "no",
+            train=str(tmp_path / "out.jsonl"),
+            tokenizer=str(dense_folder),
+            max_length=3,
+        )
+
+
+def test_report_holds_every_bad_row(tmp_path: Path) -> None:
+    rows = [pair_row(i, chosen="") for i in range(15)] + [pair_row(90), pair_row(91)]
+    prepared(tmp_path, "out", rows, bad_rows="skip", validation_share=0.5)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows"]["train"]["bad"]["empty answer"] == {"count": 15, "rows": list(range(1, 16))}
+    short = read_manifest(tmp_path / "out")["results"]["rows"]["train"]["bad"]["empty answer"]
+    assert short == {"count": 15, "rows": list(range(1, 11))}
+
+
+def test_data_that_cannot_be_split(tmp_path: Path) -> None:
+    one_group = write_lines(tmp_path / "x.jsonl", many_rows(1, 5))
+    with pytest.raises(DataError, match="cannot be split into 2 parts"):
+        prepare(output=tmp_path / "a", train=one_group)
+    with pytest.raises(DataError, match="did you mean 'topic'"):
+        prepare(output=tmp_path / "b", train=one_group, split_by="topics")
+    with pytest.raises(OptionError, match="no data are named"):
+        prepare(output=tmp_path / "c")
+    with pytest.raises(OptionError, match="called test"):
+        prepare(output=tmp_path / "d", train=one_group, tests={"test": one_group}, test_share=0.1)
+    assert not list(tmp_path.glob("*/")) or all(p.is_file() for p in tmp_path.iterdir())
