@@ -21,11 +21,14 @@ def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> Pat
     """Replace every tensor of a one-file checkpoint by `change(name, tensor)`; None drops it."""
     path = folder / "model.safetensors"
     tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-    save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, path, metadata={"format": "pt"})
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, path, metadata={"format": "pt"})
     return folder
 
 
-def make_moe(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: object) -> Path:
+def make_moe(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: object
+) -> Path:
     """An upcycled MoE whose shared and routed experts, router and head were all moved by large random noise.
 
     The dense model it came from lies beside it, in dense-NAME.
@@ -35,7 +38,8 @@ def make_moe(folder: Path, family: str = "llama", dtype: torch.dtype = torch.flo
     generator = torch.Generator().manual_seed(1)
 
     def noisy(name: str, tensor: Tensor) -> Tensor:
-        scale = 0.15 if "expert" in name else 2.0 if ".gate." in name or "score" in name else 0.0
+        head = name.startswith(("score", "classifier"))
+        scale = 0.15 if "expert" in name else 2.0 if head or ".gate." in name else 0.0
         return (tensor + scale * torch.randn(tensor.shape, generator=generator)).to(dtype)
 
     if dtype != torch.float32:

@@ -1,0 +1,461 @@
+"""Fitting coefficients: gradient against autograd and finite differences, what moves, what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_moe import K, N, make_moe, random_pairs, rewrite, write_rows
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import logsigmoid
+
+from moemerge.artifacts import fingerprint, read_manifest
+from moemerge.coefficients import METHODS, Coefficients, FitProblem, MergeGradient
+from moemerge.data import EncodedPair, Pair, encode_pairs, read_pairs
+from moemerge.errors import CheckpointError, DataError, OptionError
+from moemerge.fit import fit, hold_out
+from moemerge.merged_model import MergedModel, PairObjective
+from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.recipe import FitSettings, TextFormat
+from moemerge.route import route
+from moemerge.routing import RoutingStatistics, Sums
+from moemerge.scoring import load_tokenizer, score_pairs
+from moemerge.tokenise import Encoded
+
+ALPHA = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.1, 0.1, 0.8]], dtype=torch.float64)
+SHARED = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_moe(tmp_path_factory.mktemp("fit") / "moe")
+
+
+@pytest.fixture(scope="module")
+def planted(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs that the model with nothing but expert 1 in every layer ranks without an error."""
+    folder = tmp_path_factory.mktemp("planted")
+    one_hot_LN = torch.eye(N, dtype=torch.float64)[1].repeat(3, 1)
+    expert = MergedModel(MoeCheckpoint(moe), one_hot_LN, torch.zeros(3, dtype=torch.float64))
+    rows = random_pairs(120, seed=3)
+    tokenizer = load_tokenizer(str(moe))
+    scores_P2 = score_pairs(expert.model, tokenizer, encode(moe, rows, folder), 10_000)
+    for row, (chosen, rejected) in zip(rows, scores_P2.tolist(), strict=True):
+        if chosen < rejected:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    return write_rows(folder / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def routing(moe: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return route(model=str(moe), pairs=str(planted), output=tmp_path_factory.mktemp("r") / "r", max_pairs=10)
+
+
+def encode(moe: Path, rows: list[dict[str, str]], folder: Path) -> list[EncodedPair]:
+    pairs, report = read_pairs(str(write_rows(folder / "rows.jsonl", rows)), TextFormat())
+    return encode_pairs(load_tokenizer(str(moe)), pairs, TextFormat(), report)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+# the gradient
+
+
+def merged_by_autograd(source: MoeCheckpoint, alpha_LN: Tensor, shared_L: Tensor) -> dict[str, Tensor]:
+    """The MLP tensors as a plain differentiable sum."""
+    found = {}
+    for tensor in source.tensors:
+        row = source.settings.layers.index(tensor.layer)
+        matrices = list(source.matrices(tensor))
+        shared = matrices.pop(0) if source.settings.shared_expert else torch.zeros_like(matrices[0])
+        routed = sum(a * w for a, w in zip(alpha_LN[row], matrices, strict=True))
+        found[tensor.dense] = shared_L[row] * shared + (1 - shared_L[row]) * routed
+    return found
+
+
+def brute_loss(merged: MergedModel, pairs: Sequence[EncodedPair], weights: dict[str, Tensor]) -> Tensor:
+    """Mean Bradley-Terry loss, one unpadded text at a time."""
+
+    def one(text: Encoded) -> Tensor:
+        inputs = {"input_ids": torch.tensor([text.ids])}
+        return functional_call(merged.model, weights, (), inputs).logits[0, 0]
+
+    return -sum(logsigmoid(one(pair.chosen) - one(pair.rejected)) for pair in pairs) / len(pairs)
+
+
+def widen_norms(model: nn.Module) -> None:
+    """RMSNorm in float64: transformers' runs in float32 whatever it is given, too coarse for differences."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                wide.weight = child.weight
+                setattr(parent, name, wide)
+
+
+@pytest.mark.parametrize(
+    ("family", "shared_expert", "layers"),
+    [("llama", True, "all"), ("llama", False, "1-2"), ("bert", True, "all"), ("qwen2", True, "all")],
+)
+def test_gradient_equals_autograd_and_finite_differences(
+    family: str, shared_expert: bool, layers: str, tmp_path: Path
+) -> None:
+    moe = make_moe(tmp_path / "moe", family, torch.float64, shared_expert=shared_expert, layers=layers)
+    source, pairs = MoeCheckpoint(moe), encode(moe, random_pairs(7, seed=5), tmp_path)
+    count = len(source.settings.layers)
+    logits_LN = ALPHA[:count].log().requires_grad_()
+    shared_logit_L = SHARED[:count].logit().requires_grad_()
+    scale = 1.0 if shared_expert else 0.0
+
+    def point() -> tuple[Tensor, Tensor]:
+        return logits_LN.softmax(1), scale * shared_logit_L.sigmoid()
+
+    alpha_LN, shared_L = point()
+    merged = MergedModel(source, alpha_LN.detach(), shared_L.detach(), dtype=torch.float64)
+    widen_norms(merged.model)
+    loss = brute_loss(merged, pairs, merged_by_autograd(source, alpha_LN, shared_L))
+    expected = torch.autograd.grad(loss, [logits_LN, shared_logit_L])
+
+    ours = merged.gradient(pairs, micro_batch_size=3)
+    assert ours.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    alpha_LN, shared_L = point()
+    linear = (alpha_LN * ours.alpha_LN).sum() + (shared_L * ours.shared_L).sum()
+    found = torch.autograd.grad(linear, [logits_LN, shared_logit_L])
+    assert expected[0].abs().max() > 1e-5
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+    with torch.no_grad():
+        for parameter, gradient in ((logits_LN, found[0]), (shared_logit_L, found[1])):
+            along = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
+            sides, step = [], 1e-5
+            for sign in (1, -1):
+                parameter += sign * step * along
+                merged.merge(*point())
+                sides.append(merged.gradient(pairs, 4).loss)
+                parameter -= sign * step * along
+            slope = (sides[0] - sides[1]) / (2 * step)
+            assert slope == pytest.approx(float((gradient * along).sum()), rel=1e-5)
+
+
+def test_micro_batches_do_not_change_the_gradient(moe: Path, tmp_path: Path) -> None:
+    pairs = encode(moe, random_pairs(8, seed=6), tmp_path)
+    merged = MergedModel(MoeCheckpoint(moe), ALPHA, SHARED)
+    whole, *others = (merged.gradient(pairs, size) for size in (8, 1, 3, 100))
+    for other in others:
+        assert other.loss == pytest.approx(whole.loss, rel=1e-5)
+        torch.testing.assert_close(other.alpha_LN, whole.alpha_LN, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.shared_L, whole.shared_L, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_outlives_its_hook_and_only_mlps_ask_for_one(moe: Path, tmp_path: Path) -> None:
+    merged = MergedModel(MoeCheckpoint(moe), ALPHA, SHARED)
+    mlps = {tensor.dense for tensor in merged.source.tensors}
+    assert {n for n, p in merged.model.named_parameters() if p.requires_grad} == mlps
+    before = {name: value.clone() for name, value in merged.model.state_dict().items()}
+    merged.gradient(encode(moe, random_pairs(4), tmp_path), 2)
+    assert all(parameter.grad is None for parameter in merged.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in merged.model.state_dict().items())
+
+
+def test_merging_there_and_back_restores_every_weight(moe: Path) -> None:
+    merged = MergedModel(MoeCheckpoint(moe), ALPHA, SHARED)
+    before = {name: value.clone() for name, value in merged.model.state_dict().items()}
+    mlps = {tensor.dense for tensor in merged.source.tensors}
+    merged.merge(ALPHA.flip(1), SHARED.flip(0))
+    moved = {
+        name for name, value in merged.model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved == mlps
+    merged.merge(ALPHA, SHARED)
+    assert all(torch.equal(value, before[name]) for name, value in merged.model.state_dict().items())
+
+
+# the search, on objectives whose answer is known
+
+
+@dataclass
+class Bowl:
+    """Margins that fall with the squared distance from `best_LN`: a known optimum, equal on both splits."""
+
+    best_LN: Tensor
+    height: float = 3.0
+    num_train: int = 20
+    seen: list[list[int]] = field(default_factory=list)
+
+    def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: str) -> Tensor:
+        return (self.height - 10 * ((alpha_LN - self.best_LN) ** 2).sum()).expand(self.num_train)
+
+    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+        self.seen.append(list(rows))
+        alpha_LN = alpha_LN.clone().requires_grad_()
+        loss = -logsigmoid(self.margins(alpha_LN, shared_L, "train")).mean()
+        loss.backward()
+        return MergeGradient(loss.item(), alpha_LN.grad, torch.zeros_like(shared_L))
+
+
+def problem(objective: Bowl | None = None, seed: int = 0, **settings: Any) -> FitProblem:
+    wanted = FitSettings(**{"initial": "uniform", "batch_size": 8, "max_epochs": 40, **settings})
+    make = None if objective is None else lambda: objective
+    return FitProblem([0, 1, 2], N, True, wanted, seed, objective=make)
+
+
+def test_learned_finds_the_optimum() -> None:
+    found = METHODS.get("learned")(problem(Bowl(ALPHA), learning_rate=0.1, patience=20))
+    torch.testing.assert_close(found.alpha_LN, ALPHA, rtol=0.0, atol=0.02)
+    torch.testing.assert_close(found.alpha_LN.sum(1), torch.ones(3, dtype=torch.float64))
+    assert not found.report["kept_initial"]
+    assert found.shared_L.tolist() == [0.5] * 3
+    moved = found.report["moved"][1]
+    assert moved["l1"] == pytest.approx(float((found.alpha_LN[1] - 1 / 3).abs().sum()))
+    assert moved["total_variation"] == moved["l1"] / 2
+
+
+def test_the_start_is_kept_when_nothing_beats_it() -> None:
+    uniform_LN = torch.full((3, N), 1 / N, dtype=torch.float64)
+    bowl = Bowl(uniform_LN)
+    bowl.gradient = lambda alpha_LN, shared_L, rows: MergeGradient(1.0, ALPHA - 0.3, torch.zeros(3))
+    found = METHODS.get("learned")(problem(bowl, patience=2, evals_per_epoch=1))
+    assert torch.equal(found.alpha_LN, uniform_LN)
+    assert found.report["kept_initial"] and "kept" in found.report["verdict"]
+    assert found.report["steps"] == 2 * math.ceil(20 / 8), "two evaluations without progress, then stop"
+    assert found.report["held_out"]["before"] == found.report["held_out"]["after"]
+
+
+def test_each_epoch_sees_every_pair_once_and_the_seed_decides_the_order() -> None:
+    runs = [Bowl(ALPHA), Bowl(ALPHA), Bowl(ALPHA)]
+    outcomes = [
+        METHODS.get("learned")(problem(b, s, max_epochs=2)) for b, s in zip(runs, (0, 0, 1), strict=True)
+    ]
+    epoch = [row for rows in runs[0].seen[:3] for row in rows]
+    assert sorted(epoch) == list(range(20)) and [len(rows) for rows in runs[0].seen[:3]] == [8, 8, 4]
+    assert runs[0].seen == runs[1].seen != runs[2].seen
+    assert torch.equal(outcomes[0].alpha_LN, outcomes[1].alpha_LN)
+
+
+def test_kl_pulls_towards_the_start() -> None:
+    free, tied, fast = (METHODS.get("learned")(problem(Bowl(ALPHA), kl=kl)) for kl in (0.0, 0.5, 50.0))
+    moved = [sum(one["l1"] for one in found.report["moved"]) for found in (free, tied, fast)]
+    assert moved[0] > moved[1] > moved[2]
+
+
+def test_a_learned_shared_weight_moves_and_others_do_not() -> None:
+    def towards_shared(alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+        return MergeGradient(1.0, torch.zeros_like(alpha_LN), -torch.ones_like(shared_L))
+
+    for setting, moves in (("learned", True), (0.25, False)):
+        bowl = Bowl(ALPHA)
+        bowl.gradient = towards_shared
+        bowl.margins = lambda alpha_LN, shared_L, split: shared_L.mean().expand(20)
+        found = METHODS.get("learned")(problem(bowl, shared_weight=setting, max_epochs=5))
+        assert bool((found.shared_L > 0.6).all()) if moves else found.shared_L.tolist() == [0.25] * 3
+        assert torch.equal(found.alpha_LN, torch.full_like(ALPHA, 1 / N))
+
+
+def hand_made_statistics() -> RoutingStatistics:
+    sums = Sums.zeros(3, N)
+    sums.gate_LN += torch.tensor([[3.0, 1.0, 0.0], [1.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    sums.shared_L += torch.tensor([1.0, 2.0, 3.0])
+    sums.tokens_L += 4
+    return RoutingStatistics([0, 1, 2], N, K, {("", "chosen"): sums})
+
+
+def test_uniform_usage_and_match_by_hand() -> None:
+    base = problem(shared_weight="match")
+    base = FitProblem(base.layers, N, True, base.settings, statistics=hand_made_statistics())
+    assert METHODS.get("uniform")(base).alpha_LN.tolist() == [[1 / 3] * 3] * 3
+    found = METHODS.get("usage")(base)
+    torch.testing.assert_close(
+        found.alpha_LN,
+        torch.tensor([[0.75, 0.25, 0.0], [0.25, 0.25, 0.5], [1 / 3] * 3], dtype=torch.float64),
+    )
+    assert found.shared_L.tolist() == [0.25, 0.5, 0.75]
+    alone = FitProblem(base.layers, N, False, base.settings)
+    assert METHODS.get("uniform")(alone).shared_L.tolist() == [0.0] * 3
+
+
+def test_an_unused_expert_can_come_back() -> None:
+    """Expert 2 of layer 0 has no gate mass, but the optimum gives it some."""
+    best_LN = torch.tensor([[0.3, 0.1, 0.6], [0.25, 0.25, 0.5], [1 / 3] * 3], dtype=torch.float64)
+    base = problem(Bowl(best_LN), initial="usage", learning_rate=0.3, patience=50)
+    base = FitProblem(base.layers, N, True, base.settings, 0, hand_made_statistics(), base.objective)
+    assert METHODS.get("learned")(base).alpha_LN[0, 2] > 0.5
+
+
+# the stage
+
+
+def test_a_planted_expert_is_found(moe: Path, planted: Path, tmp_path: Path) -> None:
+    before = fingerprint(moe)["sha256"]
+    folder = fit(
+        model=str(moe), pairs=str(planted), output=tmp_path / "fit", initial="uniform", shared_weight=0.0,
+        learning_rate=0.2, max_epochs=6, evals_per_epoch=2,
+    )  # fmt: skip
+    alpha_LN, report = Coefficients.load(folder).alpha_LN, report_of(folder)
+    assert alpha_LN.argmax(1).tolist() == [1, 1, 1] and bool((alpha_LN[:, 1] > 0.45).all())
+    for split in ("train", "held_out"):
+        assert report[split]["after"]["loss"] < 0.6 * report[split]["before"]["loss"]
+        assert report[split]["after"]["accuracy"] > report[split]["before"]["accuracy"]
+    assert report["pairs"]["train"] + report["pairs"]["held_out"] == 120
+    assert not report["kept_initial"] and report["verdict"] in (folder / "fit.md").read_text()
+    assert read_manifest(folder)["results"]["held_out"] == report["held_out"]
+    assert (folder / "alpha.png").read_bytes().startswith(b"\x89PNG")
+    assert fingerprint(moe)["sha256"] == before, "fitting reads the MoE, and changes nothing"
+
+
+@pytest.mark.parametrize("learning_rate", [0.2, 5.0])
+def test_the_result_is_what_the_report_says_and_never_worse(
+    moe: Path, planted: Path, tmp_path: Path, learning_rate: float
+) -> None:
+    """A usual rate, and one that throws everything about: the best held-out point is what comes out."""
+    rows = [json.loads(line) for line in planted.read_text().splitlines()][:40]
+    folder = fit(
+        model=str(moe),
+        pairs=str(planted),
+        validation=str(write_rows(tmp_path / "v.jsonl", rows)),
+        output=tmp_path / "fit",
+        initial="uniform",
+        learning_rate=learning_rate,
+        max_epochs=2,
+        shared_weight="learned",
+    )
+    found, report = Coefficients.load(folder), report_of(folder)
+    losses = [point["held_out_loss"] for point in report["trajectory"]]
+    assert report["held_out"]["after"]["loss"] == min(losses) <= losses[0]
+    assert report["kept_initial"] == (min(losses) == losses[0])
+    merged = MergedModel(MoeCheckpoint(moe), found.alpha_LN, found.shared_L)
+    pairs = encode(moe, rows, tmp_path)
+    objective = PairObjective(merged, load_tokenizer(str(moe)), pairs, pairs, 8)
+    margins_P = objective.margins(found.alpha_LN, found.shared_L, "held_out")
+    assert float(-logsigmoid(margins_P).mean()) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_same_seed_same_result_whatever_the_micro_batch(moe: Path, planted: Path, tmp_path: Path) -> None:
+    options = {"model": str(moe), "pairs": str(planted), "initial": "uniform", "max_epochs": 1, "seed": 4}
+    folders = [fit(**options, output=tmp_path / str(n), micro_batch_size=n) for n in (8, 3)]
+    again = fit(**options, output=tmp_path / "again", micro_batch_size=8)
+    first, second, third = (Coefficients.load(folder).alpha_LN for folder in (*folders, again))
+    assert torch.equal(first, third)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=1e-4)
+
+
+def test_usage_and_match_take_what_routing_saw(moe: Path, routing: Path, tmp_path: Path) -> None:
+    folder = fit(
+        model=str(moe), routing=str(routing), output=tmp_path / "f", method="usage", shared_weight="match"
+    )
+    found, seen = Coefficients.load(folder), RoutingStatistics.load(routing)
+    assert torch.equal(found.alpha_LN, seen.gate_mass_LN())
+    assert torch.equal(found.shared_L, seen.shared_mass_L())
+    assert found.meta["method"] == "usage" and len(found.meta["model"]) == 64
+
+
+def test_without_a_shared_expert_its_weight_is_zero(tmp_path: Path) -> None:
+    moe = make_moe(tmp_path / "moe", shared_expert=False)
+    found = Coefficients.load(
+        fit(model=str(moe), output=tmp_path / "f", method="uniform", shared_weight="match")
+    )
+    assert found.shared_L.tolist() == [0.0] * 3
+
+
+def test_faults_are_refused_with_a_remedy(moe: Path, routing: Path, planted: Path, tmp_path: Path) -> None:
+    def refused(kind: type[Exception], word: str, **options: Any) -> None:
+        with pytest.raises(kind, match=word):
+            fit(model=str(moe), output=tmp_path / "f", **options)
+        assert list(tmp_path.iterdir()) == files, "a refused stage leaves nothing behind"
+
+    files = list(tmp_path.iterdir())
+    refused(OptionError, "did you mean 'uniform'", method="uniforn")
+    refused(OptionError, "routing statistics are needed", method="usage")
+    refused(OptionError, "routing statistics are needed", method="learned", pairs=str(planted))
+    refused(OptionError, "routing statistics are needed", method="uniform", shared_weight="match")
+    refused(OptionError, "preference pairs", method="learned", routing=str(routing))
+    refused(OptionError, "shared_weight learned", method="uniform", shared_weight="learned")
+    refused(OptionError, "outside", method="uniform", shared_weight=1.5)
+    refused(CheckpointError, "cannot be read", method="usage", routing=str(moe))
+    with pytest.raises(CheckpointError, match="not a MoE"):
+        fit(model=str(moe.parent / "dense-moe"), output=tmp_path / "f", method="uniform")
+
+
+def test_statistics_of_another_model_are_refused(moe: Path, routing: Path, tmp_path: Path) -> None:
+    for change in ({"layers": "1-2"}, {}):
+        other = make_moe(tmp_path / f"moe{len(change)}", **change)
+        rewrite(other, lambda name, tensor: tensor + 1 if "score" in name else tensor)
+        with pytest.raises(CheckpointError, match="another model"):
+            fit(model=str(other), routing=str(routing), output=tmp_path / "f", method="usage")
+
+
+def test_held_out_prompts_are_nowhere_else() -> None:
+    def pair(prompt: str, row: int) -> EncodedPair:
+        return EncodedPair(Encoded([1], 0), Encoded([2], 0), Pair(prompt, f"c{row}", "r", row=row))
+
+    pairs = [pair(f"p{row % 10}", row) for row in range(40)]
+    for seed in range(5):
+        train, held_out = hold_out(pairs, 0.3, seed)
+        assert len(held_out) == 12 and sorted(p.pair.row for p in train + held_out) == list(range(40))
+        assert not {p.pair.prompt for p in train} & {p.pair.prompt for p in held_out}
+    assert hold_out(pairs, 0.3, 1) == hold_out(pairs, 0.3, 1) != hold_out(pairs, 0.3, 2)
+    few = [pair("", 0), pair("", 1)]
+    assert [len(side) for side in hold_out(few, 0.99, 0)] == [1, 1], "without a prompt each row stands alone"
+    with pytest.raises(DataError, match="held out"):
+        hold_out(pairs[:1], 0.3, 0)
+
+
+# the file
+
+
+def test_coefficients_save_and_load_exactly(tmp_path: Path) -> None:
+    path = Coefficients([0, 2, 5], ALPHA, SHARED, {"method": "learned", "model": "abc"}).save(tmp_path / "c")
+    for source in (path, path.parent, str(path.parent)):
+        again = Coefficients.load(source)
+        assert (
+            again.layers == [0, 2, 5] and again.meta.items() >= {"method": "learned", "model": "abc"}.items()
+        )
+        assert torch.equal(again.alpha_LN, ALPHA) and torch.equal(again.shared_L, SHARED)
+    table = json.loads((path.parent / "coefficients.json").read_text())
+    assert table["layers"][1] == {"layer": 2, "shared": 0.5, "alpha": [0.6, 0.1, 0.3]}
+    header = path.read_bytes()[:600].decode(errors="replace")
+    assert '"layers":"[0, 2, 5]"' in header and '"method":"learned"' in header
+
+
+@pytest.mark.parametrize(
+    ("layers", "alpha_LN", "shared_L"),
+    [
+        ([0, 1, 2], ALPHA * 1.01, SHARED),
+        ([0, 1, 2], ALPHA - torch.tensor([0.15, 0.0, -0.15]), SHARED),
+        ([0, 1, 2], ALPHA.where(ALPHA < 0.6, math.nan), SHARED),
+        ([0, 1, 2], ALPHA, SHARED + 0.5),
+        ([0, 1, 2], ALPHA, SHARED[:2]),
+        ([0, 1, 2], ALPHA[0], SHARED),
+        ([0, 1, 2], ALPHA.float(), SHARED),
+        ([0, 1], ALPHA, SHARED),
+        ([0, 2, 1], ALPHA, SHARED),
+        ([0, 1, 1], ALPHA, SHARED),
+        ([], ALPHA[:0], SHARED[:0]),
+    ],
+)
+def test_unusable_coefficients_are_refused(layers: list[int], alpha_LN: Tensor, shared_L: Tensor) -> None:
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        Coefficients(layers, alpha_LN, shared_L)
+
+
+def test_damaged_coefficient_files_are_refused(tmp_path: Path) -> None:
+    path = Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-8], whole.replace(b"coefficients 1", b"coefficients 9")):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            Coefficients.load(tmp_path)
+    path.write_bytes(whole[:-8] + b"\x00" * 6 + b"\xf8\x7f")
+    with pytest.raises(CheckpointError, match="not finite"):
+        Coefficients.load(tmp_path)
