@@ -317,6 +317,13 @@ def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
             "each of fit.method and also_merge once",
             "take the repeated one out of also_merge",
         )
+    if recipe.fit.method != "learned" and recipe.fit.shared_weight == "learned":
+        yield _fault(
+            "shared_weight learned contradicts fit.method",
+            f"fit.method {recipe.fit.method}, fit.shared_weight learned",
+            "method learned, or a number or match for shared_weight",
+            "set fit.method to learned, or fit.shared_weight to 0.5",
+        )
     fitting = recipe.data and recipe.data.fit
     if "learned" in methods.values() and not fitting and not _has_validation(recipe):
         yield _fault(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moemerge.pipeline import StepReport
 
 USAGE_ERROR, INTERRUPTED = 2, 130
-SHOWN_RESULTS = 6
+LONGEST_RESULT, MOST_RESULTS = 40, 6
 
 # Commands that run one stage, in pipeline order; recipe.py has their options, in classes of the same names.
 STAGE_COMMANDS = {
@@ -182,10 +182,13 @@ def run_stage(stage: str, **values: Any) -> None:
 
 
 def _results_text(results: dict[str, Any]) -> str:
-    """The first few results that are single values."""
-    shown = {k: v for k, v in results.items() if isinstance(v, (bool, int, float, str)) and len(str(v)) <= 40}
+    """The first few results that are single values, also those one level down."""
+    nested = {
+        f"{k}.{name}": v for k, one in results.items() if isinstance(one, dict) for name, v in one.items()
+    }
+    shown = {k: v for k, v in {**results, **nested}.items() if isinstance(v, (bool, int, float, str))}
     texts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
-    return "".join(f"  {text}" for text in texts[:SHOWN_RESULTS])
+    return "".join([f"  {text}" for text in texts if len(text) <= LONGEST_RESULT][:MOST_RESULTS])
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -113,7 +113,7 @@ def _run_step(step: Step) -> StepReport:
     started = time.perf_counter()
     reason = why_stale(step.stage, step.options)
     if reason is not None:
-        log.info("%s: %s", step.name, reason)
+        log.info("%s starts: %s", step.name, reason)
         STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
     results = read_manifest(step.options.output)["results"]
     return StepReport(step.name, reason, time.perf_counter() - started, results)
@@ -230,9 +230,14 @@ class _Plan:
         return self.step(name, "train", section, **self.format, **self.trust, **data, model=model)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
-        """Coefficients by one method, and the merge with them."""
+        """Coefficients by one method, and the merge with them.
+
+        A shared weight that is to be learned has its default in methods that learn nothing.
+        """
         given = {"method": method, "model": self.moe, "routing": self.path("route")} | self.fitting()
         settings = self.recipe.fit.model_copy(update={"method": method})
+        if method != "learned" and settings.shared_weight == "learned":
+            settings = settings.model_copy(update={"shared_weight": options_of.FitSettings().shared_weight})
         yield self.step(f"fit-{method}", "fit", settings, **self.format, **given)
         given = {"model": self.moe, "coefficients": self.path(f"fit-{method}")}
         yield self.step(f"merge-{method}", "merge", self.recipe.merge, **given)

@@ -1,0 +1,331 @@
+"""The command line: flags made from options, faults in four parts, the same result as from Python."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moemerge
+from moemerge import cli, pipeline
+from moemerge import recipe as options_of
+from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
+from moemerge.errors import DataError
+from moemerge.recipe import Run
+
+ROOT = Path(__file__).parent.parent
+Main = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str]) -> Main:
+    """Runs the command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        found = capsys.readouterr()
+        return int(caught.value.code or 0), found.out, found.err
+
+    return run
+
+
+class FakeStages:
+    """Stages that only keep the options they are called with."""
+
+    def __init__(self) -> None:
+        self.options: Any = None
+        self.fault: BaseException | None = None
+
+    def get(self, name: str) -> Stage[Any]:
+        return Stage(name, getattr(options_of, name.capitalize()), self.body)
+
+    def body(self, options: Run, draft: Draft) -> None:
+        self.options = options
+        if self.fault is not None:
+            raise self.fault
+        (draft.folder / "file").write_text("x")
+        draft.results |= {"pairs": 3, "loss": 0.123456, "name": "n" * 99, "sizes": {"train": 5}}
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
+    fake = FakeStages()
+    monkeypatch.setattr(pipeline, "STAGES", fake)
+    return fake
+
+
+# Flags
+
+
+@pytest.mark.parametrize("command", cli.STAGE_COMMANDS)
+def test_every_option_of_a_stage_is_a_flag_with_help(main: Main, command: str) -> None:
+    code, out, _ = main(command, "--help")
+    text = " ".join(out.split())
+    assert code == 0
+    for name, field in getattr(options_of, command.capitalize()).model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert " ".join(str(field.description).split()[:3]) in text
+
+
+def test_flags_become_options_of_every_kind(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    flags = (
+        "--model m --pairs p --epochs 2.5 --max-steps 7 --patience none --trainable lora --trust-remote-code"
+    )
+    flags += " --no-gradient-checkpointing --fields prompt=question --fields chosen=a=b"
+    flags += " --search learning_rate=1e-5,3e-5 --search epochs=1"
+    code, _, err = main("train", *flags.split(), "--output", tmp_path / "out")
+    assert code == 0, err
+    options = stages.options
+    assert (options.epochs, options.max_steps, options.patience) == (2.5, 7, None)
+    assert (options.trainable, options.trust_remote_code, options.gradient_checkpointing) == (
+        "lora",
+        True,
+        False,
+    )
+    assert options.fields == {"prompt": "question", "chosen": "a=b"}
+    assert options.search == {"learning_rate": [1e-5, 3e-5], "epochs": [1.0]}
+    assert options.output == tmp_path / "out" and options.learning_rate == 1e-5
+
+
+def test_defaults_are_those_of_the_options(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    main("fit", "--model", "m", "--output", tmp_path / "out", "--shared-weight", "match")
+    assert stages.options == options_of.Fit(model="m", output=tmp_path / "out", shared_weight="match")
+    main("fit", "--model", "m", "--output", tmp_path / "two", "--shared-weight", "0.25")
+    assert stages.options.shared_weight == 0.25
+
+
+def test_lists_and_sources(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    sources = ["--models", "a=x/y", "--models", "b=z", "--pairs", "t=f", "--probes", "accuracy"]
+    main("evaluate", *sources, "--output", tmp_path / "out")
+    assert stages.options.models == {"a": "x/y", "b": "z"} and stages.options.probes == ["accuracy"]
+
+
+def test_main_results_are_printed(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    _, out, _ = main("merge", "--model", "m", "--coefficients", "c", "--output", tmp_path / "out")
+    assert out == f"{tmp_path / 'out'}  pairs 3  loss 0.1235  sizes.train 5\n"
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train", "--epoch", "3"], "--epochs"),
+        (["upcycle", "--gate", "soft"], "'xft', 'topk', 'prompt'"),
+        (["check"], "RECIPE"),
+        (["nothing-like-it"], "choose one of: check, data"),
+    ],
+)
+def test_usage_errors_name_the_near_ones(main: Main, arguments: list[str], text: str) -> None:
+    code, out, err = main(*arguments)
+    assert (code, out) == (2, "") and text in err
+
+
+def test_all_bad_options_are_told_at_once_in_four_parts(main: Main) -> None:
+    code, out, err = main("route", "--max-pairs", "0", "--batch-tokens", "many", "--fields", "a=b")
+    assert (code, out) == (2, "")
+    assert err.startswith("options: 5 fault(s)") and "Traceback" not in err
+    for option in ("output", "model", "pairs", "max_pairs", "batch_tokens"):
+        assert f"bad option options.{option}\n" in err
+    assert err.count("to fix:") == err.count("given:") == err.count("expected:") == 5
+
+
+def test_faults_of_a_stage_end_with_code_2_and_no_traceback(
+    main: Main, stages: FakeStages, tmp_path: Path
+) -> None:
+    stages.fault = DataError("rows are broken", given="row 3", expected="prompt", fix="mend it")
+    code, out, err = main("route", "--model", "m", "--pairs", "p", "--output", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "rows are broken",
+        "  given:    row 3",
+        "  expected: prompt",
+        "  to fix:   mend it",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_name_value_flags_need_both(main: Main, tmp_path: Path) -> None:
+    code, _, err = main("evaluate", "--models", "folder", "--output", tmp_path / "out")
+    assert code == 2 and "bad option --models" in err and "name=value" in err
+
+
+def test_interrupt_ends_with_130(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    stages.fault = KeyboardInterrupt()
+    code, _, err = main("route", "--model", "m", "--pairs", "p", "--output", tmp_path / "out")
+    assert code == 130 and err.strip().startswith("interrupted")
+
+
+def test_mistakes_of_ours_keep_their_traceback(stages: FakeStages, tmp_path: Path) -> None:
+    stages.fault = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["route", "--model", "m", "--pairs", "p", "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(("flag", "level"), [("--quiet", logging.WARNING), ("--verbose", logging.DEBUG)])
+def test_verbosity(main: Main, stages: FakeStages, tmp_path: Path, flag: str, level: int) -> None:
+    _, out, err = main("route", flag, "--model", "m", "--pairs", "p", "--output", tmp_path / "out")
+    assert logging.getLogger("moemerge").level == level
+    assert ("wrote" in err) == (flag == "--verbose") and "wrote" not in out
+
+
+# Recipes
+
+
+def test_init_check_and_their_faults(main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = main("init", "mine.yml")
+    assert code == 0 and "moemerge run mine.yml" in out
+    assert (tmp_path / "mine.yml").read_text() == (ROOT / "merge_configs/quickstart.yml").read_text()
+    assert main("init", "mine.yml")[0] == 2
+    code, out, _ = main("check", "mine.yml")
+    assert code == 0 and out.splitlines()[0] == "ok"
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["synthetic", "data", "base"]
+    code, out, err = main("check", "mine.yml", "--set", "fit.method=lerned", "--set", "train.epochs=-1")
+    assert (code, out) == (2, "")
+    assert "did you mean 'learned'?" in err and "recipe.train.epochs" in err and "2 fault(s)" in err
+    assert not (tmp_path / "runs").exists()
+
+
+SMALL = {
+    "synthetic": {
+        "train_pairs": 64,
+        "validation_pairs": 24,
+        "test_pairs": 24,
+        "prompts": 4,
+        "candidates": 4,
+        "hidden_size": 16,
+        "num_layers": 1,
+    },
+    "device": "cpu",
+    "threads": 1,
+    "base": {"learning_rate": 1e-3},
+    "control": {"learning_rate": 1e-3},
+    "train": {"learning_rate": 1e-3},
+    "upcycle": {"num_routed_experts": 3, "num_experts_per_tok": 2},
+    "fit": {"max_epochs": 1, "batch_size": 8},
+    "also_merge": ["uniform"],
+    "evaluate": {"resamples": 100},
+}
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole run of the real stages by `moemerge run`, and what it printed."""
+    root = tmp_path_factory.mktemp("run")
+    (root / "recipe.yml").write_text(json.dumps({"output": str(root / "out"), **SMALL}))
+    command = [sys.executable, "-m", "moemerge", "run", str(root / "recipe.yml")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return root, run.stdout
+
+
+def test_run_prints_steps_table_verdict_and_how_to_load(small_run: tuple[Path, str]) -> None:
+    root, out = small_run
+    steps = pipeline.plan(pipeline.load_recipe(root / "recipe.yml"))
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[: len(steps)]] == [step.name for step in steps]
+    table = (root / "out/summary.md").read_text()
+    for model in ("dense", "control", "moe", "merge-uniform", "merge-learned"):
+        row = next(line for line in lines if line.startswith(f"| {model} "))
+        assert row in table
+    assert any(line.startswith("Did merging help here? merge-learned against control: ") for line in lines)
+
+
+def test_the_printed_lines_load_the_merged_model(small_run: tuple[Path, str]) -> None:
+    _, out = small_run
+    loading = [line.strip() for line in out.splitlines()[-3:]]
+    names: dict[str, Any] = {}
+    exec("\n".join(loading), names)
+    assert type(names["model"]).__name__ == "LlamaForSequenceClassification"
+    assert names["model"].config.num_labels == 1 and names["tokenizer"].pad_token is not None
+
+
+def test_python_finds_everything_valid_that_the_command_line_made(small_run: tuple[Path, str]) -> None:
+    root, _ = small_run
+    report = moemerge.run_recipe(root / "recipe.yml")
+    assert [step.reason for step in report.steps] == [None] * len(report.steps)
+
+
+def test_a_stage_from_python_writes_what_the_command_line_wrote(
+    small_run: tuple[Path, str], main: Main, tmp_path: Path
+) -> None:
+    root, _ = small_run
+    given = read_manifest(root / "out/merge-learned")["options"]
+    flags = ["--model", given["model"], "--coefficients", given["coefficients"]]
+    assert main("merge", *flags, "--output", tmp_path / "cli")[0] == 0
+    moemerge.merge(model=given["model"], coefficients=given["coefficients"], output=tmp_path / "python")
+    whole = [fingerprint(folder)["sha256"] for folder in (tmp_path / "cli", tmp_path / "python")]
+    assert whole == [fingerprint(root / "out/merge-learned")["sha256"]] * 2
+
+
+# The package
+
+
+def test_importing_and_asking_for_help_load_nothing_heavy() -> None:
+    code = (
+        "import sys, moemerge, moemerge.cli; "
+        "[moemerge.cli.flags(name) for name in moemerge.cli.STAGE_COMMANDS]; "
+        "print(sorted({'torch', 'transformers', 'mergekit', 'numpy', 'wrapt'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in moemerge.__all__ if name != "__version__"])
+def test_public_names_are_what_they_say(name: str) -> None:
+    value = getattr(moemerge, name)
+    assert callable(value), "a function or class, not the module of the same name"
+
+
+def test_version_is_the_installed_one() -> None:
+    try:
+        installed = metadata.version("moemerge")
+    except metadata.PackageNotFoundError:
+        pytest.skip("runs from a checkout that is not installed")
+    assert moemerge.__version__ == installed
+    assert f'version = "{installed}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_stage_names_stay_functions_after_their_modules_are_imported() -> None:
+    code = (
+        "import moemerge.train, moemerge.fit, moemerge; from moemerge import train; "
+        "print(callable(moemerge.train), callable(moemerge.fit), train is moemerge.train)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.split() == ["True"] * 3, run.stderr
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'upcicle'"):
+        moemerge.upcicle  # noqa: B018
+
+
+HOSTS = ["import moemerge; import transformers", "import transformers; import moemerge"]
+EARLY = [
+    "",
+    "from transformers import LlamaForSequenceClassification; ",
+    "from transformers import Trainer; ",
+]
+
+
+@pytest.mark.parametrize("imports", HOSTS)
+@pytest.mark.parametrize("early", EARLY)
+def test_model_types_are_known_whatever_was_imported_first(imports: str, early: str) -> None:
+    code = (
+        f"import sys; {imports}; from transformers import AutoConfig, AutoModelForSequenceClassification as A; "
+        "print('moemerge.modelling' in sys.modules); "
+        "c = AutoConfig.for_model('moemerge_llama'); print(c.model_type, type(c) in A._model_mapping)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.split() == ["False", "moemerge_llama", "True"], run.stderr
