@@ -14,9 +14,9 @@ from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 
 from moemerge.artifacts import read_manifest
-from moemerge.data import encode, read_pairs
+from moemerge.data import Pair, encode, read_pairs
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluate import evaluate, parameters
+from moemerge.evaluate import _pair_scores, evaluate, parameters
 from moemerge.recipe import TextFormat
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, draw = tmp_path_factory.mktemp("world"), random.Random(0)
     dense = save_dense(folder / "dense", seed=0)
     other = save_dense(folder / "other", family="qwen2", seed=1)
-    upcycle(model=str(dense), output=folder / "moe", num_routed_experts=4, num_experts_per_tok=2)
+    upcycle(model=str(dense), output=folder / "moe", num_routed_experts=4, num_experts_per_tok=1)
     pairs = [
         {
             "prompt": words(draw),
@@ -122,7 +122,15 @@ def test_parameters_count_what_a_token_uses(world: dict[str, Any]) -> None:
     mlp, routers = 3 * 3 * 32 * 48, 3 * 4 * 32
     assert dense["parameters"] == dense["active_parameters"]
     assert moe["parameters"] == dense["parameters"] + 4 * mlp + routers
-    assert moe["active_parameters"] == dense["parameters"] + 2 * mlp + routers
+    assert moe["active_parameters"] == dense["parameters"] + mlp + routers
+
+
+def test_equal_prompts_make_one_cluster_and_empty_ones_none() -> None:
+    prompts = ["w1", "w2", "w1", "", "", [], [{"role": "user", "content": "w1"}]]
+    some = [Pair(prompt, "a", "bcd", row=row) for row, prompt in enumerate(prompts)]
+    scores = _pair_scores(some, {"m": np.arange(14.0)})
+    assert scores.prompts.tolist() == [0, 1, 0, 2, 3, 4, 5]
+    assert scores.lengths[0].tolist() == [1, 3] and scores.scores["m"][1].tolist() == [2, 3]
 
 
 def test_rows_too_long_for_one_tokenizer_are_dropped_for_all(world: dict[str, Any], tmp_path: Path) -> None:

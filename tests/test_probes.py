@@ -96,6 +96,31 @@ def test_best_of_n_curves_and_references() -> None:
     assert "minus_baseline" not in measured["models"]["m0"]
 
 
+@pytest.mark.parametrize("name", list(PROBES))
+def test_the_baseline_asked_for_is_compared_with(name: str) -> None:
+    """Swapping the baseline turns the sign of the differences, and of their intervals."""
+    probe = PROBES.get(name)
+    scores = pairs(200) if probe.needs == "pairs" else candidates([8] * 20)
+    models = list(scores.scores)
+    swapped = EvaluateSettings(resamples=400, baseline=models[1])
+    first, second = (
+        probe.measure({"s": scores}, settings, 0)["sets"]["s"] for settings in (SETTINGS, swapped)
+    )
+    one, other = (part.get("all", part) for part in (first, second))
+    assert (one["baseline"], other["baseline"]) == (models[0], models[1])
+    found = [one["models"][models[1]], other["models"][models[0]]]
+    if name == "accuracy":
+        versus = [numbers["vs_baseline"] for numbers in found]
+        values, ends = [v["difference"] for v in versus], [v["interval"] for v in versus]
+        assert values[0] == -values[1] and ends[0] == pytest.approx([-end for end in reversed(ends[1])])
+    else:
+        values = [numbers["minus_baseline"] for numbers in found]
+        np.testing.assert_allclose(values[0], -np.array(values[1]), atol=1e-12)
+        np.testing.assert_allclose(
+            found[0]["minus_baseline_low"], -np.array(found[1]["minus_baseline_high"]), atol=1e-12
+        )
+
+
 def test_best_of_n_does_not_see_scale_shift_or_order() -> None:
     scores = candidates([8] * 10)
     order = np.concatenate([8 * q + np.random.default_rng(q).permutation(8) for q in range(10)])
