@@ -339,7 +339,8 @@ class Recipe(Options):
     route: RouteSettings = Field(default_factory=RouteSettings)
     fit: FitSettings = Field(default_factory=FitSettings)
     also_merge: list[str] = Field(
-        default_factory=list, description="other coefficient methods to merge and compare"
+        default_factory=list,
+        description="other coefficient methods to merge and compare; shared_weight learned is 0.5 in these",
     )
     merge: MergeSettings = Field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
