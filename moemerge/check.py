@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _unreadable(path: Path, given: str, expected: str) -> OptionError:
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses keys that are given twice or are no texts."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Tree:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for number, key in enumerate(keys):
             if key.tag != "tag:yaml.org,2002:str":
@@ -128,7 +128,7 @@ def _faults_of_form(tree: Tree) -> tuple[list[MoemergeError], Recipe | None, set
         return [], parse_options(Recipe, tree, "recipe"), set()
     except MoemergeError as error:
         faults = error.faults if isinstance(error, Faults) else [error]
-    tree, dropped = copy.deepcopy(tree), set()
+    tree, dropped = copy.deepcopy(tree), set[str]()
     for _ in range(MAX_ROUNDS):
         try:
             return faults, Recipe(**tree), dropped

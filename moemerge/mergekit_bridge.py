@@ -31,7 +31,7 @@ from moemerge.errors import CheckpointError, OptionError
 NAME = "routing_normalized_average"
 
 
-@merge_method(
+@merge_method(  # type: ignore[untyped-decorator]
     name=NAME,
     pretty_name="Routing-normalised average",
     reference_url="https://arxiv.org/abs/2512.00724",
