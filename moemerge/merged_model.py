@@ -27,14 +27,16 @@ from moemerge.scoring import score_pairs
 if TYPE_CHECKING:
     from moemerge.data import Encoded, EncodedPair
 
+KEPT_ON_CPU = 2**30
+
 
 class MergedModel:
     """The dense reward model whose MLPs are the routing-normalised average of a MoE's experts.
 
     `model` has the original dense class, in eval mode; everything but its MLPs comes from the MoE and is
     frozen. The MLPs change by `merge` only: they ask for gradients, but none outlives its hook. Averages are
-    rounded to the experts' dtype, as in the merged checkpoint. Experts are read from disk when needed; on a
-    GPU they stay there if they take less than half of its free memory.
+    rounded to the experts' dtype, as in the merged checkpoint. Experts are read from disk whenever needed,
+    unless they take less than a gibibyte, or on a GPU half of its free memory: then they are kept.
     """
 
     def __init__(
@@ -168,8 +170,8 @@ class PairObjective:
 
 
 def _fits(source: MoeCheckpoint, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
+    """Whether all experts may stay in the device's memory."""
     count = source.settings.num_routed_experts + source.settings.shared_expert
     size = sum(torch.Size(tensor.shape).numel() for tensor in source.tensors) * source.dtype.itemsize
-    return count * size < torch.cuda.mem_get_info(device)[0] / 2
+    limit = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else KEPT_ON_CPU
+    return count * size < limit

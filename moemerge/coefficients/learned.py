@@ -170,8 +170,8 @@ def _verdict(first: _Point, best: _Point) -> str:
         return "Nothing that was tried beat the initial coefficients on the held-out pairs: they are kept."
     gain, before, after = _gain(first, best), first.measures, best.measures
     text = (
-        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {gain['mean']:.4f} with a "
-        f"standard error of {gain['standard_error']:.4f}; accuracy went from {before['accuracy']:.4f} to "
+        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {gain['mean']:.4f} "
+        f"(standard error {gain['standard_error']:.4f}), and accuracy went from {before['accuracy']:.4f} to "
         f"{after['accuracy']:.4f}."
     )
     if gain["mean"] < 2 * gain["standard_error"]:
