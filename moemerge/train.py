@@ -192,9 +192,9 @@ def _report(state: dict[str, Any], before: dict[str, float] | None) -> dict[str,
     history = [_entry(logged) for logged in state["log_history"]]
     step, after = state["global_step"], None
     if before:
-        evaluated = [entry for entry in history if "eval_loss" in entry]
-        start = {"step": 0, **{f"eval_{name}": value for name, value in before.items()}}
-        best = min([start, *evaluated], key=lambda entry: entry["eval_loss"])
+        start = {f"eval_{name}": value for name, value in before.items()}
+        history = [{"step": 0, "epoch": 0.0, **start}, *history]
+        best = min((e for e in history if "eval_loss" in e), key=lambda entry: entry["eval_loss"])
         step, after = best["step"], {"loss": best["eval_loss"], "accuracy": best["eval_accuracy"]}
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return {
