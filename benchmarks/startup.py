@@ -1,4 +1,4 @@
-"""Wall time of starting moemerge: median of 20 fresh processes each. Prints a row for benchmarks/README.md."""
+"""Wall time of starting moemerge: median of 20 fresh processes each. Prints a markdown row."""
 
 from __future__ import annotations
 

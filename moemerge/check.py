@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from moemerge.artifacts import parse_options
 from moemerge.errors import Faults, MoemergeError, OptionError, suggest
-from moemerge.recipe import Recipe, TrainSettings, input_fields, parse_layers
+from moemerge.recipe import Recipe, input_fields, parse_layers
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
@@ -291,15 +291,26 @@ def _has_validation(recipe: Recipe) -> bool:
 
 
 def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
-    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
-    for name, section in sections.items():
-        if isinstance(section, TrainSettings) and section.search and not _has_validation(recipe):
+    for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
+        if section is None or not section.search:
+            continue
+        if not _has_validation(recipe):
             yield _fault(
                 f"{name}.search needs validation pairs",
                 "no data.validation, and data.validation_share 0",
                 "held-out pairs, which choose among the values",
                 "set data.validation or data.validation_share",
             )
+        if "epochs" in section.search and section.max_steps:
+            yield _fault(
+                f"{name}.search cannot try epochs",
+                f"{name}.max_steps {section.max_steps}, which overrides epochs",
+                "one of the two",
+                f"take out {name}.max_steps or {name}.search.epochs",
+            )
+        if not all(section.search.values()):
+            given = ", ".join(key for key, values in section.search.items() if not values)
+            yield _fault(f"{name}.search lacks values", given, "at least one value per option", "add values")
 
 
 def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:

@@ -28,7 +28,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "te
 class Options(BaseModel):
     """Base of all options: unknown keys are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
 
 class Run(Options):

@@ -247,6 +247,24 @@ def test_plan_connects_the_steps(folder: Path) -> None:
     assert {options.seed for options in steps.values()} == {5}
 
 
+def test_shared_weight_is_learned_only_by_the_method_that_learns(folder: Path) -> None:
+    write(folder, **GOOD, also_merge=["usage"], fit={"shared_weight": "learned"})
+    steps = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}
+    assert (steps["fit-usage"].shared_weight, steps["fit-learned"].shared_weight) == (0.5, "learned")
+
+
+def test_synthetic_world_feeds_the_data_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = {s.name: s.options for s in pipeline.plan(pipeline.load_recipe(write(tmp_path, synthetic={})))}
+    world = f"{tmp_path}/out/synthetic"
+    assert (
+        steps["data"].train == f"{world}/data/train.jsonl.gz" and steps["data"].tokenizer == f"{world}/model"
+    )
+    assert steps["data"].candidates == {"wide": f"{world}/data/candidates/wide.jsonl.gz"}
+    assert steps["upcycle"].model == f"{world}/model"
+    assert list(steps["evaluate"].pairs) == ["in_distribution", "out_of_distribution"]
+
+
 def test_fitting_pairs_of_their_own_leave_validation_for_stopping(folder: Path) -> None:
     data = {"train": "pairs.jsonl", "fit": "pairs.jsonl", "test_share": 0.2}
     write(folder, model="model", data=data)
@@ -339,6 +357,12 @@ def test_all_faults_at_once(folder: Path) -> None:
         ),
         ({"upcycle": {"layers": "first:3"}}, ["upcycle.layers: layers cannot be picked"]),
         ({"train": {"train_layers": "a-b"}}, ["train.train_layers: layers cannot be picked"]),
+        ({"train": {"search": {"epochs": [1, 2]}, "max_steps": 3}}, ["train.search cannot try epochs"]),
+        ({"train": {"search": {"epochs": []}}}, ["train.search lacks values"]),
+        (
+            {"fit": {"method": "usage", "shared_weight": "learned"}},
+            ["shared_weight learned contradicts fit.method"],
+        ),
         ({"upcycle": {"num_routed_experts": 2}}, ["bad option recipe.upcycle"]),
         ({"data": 3}, ["bad option recipe.data"]),
         ({"fit": {"shared_weight": 2.0}}, ["bad option recipe.fit"]),
