@@ -15,6 +15,9 @@ from torch import Tensor
 from moemerge.upcycle import upcycle
 
 N, K = 3, 2
+# Coefficients of three layers to merge by.
+ALPHA = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.1, 0.1, 0.8]], dtype=torch.float64)
+SHARED = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
 
 
 def rewrite(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from small_moe import N, make_moe, random_pairs, rewrite, write_rows
+from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,13 +24,11 @@ from moemerge.errors import CheckpointError
 from moemerge.fit import fit
 from moemerge.merge import merge
 from moemerge.merged_model import MergedModel
+from moemerge.modelling import load_moe
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 from moemerge.tokenise import encode
 from moemerge.upcycle import upcycle
-
-ALPHA = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.1, 0.1, 0.8]], dtype=torch.float64)
-SHARED = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -305,3 +303,20 @@ def test_reading_back_notices_a_wrong_tensor(
         monkeypatch.setattr(module, "write_checkpoint", faulty(name, change))
         with pytest.raises(CheckpointError, match="not written as meant"):
             merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
+
+
+def test_half_precision_comes_back_after_training_in_float32(tmp_path: Path) -> None:
+    """Training widens a bfloat16 model to float32; the merged checkpoint is bfloat16 again."""
+    tiny_dense().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    moe = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe", num_routed_experts=3, num_experts_per_tok=2)
+    wide = load_moe(moe, dtype=torch.float32)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny_tokenizer().save_pretrained(tmp_path / "wide")
+    found = fit(model=str(tmp_path / "wide"), method="uniform", output=tmp_path / "fit")
+    merged = merge(model=str(tmp_path / "wide"), coefficients=str(found), output=tmp_path / "merged")
+    written = Checkpoint(merged)
+    assert {written.dtype(name) for name in written.names} == {torch.bfloat16}
+    assert written.config["dtype"] == "bfloat16"
+    original = Checkpoint(tmp_path / "dense")
+    assert all(torch.equal(written.tensor(name), original.tensor(name)) for name in original.names)

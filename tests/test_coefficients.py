@@ -1,0 +1,176 @@
+"""Coefficients and the ways to find them: searches whose answer is known, values by hand, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_moe import ALPHA, SHARED, K, N
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from moemerge.coefficients import METHODS, Coefficients, FitProblem, MergeGradient
+from moemerge.errors import CheckpointError
+from moemerge.recipe import FitSettings
+from moemerge.routing import RoutingStatistics, Sums
+
+
+@dataclass
+class Bowl:
+    """Margins that fall with the squared distance from `best_LN`: a known optimum, equal on both splits."""
+
+    best_LN: Tensor
+    height: float = 3.0
+    num_train: int = 20
+    seen: list[list[int]] = field(default_factory=list)
+
+    def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: str) -> Tensor:
+        return (self.height - 10 * ((alpha_LN - self.best_LN) ** 2).sum()).expand(self.num_train)
+
+    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+        self.seen.append(list(rows))
+        alpha_LN = alpha_LN.clone().requires_grad_()
+        loss = -logsigmoid(self.margins(alpha_LN, shared_L, "train")).mean()
+        loss.backward()
+        return MergeGradient(loss.item(), alpha_LN.grad, torch.zeros_like(shared_L))
+
+
+def problem(objective: Bowl | None = None, seed: int = 0, **settings: Any) -> FitProblem:
+    wanted = FitSettings(**{"initial": "uniform", "batch_size": 8, "max_epochs": 40, **settings})
+    make = None if objective is None else lambda: objective
+    return FitProblem([0, 1, 2], N, True, wanted, seed, objective=make)
+
+
+def test_learned_finds_the_optimum() -> None:
+    found = METHODS.get("learned")(problem(Bowl(ALPHA), learning_rate=0.1, patience=20))
+    torch.testing.assert_close(found.alpha_LN, ALPHA, rtol=0.0, atol=0.02)
+    torch.testing.assert_close(found.alpha_LN.sum(1), torch.ones(3, dtype=torch.float64))
+    assert not found.report["kept_initial"]
+    assert found.shared_L.tolist() == [0.5] * 3
+    moved = found.report["moved"][1]
+    assert moved["l1"] == pytest.approx(float((found.alpha_LN[1] - 1 / 3).abs().sum()))
+    assert moved["total_variation"] == moved["l1"] / 2
+
+
+def test_the_start_is_kept_when_nothing_beats_it() -> None:
+    uniform_LN = torch.full((3, N), 1 / N, dtype=torch.float64)
+    bowl = Bowl(uniform_LN)
+    bowl.gradient = lambda alpha_LN, shared_L, rows: MergeGradient(1.0, ALPHA - 0.3, torch.zeros(3))
+    found = METHODS.get("learned")(problem(bowl, patience=2, evals_per_epoch=1))
+    assert torch.equal(found.alpha_LN, uniform_LN)
+    assert found.report["kept_initial"] and "kept" in found.report["verdict"]
+    assert found.report["steps"] == 2 * math.ceil(20 / 8), "two evaluations without progress, then stop"
+    assert found.report["held_out"]["before"] == found.report["held_out"]["after"]
+
+
+def test_each_epoch_sees_every_pair_once_and_the_seed_decides_the_order() -> None:
+    runs = [Bowl(ALPHA), Bowl(ALPHA), Bowl(ALPHA)]
+    outcomes = [
+        METHODS.get("learned")(problem(b, s, max_epochs=2)) for b, s in zip(runs, (0, 0, 1), strict=True)
+    ]
+    epoch = [row for rows in runs[0].seen[:3] for row in rows]
+    assert sorted(epoch) == list(range(20)) and [len(rows) for rows in runs[0].seen[:3]] == [8, 8, 4]
+    assert runs[0].seen == runs[1].seen != runs[2].seen
+    assert torch.equal(outcomes[0].alpha_LN, outcomes[1].alpha_LN)
+
+
+def test_kl_pulls_towards_the_start() -> None:
+    free, tied, fast = (METHODS.get("learned")(problem(Bowl(ALPHA), kl=kl)) for kl in (0.0, 0.5, 50.0))
+    moved = [sum(one["l1"] for one in found.report["moved"]) for found in (free, tied, fast)]
+    assert moved[0] > moved[1] > moved[2]
+
+
+def test_a_learned_shared_weight_moves_and_others_do_not() -> None:
+    def towards_shared(alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+        return MergeGradient(1.0, torch.zeros_like(alpha_LN), -torch.ones_like(shared_L))
+
+    for setting, moves in (("learned", True), (0.25, False)):
+        bowl = Bowl(ALPHA)
+        bowl.gradient = towards_shared
+        bowl.margins = lambda alpha_LN, shared_L, split: shared_L.mean().expand(20)
+        found = METHODS.get("learned")(problem(bowl, shared_weight=setting, max_epochs=5))
+        assert bool((found.shared_L > 0.6).all()) if moves else found.shared_L.tolist() == [0.25] * 3
+        assert torch.equal(found.alpha_LN, torch.full_like(ALPHA, 1 / N))
+
+
+def hand_made_statistics() -> RoutingStatistics:
+    sums = Sums.zeros(3, N)
+    sums.gate_LN += torch.tensor([[3.0, 1.0, 0.0], [1.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    sums.shared_L += torch.tensor([1.0, 2.0, 3.0])
+    sums.tokens_L += 4
+    return RoutingStatistics([0, 1, 2], N, K, {("", "chosen"): sums})
+
+
+def test_uniform_usage_and_match_by_hand() -> None:
+    base = problem(shared_weight="match")
+    base = FitProblem(base.layers, N, True, base.settings, statistics=hand_made_statistics())
+    assert METHODS.get("uniform")(base).alpha_LN.tolist() == [[1 / 3] * 3] * 3
+    found = METHODS.get("usage")(base)
+    torch.testing.assert_close(
+        found.alpha_LN,
+        torch.tensor([[0.75, 0.25, 0.0], [0.25, 0.25, 0.5], [1 / 3] * 3], dtype=torch.float64),
+    )
+    assert found.shared_L.tolist() == [0.25, 0.5, 0.75]
+    alone = FitProblem(base.layers, N, False, base.settings)
+    assert METHODS.get("uniform")(alone).shared_L.tolist() == [0.0] * 3
+
+
+def test_an_unused_expert_can_come_back() -> None:
+    """Expert 2 of layer 0 has no gate mass, but the optimum gives it some."""
+    best_LN = torch.tensor([[0.3, 0.1, 0.6], [0.25, 0.25, 0.5], [1 / 3] * 3], dtype=torch.float64)
+    base = problem(Bowl(best_LN), initial="usage", learning_rate=0.3, patience=50)
+    base = FitProblem(base.layers, N, True, base.settings, 0, hand_made_statistics(), base.objective)
+    assert METHODS.get("learned")(base).alpha_LN[0, 2] > 0.5
+
+
+def test_coefficients_save_and_load_exactly(tmp_path: Path) -> None:
+    path = Coefficients([0, 2, 5], ALPHA, SHARED, {"method": "learned", "model": "abc"}).save(tmp_path / "c")
+    for source in (path, path.parent, str(path.parent)):
+        again = Coefficients.load(source)
+        assert (
+            again.layers == [0, 2, 5] and again.meta.items() >= {"method": "learned", "model": "abc"}.items()
+        )
+        assert torch.equal(again.alpha_LN, ALPHA) and torch.equal(again.shared_L, SHARED)
+    table = json.loads((path.parent / "coefficients.json").read_text())
+    assert table["layers"][1] == {"layer": 2, "shared": 0.5, "alpha": [0.6, 0.1, 0.3]}
+    header = path.read_bytes()[:600].decode(errors="replace")
+    assert '"layers":"[0, 2, 5]"' in header and '"method":"learned"' in header
+
+
+@pytest.mark.parametrize(
+    ("layers", "alpha_LN", "shared_L"),
+    [
+        ([0, 1, 2], ALPHA * 1.01, SHARED),
+        ([0, 1, 2], ALPHA - torch.tensor([0.15, 0.0, -0.15]), SHARED),
+        ([0, 1, 2], ALPHA.where(ALPHA < 0.6, math.nan), SHARED),
+        ([0, 1, 2], ALPHA, SHARED + 0.5),
+        ([0, 1, 2], ALPHA, SHARED[:2]),
+        ([0, 1, 2], ALPHA[0], SHARED),
+        ([0, 1, 2], ALPHA.float(), SHARED),
+        ([0, 1], ALPHA, SHARED),
+        ([0, 2, 1], ALPHA, SHARED),
+        ([0, 1, 1], ALPHA, SHARED),
+        ([], ALPHA[:0], SHARED[:0]),
+    ],
+)
+def test_unusable_coefficients_are_refused(layers: list[int], alpha_LN: Tensor, shared_L: Tensor) -> None:
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        Coefficients(layers, alpha_LN, shared_L)
+
+
+def test_damaged_coefficient_files_are_refused(tmp_path: Path) -> None:
+    path = Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-8], whole.replace(b"coefficients 1", b"coefficients 9")):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            Coefficients.load(tmp_path)
+    path.write_bytes(whole[:-8] + b"\x00" * 6 + b"\xf8\x7f")
+    with pytest.raises(CheckpointError, match="not finite"):
+        Coefficients.load(tmp_path)
