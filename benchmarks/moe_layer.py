@@ -26,7 +26,7 @@ def our_layer(hidden: int, inner: int, experts: int, selected: int) -> MoELayer:
     """moemerge's layer over a Llama MLP."""
     config = LlamaConfig(hidden_size=hidden, intermediate_size=inner)
     config._experts_implementation = "grouped_mm"
-    settings = MoeSettings(experts, selected, True, [0], "xft", 0.5, "linear", 0.02, 0.0, "cv")
+    settings = MoeSettings(experts, selected, True, [0], "xft", 0.5, "linear", 0.02, 0.0, "cv", "float32")
     mlp = LlamaMLP(config)
     shared = DenseExpert({m: getattr(mlp, p.split(".")[1]) for m, p in FAMILY.matrices}, "silu")
     shapes = {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}

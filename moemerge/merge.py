@@ -38,10 +38,11 @@ def merge(options: Merge, draft: Draft) -> None:
     runtime.use(options)
     source, coefficients = MoeCheckpoint(options.model), Coefficients.load(options.coefficients)
     source.check_fit(coefficients)
-    dtype = None if options.dtype == "keep" else runtime.DTYPES[options.dtype]
+    kept = source.settings.dense_dtype if options.dtype == "keep" else options.dtype
+    dtype: torch.dtype = getattr(torch, kept)
     write_checkpoint(draft.folder, _dense_tensors(source, coefficients, dtype), options.shard_size)
     config = dense_config(source.config)
-    config.dtype = dtype or config.dtype
+    config.dtype = dtype
     config.save_pretrained(draft.folder)
     copy_side_files(source.folder, draft.folder)
     largest = _compare(draft.folder, source, coefficients, dtype)
@@ -55,7 +56,7 @@ def merge(options: Merge, draft: Draft) -> None:
 
 
 def _dense_tensors(
-    source: MoeCheckpoint, coefficients: Coefficients, dtype: torch.dtype | None
+    source: MoeCheckpoint, coefficients: Coefficients, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     experts = {tensor.dense: tensor for tensor in source.tensors}
     names = [n for n in skeleton(source.config).state_dict() if n in experts or n in source.backbone]
@@ -68,22 +69,22 @@ def _dense_tensor(
     name: str,
     tensor: ExpertTensor | None,
     coefficients: Coefficients,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     if tensor is None:
         return _cast(source.weights.tensor(name), dtype)
     # Cast before the average, so that a wider dtype keeps what the experts' own would round away.
-    wider = torch.promote_types(dtype or source.dtype, source.dtype)
+    wider = torch.promote_types(dtype, source.dtype)
     matrices = (matrix.to(wider) for matrix in source.matrices(tensor))
     return _cast(source.average(tensor, matrices, coefficients.alpha_LN, coefficients.shared_L), dtype)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _compare(
-    folder: Path, source: MoeCheckpoint, coefficients: Coefficients, dtype: torch.dtype | None
+    folder: Path, source: MoeCheckpoint, coefficients: Coefficients, dtype: torch.dtype
 ) -> float:
     """Read every written tensor back. Largest difference between an MLP and its float64 sum."""
     written = Checkpoint(folder)

@@ -185,7 +185,7 @@ def install_experts(model: PreTrainedModel) -> None:
         if not isinstance(layer.get_submodule(family.block), MoELayer):
             _install(layer, family, settings, model)
     for moe in moe_layers(model).values():
-        moe.context = context
+        moe.context, moe.balance_scale = context, 1 / len(settings.layers)
 
 
 def _install(layer: torch.nn.Module, family: Family, settings: MoeSettings, model: PreTrainedModel) -> None:

@@ -24,7 +24,10 @@ EPSILON = 1e-10
 
 @dataclass(frozen=True)
 class MoeSettings:
-    """What makes a dense model's config a MoE's; stored in the config as the field `moemerge`."""
+    """What makes a dense model's config a MoE's; stored in the config as the field `moemerge`.
+
+    `dense_dtype` is that of the dense checkpoint, for the merge to give back: training widens to float32.
+    """
 
     num_routed_experts: int
     num_experts_per_tok: int
@@ -36,6 +39,7 @@ class MoeSettings:
     router_init_std: float
     balance_coefficient: float
     balance_loss: str
+    dense_dtype: str
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> MoeSettings:
@@ -255,8 +259,9 @@ class MoELayer(nn.Module):
 
     `observer`, if set, receives the Gating of every forward pass. While training with gradients, the
     balance loss times the config's balance_coefficient and `balance_scale` is attached to the routing
-    probabilities themselves, inside the layer, so that no form of gradient checkpointing loses it;
-    set `balance_scale` to 1 / gradient accumulation steps. `last_balance` is its detached value.
+    weights themselves, inside the layer, so that no form of gradient checkpointing loses it. In a model
+    `balance_scale` is 1 / MoE layers; divide it by the gradient accumulation steps when there are several.
+    `last_balance` is the detached loss, without the two factors.
     """
 
     def __init__(

@@ -219,7 +219,7 @@ class MergeSettings(Options):
     """MoE + coefficients -> dense reward model of the original architecture."""
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
-        "keep", description="dtype of the result"
+        "keep", description="dtype of the result; keep: that of the dense model"
     )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
 

@@ -90,6 +90,7 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
         router_init_std=options.router_init_std,
         balance_coefficient=options.balance_coefficient,
         balance_loss=options.balance_loss,
+        dense_dtype=str(config.dtype).removeprefix("torch."),
     )
 
 

@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "router_init_std": 0.02,
     "balance_coefficient": 0.1,
     "balance_loss": "cv",
+    "dense_dtype": "float32",
 }
 
 
