@@ -73,7 +73,7 @@ class UpcycleSettings(Options):
     layers: Layers = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
     gate: Literal["xft", "topk", "prompt"] = Field(
         "xft",
-        description="xft: normalised, shared 1 - max s; topk: renormalised top-k; prompt: one gate per prompt",
+        description="xft: normalised, shared 1 - max s; topk: renormalised; prompt: one gate per prompt",
     )
     gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="shared expert's weight under gate topk")
     router: Literal["linear", "mlp"] = Field("linear", description="router network")

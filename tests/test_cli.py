@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -255,6 +257,24 @@ def test_python_finds_everything_valid_that_the_command_line_made(small_run: tup
     root, _ = small_run
     report = moemerge.run_recipe(root / "recipe.yml")
     assert [step.reason for step in report.steps] == [None] * len(report.steps)
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_model(small_run: tuple[Path, str]) -> None:
+    root, _ = small_run
+    (root / "killed.yml").write_text(json.dumps({"output": str(root / "killed"), **SMALL}))
+    process = subprocess.Popen([sys.executable, "-m", "moemerge", "run", str(root / "killed.yml")], cwd=ROOT)
+    while process.poll() is None and not list(root.glob("killed/.train.*.work/**/trainer_state.json")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert not (root / "killed/train").exists()
+    report = moemerge.run_recipe(root / "killed.yml")
+    ran = [step.name for step in report.steps if step.reason is not None]
+    assert ran[0] == "train" and ran[-1] == "publish"
+    for name in ("train", "merge-uniform", "merge-learned"):
+        weights = [root / run / name / "model.safetensors" for run in ("out", "killed")]
+        assert weights[0].read_bytes() == weights[1].read_bytes(), name
+    assert not list(root.glob("killed/.*.tmp")) and not list(root.glob("killed/.*.work"))
 
 
 def test_a_stage_from_python_writes_what_the_command_line_wrote(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moemerge import check, pipeline, summary
+from moemerge import pipeline, recipe_file, summary
 from moemerge import recipe as options_of
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
 from moemerge.errors import ArtifactError, Faults, OptionError
@@ -420,7 +420,7 @@ def test_broken_yaml_is_refused_with_its_place(tmp_path: Path, text: str, given:
 
 
 def test_huge_and_missing_recipes_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "r.yml").write_text("a: " + "b" * check.MAX_BYTES)
+    (tmp_path / "r.yml").write_text("a: " + "b" * recipe_file.MAX_BYTES)
     with pytest.raises(OptionError, match="at most"):
         pipeline.load_recipe(tmp_path / "r.yml")
     laughs = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 10))

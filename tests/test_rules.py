@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"errors", "registry", "recipe", "artifacts"}
 STAGES = {"upcycle", "train", "route", "fit", "merge", "evaluate", "publish"}
-TOP = {"cli", "__main__", "pipeline", "check", "summary"}
+TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
     "click": {"cli"},
     "trl": {"train", "trainer"},
