@@ -46,8 +46,9 @@ def make_moe(
         return (tensor + scale * torch.randn(tensor.shape, generator=generator)).to(dtype)
 
     if dtype != torch.float32:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).split(".")[1]}))
+        config, name = json.loads((folder / "config.json").read_text()), str(dtype).split(".")[1]
+        config |= {"dtype": name, "moemerge": {**config["moemerge"], "dense_dtype": name}}
+        (folder / "config.json").write_text(json.dumps(config))
     return rewrite(folder, noisy)
 
 
