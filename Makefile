@@ -33,6 +33,7 @@ $(VENV)/.test-dependencies: $(VENV)/.dependencies
 	touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.dependencies
+	rm -rf build
 	$(PIP) --no-deps --force-reinstall .
 	touch $@
 
