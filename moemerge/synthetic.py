@@ -54,7 +54,7 @@ class Worth:
     topic_scale: float = 0.25
     order_bonus: float = 1.0
     free_fillers: int = 4
-    filler_cost: float = 0.6
+    filler_cost: float = 0.8
     tables_seed: int = 2024
 
     def value_RC(self, prompts: Prompts) -> Floats:
@@ -98,7 +98,7 @@ class Style:
     skill: tuple[float, float] = (-0.5, 1.5)
     words: tuple[int, int] = (3, 8)
     fillers: tuple[int, int] = (0, 4)
-    cue: float = 0.7
+    cue: float = 0.8
     padded: float = 0.0
     padding: tuple[int, int] = (6, 12)
 
@@ -127,7 +127,7 @@ class Prompts:
 WORTH = Worth()
 TRAINING = Style()
 SHIFTED = Style(cue=0.0)
-WIDE = Style(cue=0.0, padded=0.015)
+WIDE = Style(cue=0.0, padded=0.01)
 
 
 def gold_reward(prompt: str, answer: str) -> float:

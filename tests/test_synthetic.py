@@ -63,7 +63,7 @@ def plain_gold(regime: str, topic: str, answer: str) -> float:
         total += word_worth(regime, topic, word)
         total += float(i > 0 and FOLLOWS[regime][kinds[i - 1]] == kinds[i])
     excess = max(0, sum(word in FILLERS for word in words) - 4)
-    return total / math.sqrt(max(4, len(content))) - 0.6 * excess
+    return total / math.sqrt(max(4, len(content))) - 0.8 * excess
 
 
 def test_gold_by_hand() -> None:
@@ -85,7 +85,7 @@ def test_gold_by_hand() -> None:
             first / 2,
             (first + water + because + finally_ + 3) / math.sqrt(5),
             0.0,
-            -1.2,
+            -1.6,
         ]
     )
 
@@ -148,7 +148,7 @@ def test_fillers_go_with_quality_in_training_only() -> None:
     assert bond[TRAINING] > 0.5 and abs(bond[SHIFTED]) < 0.05 and bond[WIDE] < 0
     assert fillers_of(words[TRAINING]).max() == fillers_of(words[SHIFTED]).max() == 4
     padded = fillers_of(words[WIDE]) > 4
-    assert fillers_of(words[WIDE]).max() == 12 and 0.005 < padded.mean() < 0.03
+    assert fillers_of(words[WIDE]).max() == 12 and 0.005 < padded.mean() < 0.02
     assert all((w >= 0).sum(axis=1).max() <= 20 for w in words.values())
 
 
