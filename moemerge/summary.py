@@ -73,6 +73,7 @@ def verdict(report: Report, model: str) -> str:
 
 
 HELPED, WORSE, SAME = "helped", "made it worse", "no difference beyond the interval"
+EQUAL = "no difference at all"
 
 
 def _differences(report: Report, model: str) -> Iterator[tuple[str, float, float, float]]:
@@ -87,5 +88,5 @@ def _differences(report: Report, model: str) -> Iterator[tuple[str, float, float
 
 
 def _judge(difference: float, low: float, high: float) -> tuple[str, str]:
-    word = HELPED if low > 0 else WORSE if high < 0 else SAME
+    word = HELPED if low > 0 else WORSE if high < 0 else EQUAL if low == high else SAME
     return word, f"{difference:+.3f}, {low:+.3f} to {high:+.3f}"

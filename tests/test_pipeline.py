@@ -508,6 +508,13 @@ def test_verdict_tells_both_when_sets_disagree() -> None:
     assert "helped in one place, made it worse in another" in summary.verdict(report, "merge-learned")
 
 
+def test_verdict_says_so_when_the_models_are_alike() -> None:
+    report = report_with(0.0, 0.0)
+    del report["probes"]["best_of_n"]
+    assert "merge-learned against control: no difference at all. " in summary.verdict(report, "merge-learned")
+    assert "nothing to compare" in summary.verdict(report, "control")
+
+
 def test_table_has_a_row_per_model() -> None:
     lines = summary.table(report_with(0.01, 0.03)).splitlines()
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
