@@ -135,6 +135,9 @@ class TrainSettings(Options):
         "auto", description="auto: bfloat16 autocast on a GPU, float32 on CPU"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    group_by_length: bool = Field(
+        False, description="batches of similar length: faster where lengths vary, but a less random order"
+    )
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations (default: ten per run)")
     patience: int | None = Field(
         3, ge=1, description="evaluations without progress before stopping; none: never"

@@ -177,6 +177,7 @@ def _dataset(pairs: Sequence[EncodedPair], gated: bool) -> Dataset:
         "chosen_ids": [pair.chosen.ids for pair in pairs],
         "rejected_ids": [pair.rejected.ids for pair in pairs],
     }
+    columns["length"] = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
     if any(pair.pair.margin is not None for pair in pairs):
         columns["margin"] = [pair.pair.margin or 0.0 for pair in pairs]
     if gated:
@@ -225,6 +226,7 @@ def _arguments(
         "use_cpu": device.type == "cpu",
         "gradient_checkpointing": options.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "train_sampling_strategy": "group_by_length" if options.group_by_length else "random",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every,
         "save_steps": every,

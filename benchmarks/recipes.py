@@ -1,0 +1,56 @@
+"""Run the recipes on real models and data, end to end, and print a row for each.
+
+python benchmarks/recipes.py MODELS DATA [RECIPE ...]
+
+MODELS: folder written by fetch_models.py. DATA: folder with ukp_convarg/pairs.jsonl.gz, and with
+hh_rlhf/train.jsonl.gz, val.jsonl.gz and test.jsonl.gz (rows of prompt, chosen, rejected, subset).
+Runs go to runs/NAME; finished steps are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from moemerge import run_recipe
+
+CONFIGS = Path(__file__).parent.parent / "merge_configs"
+
+
+def overrides(models: Path, data: Path) -> dict[str, list[str]]:
+    """Local paths in place of the published names, per recipe."""
+    hh = data / "hh_rlhf"
+    splits = [f"data.train={hh}/train.jsonl.gz", f"data.validation={hh}/val.jsonl.gz"]
+    splits += [f"data.tests={{test: {hh}/test.jsonl.gz}}", f"model={models}/smollm2"]
+    return {
+        "minilm_ukp": [f"model={models}/minilm", f"data.train={data}/ukp_convarg/pairs.jsonl.gz"],
+        "smollm2_hh_cpu": splits,
+        "smollm2_hh": splits,
+    }
+
+
+def row(name: str, settings: list[str]) -> str:
+    """Run one recipe; a row of its accuracies with intervals."""
+    start = time.perf_counter()
+    done = run_recipe(CONFIGS / f"{name}.yml", settings, Path("runs") / name)
+    seconds = time.perf_counter() - start
+    trained = {step.name: step.seconds for step in done.steps}
+    slowest = ", ".join(f"{n} {s:.0f} s" for n, s in sorted(trained.items(), key=lambda i: -i[1])[:4])
+    fitted = json.loads((done.output / "fit-learned" / "report.json").read_text())
+    return f"### {name}: {seconds / 60:.1f} min ({slowest})\n\n{done.table}\n\n{done.verdict}\n\n{fitted['verdict']}\n"
+
+
+def main() -> None:
+    """Run the recipes named on the command line, or the two that need no GPU."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    models, data, *names = sys.argv[1:]
+    known = overrides(Path(models).resolve(), Path(data).resolve())
+    for name in names or ["minilm_ukp", "smollm2_hh_cpu"]:
+        print(row(name, known[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
