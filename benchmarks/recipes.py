@@ -40,7 +40,8 @@ def row(name: str, settings: list[str]) -> str:
     trained = {step.name: step.seconds for step in done.steps}
     slowest = ", ".join(f"{n} {s:.0f} s" for n, s in sorted(trained.items(), key=lambda i: -i[1])[:4])
     fitted = json.loads((done.output / "fit-learned" / "report.json").read_text())
-    return f"### {name}: {seconds / 60:.1f} min ({slowest})\n\n{done.table}\n\n{done.verdict}\n\n{fitted['verdict']}\n"
+    title = f"### {name}: {seconds / 60:.1f} min ({slowest})"
+    return "\n\n".join([title, done.table, done.verdict, fitted["verdict"], ""])
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-    from moemerge.coefficients import Coefficients as Coefficients
+    from moemerge.coefficients.base import Coefficients as Coefficients
     from moemerge.data import prepare as prepare
     from moemerge.errors import ArtifactError as ArtifactError
     from moemerge.errors import CheckpointError as CheckpointError
@@ -55,7 +55,7 @@ _HOMES = {
     "load_recipe": "pipeline",
     "load_moe": "modelling",
     "RoutingStatistics": "routing",
-    "Coefficients": "coefficients",
+    "Coefficients": "coefficients.base",
     "MoemergeError": "errors",
     "OptionError": "errors",
     "DataError": "errors",

@@ -16,9 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from moemerge import recipe
 from moemerge.artifacts import MANIFEST, expect_stage, fingerprint, read_manifest
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError
-from moemerge.probes import PROBES, Table
+from moemerge.probes import PROBES
+from moemerge.probes.base import Table
 from moemerge.recipe import Publish, Run, input_fields
 
 SHORT = 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -160,6 +161,11 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | Non
     levels = {None: logging.INFO, True: logging.DEBUG, False: logging.WARNING}
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     logging.getLogger("moemerge").setLevel(levels[value])
+    # Read by transformers when it is imported, which is later.
+    if value is not True:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _verbosity() -> click.Option:

@@ -20,7 +20,8 @@ from moemerge import data, runtime
 from moemerge.artifacts import Draft, stage, write_json
 from moemerge.errors import OptionError, suggest
 from moemerge.moe import moe_layers
-from moemerge.probes import PROBES, CandidateScores, PairScores, Probe, Table
+from moemerge.probes import PROBES
+from moemerge.probes.base import CandidateScores, PairScores, Probe, Table
 from moemerge.recipe import Evaluate
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 

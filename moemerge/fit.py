@@ -16,12 +16,13 @@ import torch
 
 from moemerge import plotting, runtime
 from moemerge.artifacts import Draft, stage, write_json
-from moemerge.coefficients import METHODS, Coefficients, FitOutcome, FitProblem, Objective
+from moemerge.coefficients import METHODS
+from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem, Objective
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import CheckpointError, DataError
 from moemerge.merged_model import MergedModel, PairObjective
 from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.probes import Table
+from moemerge.probes.base import Table
 from moemerge.provenance import model_fingerprint
 from moemerge.recipe import Fit
 from moemerge.routing import RoutingStatistics

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from moemerge import runtime
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import Checkpoint, copy_side_files, write_checkpoint
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_config, skeleton
@@ -83,9 +83,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _compare(
-    folder: Path, source: MoeCheckpoint, coefficients: Coefficients, dtype: torch.dtype
-) -> float:
+def _compare(folder: Path, source: MoeCheckpoint, coefficients: Coefficients, dtype: torch.dtype) -> float:
     """Read every written tensor back. Largest difference between an MLP and its float64 sum."""
     written = Checkpoint(folder)
     wanted = {*source.backbone, *(tensor.dense for tensor in source.tensors)}

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moemerge.coefficients import MergeGradient
+from moemerge.coefficients.base import MergeGradient
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_class, dense_config
 from moemerge.moe_checkpoint import MoeCheckpoint

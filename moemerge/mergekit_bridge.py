@@ -25,7 +25,7 @@ from mergekit.merge_methods.easy_define import merge_method
 from pydantic import Field
 
 from moemerge.averaging import routing_normalized_average
-from moemerge.coefficients import FILE, Coefficients
+from moemerge.coefficients.base import FILE, Coefficients
 from moemerge.errors import CheckpointError, OptionError
 
 NAME = "routing_normalized_average"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moemerge.averaging import routing_normalized_average
 from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor

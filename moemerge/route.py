@@ -20,7 +20,7 @@ from moemerge.data import Encoded, EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import CheckpointError
 from moemerge.families.dense import is_moe
 from moemerge.moe import MoeSettings, moe_layers
-from moemerge.probes import Table
+from moemerge.probes.base import Table
 from moemerge.provenance import model_fingerprint
 from moemerge.recipe import Route
 from moemerge.routing import Group, RoutingStatistics
@@ -59,9 +59,7 @@ def collect(
     """Routing statistics of a MoE over `pairs`, both sides of each; meta is left empty."""
     layers = moe_layers(model)
     settings = MoeSettings.read(model.config.moemerge)
-    statistics = RoutingStatistics(
-        settings.layers, settings.num_routed_experts, settings.num_experts_per_tok
-    )
+    statistics = RoutingStatistics(settings.layers, settings.num_routed_experts, settings.num_experts_per_tok)
     for (subset, side), texts in _by_group(pairs).items():
         with statistics.observe(layers, subset, side):
             score(model, tokenizer, texts, batch_tokens, progress=f"route {subset} {side}".replace("  ", " "))

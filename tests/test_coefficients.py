@@ -15,7 +15,8 @@ from small_moe import ALPHA, SHARED, K, N
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from moemerge.coefficients import METHODS, Coefficients, FitProblem, MergeGradient
+from moemerge.coefficients import METHODS
+from moemerge.coefficients.base import Coefficients, FitProblem, MergeGradient
 from moemerge.errors import CheckpointError
 from moemerge.recipe import FitSettings
 from moemerge.routing import RoutingStatistics, Sums

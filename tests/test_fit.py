@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts import fingerprint, read_manifest
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.data import EncodedPair, Pair, encode_pairs, read_pairs
 from moemerge.errors import CheckpointError, DataError, OptionError
 from moemerge.fit import fit, hold_out

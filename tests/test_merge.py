@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from moemerge.artifacts import read_manifest
 from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.fit import fit
 from moemerge.merge import merge
@@ -309,7 +309,7 @@ def test_half_precision_comes_back_after_training_in_float32(tmp_path: Path) -> 
     """Training widens a bfloat16 model to float32; the merged checkpoint is bfloat16 again."""
     tiny_dense().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    moe = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe", num_routed_experts=3, num_experts_per_tok=2)
+    moe = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe")
     wide = load_moe(moe, dtype=torch.float32)
     wide.save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")

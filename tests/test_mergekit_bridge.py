@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from moemerge import mergekit_bridge
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError, MoemergeError, OptionError
 
 ALPHA = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]], dtype=torch.float64)

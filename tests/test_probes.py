@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moemerge.probes import PROBES, CandidateScores, PairScores, Table
+from moemerge.probes import PROBES
+from moemerge.probes.base import CandidateScores, PairScores, Table
 from moemerge.probes.best_of_n import kl, rank_weights, sample_sizes, selection
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
 from moemerge.recipe import EvaluateSettings

@@ -17,7 +17,7 @@ from hub_server import Hub, serve
 from huggingface_hub import ModelCard
 
 from moemerge.artifacts import artifact, read_manifest
-from moemerge.coefficients import Coefficients
+from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.evaluate import evaluate
 from moemerge.publish import HubError, publish

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 from tqdm.auto import tqdm
 
-from moemerge.coefficients import METHODS, FitOutcome, FitProblem, Objective
+from moemerge.coefficients import METHODS
+from moemerge.coefficients.base import FitOutcome, FitProblem, Objective
 
 START_SHARED = 0.5
 SMALLEST_START = 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moemerge.coefficients import FitOutcome, FitProblem, start_shared_L
+from moemerge.coefficients.base import FitOutcome, FitProblem, start_shared_L
 
 
 def uniform(problem: FitProblem) -> FitOutcome:

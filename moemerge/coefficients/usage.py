@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moemerge.coefficients import FitOutcome, FitProblem, start_shared_L
+from moemerge.coefficients.base import FitOutcome, FitProblem, start_shared_L
 
 
 def usage(problem: FitProblem) -> FitOutcome:

@@ -1,96 +1,13 @@
-"""What an evaluation measures. A probe is a function of scores: add one with a file and a line in PROBES.
-
-P pairs, Q prompts, N candidate answers to a prompt, C candidates of all prompts together.
-"""
+"""What an evaluation measures. To add a probe: one file and one line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moemerge.recipe import EvaluateSettings
 from moemerge.registry import Registry
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """One test set, scored by every model on the same pairs.
-
-    scores: per model, float64 [P, 2], chosen and rejected. subsets: [P], "" for none. prompts: [P], equal
-    numbers for pairs with equal prompts. lengths: [P, 2], characters of each answer.
-    """
-
-    scores: dict[str, Floats]
-    subsets: NDArray[np.str_]
-    prompts: Integers
-    lengths: Integers
-
-    def part(self, rows: NDArray[np.bool_]) -> PairScores:
-        """The pairs where `rows` is true."""
-        scores = {model: scores_P2[rows] for model, scores_P2 in self.scores.items()}
-        return PairScores(scores, self.subsets[rows], self.prompts[rows], self.lengths[rows])
-
-
-@dataclass(frozen=True)
-class CandidateScores:
-    """One candidate set, scored by every model on the same answers; prompts lie one after the other.
-
-    scores: per model, float64 [C]. gold: [C]. lengths: [C], characters. sizes: [Q], candidates per prompt.
-    """
-
-    scores: dict[str, Floats]
-    gold: Floats
-    lengths: Integers
-    sizes: Integers
-
-    def by_prompt(self, values_C: NDArray[Any]) -> list[NDArray[Any]]:
-        """`values_C` cut into one array per prompt."""
-        return np.split(values_C, np.cumsum(self.sizes)[:-1])
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report; cells are text already."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def markdown(self) -> str:
-        """The table as GitHub markdown, headed by its title; columns of numbers keep to the right."""
-        rule = ["---:" if all(map(_is_number, column)) else "---" for column in zip(*self.rows, strict=True)]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows]
-        body = ["| " + " | ".join(row) + " |" for row in [self.header, rule, *cells]]
-        return "\n".join([f"### {self.title}", "", *body, *(["", self.note] if self.note else [])]) + "\n"
-
-
-def _is_number(cell: str) -> bool:
-    return not cell or cell.lstrip("+-")[:1].isdigit() or cell == "baseline"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Something to measure.
-
-    needs: which scores `measure` gets, by name of the set. measure(scores, settings, seed) returns JSON
-    values. tables(result) and plot(result, folder), which returns the names of the files it wrote, show them.
-    """
-
-    needs: Literal["pairs", "candidates"]
-    measure: Callable[[Mapping[str, Any], EvaluateSettings, int], dict[str, Any]]
-    tables: Callable[[dict[str, Any]], list[Table]]
-    plot: Callable[[dict[str, Any], Path], list[str]]
-
+if TYPE_CHECKING:
+    from moemerge.probes.base import Probe
 
 PROBES: Registry[Probe] = Registry(
     "probe",

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import log_expit
 
 from moemerge import plotting
-from moemerge.probes import Floats, Interval, PairScores, Probe, Table
+from moemerge.probes.base import Floats, Interval, PairScores, Probe, Table
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
 from moemerge.recipe import EvaluateSettings
 

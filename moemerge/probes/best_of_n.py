@@ -21,7 +21,7 @@ from scipy.special import gammaln
 from scipy.stats import rankdata
 
 from moemerge import plotting
-from moemerge.probes import CandidateScores, Floats, Probe, Table
+from moemerge.probes.base import CandidateScores, Floats, Probe, Table
 from moemerge.probes.statistics import bootstrap_means, percentile_interval
 from moemerge.recipe import EvaluateSettings
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import stats
 
-from moemerge.probes import Floats, Integers, Interval
+from moemerge.probes.base import Floats, Integers, Interval
 
 BLOCK = 4_000_000
 

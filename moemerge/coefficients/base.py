@@ -1,0 +1,215 @@
+"""Merge coefficients: what they are, how they are kept, and what a way to find them is given and gives.
+
+Shapes: L layers with experts, N routed experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moemerge.artifacts import write_json
+from moemerge.errors import CheckpointError, OptionError
+from moemerge.provenance import package_version
+from moemerge.recipe import FitSettings
+
+if TYPE_CHECKING:
+    from moemerge.routing import RoutingStatistics
+
+FORMAT = "moemerge coefficients 1"
+FILE = "coefficients.safetensors"
+TABLE = "coefficients.json"
+TOLERANCE = 1e-9
+RESERVED = ("format", "layers")
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of a routing-normalised average, one row per layer.
+
+    W_l = shared_L[l] * W_shared + (1 - shared_L[l]) * sum_i alpha_LN[l, i] W_i for transformer layer
+    layers[l]. Both tensors are float64, rows of alpha_LN are >= 0 and sum to one, shared_L is in [0, 1] (0
+    where there is no shared expert). `meta` holds texts such as method and model (fingerprint of the MoE).
+    Raises CheckpointError when any of this does not hold.
+    """
+
+    layers: list[int]
+    alpha_LN: Tensor
+    shared_L: Tensor
+    meta: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fault = _fault(self)
+        if fault:
+            raise CheckpointError(
+                "coefficients cannot be used",
+                given=fault,
+                expected="per layer float64 alpha >= 0 with sum 1, and float64 shared in [0, 1]",
+                fix="fit them again, or normalise each row if they were made by hand",
+            )
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts, N."""
+        return self.alpha_LN.shape[1]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write coefficients.safetensors (exact, with a readable header) and coefficients.json (to read)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"format": FORMAT, "layers": json.dumps(self.layers), "version": package_version()}
+        tensors = {"alpha_LN": self.alpha_LN.contiguous(), "shared_L": self.shared_L.contiguous()}
+        save_file(tensors, folder / FILE, metadata={**header, **self.meta})
+        rows = zip(self.layers, self.shared_L.tolist(), self.alpha_LN.tolist(), strict=True)
+        table = [{"layer": n, "shared": shared, "alpha": alpha} for n, shared, alpha in rows]
+        write_json(folder / TABLE, {**header, **self.meta, "layers": table})
+        return folder / FILE
+
+    @classmethod
+    def load(cls, source: str | Path) -> Coefficients:
+        """Read what `save` wrote, from its folder or file. Raises CheckpointError."""
+        path = Path(source) / FILE if Path(source).is_dir() else Path(source)
+        try:
+            with safe_open(path, "pt") as handle:
+                header = dict(handle.metadata() or {})
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            if header.get("format") == FORMAT and set(tensors) == {"alpha_LN", "shared_L"}:
+                meta = {key: text for key, text in header.items() if key not in RESERVED}
+                return cls(json.loads(header["layers"]), meta=meta, **tensors)
+            given = f"format {header.get('format')!r}, tensors {', '.join(sorted(tensors)) or 'none'}"
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            given = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"coefficients cannot be read: {path}",
+            given=given,
+            expected=f"a file or folder with {FILE}, {FORMAT}",
+            fix="give the folder that fit wrote",
+        )
+
+
+def _fault(c: Coefficients) -> str | None:
+    alpha_LN, shared_L = c.alpha_LN, c.shared_L
+    if not all(isinstance(n, int) and n >= 0 for n in c.layers) or sorted(set(c.layers)) != c.layers:
+        return f"layers {c.layers}, not rising numbers"
+    if not c.layers or alpha_LN.ndim != 2 or not alpha_LN.shape[1]:
+        return f"{len(c.layers)} layers, alpha of shape {list(alpha_LN.shape)}"
+    if len(alpha_LN) != len(c.layers) or list(shared_L.shape) != [len(c.layers)]:
+        shapes = f"alpha {list(alpha_LN.shape)}, shared {list(shared_L.shape)}"
+        return f"{len(c.layers)} layers, but {shapes}"
+    if {alpha_LN.dtype, shared_L.dtype} != {torch.float64}:
+        return f"dtypes {alpha_LN.dtype}, {shared_L.dtype}"
+    if not bool(alpha_LN.isfinite().all() and shared_L.isfinite().all()):
+        return "values that are not finite"
+    if bool((alpha_LN < 0).any()) or float((alpha_LN.sum(1) - 1).abs().max()) > TOLERANCE:
+        return f"smallest alpha {float(alpha_LN.min())}, sums {alpha_LN.sum(1).tolist()}"
+    if bool((shared_L < 0).any() or (shared_L > 1).any()):
+        return f"shared {shared_L.tolist()}"
+    return None
+
+
+@dataclass(frozen=True)
+class MergeGradient:
+    """Mean Bradley-Terry loss of some pairs and its derivatives.
+
+    `alpha_LN` may be off by one constant per row, which a softmax over the row takes out again.
+    """
+
+    loss: float
+    alpha_LN: Tensor
+    shared_L: Tensor
+
+
+class Objective(Protocol):
+    """The merged model's loss on preference pairs, as a function of the coefficients."""
+
+    @property
+    def num_train(self) -> int:
+        """Number of training pairs."""
+        ...
+
+    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+        """Loss and gradient over the training pairs number `rows`."""
+        ...
+
+    def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: Literal["train", "held_out"]) -> Tensor:
+        """score(chosen) - score(rejected) of every pair of the split, float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """What a method may use. `statistics` are there only after routing, `objective` only if pairs were given.
+
+    `objective` is a function, so that only a method that needs the merged model pays for loading it.
+    """
+
+    layers: list[int]
+    num_experts: int
+    has_shared: bool
+    settings: FitSettings
+    seed: int = 0
+    statistics: RoutingStatistics | None = None
+    objective: Callable[[], Objective] | None = None
+
+    def routing(self) -> RoutingStatistics:
+        """The statistics; OptionError if there are none."""
+        if self.statistics is not None:
+            return self.statistics
+        raise OptionError(
+            "routing statistics are needed",
+            given="routing: nothing",
+            expected="the folder that route wrote for this MoE (for usage, and for shared_weight match)",
+            fix="run route and give its output as routing, or choose uniform and a number",
+        )
+
+    def data(self) -> Objective:
+        """The objective; OptionError if there is none."""
+        if self.objective is not None:
+            return self.objective()
+        raise OptionError(
+            "this method needs preference pairs",
+            given="pairs: nothing",
+            expected="a file of preference pairs",
+            fix="give pairs, or choose method uniform or usage",
+        )
+
+
+@dataclass(frozen=True)
+class FitOutcome:
+    """What a method found. `report` holds JSON values; its `verdict` says in words what came of it."""
+
+    alpha_LN: Tensor
+    shared_L: Tensor
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[FitProblem], FitOutcome]
+
+
+def start_shared_L(problem: FitProblem) -> Tensor:
+    """The shared expert's weight per layer without learning, float64.
+
+    0 without a shared expert; a number is taken as it is; `match` is the mean shared weight seen in routing.
+    Raises OptionError for `learned`, which only a method that learns can do.
+    """
+    wanted = problem.settings.shared_weight
+    if not problem.has_shared:
+        return torch.zeros(len(problem.layers), dtype=torch.float64)
+    if wanted == "match":
+        return problem.routing().shared_mass_L()
+    if wanted == "learned":
+        raise OptionError(
+            "shared_weight learned contradicts the method",
+            given=f"method {problem.settings.method}, shared_weight learned",
+            expected="a number in [0, 1] or match, unless the method is learned",
+            fix="choose method learned, or a number for shared_weight",
+        )
+    return torch.full((len(problem.layers),), float(wanted), dtype=torch.float64)
