@@ -61,7 +61,10 @@ def make_card(options: Publish) -> ModelCard:
 
 
 def find_evaluation(model: Path, folder: str) -> Evaluation:
-    """The report in `folder`, and the name under which `model`, by its checksum, was evaluated."""
+    """The report in `folder`, and the name under which `model`, by its checksum, was evaluated.
+
+    Of several equal models, the one that has the folder's name.
+    """
     manifest = expect_stage(folder, "evaluate")
     wanted = _digest(model)
     names = [name for name, given in manifest["inputs"]["models"].items() if given["sha256"] == wanted]
@@ -73,7 +76,8 @@ def find_evaluation(model: Path, folder: str) -> Evaluation:
             fix="evaluate this model, or leave the evaluation out",
         )
     report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-    return Evaluation(Path(folder), report, names[0])
+    own = model.resolve().name
+    return Evaluation(Path(folder), report, own if own in names else names[0])
 
 
 def ancestors(folder: Path) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from moemerge.errors import DataError, OptionError, suggest
 from moemerge.preferences import CandidateSet, Pair, parse_candidates, parse_pair, value_of
 from moemerge.recipe import Data, TextFormat
 from moemerge.rows import SHOWN, BadRow, Row, RowReport, Text, read_rows, write_rows
-from moemerge.tokenise import Encoded, encode, encode_all
+from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair, encode, encode_all
 
 T = TypeVar("T")
 
@@ -83,23 +82,6 @@ def _collect(
     names = next((list(row) for _, row in rows if isinstance(row, dict)), None)
     report.check(format.bad_rows, expected + (f"; found fields: {', '.join(names)}" if names else ""))
     return kept, report
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """A pair and the tokens of its two sides."""
-
-    chosen: Encoded
-    rejected: Encoded
-    pair: Pair
-
-
-@dataclass(frozen=True)
-class EncodedCandidates:
-    """A candidate set and the tokens of each answer."""
-
-    answers: list[Encoded]
-    candidates: CandidateSet
 
 
 def encode_pairs(

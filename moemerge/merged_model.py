@@ -25,7 +25,7 @@ from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.scoring import score_pairs
 
 if TYPE_CHECKING:
-    from moemerge.data import Encoded, EncodedPair
+    from moemerge.tokenise import Encoded, EncodedPair
 
 KEPT_ON_CPU = 2**30
 

@@ -30,7 +30,7 @@ from transformers.utils import logging as hf_logging
 from moemerge.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
-    from moemerge.data import Encoded, EncodedPair
+    from moemerge.tokenise import Encoded, EncodedPair
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.errors import DataError
+from moemerge.preferences import CandidateSet, Pair
 from moemerge.rows import BadRow, Text
 
 Item = tuple[Text, Text]
@@ -19,6 +20,23 @@ class Encoded:
 
     ids: list[int]
     prompt_length: int
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair and the tokens of its two sides."""
+
+    chosen: Encoded
+    rejected: Encoded
+    pair: Pair
+
+
+@dataclass(frozen=True)
+class EncodedCandidates:
+    """A candidate set and the tokens of each answer."""
+
+    answers: list[Encoded]
+    candidates: CandidateSet
 
 
 def encode(tokenizer: Any, prompt: Text, answer: Text) -> Encoded:
