@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 import click
 
 from moemerge.errors import MoemergeError, OptionError, suggest
+from moemerge.summary import headline
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from moemerge.pipeline import StepReport
 
 USAGE_ERROR, INTERRUPTED = 2, 130
-LONGEST_RESULT, MOST_RESULTS = 40, 6
 
 # Commands that run one stage, in pipeline order; recipe.py has their options, in classes of the same names.
 STAGE_COMMANDS = {
@@ -184,17 +184,7 @@ def run_stage(stage: str, **values: Any) -> None:
     from moemerge.pipeline import STAGES
 
     output = STAGES.get(stage)(**given_options(stage, values))
-    click.echo(f"{output}{_results_text(read_manifest(output)['results'])}")
-
-
-def _results_text(results: dict[str, Any]) -> str:
-    """The first few results that are single values, also those one level down."""
-    nested = {
-        f"{k}.{name}": v for k, one in results.items() if isinstance(one, dict) for name, v in one.items()
-    }
-    shown = {k: v for k, v in {**results, **nested}.items() if isinstance(v, (bool, int, float, str))}
-    texts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
-    return "".join([f"  {text}" for text in texts if len(text) <= LONGEST_RESULT][:MOST_RESULTS])
+    click.echo(f"{output}  {headline(stage, read_manifest(output)['results'])}")
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -258,14 +248,14 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
     from moemerge.pipeline import run_recipe
 
     report = run_recipe(recipe, overrides, output, tell=_tell_step)
-    click.echo(
-        f"\n{report.table}\n\n{report.verdict}\n\nLoad the merged model:\n{_loading_lines(report.merged)}"
-    )
+    pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
+    click.echo(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}")
+    click.echo(f"Load the merged model:\n{_loading_lines(report.merged)}")
 
 
 def _tell_step(step: StepReport) -> None:
-    what = "valid, skipped" if step.reason is None else f"{step.seconds:.1f} s ({step.reason})"
-    click.echo(f"{step.name:<16} {what}{_results_text(step.results)}")
+    what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
+    click.echo(f"{step.name:<14} {what:>8}  {headline(step.stage, step.results)}")
 
 
 def _loading_lines(folder: Path) -> str:

@@ -65,6 +65,7 @@ class StepReport:
     """What became of a step: why it ran (None if it was skipped), how long it took, what it told."""
 
     name: str
+    stage: str
     reason: str | None
     seconds: float
     results: dict[str, Any]
@@ -72,12 +73,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished run: its folder, what became of each step, the final table, the merged model's folder."""
+    """A finished run: folder, what became of each step, final table, pictures, the merged model's folder."""
 
     output: Path
     steps: list[StepReport]
     table: str
     verdict: str
+    pictures: list[Path]
     merged: Path
 
 
@@ -116,7 +118,7 @@ def _run_step(step: Step) -> StepReport:
         log.info("%s starts: %s", step.name, reason)
         STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
     results = read_manifest(step.options.output)["results"]
-    return StepReport(step.name, reason, time.perf_counter() - started, results)
+    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, results)
 
 
 def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
@@ -124,7 +126,8 @@ def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     learned = f"merge-{recipe.fit.method}"
     table, verdict = summary.table(report), summary.verdict(report, learned)
     (recipe.output / SUMMARY).write_text(f"# Results\n\n{table}\n\n{verdict}\n", encoding="utf-8")
-    return RunReport(recipe.output, reports, table, verdict, recipe.output / learned)
+    pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
+    return RunReport(recipe.output, reports, table, verdict, pictures, recipe.output / learned)
 
 
 @contextmanager

@@ -532,3 +532,20 @@ def test_manifest_is_of_the_stage_that_the_plan_names(folder: Path, stages: Fake
     pipeline.run_recipe("recipe.yml")
     for step in pipeline.plan(pipeline.load_recipe("recipe.yml")):
         assert read_manifest(step.options.output)["stage"] == step.stage
+
+
+def test_headlines_say_what_a_stage_came_to() -> None:
+    train = {
+        "before": {"loss": 0.7, "accuracy": 0.5},
+        "after": {"loss": 0.61234, "accuracy": 0.75},
+        "steps": 20,
+        "best_step": 10,
+        "trials": [{}, {}],
+    }
+    expected = (
+        "validation loss 0.7000 -> 0.6123, accuracy 0.5000 -> 0.7500, best at step 10 of 20, best of 2 trials"
+    )
+    assert summary.headline("train", train) == expected
+    assert summary.headline("train", {"before": None, "steps": 3, "train_loss": 0.5}).startswith("3 steps")
+    assert summary.headline("fit", {"verdict": "Kept."}) == "Kept."
+    assert summary.headline("merge", {"loss": 0.12345}) == "loss 0.1235"
