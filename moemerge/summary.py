@@ -34,12 +34,12 @@ def _upcycle(results: Report) -> str:
 
 
 def _train(results: Report) -> str:
-    before, after = results["before"], results["after"]
-    steps = f"best at step {results['best_step']} of {results['steps']}"
-    trials = f", best of {len(results['trials'])} trials" if "trials" in results else ""
+    before, after = results["before"], results.get("after")
     if before is None:
         return f"{results['steps']} steps, training loss {results['train_loss']:.4f}"
     loss, accuracy = (f"{before[k]:.4f} -> {after[k]:.4f}" for k in ("loss", "accuracy"))
+    steps = f"best at step {results['best_step']} of {results['steps']}"
+    trials = f", best of {len(results['trials'])} trials" if "trials" in results else ""
     return f"validation loss {loss}, accuracy {accuracy}, {steps}{trials}"
 
 
@@ -47,7 +47,8 @@ def _route(results: Report) -> str:
     shared = sum(results["shared_mass"]) / len(results["shared_mass"])
     dead = sum(map(len, results["dead_experts"].values()))
     largest = max(results["max_share"])
-    return f"{results['tokens']} tokens; shared weight {shared:.3f}, largest share {largest:.3f}, {dead} unused experts"
+    used = f"shared weight {shared:.3f}, largest share {largest:.3f}, {dead} unused experts"
+    return f"{results['tokens']} tokens; {used}"
 
 
 def _merge(results: Report) -> str:
