@@ -21,8 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
 
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import FAMILIES, family_of
@@ -94,13 +98,14 @@ class MoemergeRewardMixin(MoemergeModelMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        *args: Any,
+        *,
         prompt_lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the dense class, and `prompt_lengths` [B], tokens of the prompt, for the gate `prompt`."""
         _tell_tokens(cast(PreTrainedModel, self), input_ids, attention_mask, prompt_lengths)
-        return super().forward(input_ids, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        # By keyword: a few dense classes have another argument between the two.
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As the dense class; adds the shim that tells others what to install."""
@@ -195,10 +200,9 @@ def _install(layer: torch.nn.Module, family: Family, settings: MoeSettings, mode
         stack = t.stacked.rsplit(".", 1)[1]
         rows = shapes.get(stack, (0, 0))[1] + t.stored_shape[0]
         shapes[stack] = (settings.num_routed_experts, rows, *t.stored_shape[1:])
-    activation = getattr(config, family.activation)
-    shared = family.dense_expert(layer, activation) if settings.shared_expert else None
-    experts = StackedExperts(config, shapes, activation)
-    moe = MoELayer(settings, config.hidden_size, experts, shared)
+    shared = family.dense_expert(layer, config) if settings.shared_expert else None
+    experts = StackedExperts(config, shapes, family.activation_of(config))
+    moe = MoELayer(settings, config.hidden_size, experts, shared, family.dropout_of(config))
     for path in family.bypass:
         layer.set_submodule(path, torch.nn.Identity())
     layer.set_submodule(family.block, moe)
@@ -270,8 +274,13 @@ def load_moe(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None 
 
 def __getattr__(name: str) -> Any:
     """The generated classes by name, so that they can be pickled and imported."""
-    for family in FAMILIES:
-        for make in (config_class, model_class, _backbone_class):
-            if name.startswith("Moemerge") and make(family).__name__ == name:
+    kinds = (
+        (config_class, CONFIG_MAPPING_NAMES),
+        (model_class, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (_backbone_class, MODEL_MAPPING_NAMES),
+    )
+    for make, names in kinds:
+        for family in FAMILIES:
+            if name == f"Moemerge{names[family]}":
                 return make(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -265,13 +265,19 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, settings: MoeSettings, width: int, experts: StackedExperts, shared: DenseExpert | None
+        self,
+        settings: MoeSettings,
+        width: int,
+        experts: StackedExperts,
+        shared: DenseExpert | None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.settings = settings
         self.gate = make_router(settings.router, width, settings.num_routed_experts)
         self.experts = experts
         self.shared_expert = shared
+        self.dropout = nn.Dropout(dropout)
         self.context = TokenContext()
         self.observer: Callable[[Gating], None] | None = None
         self.balance_scale = 1.0
@@ -282,8 +288,8 @@ class MoELayer(nn.Module):
         """The network from token states to expert logits."""
         return self.gate
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., D] -> [..., D], plus `residual` where the dense MLP adds it."""
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         mask_T = self._real_tokens(x_TD)
         prompt_gated = self.settings.gate == "prompt"
@@ -297,7 +303,8 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)
             out_TD = out_TD + (gating.shared_T[:, None] * shared_TD).to(shared_TD.dtype)
-        return out_TD.reshape(hidden.shape)
+        out = self.dropout(out_TD.reshape(hidden.shape))
+        return out if residual is None else residual + out
 
     def _route(self, x_TD: torch.Tensor, mask_T: torch.Tensor) -> Gating:
         s, logits_TN = self.settings, self.gate(x_TD)

@@ -35,7 +35,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Heads of language models: left over, rightly, when a base model becomes a reward model.
-LANGUAGE_HEADS = ("lm_head", "cls.", "vocab_", "mlm_head", "embed_out", "discriminator_predictions")
+LANGUAGE_HEADS = (
+    "lm_head",
+    "cls.",
+    "vocab_",
+    "mlm_head",
+    "embed_out",
+    "decoder.",
+    "discriminator_predictions",
+    "generator_predictions",
+    "generator_lm_head",
+    "lm_predictions",
+    "mask_predictions",
+)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -175,7 +187,7 @@ def _unloadable(what: str, path: str, error: Exception, expected: str) -> Checkp
 def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], seed: int | None) -> None:
     """Refuse a model whose weights are not exactly those of the checkpoint, but for a head to be drawn."""
     missing, unexpected = set(loading["missing_keys"]), set(loading["unexpected_keys"])
-    head = {name for name in missing if _in_head(model, name)}
+    head = {name for name in missing if in_head(model, name)}
     if seed is not None and head == missing:
         unexpected = {name for name in unexpected if not name.startswith(LANGUAGE_HEADS)}
         missing = set()
@@ -200,8 +212,8 @@ def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], s
     )
 
 
-def _in_head(model: PreTrainedModel, name: str) -> bool:
-    # A pooler belongs to the head: checkpoints of masked language models lack it.
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is the reward head's. A pooler is: checkpoints of masked language models lack it."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 

@@ -7,6 +7,7 @@ to one (XFT, arXiv 2404.15247). Letters: N routed experts.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 import torch
@@ -23,10 +24,9 @@ from moemerge.families.dense import dense_class, is_moe, skeleton
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle, parse_layers
-from moemerge.scoring import LANGUAGE_HEADS, load_reward_model, load_tokenizer
+from moemerge.scoring import LANGUAGE_HEADS, in_head, load_reward_model, load_tokenizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-HEAD = ("score.", "classifier.", "pooler.")
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +96,11 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
 
 def _source_names(source: Checkpoint, config: PretrainedConfig) -> dict[str, str | None]:
     """For each tensor of the dense reward model its name in `source`; None for a head that it lacks."""
-    held, prefix = set(source.names), f"{dense_class(config).base_model_prefix}."
-    wanted = skeleton(config).state_dict()
+    model, held = skeleton(config), set(source.names)
+    wanted, prefix = model.state_dict(), f"{model.base_model_prefix}."
     found = {n: next((m for m in (n, n.removeprefix(prefix)) if m in held), None) for n in wanted}
-    missing = [n for n, m in found.items() if m is None and not n.removeprefix(prefix).startswith(HEAD)]
-    spare = sorted(held - set(found.values()))
-    left = [n for n in spare if not (n.startswith(LANGUAGE_HEADS) or n.endswith("position_ids"))]
+    missing = [n for n, m in found.items() if m is None and not in_head(model, n)]
+    left = [n for n in sorted(held - set(found.values())) if not _needless(model, n)]
     wrong = [n for n, m in found.items() if m and source.shape(m) != tuple(wanted[n].shape)]
     for kind, names in (("missing", missing), ("left over", left), ("misshapen", wrong)):
         if names:
@@ -112,6 +111,16 @@ def _source_names(source: Checkpoint, config: PretrainedConfig) -> dict[str, str
                 fix="use a complete checkpoint of a supported architecture",
             )
     return found
+
+
+def _needless(model: PreTrainedModel, name: str) -> bool:
+    """Whether a reward model may lack the tensor: a language model's head, or a buffer of older versions."""
+    old = model._keys_to_ignore_on_load_unexpected or []
+    return (
+        name.startswith(LANGUAGE_HEADS)
+        or name.endswith("position_ids")
+        or any(re.search(p, name) for p in old)
+    )
 
 
 def _moe_tensors(
@@ -208,7 +217,7 @@ def _compare(options: Upcycle, draft: Draft, device: torch.device) -> None:
 def _probe_batch(config: PretrainedConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two sequences of random tokens, the second one padded on the right."""
     generator = torch.Generator().manual_seed(seed)
-    length = min(32, getattr(config, "max_position_embeddings", 32))
+    length = min(32, getattr(config, "max_position_embeddings", 64) // 2)
     ids_BT = torch.randint(0, config.vocab_size, (2, length), generator=generator)
     ids_BT[ids_BT == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     mask_BT = torch.ones_like(ids_BT)

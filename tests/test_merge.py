@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, tiny_dense, tiny_tokenizer
+from conftest import CORE, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
 from torch import Tensor
@@ -66,7 +66,7 @@ def with_expert(moe: Path, index: int) -> torch.nn.Module:
     return dense
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", CORE)
 def test_the_original_model_comes_back_with_averaged_mlps(family: str, tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe", family)
     folder = merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "merged")

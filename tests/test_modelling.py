@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, save_dense, tiny_tokenizer
+from conftest import CORE, save_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from test_moe import tiny_moe
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
@@ -27,7 +27,7 @@ def scores(model: torch.nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS, attention_mask=MASK).logits[:, 0].float()
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=CORE)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Path]:
     model = tiny_moe(request.param)
     model.save_pretrained(tmp_path / "moe")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, TINY, save_dense, tiny_dense, tiny_tokenizer
+from conftest import CORE, SIZES, save_dense, tiny_dense, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from moemerge.artifacts import read_manifest
@@ -17,7 +17,7 @@ from moemerge.families import family_of
 from moemerge.modelling import dense_config, load_moe
 from moemerge.upcycle import upcycle
 
-CAUSAL = [family for family in TINY if family != "bert"]
+CAUSAL = [family for family in CORE if family != "bert"]
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ def make(tmp_path: Path, family: str = "llama", **options: Any) -> tuple[torch.n
     return AutoModelForSequenceClassification.from_pretrained(dense).eval(), load_moe(folder)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("gate", ["xft", "topk"])
 def test_step_0_equals_dense(tmp_path: Path, family: str, gate: str) -> None:
     dense, moe = make(tmp_path, family, gate=gate, num_routed_experts=4, num_experts_per_tok=2)

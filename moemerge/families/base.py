@@ -6,6 +6,7 @@ Letters: N routed experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -41,8 +42,10 @@ class Family:
 
     model_type: of the dense config. layers: path of the layer list in the base model.
     block: the module that the MoE layer replaces. matrices: up and down, with gate or fused as gate_up
-    (gate's rows first). bypass: modules that the MoE makes idle. activation: name of the config field.
-    causal: a prompt's states never depend on the answer. transposed: weights are stored [in, out].
+    (gate's rows first). bypass: modules that the MoE makes idle. activation: name of the config field;
+    fixed_activation: the activation itself, where no field names it. dropout: config field of the dropout
+    at the block's end, inside it. causal: a prompt's states never depend on the answer.
+    transposed: weights are stored [in, out].
     """
 
     model_type: str
@@ -55,6 +58,8 @@ class Family:
     )
     bypass: tuple[str, ...] = ()
     activation: str = "hidden_act"
+    fixed_activation: str = ""
+    dropout: str = ""
     causal: bool = True
     transposed: bool = False
 
@@ -114,6 +119,14 @@ class Family:
             shape=tuple(shape),
         )
 
-    def dense_expert(self, layer: nn.Module, activation: str) -> DenseExpert:
+    def activation_of(self, config: PretrainedConfig) -> str:
+        """Name of the MLP's activation."""
+        return self.fixed_activation or str(getattr(config, self.activation))
+
+    def dropout_of(self, config: PretrainedConfig) -> float:
+        """Dropout of the block's output; zero where the layer itself drops, or nothing does."""
+        return float(attrgetter(self.dropout)(config)) if self.dropout else 0.0
+
+    def dense_expert(self, layer: nn.Module, config: PretrainedConfig) -> DenseExpert:
         """The layer's MLP as one module that owns the layer's own linear modules."""
-        return DenseExpert(self.linears(layer), activation)
+        return DenseExpert(self.linears(layer), self.activation_of(config))

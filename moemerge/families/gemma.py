@@ -1,0 +1,5 @@
+"""Gemma: gated MLP."""
+
+from moemerge.families.base import Family
+
+FAMILY = Family("gemma")

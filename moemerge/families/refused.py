@@ -1,0 +1,61 @@
+"""Architectures that have a reward model class in transformers, yet cannot be upcycled here: why, by model_type."""
+
+MOE = "it is a mixture of experts already"
+TWO_STACKS = "it has two stacks of layers, encoder and decoder"
+SHARED = "its layers share one MLP, so that layers cannot have experts of their own"
+IMAGES = "it reads images besides text"
+PADS = "it pads or shortens sequences inside, so that the experts cannot tell which tokens are real"
+BOXES = "it reads the places of words on a page, which preference pairs lack"
+
+REFUSED = {
+    **dict.fromkeys(
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "gpt_oss",
+            "hunyuan_v1_moe",
+            "jamba",
+            "jetmoe",
+            "minimax",
+            "mistral4",
+            "mixtral",
+            "phimoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+        ),
+        MOE,
+    ),
+    **dict.fromkeys(
+        (
+            "bart",
+            "bigbird_pegasus",
+            "mbart",
+            "mt5",
+            "mvp",
+            "plbart",
+            "t5",
+            "t5gemma",
+            "t5gemma2",
+            "umt5",
+        ),
+        TWO_STACKS,
+    ),
+    **dict.fromkeys(("albert", "zamba", "zamba2"), SHARED),
+    **dict.fromkeys(("layoutlmv2", "layoutlmv3", "modernvbert", "perceiver", "qwen3_5"), IMAGES),
+    "gemma3": f"{IMAGES}; its text model, gemma3_text, is supported",
+    **dict.fromkeys(("big_bird", "canine", "funnel", "longformer", "reformer"), PADS),
+    **dict.fromkeys(("layoutlm", "lilt"), BOXES),
+    "convbert": "its MLP may be cut into groups",
+    "flaubert": "its MLPs stand in a list beside the layers",
+    "fnet": "it takes no attention mask, so that padding changes its scores",
+    "gte": "only some of its MLP's matrices have biases",
+    "ibert": "its MLP is quantised",
+    "mobilebert": "each of its layers has several MLPs",
+    "nomic_bert": "its checkpoints name tensors otherwise than its class does",
+    "squeezebert": "its MLP is made of convolutions",
+    "xlm": "its MLPs stand in a list beside the layers",
+    "xlnet": "its states are laid out with tokens before sequences",
+}
