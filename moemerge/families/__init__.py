@@ -77,7 +77,7 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a dense or MoE config. Raises UnsupportedError with the reason, or those that are known."""
+    """The family of a dense or MoE config. Raises UnsupportedError with the reason."""
     name = config.model_type.removeprefix("moemerge_")
     if name in FAMILIES:
         return FAMILIES.get(name)

@@ -1,4 +1,4 @@
-"""Architectures that have a reward model class in transformers, yet cannot be upcycled here: why, by model_type."""
+"""Architectures whose reward models cannot be upcycled here: the reason, by model_type."""
 
 MOE = "it is a mixture of experts already"
 TWO_STACKS = "it has two stacks of layers, encoder and decoder"

@@ -1,0 +1,229 @@
+"""Every architecture through the whole chain: upcycle, observe, train, save, load, merge.
+
+The tiny models are lively: random norms, biases and large weights, so that a wrong activation, a lost bias
+or a swapped matrix moves the scores by far more than any tolerance here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CORE, SIZES, TINY, tiny_dense, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from small_moe import ALPHA, SHARED, random_pairs, rewrite, write_rows
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from moemerge.checkpoint import Checkpoint
+from moemerge.coefficients.base import Coefficients
+from moemerge.errors import UnsupportedError
+from moemerge.families import FAMILIES, family_of
+from moemerge.families.refused import REFUSED
+from moemerge.families.table import table
+from moemerge.merge import merge
+from moemerge.merged_model import MergedModel
+from moemerge.modelling import load_moe
+from moemerge.moe import Gating, MoELayer, moe_layers
+from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.train import train
+from moemerge.upcycle import upcycle
+
+LENGTHS = (13, 7, 1, 10)
+EVEN = torch.full((3, 3), 1 / 3, dtype=torch.float64)
+
+
+def batch() -> dict[str, Tensor]:
+    """Four sequences, padded on the right."""
+    ids_BT = torch.randint(2, SIZES["vocab_size"], (4, 13), generator=torch.Generator().manual_seed(5))
+    mask_BT = torch.ones_like(ids_BT)
+    for row, length in enumerate(LENGTHS):
+        ids_BT[row, length:], mask_BT[row, length:] = 0, 0
+    return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+
+@torch.no_grad()
+def scores(model: nn.Module) -> Tensor:
+    return model.eval()(**batch()).logits[:, 0]
+
+
+def lively(family: str, folder: Path) -> nn.Module:
+    """A dense model none of whose tensors is zero or one, saved with its tokenizer."""
+    model = tiny_dense(family)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_chain(family: str, tmp_path: Path) -> None:
+    dense = lively(family, tmp_path / "dense")
+    options = {"num_routed_experts": 3, "num_experts_per_tok": 2, "balance_coefficient": 0.1}
+    folder = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe", **options)
+    moe = load_moe(folder)
+    equals_dense(moe, dense)
+    observes_every_token(moe)
+    merges_into_the_dense_model(folder, dense, tmp_path)
+    trains(moe)
+    saves_and_loads(moe, tmp_path / "trained")
+    rewrite(folder, noise())
+    merges_what_was_trained(folder, dense, tmp_path)
+
+
+def equals_dense(moe: nn.Module, dense: nn.Module) -> None:
+    """With either gate; and the MLPs matter: others give other scores."""
+    expected = scores(dense)
+    assert close(scores(moe), expected)
+    layers = moe_layers(moe).values()
+    settings = next(iter(layers)).settings
+    for layer in layers:
+        layer.settings = replace(settings, gate="topk")
+    assert close(scores(moe), expected)
+    for layer in layers:
+        layer.settings = settings
+    last = list(layers)[-1].experts
+    kept, last.act_fn = last.act_fn, nn.Identity()
+    assert not torch.allclose(scores(moe), expected, rtol=1e-3)
+    last.act_fn = kept
+
+
+def observes_every_token(moe: nn.Module) -> None:
+    seen: dict[int, list[Gating]] = {number: [] for number in moe_layers(moe)}
+    for number, layer in moe_layers(moe).items():
+        layer.observer = seen[number].append
+    scores(moe)
+    for layer in moe_layers(moe).values():
+        layer.observer = None
+    assert list(seen) == [0, 1, 2]
+    for (gating,) in seen.values():
+        assert torch.equal(gating.mask_T.reshape(4, 13), batch()["attention_mask"].bool())
+        assert len(gating.weights_TK) == 4 * 13
+
+
+def trains(moe: nn.Module) -> None:
+    """One step of plain descent moves experts, shared experts and routers in every layer."""
+    before = {name: weight.detach().clone() for name, weight in moe.named_parameters()}
+    scores_B = moe.train()(**batch()).logits[:, 0]
+    (scores_B[0] - scores_B[1]).sigmoid().log().neg().backward()
+    torch.optim.AdamW(moe.parameters(), lr=1e-3).step()
+    moe.zero_grad()
+    names = [name for layer in tensors_of(moe) for name in layer]
+    assert len(names) >= 3 * 5
+    weights = dict(moe.named_parameters())
+    assert [name for name in names if torch.equal(weights[name], before[name])] == []
+
+
+def tensors_of(moe: nn.Module) -> list[list[str]]:
+    homes = [name for name, module in moe.named_modules() if isinstance(module, MoELayer)]
+    return [[name for name, _ in moe.named_parameters() if name.startswith(f"{home}.")] for home in homes]
+
+
+def saves_and_loads(moe: nn.Module, folder: Path) -> None:
+    moe.save_pretrained(folder)
+    again, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(moe)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in moe.state_dict().items())
+    assert torch.equal(scores(again), scores(moe))
+
+
+def noise() -> Callable[[str, Tensor], Tensor]:
+    """What makes all experts differ."""
+    generator = torch.Generator().manual_seed(3)
+    return lambda name, value: (
+        value + 0.2 * torch.randn(value.shape, generator=generator) if "expert" in name else value
+    )
+
+
+def merged(folder: Path, alpha_LN: Tensor, shared_L: Tensor, home: Path) -> Path:
+    home.mkdir()
+    Coefficients([0, 1, 2], alpha_LN, shared_L, {}).save(home / "coefficients")
+    return merge(model=str(folder), coefficients=str(home / "coefficients"), output=home / "dense")
+
+
+def merges_into_the_dense_model(folder: Path, dense: nn.Module, tmp_path: Path) -> None:
+    """Bit for bit, under the same names, in the same class, with the same config."""
+    written = merged(folder, EVEN, torch.full((3,), 0.25, dtype=torch.float64), tmp_path / "even")
+    ours, theirs = Checkpoint(written), Checkpoint(tmp_path / "dense")
+    assert set(ours.names) == set(theirs.names)
+    assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names)
+    type(dense)(dense.config).load_state_dict(dict(ours.tensors()))
+    one, other = AutoConfig.from_pretrained(written), AutoConfig.from_pretrained(tmp_path / "dense")
+    assert one.to_dict() | {"_name_or_path": ""} == other.to_dict() | {"_name_or_path": ""}
+
+
+def merges_what_was_trained(folder: Path, dense: nn.Module, tmp_path: Path) -> None:
+    """The written model is the one that a fit sees, and differs from the dense model."""
+    written = AutoModelForSequenceClassification.from_pretrained(
+        merged(folder, ALPHA, SHARED, tmp_path / "fit")
+    )
+    assert type(written) is type(dense)
+    found = scores(written)
+    assert close(found, scores(MergedModel(MoeCheckpoint(folder), ALPHA, SHARED).model))
+    assert not torch.allclose(found, scores(dense), rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_the_stage_trains_and_keeps_the_rest(family: str, tmp_path: Path) -> None:
+    lively(family, tmp_path / "dense")
+    folder = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe")
+    pairs = write_rows(tmp_path / "pairs.jsonl", random_pairs(8))
+    common: dict[str, Any] = {"pairs": str(pairs), "output": tmp_path / "out", "device": "cpu"}
+    train(model=str(folder), trainable="experts", **common)
+    old, new = Checkpoint(folder), Checkpoint(tmp_path / "out")
+    moved = {name for name in old.names if not torch.equal(old.tensor(name), new.tensor(name))}
+    home = ("experts.", "shared_expert.", "gate.", "score.")
+    assert moved == {name for name in old.names if any(part in name for part in home)}
+
+
+def test_dropout_of_the_dense_mlp_is_kept(tmp_path: Path) -> None:
+    """GPT-2's MLP drops part of its output; so does the MoE that stands there, while it trains."""
+    tiny_dense("gpt2", resid_pdrop=0.5).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    moe = load_moe(upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe"))
+    layer = moe_layers(moe)[0]
+    x_TD = torch.randn(40, SIZES["hidden_size"])
+    with torch.no_grad():
+        share = [float((layer.train(mode)(x_TD) == 0).float().mean()) for mode in (True, False)]
+    assert share[0] == pytest.approx(0.5, abs=0.05) and share[1] == 0
+
+
+def test_every_family_has_tiny_sizes_and_names_itself() -> None:
+    assert set(TINY) == set(FAMILIES) and set(CORE) < set(TINY)
+    assert {name: FAMILIES.get(name).model_type for name in FAMILIES} == {name: name for name in FAMILIES}
+    assert list(FAMILIES) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_give_the_reason(name: str) -> None:
+    assert name not in FAMILIES
+    with pytest.raises(UnsupportedError) as caught:
+        family_of(AutoConfig.for_model(name))
+    assert name in str(caught.value) and REFUSED[name] in str(caught.value)
+
+
+def test_the_readme_lists_the_architectures() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert table() in readme, "put the text of moemerge.families.table.table() into README.md"
+
+
+def test_buffers_of_older_versions_are_left_out(tmp_path: Path) -> None:
+    """Checkpoints on the hub still hold GPT-2's causal masks."""
+    lively("gpt2", tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    old = {**load_file(path), "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    save_file(old, path, metadata={"format": "pt"})
+    folder = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe")
+    assert not any("h.0.attn.bias" in name for name in Checkpoint(folder).names)
