@@ -135,7 +135,7 @@ def _register_model_types() -> None:
 
 
 def _register_method(registry: ModuleType) -> None:
-    importlib.import_module("moemerge.mergekit_bridge").register()
+    importlib.import_module("moemerge.mergekit_bridge")  # registers, once it is imported whole
 
 
 sys.modules[__name__].__class__ = _Package

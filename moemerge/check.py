@@ -11,13 +11,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from moemerge.artifacts import parse_options
-from moemerge.errors import Faults, MoemergeError, OptionError, suggest
+from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
+from moemerge.families import FAMILIES, family_called
 from moemerge.recipe import Recipe, input_fields, parse_layers
 from moemerge.recipe_file import Tree, apply_overrides, read_yaml
 
 MAX_ROUNDS = 20
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 RECIPE_COPY = "recipe.json"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 
@@ -181,7 +183,15 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
             "model is not a model folder", recipe.model, "a folder with config.json", "correct model"
         )
     known = config or {}
-    layers = known.get("num_hidden_layers", recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS)
+    if "model_type" in known:
+        try:
+            family_called(str(known["model_type"]).removeprefix("moemerge_"))
+        except UnsupportedError as fault:
+            yield fault
+    layers = next(
+        (known[name] for name in LAYERS if name in known),
+        recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
+    )
     sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
     specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
     for key, spec in ({"upcycle.layers": recipe.upcycle.layers} | specs).items():
@@ -207,8 +217,6 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
 
 
 def _is_encoder(model_type: str) -> bool:
-    from moemerge.families import FAMILIES
-
     return model_type in FAMILIES and not FAMILIES.get(model_type).causal
 
 

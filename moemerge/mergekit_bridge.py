@@ -113,3 +113,6 @@ def _check_experts(numbers: list[int], count: int) -> None:
             expected=f"{count} models besides the base, with expert: 0 to {count - 1}, each once",
             fix="correct the parameter expert of each model, or give the coefficients of this merge",
         )
+
+
+register()

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING,
@@ -274,13 +274,14 @@ def load_moe(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None 
 
 def __getattr__(name: str) -> Any:
     """The generated classes by name, so that they can be pickled and imported."""
-    kinds = (
-        (config_class, CONFIG_MAPPING_NAMES),
+    models = (
         (model_class, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         (_backbone_class, MODEL_MAPPING_NAMES),
     )
-    for make, names in kinds:
-        for family in FAMILIES:
+    for family in FAMILIES if name.startswith("Moemerge") else ():
+        if name == config_class(family).__name__:
+            return config_class(family)
+        for make, names in models:
             if name == f"Moemerge{names[family]}":
                 return make(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

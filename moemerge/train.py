@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
@@ -32,7 +33,7 @@ from moemerge.families import family_of
 from moemerge.moe import moe_layers
 from moemerge.plotting import Line, Panel, panels
 from moemerge.recipe import Train, parse_layers
-from moemerge.scoring import load_reward_model, load_tokenizer
+from moemerge.scoring import in_head, load_reward_model, load_tokenizer
 
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 DONE = "done.json"
@@ -258,7 +259,7 @@ def trained_parameters(model: PreTrainedModel, options: Train) -> dict[str, str]
 
     def trains(name: str) -> bool:
         wanted = options.trainable == "full" or name in roles or ".lora_" in name
-        return _in_head(model, name) or (wanted and name.startswith(places))
+        return in_head(model, name) or (wanted and name.startswith(places))
 
     return {name: roles.get(name, "rest") for name, _ in model.named_parameters() if trains(name)}
 
@@ -275,10 +276,6 @@ def _roles(model: PreTrainedModel) -> dict[str, str]:
         parts = [("experts", part) for layer in layers for part in family.linears(layer).values()]
     roles = {id(weight): role for role, part in parts for weight in part.parameters()}
     return {name: roles[id(weight)] for name, weight in model.named_parameters() if id(weight) in roles}
-
-
-def _in_head(model: PreTrainedModel, name: str) -> bool:
-    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:
@@ -298,7 +295,7 @@ def _add_lora(model: PreTrainedModel, options: Train) -> None:
         f"{path}.{number}.{name}"
         for number in parse_layers(options.train_layers, len(layers))
         for name, module in layers[number].named_modules()
-        if isinstance(module, nn.Linear) and ("attn" in name or "attention" in name)
+        if isinstance(module, nn.Linear | Conv1D) and ("attn" in name or "attention" in name)
     ]
     if not targets:
         raise UnsupportedError(
@@ -309,7 +306,10 @@ def _add_lora(model: PreTrainedModel, options: Train) -> None:
         )
     torch.manual_seed(options.seed)
     alpha: Any = options.lora_alpha  # peft takes any number, its annotation says int
-    config = LoraConfig(r=options.lora_rank, lora_alpha=alpha, target_modules=targets)
+    transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
+    config = LoraConfig(
+        r=options.lora_rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=transposed
+    )
     inject_adapter_in_model(config, model)
 
 

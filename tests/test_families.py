@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, random_pairs, rewrite, write_rows
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from moemerge.checkpoint import Checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import UnsupportedError
-from moemerge.families import FAMILIES, family_of
+from moemerge.families import FAMILIES, family_called
 from moemerge.families.refused import REFUSED
 from moemerge.families.table import table
 from moemerge.merge import merge
 from moemerge.merged_model import MergedModel
+from moemerge.mergekit_bridge import mlp_layer
 from moemerge.modelling import load_moe
 from moemerge.moe import Gating, MoELayer, moe_layers
 from moemerge.moe_checkpoint import MoeCheckpoint
@@ -47,8 +49,8 @@ def batch() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def scores(model: nn.Module) -> Tensor:
-    return model.eval()(**batch()).logits[:, 0]
+def scores(model: nn.Module, **more: Tensor) -> Tensor:
+    return model.eval()(**batch(), **more).logits[:, 0]
 
 
 def lively(family: str, folder: Path) -> nn.Module:
@@ -75,6 +77,7 @@ def test_the_whole_chain(family: str, tmp_path: Path) -> None:
     moe = load_moe(folder)
     equals_dense(moe, dense)
     observes_every_token(moe)
+    prompts_see_the_answer(moe, not FAMILIES.get(family).causal)
     merges_into_the_dense_model(folder, dense, tmp_path)
     trains(moe)
     saves_and_loads(moe, tmp_path / "trained")
@@ -83,14 +86,15 @@ def test_the_whole_chain(family: str, tmp_path: Path) -> None:
 
 
 def equals_dense(moe: nn.Module, dense: nn.Module) -> None:
-    """With either gate; and the MLPs matter: others give other scores."""
+    """With every gate; and the MLPs matter: others give other scores."""
     expected = scores(dense)
     assert close(scores(moe), expected)
     layers = moe_layers(moe).values()
     settings = next(iter(layers)).settings
-    for layer in layers:
-        layer.settings = replace(settings, gate="topk")
-    assert close(scores(moe), expected)
+    for gate in ("topk", "prompt"):
+        for layer in layers:
+            layer.settings = replace(settings, gate=gate)
+        assert close(scores(moe, prompt_lengths=torch.tensor([3, 2, 1, 9])), expected)
     for layer in layers:
         layer.settings = settings
     last = list(layers)[-1].experts
@@ -110,6 +114,20 @@ def observes_every_token(moe: nn.Module) -> None:
     for (gating,) in seen.values():
         assert torch.equal(gating.mask_T.reshape(4, 13), batch()["attention_mask"].bool())
         assert len(gating.weights_TK) == 4 * 13
+
+
+@torch.no_grad()
+def prompts_see_the_answer(moe: nn.Module, expected: bool) -> None:
+    """Whether the last token changes what the last layer's router says of those before it."""
+    seen: list[Tensor] = []
+    last = moe_layers(moe)[2]
+    last.observer = lambda gating: seen.append(gating.probabilities_TN[:12])
+    ids_BT = batch()["input_ids"][:1]
+    for token in (5, 6):
+        ids_BT[0, 12] = token
+        moe(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
+    last.observer = None
+    assert (not torch.allclose(*seen, rtol=0, atol=1e-6)) == expected
 
 
 def trains(moe: nn.Module) -> None:
@@ -160,6 +178,8 @@ def merges_into_the_dense_model(folder: Path, dense: nn.Module, tmp_path: Path) 
     assert set(ours.names) == set(theirs.names)
     assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names)
     type(dense)(dense.config).load_state_dict(dict(ours.tensors()))
+    mlps = {tensor.dense for tensor in MoeCheckpoint(folder).tensors}
+    assert {name for name in ours.names if mlp_layer(name) is not None} == mlps
     one, other = AutoConfig.from_pretrained(written), AutoConfig.from_pretrained(tmp_path / "dense")
     assert one.to_dict() | {"_name_or_path": ""} == other.to_dict() | {"_name_or_path": ""}
 
@@ -175,17 +195,18 @@ def merges_what_was_trained(folder: Path, dense: nn.Module, tmp_path: Path) -> N
     assert not torch.allclose(found, scores(dense), rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_the_stage_trains_and_keeps_the_rest(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "trainable"), [("gpt2", "lora"), ("opt", "experts")])
+def test_the_stage_trains_and_keeps_the_rest(family: str, trainable: str, tmp_path: Path) -> None:
     lively(family, tmp_path / "dense")
     folder = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe")
     pairs = write_rows(tmp_path / "pairs.jsonl", random_pairs(8))
     common: dict[str, Any] = {"pairs": str(pairs), "output": tmp_path / "out", "device": "cpu"}
-    train(model=str(folder), trainable="experts", **common)
+    train(model=str(folder), trainable=trainable, **common)
     old, new = Checkpoint(folder), Checkpoint(tmp_path / "out")
     moved = {name for name in old.names if not torch.equal(old.tensor(name), new.tensor(name))}
     home = ("experts.", "shared_expert.", "gate.", "score.")
-    assert moved == {name for name in old.names if any(part in name for part in home)}
+    attention = ("attn.c_attn.weight", "attn.c_proj.weight") if trainable == "lora" else ()
+    assert moved == {name for name in old.names if any(part in name for part in home + attention)}
 
 
 def test_dropout_of_the_dense_mlp_is_kept(tmp_path: Path) -> None:
@@ -209,8 +230,9 @@ def test_every_family_has_tiny_sizes_and_names_itself() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_give_the_reason(name: str) -> None:
     assert name not in FAMILIES
+    assert name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     with pytest.raises(UnsupportedError) as caught:
-        family_of(AutoConfig.for_model(name))
+        family_called(name)
     assert name in str(caught.value) and REFUSED[name] in str(caught.value)
 
 

@@ -163,3 +163,14 @@ def test_importing_the_package_registers_the_method_in_either_order(imports: str
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
     assert run.stdout.strip() == "Routing-normalised average", run.stderr
+
+
+def test_the_bridge_can_be_imported_first() -> None:
+    """As an entry point does."""
+    code = (
+        "from moemerge.mergekit_bridge import NAME, register; register()\n"
+        "from mergekit.merge_methods import registry\n"
+        "assert [m.spec.name for m in registry.registered_methods()].count(NAME) == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

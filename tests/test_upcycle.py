@@ -175,14 +175,23 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_unknown_architecture_is_named(tmp_path: Path) -> None:
-    from transformers import GPTJConfig, GPTJForSequenceClassification
+    from transformers import CTRLConfig, CTRLForSequenceClassification
 
-    config = GPTJConfig(
-        vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, num_labels=1, pad_token_id=0
+    config = CTRLConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, dff=48, num_labels=1, pad_token_id=0)
+    CTRLForSequenceClassification(config).save_pretrained(tmp_path / "ctrl")
+    with pytest.raises(UnsupportedError, match="ctrl"):
+        upcycle(model=str(tmp_path / "ctrl"), output=tmp_path / "x")
+
+
+def test_refused_architecture_is_named_with_the_reason(tmp_path: Path) -> None:
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    AlbertForSequenceClassification(AlbertConfig(vocab_size=64, num_labels=1, **sizes)).save_pretrained(
+        tmp_path / "albert"
     )
-    GPTJForSequenceClassification(config).save_pretrained(tmp_path / "gptj")
-    with pytest.raises(UnsupportedError, match="gptj"):
-        upcycle(model=str(tmp_path / "gptj"), output=tmp_path / "x")
+    with pytest.raises(UnsupportedError, match="its layers share one MLP"):
+        upcycle(model=str(tmp_path / "albert"), output=tmp_path / "x")
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "extra", "shape"])

@@ -77,16 +77,20 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a dense or MoE config. Raises UnsupportedError with the reason."""
-    name = config.model_type.removeprefix("moemerge_")
+    """The family of a dense or MoE config; as `family_called`."""
+    return family_called(config.model_type.removeprefix("moemerge_"))
+
+
+def family_called(name: str) -> Family:
+    """The family of a dense model_type. Raises UnsupportedError, with the reason where there is one."""
     if name in FAMILIES:
         return FAMILIES.get(name)
     if name in REFUSED:
         raise UnsupportedError(
-            "this architecture cannot be upcycled",
+            f"this architecture cannot be upcycled: {REFUSED[name]}",
             given=f"model_type {name!r}",
-            expected=f"another: {REFUSED[name]}",
-            fix="use a reward model of a supported architecture (the README lists them)",
+            expected=f"one of: {', '.join(FAMILIES)}",
+            fix="use a reward model of a supported architecture",
         )
     raise UnsupportedError(
         "this architecture is not supported",
