@@ -191,7 +191,7 @@ def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], s
     missing, unexpected = set(loading["missing_keys"]), set(loading["unexpected_keys"])
     head = {name for name in missing if in_head(model, name)}
     if seed is not None and head == missing:
-        unexpected = {name for name in unexpected if not name.startswith(LANGUAGE_HEADS)}
+        unexpected = {name for name in unexpected if not spare_head(name)}
         missing = set()
     wrong = {
         "missing": missing,
@@ -212,6 +212,11 @@ def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], s
         if headless
         else "copy the checkpoint again, or save it again with the code that made it",
     )
+
+
+def spare_head(name: str) -> bool:
+    """Whether a tensor that the reward model lacks is but a base model's head or pooler."""
+    return name.startswith(LANGUAGE_HEADS) or ".pooler." in f".{name}"
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:

@@ -24,7 +24,7 @@ from moemerge.families.dense import dense_class, is_moe, skeleton
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle, parse_layers
-from moemerge.scoring import LANGUAGE_HEADS, in_head, load_reward_model, load_tokenizer
+from moemerge.scoring import in_head, load_reward_model, load_tokenizer, spare_head
 
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -117,7 +117,7 @@ def _source_names(source: Checkpoint, config: PretrainedConfig) -> dict[str, str
 def _needless(model: PreTrainedModel, name: str) -> bool:
     """Whether a reward model may lack the tensor: a language model's head, or a buffer of older versions."""
     old = model._keys_to_ignore_on_load_unexpected or []
-    return name.startswith(LANGUAGE_HEADS) or name.endswith(BUFFERS) or any(re.search(p, name) for p in old)
+    return spare_head(name) or name.endswith(BUFFERS) or any(re.search(p, name) for p in old)
 
 
 def _moe_tensors(

@@ -17,9 +17,16 @@ from conftest import CORE, SIZES, TINY, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, random_pairs, rewrite, write_rows
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from moemerge.artifacts import read_manifest
 from moemerge.checkpoint import Checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import UnsupportedError
@@ -239,6 +246,27 @@ def test_refusals_give_the_reason(name: str) -> None:
 def test_the_readme_lists_the_architectures() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert table() in readme, "put the text of moemerge.families.table.table() into README.md"
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("biogpt", AutoModelForCausalLM),
+        ("opt", AutoModelForCausalLM),
+        ("electra", AutoModelForMaskedLM),
+        ("modernbert", AutoModelForMaskedLM),
+        ("roberta", AutoModel),
+        ("roberta", AutoModelForMaskedLM),
+    ],
+)
+def test_base_models_lose_their_own_heads(family: str, kind: Any, tmp_path: Path) -> None:
+    config = tiny_dense(family).config
+    kind.from_config(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    folder = upcycle(model=str(tmp_path / "base"), output=tmp_path / "moe")
+    names = {name for name in Checkpoint(folder).names if "expert" not in name and ".gate." not in name}
+    assert names < set(tiny_dense(family).state_dict())
+    assert len(read_manifest(folder)["results"]["fresh_head"]) > 0
 
 
 def test_buffers_of_older_versions_are_left_out(tmp_path: Path) -> None:
