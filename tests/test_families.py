@@ -30,7 +30,7 @@ from moemerge.artifacts import read_manifest
 from moemerge.checkpoint import Checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import UnsupportedError
-from moemerge.families import FAMILIES, family_called
+from moemerge.families import FAMILIES, family_called, family_of
 from moemerge.families.refused import REFUSED
 from moemerge.families.table import table
 from moemerge.merge import merge
@@ -185,7 +185,7 @@ def merges_into_the_dense_model(folder: Path, dense: nn.Module, tmp_path: Path) 
     assert set(ours.names) == set(theirs.names)
     assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names)
     type(dense)(dense.config).load_state_dict(dict(ours.tensors()))
-    mlps = {tensor.dense for tensor in MoeCheckpoint(folder).tensors}
+    mlps = {tensor.dense for tensor in family_of(dense.config).expert_tensors(dense.config)}
     assert {name for name in ours.names if mlp_layer(name) is not None} == mlps
     one, other = AutoConfig.from_pretrained(written), AutoConfig.from_pretrained(tmp_path / "dense")
     assert one.to_dict() | {"_name_or_path": ""} == other.to_dict() | {"_name_or_path": ""}
