@@ -35,7 +35,7 @@ def _upcycle(results: Report) -> str:
 
 def _train(results: Report) -> str:
     before, after = results["before"], results.get("after")
-    if before is None:
+    if before is None or after is None:
         return f"{results['steps']} steps, training loss {results['train_loss']:.4f}"
     loss, accuracy = (f"{before[k]:.4f} -> {after[k]:.4f}" for k in ("loss", "accuracy"))
     steps = f"best at step {results['best_step']} of {results['steps']}"
