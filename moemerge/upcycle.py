@@ -20,9 +20,10 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_class, is_moe, skeleton
+from moemerge.layers import parse_layers
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
-from moemerge.recipe import Upcycle, parse_layers
+from moemerge.recipe import Upcycle
 from moemerge.scoring import LANGUAGE_HEADS, load_reward_model, load_tokenizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
