@@ -232,6 +232,12 @@ class MergeSettings(Options):
     )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
 
+    @model_validator(mode="after")
+    def _parameters_have_a_method(self) -> MergeSettings:
+        if self.method == "routing_normalized_average" and self.parameters:
+            raise ValueError("routing_normalized_average takes coefficients, no parameters")
+        return self
+
 
 class Merge(MergeSettings, Run):
     """Options of `moemerge merge`."""
@@ -245,8 +251,6 @@ class Merge(MergeSettings, Run):
     def _method_has_what_it_needs(self) -> Merge:
         if self.method == "routing_normalized_average" and self.coefficients is None:
             raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
-        if self.method == "routing_normalized_average" and self.parameters:
-            raise ValueError("routing_normalized_average takes coefficients, no parameters")
         return self
 
 
