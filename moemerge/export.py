@@ -87,7 +87,7 @@ def linear_config(source: MoeCheckpoint, coefficients: Coefficients, folder: Pat
         models.append({"model": _reference(folder / name), "parameters": {"weight": weight}})
     kept = source.settings.dense_dtype
     cast = {} if getattr(torch, kept) == source.dtype else {"out_dtype": kept}
-    base = {"merge_method": "linear", "base_model": models[0]["model"]}
+    base = {"merge_method": "linear", "base_model": _reference(folder / next(iter(names)))}
     return {**base, **cast, "parameters": {"normalize": False}, "models": models}
 
 
