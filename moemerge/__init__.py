@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moemerge.errors import OptionError as OptionError
     from moemerge.errors import UnsupportedError as UnsupportedError
     from moemerge.evaluate import evaluate as evaluate
+    from moemerge.export import export as export
     from moemerge.fit import fit as fit
     from moemerge.merge import merge as merge
     from moemerge.modelling import load_moe as load_moe
@@ -46,6 +47,7 @@ _HOMES = {
     "route": "route",
     "fit": "fit",
     "merge": "merge",
+    "export": "export",
     "evaluate": "evaluate",
     "publish": "publish",
     "prepare": "data",

@@ -26,10 +26,11 @@ SHORT = 12
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
-MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, averaged per layer into
-one MLP (routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
-[UMM-RM](https://arxiv.org/abs/2512.00724)) with moemerge. It has the architecture and the cost of the dense
+MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
+one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
 model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
+[UMM-RM](https://arxiv.org/abs/2512.00724)"""
 TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
 and answer together."""
 
@@ -54,7 +55,7 @@ def make_card(options: Publish) -> ModelCard:
     chain = list(ancestors(folder))
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
-    parts = [f"# {title}", MERGED if manifest["stage"] == "merge" else TRAINED, _loading(title, folder)]
+    parts = [f"# {title}", _kind(manifest), _loading(title, folder)]
     parts += ["## Made from", _made_from(chain), *_coefficients(manifest)]
     parts += _evaluation(evaluation) if evaluation else []
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -230,11 +231,27 @@ def _brief(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
+def _kind(manifest: dict[str, Any]) -> str:
+    """What sort of model this is, in two sentences."""
+    if manifest["stage"] != "merge":
+        return TRAINED
+    host = _host_method(manifest)
+    way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
+    return MERGED.format(way=way)
+
+
+def _host_method(manifest: dict[str, Any]) -> str | None:
+    """mergekit's method that merged the model; None for the routing-normalised average."""
+    ours = recipe.MergeSettings.model_fields["method"].default
+    method = str(manifest["options"].get("method", ours))
+    return None if method == ours else method
+
+
 def _coefficients(manifest: dict[str, Any]) -> list[str]:
     """The coefficient table of a merged model, while the file is still the one that was merged with."""
-    given = manifest["inputs"].get("coefficients")
+    given = manifest["inputs"].get("coefficients") if _host_method(manifest) is None else None
     path = Path(given["path"]) if given and "path" in given else None
-    if path is None or not path.exists() or _digest(path) != given["sha256"]:
+    if given is None or path is None or not path.exists() or _digest(path) != given["sha256"]:
         return []
     coefficients = Coefficients.load(path)
     header = ["layer", "shared", *(f"expert {i}" for i in range(coefficients.num_experts))]

@@ -6,8 +6,9 @@ Letters: N routed experts.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,35 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
             writer.save_tensor(name, tensor)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)
+
+
+def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:
+    """Make `folder` one checkpoint of the tensors of all `parts`, folders that write_checkpoint wrote.
+
+    Their files are hard-linked, or copied where the file system cannot; an index names them all.
+    """
+    files = [path for part in parts for path in sorted(part.glob("*.safetensors"))]
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _link(path, folder / name)
+        weight_map |= dict.fromkeys(_open_file(path).keys(), name)
+    metadata = {"total_size": sum(_data_size(path) for path in files)}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def _data_size(path: Path) -> int:
+    """Bytes of tensors in a safetensors file: all but the header and the eight bytes of its length."""
+    with path.open("rb") as handle:
+        return path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
 
 
 def copy_side_files(source: Path, target: Path) -> None:

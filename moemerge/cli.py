@@ -31,6 +31,7 @@ STAGE_COMMANDS = {
     "route": "Count which experts a MoE uses.",
     "fit": "Find merge coefficients.",
     "merge": "Merge a MoE into one dense reward model.",
+    "export": "Write each expert of a MoE as a dense model.",
     "evaluate": "Compare reward models.",
     "publish": "Write the model card; push to the hub.",
 }
@@ -269,6 +270,30 @@ def _loading_lines(folder: Path) -> str:
 for _name, _summary in STAGE_COMMANDS.items():
     cli.add_command(
         StageCommand(_name, help=_summary, callback=partial(run_stage, _name), params=[_verbosity()]), _name
+    )
+
+
+@cli.group()
+def mergekit() -> None:
+    """mergekit's own commands, knowing moemerge's merge methods."""
+
+
+def _run_mergekit(context: click.Context, arguments: tuple[str, ...]) -> None:
+    from moemerge.mergekit_bridge import run_command
+
+    run_command(str(context.info_name), arguments, context.command_path)
+
+
+for _name in ("yaml", "multi", "pytorch"):
+    # Options and help are the stock command's.
+    mergekit.add_command(
+        click.Command(
+            _name,
+            help=f"mergekit-{_name}, with the same arguments and options.",
+            callback=click.pass_context(_run_mergekit),
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+            context_settings={"ignore_unknown_options": True, "help_option_names": []},
+        )
     )
 
 

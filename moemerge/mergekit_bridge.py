@@ -1,18 +1,25 @@
-"""mergekit's merge method `routing_normalized_average`: dense checkpoints averaged by fitted coefficients.
+"""mergekit's merge methods of ours, and mergekit's own commands with these methods registered.
 
-In a mergekit configuration the base model is the shared expert, and gives everything that is not an expert;
+`routing_normalized_average`: the base model is the shared expert, and gives everything that is not an expert;
 each other model has the parameter `expert`, its number among the routed experts; the parameter
 `coefficients` is a folder that `moemerge fit` wrote, or its file.
+`routing_normalized_average_inline`: the same average with its weights in the YAML, `weight` per model (sum
+one in each layer) and `shared_weight` for the base. A method of its own, because mergekit ignores
+parameters that a method does not have: with every parameter required, a misspelt one is an error.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -22,37 +29,58 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 from mergekit.merge_methods.easy_define import merge_method
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from moemerge.averaging import routing_normalized_average
 from moemerge.coefficients.base import FILE, Coefficients
 from moemerge.errors import CheckpointError, OptionError
 
 NAME = "routing_normalized_average"
+INLINE = "routing_normalized_average_inline"
+# The stock commands, and the argument of each that is the YAML file.
+COMMANDS = {
+    "yaml": ("mergekit.scripts.run_yaml", "config_file"),
+    "multi": ("mergekit.scripts.multimerge", "config_file"),
+    "pytorch": ("mergekit.scripts.merge_raw_pytorch", "config_path"),
+}
+_yaml_folders: list[Path] = []
 
 
-@merge_method(  # type: ignore[untyped-decorator]
-    name=NAME,
-    pretty_name="Routing-normalised average",
-    reference_url="https://arxiv.org/abs/2512.00724",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-)
+def _existing(source: str) -> str:
+    """The absolute path of a coefficients file; mergekit asks for it while it plans, before it writes."""
+    places = [folder / source for folder in _yaml_folders] + [Path(source)]
+    path = next((place for place in places if place.exists()), Path(source)).absolute()
+    _load(str(path))
+    return str(path)
+
+
+CoefficientsPath = Annotated[str, AfterValidator(_existing)]
+_SHAPE = {
+    "reference_url": "https://arxiv.org/abs/2512.00724",
+    "contract": InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
+    "optional_tensor_policy": OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+}
+
+
+@merge_method(name=NAME, pretty_name="Routing-normalised average", **_SHAPE)  # type: ignore[untyped-decorator]
 def average(
-    group: TensorGroup, expert: PerNonBase[Annotated[int, Field(ge=0)]], coefficients: str
+    group: TensorGroup, expert: PerNonBase[Annotated[int, Field(ge=0)]], coefficients: CoefficientsPath
 ) -> torch.Tensor:
     """The average of one MLP tensor by its layer's coefficients; any other tensor is the base model's.
 
-    Layers that the coefficients leave out are the base model's too. Raises OptionError unless the models are
-    numbered 0 ... N-1, each once, CheckpointError for coefficients that cannot be read.
+    Raises OptionError unless the models are numbered 0 ... N-1, each once, and CheckpointError for
+    coefficients that cannot be read, have more layers than the model, or lack a layer in which models differ.
     """
     found = _load(coefficients)
     numbers = expert.values_for(group.non_base)
     _check_experts(numbers, found.num_experts)
     assert group.base is not None
     layer = mlp_layer(group.metadata.name or "")
-    if layer is None or layer not in found.layers:
+    if layer is None:
         return group.base.tensor
+    _check_layers(found, group.base.id, coefficients)
+    if layer not in found.layers:
+        return _common(group, coefficients)
     place = found.layers.index(layer)
     in_order = [
         entry.tensor for _, entry in sorted(zip(numbers, group.non_base, strict=True), key=lambda p: p[0])
@@ -62,10 +90,69 @@ def average(
     )
 
 
+@merge_method(name=INLINE, pretty_name="Routing-normalised average (inline weights)", **_SHAPE)  # type: ignore[untyped-decorator]
+def average_inline(
+    group: TensorGroup,
+    weight: PerNonBase[Annotated[float, Field(ge=0)]],
+    shared_weight: Annotated[float, Field(ge=0, le=1)],
+) -> torch.Tensor:
+    """The average of one MLP tensor by weights from the YAML; any other tensor is the base model's.
+
+    Raises OptionError unless the weights of the models besides the base sum to one.
+    """
+    assert group.base is not None
+    if mlp_layer(group.metadata.name or "") is None:
+        return group.base.tensor
+    tensors = [entry.tensor for entry in group.non_base]
+    return routing_normalized_average(
+        group.base.tensor, tensors, weight.values_for(group.non_base), shared_weight
+    )
+
+
 def register() -> None:
-    """Make the method known to mergekit by its name; once is enough, twice does no harm."""
-    if NAME not in [method.spec.name for method in registry.registered_methods()]:
-        registry.register(average)
+    """Make the methods known to mergekit by their names; once is enough, twice does no harm."""
+    known = [method.spec.name for method in registry.registered_methods()]
+    for method in (average, average_inline):
+        if method.spec.name not in known:
+            registry.register(method)
+
+
+def run_command(name: str, arguments: Sequence[str], program: str) -> None:
+    """Run mergekit's own command `name` (yaml, multi, pytorch) with our methods registered.
+
+    `arguments` are the stock command's. A relative path in the parameter `coefficients` starts at the YAML's
+    folder if it exists there, else at the working directory. Raises what the command raises.
+    """
+    register()
+    module, config = COMMANDS[name]
+    command: Any = importlib.import_module(module).main
+    with command.make_context(program, list(arguments)) as context:
+        with _fresh_loaders(), _relative_to(Path(context.params[config])):
+            command.invoke(context)
+
+
+@contextmanager
+def _relative_to(yaml: Path) -> Iterator[None]:
+    _yaml_folders.append(yaml.absolute().parent)
+    try:
+        yield
+    finally:
+        _yaml_folders.pop()
+
+
+@contextmanager
+def _fresh_loaders() -> Iterator[None]:
+    """mergekit keeps opened models for the life of the process, also those replaced on disk since."""
+    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+    caches: list[Any] = [LoaderCache.loaders, SimpleLoaderCache().loaders]
+    for opened in caches:
+        opened.clear()
+    try:
+        yield
+    finally:
+        for opened in caches:
+            opened.clear()
 
 
 def mlp_layer(name: str) -> int | None:
@@ -96,7 +183,8 @@ def _load(source: str) -> Coefficients:
             "coefficients cannot be read",
             given=f"{source} ({error.strerror})",
             expected="a folder that `moemerge fit` wrote, or its file",
-            fix="correct the parameter coefficients; relative paths start at the working directory",
+            fix="correct the parameter coefficients; relative paths start at the working directory, "
+            "and under `moemerge mergekit` at the YAML's folder first",
         ) from error
 
 
@@ -113,6 +201,40 @@ def _check_experts(numbers: list[int], count: int) -> None:
             expected=f"{count} models besides the base, with expert: 0 to {count - 1}, each once",
             fix="correct the parameter expert of each model, or give the coefficients of this merge",
         )
+
+
+def _check_layers(found: Coefficients, base: Any, source: str) -> None:
+    """Compare with the base model's number of layers, where mergekit tells which model it is."""
+    count = _layer_count(base) if hasattr(base, "config") else None
+    if count is not None and found.layers[-1] >= count:
+        raise CheckpointError(
+            "coefficients do not belong to these models",
+            given=f"{source}: layers up to {found.layers[-1]}",
+            expected=f"layers 0 to {count - 1} of {base}",
+            fix="give the coefficients of this merge",
+        )
+
+
+@lru_cache(maxsize=8)
+def _layer_count(base: Any) -> int | None:
+    try:
+        count = base.config(trust_remote_code=False).num_hidden_layers
+    except (OSError, ValueError, AttributeError):  # mergekit-pytorch names bare files of weights
+        return None
+    return int(count)
+
+
+def _common(group: TensorGroup, source: str) -> torch.Tensor:
+    """The tensor that all models share, in a layer that had no experts."""
+    assert group.base is not None
+    if all(torch.equal(entry.tensor, group.base.tensor) for entry in group.non_base):
+        return group.base.tensor
+    raise CheckpointError(
+        "a layer has no coefficients, but its models differ",
+        given=f"{group.metadata.name}; {source}",
+        expected="coefficients for every layer in which the models differ",
+        fix="fit coefficients for these models, or merge the models that they were fitted for",
+    )
 
 
 register()

@@ -34,6 +34,7 @@ STAGES: Registry[Stage[Any]] = Registry(
         "route": "moemerge.route:route",
         "fit": "moemerge.fit:fit",
         "merge": "moemerge.merge:merge",
+        "export": "moemerge.export:export",
         "evaluate": "moemerge.evaluate:evaluate",
         "publish": "moemerge.publish:publish",
     },

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from moemerge.errors import OptionError, suggest
+from moemerge.errors import suggest
 
 
 class _Input:
@@ -221,17 +221,47 @@ class Fit(FitSettings, TextFormat, Run):
 class MergeSettings(Options):
     """MoE + coefficients -> dense reward model of the original architecture."""
 
+    method: str = Field(
+        "routing_normalized_average", description="ours, or a method of mergekit: linear, ties, karcher, ..."
+    )
+    parameters: dict[str, float | bool | str] = Field(
+        default_factory=dict, description="of a method of mergekit, e.g. density=0.5, for all experts"
+    )
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
         "keep", description="dtype of the result; keep: that of the dense model"
     )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+
+    @model_validator(mode="after")
+    def _parameters_have_a_method(self) -> MergeSettings:
+        if self.method == "routing_normalized_average" and self.parameters:
+            raise ValueError("routing_normalized_average takes coefficients, no parameters")
+        return self
 
 
 class Merge(MergeSettings, Run):
     """Options of `moemerge merge`."""
 
     model: Source = Field(description="MoE folder")
-    coefficients: Source = Field(description="folder written by fit")
+    coefficients: Source | None = Field(
+        None, description="folder written by fit; a method of mergekit takes them as its weight"
+    )
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> Merge:
+        if self.method == "routing_normalized_average" and self.coefficients is None:
+            raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
+        return self
+
+
+class Export(Run):
+    """Options of `moemerge export`."""
+
+    model: Source = Field(description="MoE folder")
+    coefficients: Source | None = Field(
+        None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
+    )
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
 
 
 class EvaluateSettings(Options):
@@ -365,34 +395,3 @@ def _marks(field: Any) -> list[object]:
         m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())
     ]
     return [*field.metadata, *nested]
-
-
-def parse_layers(spec: Layers, count: int) -> list[int]:
-    """Layer numbers that `spec` (all, first:4, last:4, 0,2,5-7) picks out of `count` layers.
-
-    Raises OptionError for a spec that cannot be read or leaves the model.
-    """
-    try:
-        layers = _layer_numbers(spec.replace(" ", ""), count)
-        if layers and min(layers) >= 0 and max(layers) < count:
-            return layers
-    except ValueError:
-        pass
-    raise OptionError(
-        "layers cannot be picked",
-        given=f"{spec!r} for a model of {count} layers",
-        expected=f"all, first:4, last:4, or numbers from 0 to {count - 1} such as 0,2,5-7",
-        fix="correct the layers option",
-    )
-
-
-def _layer_numbers(spec: str, count: int) -> list[int]:
-    if spec == "all":
-        return list(range(count))
-    word, _, number = spec.partition(":")
-    if word == "first":
-        return list(range(int(number)))
-    if word == "last":
-        return list(range(count - int(number), count))
-    ranges = [part.partition("-") for part in spec.split(",")]
-    return sorted({n for lo, _, hi in ranges for n in range(int(lo), int(hi or lo) + 1)})

@@ -30,9 +30,10 @@ from moemerge.artifacts import Draft, parse_options, stage, workspace, write_jso
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.families import family_of
+from moemerge.layers import parse_layers
 from moemerge.moe import moe_layers
 from moemerge.plotting import Line, Panel, panels
-from moemerge.recipe import Train, parse_layers
+from moemerge.recipe import Train
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer
 
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")

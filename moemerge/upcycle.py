@@ -21,9 +21,10 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_class, is_moe, skeleton
+from moemerge.layers import parse_layers
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
-from moemerge.recipe import Upcycle, parse_layers
+from moemerge.recipe import Upcycle
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer, spare_head
 
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")

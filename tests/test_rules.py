@@ -15,15 +15,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moemerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "registry", "recipe", "artifacts"}
-STAGES = {"upcycle", "train", "route", "fit", "merge", "evaluate", "publish"}
+GROUND = {"errors", "registry", "recipe", "artifacts", "layers"}
+STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
     "click": {"cli"},
     "trl": {"train", "trainer"},
     "accelerate": {"train", "trainer"},
     "peft": {"train", "trainer"},
-    "mergekit": {"checkpoint", "mergekit_bridge"},
+    # host_methods calls mergekit's methods; the bridge, which mergekit imports, must stay apart from it.
+    "mergekit": {"checkpoint", "mergekit_bridge", "host_methods"},
     "datasets": {"rows", "train", "trainer"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},

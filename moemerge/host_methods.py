@@ -1,0 +1,105 @@
+"""mergekit's merge methods over the experts of one MoE: one MLP tensor at a time, without N dense models.
+
+Letters: N routed experts.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import MergeMethod, ParameterScope, TensorGroup
+from torch import Tensor
+
+from moemerge.coefficients.base import Coefficients
+from moemerge.errors import OptionError, suggest
+
+SHARED, WEIGHT = "shared", "weight"
+OURS = "routing_normalized_average"
+
+
+class HostMethod:
+    """The merge method `name` of mergekit with `parameters`; its base is the shared expert, if there is one.
+
+    `coefficients` become the method's parameter `weight`: shared_L for the base where the method weighs it,
+    (1 - shared_L) * alpha_LN for the routed experts. `weighs` tells whether it has that parameter.
+    Raises OptionError for an unknown method or a weight that is given twice.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: dict[str, Any],
+        coefficients: Coefficients | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method = _method(name)
+        self.parameters, self.coefficients, self.seed = parameters, coefficients, seed
+        scopes = {p.name: p.scope for p in self.method.spec.parameters}
+        self._scope = scopes.get(WEIGHT)
+        if coefficients is not None and self.weighs and WEIGHT in parameters:
+            raise OptionError(
+                "weights are given twice",
+                given=f"coefficients, and parameters weight={parameters[WEIGHT]}",
+                expected="one of them",
+                fix="leave out either",
+            )
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the method takes a weight per expert."""
+        return self._scope in (ParameterScope.INPUT, ParameterScope.NON_BASE)
+
+    def merge(self, name: str, layer: int, experts: Iterable[Tensor], has_shared: bool) -> Tensor:
+        """The merge of `experts` (the shared one first, if there is one), copies of the dense tensor `name`.
+
+        Random methods draw from a generator seeded by the tensor's name, so the result repeats. Raises
+        OptionError for parameters or a number of experts that the method does not take.
+        """
+        tensors = list(experts)
+        ids: list[Hashable] = [SHARED] * has_shared + [*range(len(tensors) - has_shared)]
+        group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0 if has_shared else None, name=name)
+        parameters = {**self.parameters, **self._weights(layer, ids)}
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+                (merged,) = self.method([group], parameters=parameters)
+        except (TypeError, ValueError) as error:
+            raise self._refused(error, len(tensors), has_shared) from error
+        return merged
+
+    def _weights(self, layer: int, ids: list[Hashable]) -> dict[str, dict[Hashable, float]]:
+        if self.coefficients is None or not self.weighs:
+            return {}
+        row = self.coefficients.layers.index(layer)
+        shared = float(self.coefficients.shared_L[row])
+        routed: list[float] = ((1 - shared) * self.coefficients.alpha_LN[row]).tolist()
+        all_weights: dict[Hashable, float] = {SHARED: shared, **dict(enumerate(routed))}
+        wanted = ids if self._scope == ParameterScope.INPUT else [i for i in ids if i != SHARED]
+        return {WEIGHT: {i: all_weights[i] for i in wanted}}
+
+    def _refused(self, error: Exception, count: int, has_shared: bool) -> OptionError:
+        spec = self.method.spec
+        known = ", ".join(f"{p.name}{' (needed)' * p.required}" for p in spec.parameters) or "none"
+        base = "the shared expert as base" if has_shared else "no shared expert, so no base"
+        return OptionError(
+            f"mergekit's method {spec.name} refuses",
+            given=f"{count} experts, {base}, parameters {self.parameters}: {error}",
+            expected=f"parameters: {known}",
+            fix="correct method or parameters; coefficients give the weight",
+        )
+
+
+def _method(name: str) -> MergeMethod:
+    known = {m.spec.name: m for m in registry.registered_methods() if not m.spec.name.startswith(OURS)}
+    if name in known:
+        return known[name]
+    raise OptionError(
+        "unknown merge method",
+        given=name,
+        expected=f"one of: {', '.join(sorted([OURS, *known]))}",
+        fix=suggest(name, [OURS, *known]),
+    )
