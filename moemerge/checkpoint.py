@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,14 +158,28 @@ def _open_file(path: Path) -> Any:
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int) -> None:
-    """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time."""
+    """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time.
+
+    A finished shard goes to the disk while the next one is made.
+    """
     from mergekit.io.tensor_writer import TensorWriter
 
-    with TensorWriter(str(folder), max_shard_size=shard_size) as writer:
+    with TensorWriter(str(folder), max_shard_size=shard_size) as writer, ThreadPoolExecutor(1) as disk:
+        finished = 0
         for name, tensor in tensors:
             writer.save_tensor(name, tensor)
+            if writer.shards_written > finished:
+                finished = writer.shards_written
+                disk.submit(
+                    _flush, max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+                )
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:
