@@ -147,8 +147,7 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
 def _seal(folder: Path, output: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+            flush(path)
     folder.chmod(0o755)
     old = None
     if output.exists():
@@ -158,6 +157,12 @@ def _seal(folder: Path, output: Path) -> None:
     folder.rename(output)
     if old is not None:
         shutil.rmtree(old)
+
+
+def flush(path: Path) -> None:
+    """Wait until the file at `path` is on the disk."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from moemerge.artifacts import flush
 from moemerge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -170,16 +171,10 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
             writer.save_tensor(name, tensor)
             if writer.shards_written > finished:
                 finished = writer.shards_written
-                disk.submit(
-                    _flush, max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-                )
+                newest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+                disk.submit(flush, newest)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:

@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.coefficients.base import MergeGradient
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_class, dense_config
 from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.scoring import score_pairs
+from moemerge.scoring import collate, score_pairs
 
 if TYPE_CHECKING:
-    from moemerge.tokenise import Encoded, EncodedPair
+    from moemerge.tokenise import EncodedPair
 
 KEPT_ON_CPU = 2**30
 
@@ -125,15 +124,9 @@ class MergedModel:
     def _loss(self, pairs: Sequence[EncodedPair]) -> Tensor:
         """Sum of -log sigmoid(chosen - rejected), float64."""
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        scores_B = self.model(**self._collate(texts)).logits[:, 0].double()
-        return -logsigmoid(scores_B[: len(pairs)] - scores_B[len(pairs) :]).sum()
-
-    def _collate(self, texts: Sequence[Encoded]) -> dict[str, Tensor]:
         pad = self.model.config.get_text_config().pad_token_id
-        ids = [torch.tensor(text.ids, device=self.device) for text in texts]
-        ids_BT = pad_sequence(ids, batch_first=True, padding_value=pad)
-        mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+        scores_B = self.model(**collate(texts, pad, False, self.device)).logits[:, 0].double()
+        return -logsigmoid(scores_B[: len(pairs)] - scores_B[len(pairs) :]).sum()
 
 
 @dataclass

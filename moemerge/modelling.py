@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import FAMILIES, family_of
 from moemerge.families.base import Family
-from moemerge.families.dense import PREFIX, dense_class, dense_config, is_moe
+from moemerge.families.dense import PREFIX, dense_class, dense_config, is_moe, require_moe
 from moemerge.moe import MoELayer, MoeSettings, StackedExperts, TokenContext, moe_layers
 
 __all__ = ["dense_class", "dense_config", "install_shim", "is_moe", "load_moe", "moe_config", "register"]
@@ -251,13 +251,7 @@ def load_moe(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None 
     """
     register()
     config = AutoConfig.from_pretrained(folder)
-    if not is_moe(config):
-        raise CheckpointError(
-            f"{folder} is not a MoE made by moemerge",
-            given=f"model_type {config.model_type}",
-            expected="a folder written by upcycle or train",
-            fix="run moemerge upcycle on the dense model first",
-        )
+    require_moe(config.model_type, folder)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder, config=config, dtype=dtype or "auto", device_map=device, output_loading_info=True
     )

@@ -18,7 +18,7 @@ from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
-from moemerge.families.dense import is_moe, skeleton
+from moemerge.families.dense import require_moe, skeleton
 from moemerge.modelling import model_class, register
 from moemerge.moe import MoeSettings
 from moemerge.provenance import model_fingerprint
@@ -99,18 +99,8 @@ class MoeCheckpoint:
 
 def _moe_config(weights: Checkpoint) -> PreTrainedConfig:
     register()
-    model_type = str(weights.config.get("model_type"))
-    config: PreTrainedConfig | None = None
-    if model_type.startswith("moemerge_"):
-        config = AutoConfig.from_pretrained(weights.folder)
-    if config is not None and is_moe(config):
-        return config
-    raise CheckpointError(
-        f"{weights.folder} is not a MoE made by moemerge",
-        given=f"model_type {model_type}",
-        expected="a folder written by upcycle or train",
-        fix="run moemerge upcycle on the dense model first",
-    )
+    require_moe(str(weights.config.get("model_type")), weights.folder)
+    return AutoConfig.from_pretrained(weights.folder)
 
 
 def _foreign(given: str, expected: str) -> CheckpointError:

@@ -17,8 +17,7 @@ from moemerge import plotting, runtime
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import local_folder
 from moemerge.data import Encoded, EncodedPair, encode_pairs, read_pairs
-from moemerge.errors import CheckpointError
-from moemerge.families.dense import is_moe
+from moemerge.families.dense import require_moe
 from moemerge.moe import MoeSettings, moe_layers
 from moemerge.probes.base import Table
 from moemerge.provenance import model_fingerprint
@@ -38,7 +37,7 @@ def route(options: Route, draft: Draft) -> None:
     """
     device = runtime.use(options)
     model = load_reward_model(str(local_folder(options.model)), device)
-    _refuse_dense(options.model, model)
+    require_moe(model.config.model_type, options.model)
     tokenizer = load_tokenizer(options.model)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
@@ -72,16 +71,6 @@ def _by_group(pairs: Sequence[EncodedPair]) -> dict[Group, list[Encoded]]:
         groups[pair.pair.subset, "chosen"].append(pair.chosen)
         groups[pair.pair.subset, "rejected"].append(pair.rejected)
     return groups
-
-
-def _refuse_dense(name: str, model: PreTrainedModel) -> None:
-    if not is_moe(model.config):
-        raise CheckpointError(
-            f"{name} is not a MoE made by moemerge",
-            given=f"model_type {model.config.model_type}",
-            expected="a folder written by upcycle or train",
-            fix="run moemerge upcycle on the dense model first",
-        )
 
 
 def _summary(statistics: RoutingStatistics) -> dict[str, Any]:

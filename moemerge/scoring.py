@@ -275,7 +275,7 @@ def score(
     done: list[tuple[list[int], Tensor]] = []
     with torch.inference_mode(), _bar(len(encoded), progress) as bar:
         for rows in batches([len(text.ids) for text in encoded], batch_tokens):
-            inputs = _collate([encoded[row] for row in rows], pad, _gates_by_prompt(model), model.device)
+            inputs = collate([encoded[row] for row in rows], pad, _gates_by_prompt(model), model.device)
             done.append((rows, model(**inputs, **extra).logits[:, 0].float()))
             bar.update(len(rows))
         for rows, scores_B in done:
@@ -298,7 +298,8 @@ def _gates_by_prompt(model: PreTrainedModel) -> bool:
     return (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
 
 
-def _collate(texts: list[Encoded], pad: int, prompts: bool, device: torch.device) -> dict[str, Tensor]:
+def collate(texts: Sequence[Encoded], pad: int, prompts: bool, device: torch.device) -> dict[str, Tensor]:
+    """A batch of texts padded on the right with `pad`; `prompt_lengths` too if `prompts` asks for them."""
     longest = max(len(text.ids) for text in texts)
     ids_BT = torch.tensor([text.ids + [pad] * (longest - len(text.ids)) for text in texts])
     lengths_B = torch.tensor([len(text.ids) for text in texts])

@@ -52,7 +52,7 @@ def _route(results: Report) -> str:
 
 
 def _merge(results: Report) -> str:
-    return f"largest difference to the float64 sum {results['largest_difference']:.1e}"
+    return f"largest difference to what was meant {results['largest_difference']:.1e}"
 
 
 def _publish(results: Report) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from moemerge.errors import CheckpointError
 
 PREFIX = "moemerge_"
 OURS = ("moemerge", "auto_map", "model_type", "architectures", "transformers_version")
@@ -18,6 +21,17 @@ OURS = ("moemerge", "auto_map", "model_type", "architectures", "transformers_ver
 def is_moe(config: PretrainedConfig) -> bool:
     """Whether `config` belongs to a moemerge MoE."""
     return config.model_type.startswith(PREFIX)
+
+
+def require_moe(model_type: str, name: str | Path) -> None:
+    """Raise CheckpointError, naming the model, unless `model_type` is that of a moemerge MoE."""
+    if not model_type.startswith(PREFIX):
+        raise CheckpointError(
+            f"{name} is not a MoE made by moemerge",
+            given=f"model_type {model_type}",
+            expected="a folder written by upcycle or train",
+            fix="run moemerge upcycle on the dense model first",
+        )
 
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
