@@ -254,15 +254,15 @@ def _coefficients(manifest: dict[str, Any]) -> list[str]:
     if given is None or path is None or not path.exists() or _digest(path) != given["sha256"]:
         return []
     coefficients = Coefficients.load(path)
-    header = ["layer", "shared", *(f"expert {i}" for i in range(coefficients.num_experts))]
-    numbers = zip(
-        coefficients.layers, coefficients.shared_L.tolist(), coefficients.alpha_LN.tolist(), strict=True
-    )
+    member = "model" if manifest["options"].get("models") else "expert"
+    header = ["block", "shared", *(f"{member} {i}" for i in range(coefficients.num_experts))]
     rows = [
-        [str(layer), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for layer, shared, alpha_N in numbers
+        [block, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)]
+        for block, shared, alpha_N in coefficients.table()
     ]
-    note = "W = shared · W_shared + (1 - shared) · Σ_i expert_i · W_i, for every matrix of the layer's MLP."
-    return ["## Coefficients", Table("Per layer", header, rows, note).markdown().rstrip()]
+    what = "merged tensor of the block" if member == "model" else "matrix of the layer's MLP"
+    note = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i, for every {what}."
+    return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]
 
 
 def _evaluation(evaluation: Evaluation) -> list[str]:

@@ -6,6 +6,7 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ class _Input:
 INPUT = _Input()
 Source = Annotated[str, INPUT]
 Sources = Annotated[dict[str, str], INPUT]
+SourceList = Annotated[list[str], INPUT]
 Layers = str
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
 
@@ -181,11 +183,45 @@ class Route(RouteSettings, TextFormat, Run):
     pairs: Source = Field(description="preference pairs")
 
 
+class Members(Options):
+    """What is merged: the experts of a MoE, or models of one architecture."""
+
+    model: Source | None = Field(None, description="MoE folder")
+    models: SourceList = Field(
+        default_factory=list,
+        description="in place of a MoE: models of one architecture, two or more with base",
+    )
+    base: Source | None = Field(
+        None,
+        description="with models: a reward model that weighs in as a shared expert does; it gives config, "
+        "tokenizer and what is not merged (default: the first of models gives these, and nothing is shared)",
+    )
+    scope: Literal["all", "body", "mlp"] = Field(
+        "all", description="with models: what is merged: all; body, which is all but the head; mlp"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_members(self) -> Members:
+        if (self.model is None) != bool(self.models):
+            raise ValueError("give a MoE as model, or several models, and not both")
+        if self.model and (self.base or self.scope != "all"):
+            raise ValueError("base and scope go with models, not with a MoE")
+        if self.models and len(self.models) + bool(self.base) < 2:
+            raise ValueError("models: one model alone cannot be merged")
+        return self
+
+
 class FitSettings(Options):
     """Merge coefficients: one per layer and expert, and a weight for the shared expert."""
 
-    method: str = Field("learned", description="uniform, usage, learned, ...")
-    initial: Literal["uniform", "usage"] = Field("usage", description="where learned starts")
+    method: str = Field("learned", description="uniform, usage, learned, grid, ...")
+    initial: Literal["auto", "uniform", "usage"] = Field(
+        "auto", description="where learned and grid start; auto: usage if there is routing, else uniform"
+    )
+    grid: list[float] = Field(
+        default_factory=lambda: [step / 20 for step in range(21)],
+        description="method grid: the shared weights to try",
+    )
     shared_weight: float | Literal["match", "learned"] = Field(
         0.5, description="weight of the shared expert: a number in [0, 1], match (as in routing) or learned"
     )
@@ -204,13 +240,14 @@ class FitSettings(Options):
     def _weight_in_range(self) -> FitSettings:
         if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
             raise ValueError("shared_weight is outside [0, 1]")
+        if not self.grid or not all(0 <= value <= 1 for value in self.grid):
+            raise ValueError("grid needs values, all in [0, 1]")
         return self
 
 
-class Fit(FitSettings, TextFormat, Run):
+class Fit(FitSettings, Members, TextFormat, Run):
     """Options of `moemerge fit`."""
 
-    model: Source = Field(description="MoE folder")
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
     pairs: Source | None = Field(None, description="fitting pairs; needed by learned")
     validation: Source | None = Field(
@@ -219,7 +256,7 @@ class Fit(FitSettings, TextFormat, Run):
 
 
 class MergeSettings(Options):
-    """MoE + coefficients -> dense reward model of the original architecture."""
+    """MoE or models + coefficients -> dense reward model of the original architecture."""
 
     method: str = Field(
         "routing_normalized_average", description="ours, or a method of mergekit: linear, ties, karcher, ..."
@@ -239,25 +276,38 @@ class MergeSettings(Options):
         return self
 
 
-class Merge(MergeSettings, Run):
+class Merge(MergeSettings, Members, Run):
     """Options of `moemerge merge`."""
 
-    model: Source = Field(description="MoE folder")
     coefficients: Source | None = Field(
         None, description="folder written by fit; a method of mergekit takes them as its weight"
+    )
+    weights: list[float] = Field(
+        default_factory=list,
+        description="with models: a weight for each, the base first if there is one, in place of coefficients; "
+        "their sum does not matter (default: equal)",
     )
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
-        if self.method == "routing_normalized_average" and self.coefficients is None:
+        if self.model and self.method == "routing_normalized_average" and self.coefficients is None:
             raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
         return self
 
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Merge:
+        if self.weights and (self.model or self.coefficients):
+            raise ValueError("weights go with models, in place of coefficients")
+        if self.weights and len(self.weights) != len(self.models) + bool(self.base):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
+        if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
+            raise ValueError("weights must be finite, none below zero and one above")
+        return self
 
-class Export(Run):
+
+class Export(Members, Run):
     """Options of `moemerge export`."""
 
-    model: Source = Field(description="MoE folder")
     coefficients: Source | None = Field(
         None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
     )

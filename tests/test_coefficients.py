@@ -131,7 +131,9 @@ def test_an_unused_expert_can_come_back() -> None:
 
 
 def test_coefficients_save_and_load_exactly(tmp_path: Path) -> None:
-    path = Coefficients([0, 2, 5], ALPHA, SHARED, {"method": "learned", "model": "abc"}).save(tmp_path / "c")
+    path = Coefficients.of_layers([0, 2, 5], ALPHA, SHARED, {"method": "learned", "model": "abc"}).save(
+        tmp_path / "c"
+    )
     for source in (path, path.parent, str(path.parent)):
         again = Coefficients.load(source)
         assert (
@@ -162,11 +164,11 @@ def test_coefficients_save_and_load_exactly(tmp_path: Path) -> None:
 )
 def test_unusable_coefficients_are_refused(layers: list[int], alpha_LN: Tensor, shared_L: Tensor) -> None:
     with pytest.raises(CheckpointError, match="cannot be used"):
-        Coefficients(layers, alpha_LN, shared_L)
+        Coefficients.of_layers(layers, alpha_LN, shared_L)
 
 
 def test_damaged_coefficient_files_are_refused(tmp_path: Path) -> None:
-    path = Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path)
+    path = Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path)
     whole = path.read_bytes()
     for damaged in (b"", whole[:-8], whole.replace(b"coefficients 1", b"coefficients 9")):
         path.write_bytes(damaged)

@@ -54,7 +54,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def coefficients(tmp_path: Path) -> str:
-    return str(Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit").parent)
+    return str(Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit").parent)
 
 
 def expert_mlps(moe: Path) -> dict[Any, dict[str, Tensor]]:
@@ -212,7 +212,7 @@ def test_an_expert_of_weight_zero_must_be_finite_too(moe: Path, tmp_path: Path) 
     last = spoil("layers.1.mlp.experts.down_proj", float("nan"))
     broken = rewrite(shutil.copytree(moe, tmp_path / "broken"), last)
     first_LN = torch.eye(N, dtype=torch.float64)[0].repeat(3, 1)
-    given = Coefficients([0, 1, 2], first_LN, SHARED).save(tmp_path / "c")
+    given = Coefficients.of_layers([0, 1, 2], first_LN, SHARED).save(tmp_path / "c")
     with pytest.raises(CheckpointError, match="an expert's model.layers.1.mlp.down_proj.weight"):
         merge(model=str(broken), coefficients=str(given), output=tmp_path / "m")
 

@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tensor + 0.1 * torch.randn(tensor.shape, generator=generator) * ("expert" in name)
 
     rewrite(home / "moe", noisy)
-    Coefficients([0, 1, 2], ALPHA, SHARED).save(home / "fit")
+    Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(home / "fit")
     export(model=str(home / "moe"), output=home / "experts")
     for config in CONFIGS.glob("*.yml"):
         shutil.copy(config, home)
@@ -89,7 +89,7 @@ def test_inline_weights(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = run(home, "inline_weights", tmp_path / "merged", monkeypatch)
     for shared, matrix in ((0.6, "down_proj"), (0.5, "up_proj")):
         shared_L = torch.full((3,), shared, dtype=torch.float64)
-        given = Coefficients([0, 1, 2], ALPHA, shared_L).save(tmp_path / matrix)
+        given = Coefficients.of_layers([0, 1, 2], ALPHA, shared_L).save(tmp_path / matrix)
         expected = straight(home, tmp_path / f"m-{matrix}", coefficients=str(given))
         names = [name for name in found if matrix in name]
         assert len(names) == 3 and all(torch.equal(found[name], expected[name]) for name in names)

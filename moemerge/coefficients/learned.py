@@ -1,12 +1,12 @@
 """Coefficients learned on preference pairs: Adam on softmax logits, judged on held-out pairs.
 
-Shapes: L layers with experts, N routed experts, P pairs.
+Shapes: L blocks, N routed experts, P pairs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 from tqdm.auto import tqdm
 
-from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import FitOutcome, FitProblem, Objective
+from moemerge.coefficients.base import FitOutcome, FitProblem, Objective, start
 
-START_SHARED = 0.5
 SMALLEST_START = 1e-4
 
 
@@ -46,8 +44,8 @@ def learned(problem: FitProblem) -> FitOutcome:
     Raises OptionError without pairs, or without routing where the start needs it.
     Source: learned merge coefficients, XFT (arXiv 2404.15247, fourth step) and UMM-RM (arXiv 2512.00724).
     """
-    start, objective = _start(problem), problem.data()
-    walk = _Walk(problem, objective, start)
+    objective = problem.data()
+    walk = _Walk(problem, objective, start(problem))
     walk.run()
     first, best = walk.points[0], min(walk.points, key=lambda p: p.measures["loss"])
     report = {
@@ -56,19 +54,12 @@ def learned(problem: FitProblem) -> FitOutcome:
         "pairs": {"train": objective.num_train, "held_out": len(first.margins_P)},
         "train": {name: _on_train(objective, p) for name, p in (("before", first), ("after", best))},
         "held_out": {"before": first.measures, "after": best.measures, "gain": _gain(first, best)},
-        "moved": _movement(problem.layers, first, best),
+        "moved": _movement(problem.blocks, first, best),
         "best_step": best.step,
         "steps": walk.points[-1].step,
         "trajectory": walk.trajectory,
     }
     return FitOutcome(best.alpha_LN, best.shared_L, report)
-
-
-def _start(problem: FitProblem) -> FitOutcome:
-    settings = problem.settings
-    if settings.shared_weight == "learned":
-        settings = settings.model_copy(update={"shared_weight": START_SHARED})
-    return METHODS.get(settings.initial)(replace(problem, settings=settings))
 
 
 class _Walk:
@@ -157,12 +148,12 @@ def _gain(first: _Point, best: _Point) -> dict[str, float]:
     return {"mean": float(gain_P.mean()), "standard_error": error}
 
 
-def _movement(layers: list[int], first: _Point, best: _Point) -> list[dict[str, float]]:
+def _movement(blocks: list[str], first: _Point, best: _Point) -> list[dict[str, float]]:
     l1_L = (best.alpha_LN - first.alpha_LN).abs().sum(1)
     shared_L = best.shared_L - first.shared_L
     return [
-        {"layer": n, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
-        for n, l1, shared in zip(layers, l1_L, shared_L, strict=True)
+        {"block": name, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
+        for name, l1, shared in zip(blocks, l1_L, shared_L, strict=True)
     ]
 
 
