@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
-from moemerge.recipe import Options, Run, input_fields
+from moemerge.options import Options, Run, input_fields
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

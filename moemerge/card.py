@@ -18,9 +18,10 @@ from moemerge import recipe
 from moemerge.artifacts import MANIFEST, expect_stage, fingerprint, read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError
+from moemerge.options import Run, input_fields
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
-from moemerge.recipe import Publish, Run, input_fields
+from moemerge.recipe import Publish
 
 SHORT = 12
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}

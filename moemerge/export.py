@@ -1,5 +1,5 @@
-"""Stage export: each expert of a MoE, or each model of a list, as an ordinary dense reward model, and the merge
-as plain mergekit YAML.
+"""Stage export: each expert of a MoE, or each model of a list, as an ordinary dense reward model, and the
+merge as plain mergekit YAML.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ COMMENT = """# Written by moemerge export; stock mergekit merges it: mergekit-ya
 def export(options: Export, draft: Draft) -> None:
     """Write the members as dense checkpoints, and linear.yml if coefficients are given.
 
-    Of a MoE: shared/ (if there is one), expert-0/ ... expert-{N-1}/. What they have in common is stored once and
-    hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a list of
-    models: those that are not the reward models which take part in the merge (a language model, or a model whose
-    vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where they are. Weights
-    keep their dtype. Raises CheckpointError for what is not whole and for coefficients of another source.
+    Of a MoE: shared/ (if there is one), expert-0/ ... expert-{N-1}/. What they have in common is stored once
+    and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
+    list of models: those that are not the reward models which take part in the merge (a language model, or a
+    model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
+    they are. Weights keep their dtype. Raises CheckpointError for what is not whole and for coefficients of
+    another source.
     """
     runtime.use(options)
     source = open_members(options)

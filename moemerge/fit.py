@@ -39,9 +39,9 @@ def fit(options: Fit, draft: Draft) -> None:
     """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
 
     uniform needs nothing but the members, usage routing statistics of the MoE, learned and grid preference
-    pairs. Nothing but coefficients is fitted; models on disk are only read. Raises OptionError when the method
-    lacks an input, CheckpointError for a foreign or damaged one, UnsupportedError for models that do not go
-    together, DataError for unusable pairs.
+    pairs. Nothing but coefficients is fitted; models on disk are only read. Raises OptionError when the
+    method lacks an input, CheckpointError for a foreign or damaged one, UnsupportedError for models that do
+    not go together, DataError for unusable pairs.
     """
     device = runtime.use(options)
     method = METHODS.get(options.method)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moemerge.model_list import ModelList
 from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.recipe import Members
+from moemerge.options import Members
 from moemerge.sources import MergeSource
 
 

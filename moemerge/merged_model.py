@@ -31,11 +31,11 @@ KEPT_ON_CPU = 2**30
 class MergedModel:
     """The dense reward model whose merged tensors are the routing-normalised average of a source's members.
 
-    `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the source's
-    and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives its hook.
-    Averages are rounded to the members' dtype, as in the merged checkpoint. Members are read from disk whenever
-    needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are kept.
-    Coefficients have a row per block; `blocks` are the layers unless given.
+    `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
+    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives its
+    hook. Averages are rounded to the members' dtype, as in the merged checkpoint. Members are read from disk
+    whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are
+    kept. Coefficients have a row per block; `blocks` are the layers unless given.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """mergekit's merge methods of ours, and mergekit's own commands with these methods registered.
 
 `routing_normalized_average`: the base model is the shared expert, and gives everything that is not merged;
-each other model has the parameter `expert`, its number among the routed experts (or among the models that were
-given to fit); the parameter `coefficients` is a folder that `moemerge fit` wrote, or its file.
+each other model has the parameter `expert`, its number among the routed experts (or among the models that
+were given to fit); the parameter `coefficients` is a folder that `moemerge fit` wrote, or its file.
 `routing_normalized_average_inline`: the same average with its weights in the YAML, `weight` per model (sum
-one in each layer) and `shared_weight` for the base. A method of its own, because mergekit ignores
-parameters that a method does not have: with every parameter required, a misspelt one is an error.
+one in each layer) and `shared_weight` for the base. A method of its own, because mergekit ignores parameters
+that a method does not have: with every parameter required, a misspelt one is an error.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def average(
     """The average of one tensor by its block's coefficients; what these do not merge is the base model's.
 
     Raises OptionError unless the models are numbered 0 ... N-1, each once (a base without a shared weight has
-    the number that is missing), and CheckpointError for coefficients that cannot be read, have more layers than
-    the model, or lack a block in which models differ.
+    the number that is missing), and CheckpointError for coefficients that cannot be read, have more layers
+    than the model, or lack a block in which models differ.
     """
     found = _load(coefficients)
     assert group.base is not None

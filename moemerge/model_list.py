@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 Scope = Literal["all", "body", "mlp"]
 # What models of one architecture may differ in without computing something else.
 INCIDENTAL = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size", "num_labels",
-    "id2label", "label2id", "problem_type", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-    "tie_word_embeddings", "is_decoder", "finetuning_task",
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size",
+    "num_labels", "id2label", "label2id", "problem_type", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings", "is_decoder", "finetuning_task",
 }  # fmt: skip
 
 
@@ -77,11 +77,11 @@ class Model:
 class ModelList(MergeSource):
     """Reward models of one architecture, perhaps with a base that weighs in as a shared expert does.
 
-    The base, or without one the first model, gives config, tokenizer and all that is not merged. `scope`: all;
-    body, which is all but the head; mlp. Models without a reward head (language models of the same base, as in
-    DogeRM, arXiv 2407.01470) can take part where the head is not merged. Where tokenizers differ in added
-    tokens, the result has all of them: a token's embedding is averaged over the models that have it, its
-    counterparts elsewhere being filled in. Nothing is read but headers until it is asked for.
+    The base, or without one the first model, gives config, tokenizer and all that is not merged. `scope`:
+    all; body, which is all but the head; mlp. Models without a reward head (language models of the same base,
+    as in DogeRM, arXiv 2407.01470) can take part where the head is not merged. Where tokenizers differ in
+    added tokens, the result has all of them: a token's embedding is averaged over the models that have it,
+    its counterparts elsewhere being filled in. Nothing is read but headers until it is asked for.
 
     Raises CheckpointError for a model that is not whole, UnsupportedError for models that do not go together.
     """
@@ -128,7 +128,7 @@ class ModelList(MergeSource):
         return {"model": self.fingerprint, "scope": self.scope, "head": head}
 
     def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
-        """The tensor of one model, in the widest of their dtypes; embeddings in the common order of tokens."""
+        """One model's tensor, in the widest of their dtypes; embeddings in the common order of tokens."""
         return self._own(tensor.dense, place).to(self.dtype)
 
     def kept(self, name: str) -> Tensor:
@@ -136,7 +136,7 @@ class ModelList(MergeSource):
         return self._own(name, 0)
 
     def converted(self, place: int) -> bool:
-        """Whether model number `place` takes part as something else than the reward model that it is on disk."""
+        """Whether model number `place` takes part as something else than the reward model on disk."""
         return bool(self.models[place].lacks) or self.vocabulary is not None
 
     def dense_config(self) -> PreTrainedConfig:

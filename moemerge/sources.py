@@ -1,10 +1,11 @@
 """What can be merged: several copies of the same tensors, and everything that stands beside them.
 
-A source is a MoE on disk (moe_checkpoint) or a list of checkpoints (model_list). Fit, merge and export know no
-more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
+A source is a MoE on disk (moe_checkpoint) or a list of checkpoints (model_list). Fit, merge and export know
+no more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
 
 A *block* is a set of tensors that share one row of coefficients: `layers.3` (a transformer layer),
-`layers.3.mlp.up_proj` (one of its modules, weight and bias), `head`, or `outside` (the rest: embeddings, last norm).
+`layers.3.mlp.up_proj` (one of its modules, weight and bias), `head`, or `outside` (the rest: embeddings, last
+norm).
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from moemerge.errors import UnsupportedError
 from moemerge.scoring import load_tokenizer
@@ -22,7 +21,8 @@ from moemerge.scoring import load_tokenizer
 class Vocabulary:
     """The first model's vocabulary, with the tokens that only others have behind it.
 
-    `rows_V[m]` has, for each row of the common table, the row of model m's own table with the same token, or -1.
+    `rows_V[m]` has, for each row of the common table, the row of model m's own table with the same token, or
+    -1.
     """
 
     added: list[AddedToken]
@@ -56,7 +56,7 @@ class Vocabulary:
         first = len(tokenizer)
         tokenizer.add_tokens(self.added)
         ids = tokenizer.convert_tokens_to_ids([str(token) for token in self.added])
-        assert ids == list(range(first, first + len(ids)))
+        assert ids == list(range(first, first + len(self.added)))
         return tokenizer
 
 

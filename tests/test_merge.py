@@ -37,7 +37,9 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def coefficients(folder: Path, alpha_LN: Tensor = ALPHA, shared_L: Tensor = SHARED, **meta: str) -> str:
-    return str(Coefficients(list(range(len(alpha_LN))), alpha_LN, shared_L, meta).save(folder).parent)
+    return str(
+        Coefficients.of_layers(list(range(len(alpha_LN))), alpha_LN, shared_L, meta).save(folder).parent
+    )
 
 
 def scores(model: torch.nn.Module, moe: Path) -> Tensor:
@@ -199,11 +201,11 @@ def test_without_a_shared_expert(tmp_path: Path) -> None:
     given = coefficients(tmp_path / "c", ALPHA, torch.zeros(3, dtype=torch.float64))
     assert (
         read_manifest(merge(model=str(moe), coefficients=given, output=tmp_path / "m"))["results"][
-            "mlp_tensors"
+            "merged_tensors"
         ]
         == 9
     )
-    with pytest.raises(CheckpointError, match="no shared expert"):
+    with pytest.raises(CheckpointError, match="there is no shared member"):
         merge(model=str(moe), coefficients=coefficients(tmp_path / "d"), output=tmp_path / "n")
 
 

@@ -6,6 +6,7 @@ Shapes: L blocks (of tensors that share a row of coefficients; by default a laye
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts import write_json
 from moemerge.coefficients import METHODS
@@ -56,7 +58,7 @@ class Coefficients:
             raise CheckpointError(
                 "coefficients cannot be used",
                 given=fault,
-                expected="per block, each named once, float64 alpha >= 0 with sum 1, and float64 shared in [0, 1]",
+                expected="per block, named once, float64 alpha >= 0 with sum 1 and float64 shared in [0, 1]",
                 fix="fit them again, or normalise each row if they were made by hand",
             )
 
@@ -252,3 +254,16 @@ def start_shared_L(problem: FitProblem) -> Tensor:
             fix="choose method learned, or a number for shared_weight",
         )
     return torch.full((len(problem.blocks),), float(wanted), dtype=torch.float64)
+
+
+def measures(margins_P: Tensor) -> dict[str, float]:
+    """Mean Bradley-Terry loss in nats and accuracy (ties are errors) of score differences."""
+    loss = float(-logsigmoid(margins_P).mean())
+    return {"loss": loss, "accuracy": float((margins_P > 0).double().mean())}
+
+
+def gain(before_P: Tensor, after_P: Tensor) -> dict[str, float]:
+    """How much lower the loss got, per pair, with the standard error of that mean."""
+    gain_P = logsigmoid(after_P) - logsigmoid(before_P)
+    error = float(gain_P.std() / math.sqrt(len(gain_P))) if len(gain_P) > 1 else math.inf
+    return {"mean": float(gain_P.mean()), "standard_error": error}

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, logsigmoid
+from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
-from moemerge.coefficients.base import FitOutcome, FitProblem, Objective, start
+from moemerge.coefficients.base import FitOutcome, FitProblem, Objective, gain, measures, start
 
 SMALLEST_START = 1e-4
 
@@ -30,7 +30,7 @@ class _Point:
 
     @property
     def measures(self) -> dict[str, float]:
-        return _measures(self.margins_P)
+        return measures(self.margins_P)
 
 
 def learned(problem: FitProblem) -> FitOutcome:
@@ -53,7 +53,11 @@ def learned(problem: FitProblem) -> FitOutcome:
         "kept_initial": best is first,
         "pairs": {"train": objective.num_train, "held_out": len(first.margins_P)},
         "train": {name: _on_train(objective, p) for name, p in (("before", first), ("after", best))},
-        "held_out": {"before": first.measures, "after": best.measures, "gain": _gain(first, best)},
+        "held_out": {
+            "before": first.measures,
+            "after": best.measures,
+            "gain": gain(first.margins_P, best.margins_P),
+        },
         "moved": _movement(problem.blocks, first, best),
         "best_step": best.step,
         "steps": walk.points[-1].step,
@@ -132,23 +136,15 @@ class _Walk:
         return len(losses) - 1 - losses.index(min(losses))
 
 
-def _measures(margins_P: Tensor) -> dict[str, float]:
-    loss = float(-logsigmoid(margins_P).mean())
-    return {"loss": loss, "accuracy": float((margins_P > 0).double().mean())}
-
-
 def _on_train(objective: Objective, point: _Point) -> dict[str, float]:
-    return _measures(objective.margins(point.alpha_LN, point.shared_L, "train"))
+    return measures(objective.margins(point.alpha_LN, point.shared_L, "train"))
 
 
 def _gain(first: _Point, best: _Point) -> dict[str, float]:
-    """How much lower the held-out loss got, per pair, with the standard error of that mean."""
-    gain_P = logsigmoid(best.margins_P) - logsigmoid(first.margins_P)
-    error = float(gain_P.std() / math.sqrt(len(gain_P))) if len(gain_P) > 1 else math.inf
-    return {"mean": float(gain_P.mean()), "standard_error": error}
+    return gain(first.margins_P, best.margins_P)
 
 
-def _movement(blocks: list[str], first: _Point, best: _Point) -> list[dict[str, float]]:
+def _movement(blocks: list[str], first: _Point, best: _Point) -> list[dict[str, Any]]:
     l1_L = (best.alpha_LN - first.alpha_LN).abs().sum(1)
     shared_L = best.shared_L - first.shared_L
     return [
@@ -160,12 +156,12 @@ def _movement(blocks: list[str], first: _Point, best: _Point) -> list[dict[str, 
 def _verdict(first: _Point, best: _Point) -> str:
     if best is first:
         return "Nothing that was tried beat the initial coefficients on the held-out pairs: they are kept."
-    gain, before, after = _gain(first, best), first.measures, best.measures
+    lower, before, after = _gain(first, best), first.measures, best.measures
     text = (
-        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {gain['mean']:.4f} "
-        f"(standard error {gain['standard_error']:.4f}), and accuracy went from {before['accuracy']:.4f} to "
+        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {lower['mean']:.4f} "
+        f"(standard error {lower['standard_error']:.4f}), and accuracy went from {before['accuracy']:.4f} to "
         f"{after['accuracy']:.4f}."
     )
-    if gain["mean"] < 2 * gain["standard_error"]:
+    if lower["mean"] < 2 * lower["standard_error"]:
         return f"{text} This is within two standard errors: it may be chance."
     return f"{text} The best of several points was chosen on these same pairs, which flatters it a little."
