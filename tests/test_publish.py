@@ -96,7 +96,7 @@ def test_card_body(run: dict[str, Path], tmp_path: Path) -> None:
         model=str(run["merged"]), evaluation=str(run["evaluation"]), output=tmp_path / "p", repo="me/ours"
     )
     text = (out / "README.md").read_text()
-    assert "| 0 | 0.5000 | 0.2500 | 0.7500 |" in text
+    assert "| layers.0 | 0.5000 | 0.2500 | 0.7500 |" in text
     assert 'AutoModelForSequenceClassification.from_pretrained("me/ours")' in text
     stages = [
         line.split(" | ")[0]
