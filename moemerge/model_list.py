@@ -21,7 +21,7 @@ from moemerge.checkpoint import Checkpoint, copy_side_files
 from moemerge.dense_checkpoint import source_names
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
-from moemerge.families.dense import dense_config, skeleton
+from moemerge.families.dense import dense_config, is_moe, skeleton
 from moemerge.provenance import model_fingerprint
 from moemerge.scoring import in_head, load_tokenizer
 from moemerge.sources import MergedTensor, MergeSource
@@ -56,6 +56,13 @@ class Model:
         self.weights = Checkpoint(folder)
         self.folder = self.weights.folder
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
+        if is_moe(self.config):
+            raise UnsupportedError(
+                f"{self.folder} is a mixture of experts",
+                given=f"model_type {self.config.model_type}",
+                expected="dense models",
+                fix="merge its experts first: moemerge merge --model ...",
+            )
         self.names = source_names(self.weights, self.config)
         self.lacks = [name for name, held in self.names.items() if held is None]
 
