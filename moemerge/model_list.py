@@ -236,6 +236,9 @@ class ModelList(MergeSource):
     def _check_shapes(self) -> None:
         grown = {self.embeddings} if self.vocabulary is not None else set()
         for model in self.models[1:]:
+            other = sorted(model.names.keys() ^ self.donor.names.keys())
+            if other:
+                raise _unlike(model, f"only one of the two has {other[0]}", "tensors of the same names")
             for tensor in self.tensors:
                 shape = model.shape(tensor.dense)
                 if shape != self.donor.shape(tensor.dense) and tensor.dense not in grown:
