@@ -30,6 +30,9 @@ model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
 MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
 one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
 model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
+moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
+answer together."""
 AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
 [UMM-RM](https://arxiv.org/abs/2512.00724)"""
 TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
@@ -238,7 +241,9 @@ def _kind(manifest: dict[str, Any]) -> str:
         return TRAINED
     host = _host_method(manifest)
     way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
-    return MERGED.format(way=way)
+    models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
+    count = sum(one is not None for one in models)
+    return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
 
 
 def _host_method(manifest: dict[str, Any]) -> str | None:
