@@ -8,24 +8,34 @@ Shapes: L blocks, N weighted members (routed experts, or models), P pairs, B seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from moemerge import distributed
 from moemerge.coefficients.base import MergeGradient
 from moemerge.families.dense import dense_class
-from moemerge.scoring import collate, score_pairs
+from moemerge.scoring import collate, in_head
 from moemerge.sources import MergedTensor, MergeSource
 
 if TYPE_CHECKING:
     from moemerge.tokenise import EncodedPair
 
 KEPT_ON_CPU = 2**30
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of P pairs: score(chosen) - score(rejected), float64; if asked for, the last-token
+    states of chosen and rejected."""
+
+    margins_P: Tensor
+    states_2PD: Tensor | None = None
 
 
 class MergedModel:
@@ -35,7 +45,7 @@ class MergedModel:
     source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives its
     hook. Averages are rounded to the members' dtype, as in the merged checkpoint. Members are read from disk
     whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are
-    kept. Coefficients have a row per block; `blocks` are the layers unless given.
+    kept (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless given.
     """
 
     def __init__(
@@ -46,9 +56,11 @@ class MergedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         blocks: Sequence[str] | None = None,
+        keep: bool | None = None,
     ) -> None:
         self.source, self.device = source, torch.device(device)
-        self._kept: dict[str, list[Tensor]] | None = {} if _fits(source, self.device) else None
+        keep = _fits(source, self.device) if keep is None else keep
+        self._kept: dict[str, list[Tensor]] | None = {} if keep else None
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         self.rows = source.rows(source.blocks() if blocks is None else blocks)
         self.model = self._build(dtype)
@@ -68,26 +80,38 @@ class MergedModel:
         for tensor in self.source.tensors:
             self.model.get_parameter(tensor.dense).copy_(self._average(tensor))
 
-    def gradient(self, pairs: Sequence[EncodedPair], micro_batch_size: int) -> MergeGradient:
-        """Mean Bradley-Terry loss of `pairs` and its gradient at the present coefficients, float64 on CPU.
+    def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
+        """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
 
+        Each part runs forward and backward before the next begins. Summed over processes, float64 on CPU.
         alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out, and
-        the rest rounds less. `micro_batch_size` pairs share a forward pass: memory, not the result.
+        the rest rounds less.
         """
         self._dots.zero_()
-        loss = 0.0
-        by_length = sorted(pairs, key=lambda pair: -max(len(pair.chosen.ids), len(pair.rejected.ids)))
+        loss = torch.zeros(1, dtype=torch.float64)
         with torch.enable_grad():
-            for start in range(0, len(pairs), micro_batch_size):
-                part = self._loss(by_length[start : start + micro_batch_size]) / len(pairs)
-                part.backward()
-                loss += part.item()
-        dots = self._dots.cpu()
+            for part in parts:
+                value = part()
+                value.backward()
+                loss += value.item()
+        dots = distributed.summed(self._dots.cpu())
         shared_L, routed_LN = dots[:, 0], dots[:, 1:]
         shared_L = shared_L - (self.alpha_LN * routed_LN).sum(1)
         if not self.source.has_shared:
             shared_L = torch.zeros_like(shared_L)
-        return MergeGradient(loss, (1 - self.shared_L)[:, None] * routed_LN, shared_L)
+        loss = distributed.summed(loss)
+        return MergeGradient(loss.item(), (1 - self.shared_L)[:, None] * routed_LN, shared_L)
+
+    def answers(self, pairs: Sequence[EncodedPair], states: bool = False) -> Answers:
+        """What the model says of `pairs`, in one forward pass; gradients pass where they are on."""
+        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        pad = self.model.config.get_text_config().pad_token_id
+        inputs = collate(texts, pad, False, self.device)
+        with last_states(self.model, inputs["attention_mask"]) as found:
+            scores_B = self.model(**inputs).logits[:, 0].double()
+        half = len(pairs)
+        states_2PD = found[0].unflatten(0, (2, half)) if states else None
+        return Answers(scores_B[:half] - scores_B[half:], states_2PD)
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
         tensors = {name: self.source.kept(name) for name in self.source.backbone}
@@ -98,9 +122,9 @@ class MergedModel:
 
     def _average(self, tensor: MergedTensor) -> Tensor:
         row = self.rows[tensor.dense]
-        return self.source.average(self._matrices(tensor), self.alpha_LN[row], float(self.shared_L[row]))
+        return self.source.average(self.matrices(tensor), self.alpha_LN[row], float(self.shared_L[row]))
 
-    def _matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
         """The members' copies on the device: the shared one if any, then the N others."""
         stream = (matrix.to(self.device) for matrix in self.source.matrices(tensor))
         if self._kept is None:
@@ -118,51 +142,31 @@ class MergedModel:
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            for column, matrix in enumerate(self._matrices(tensor), start=first):
+            for column, matrix in enumerate(self.matrices(tensor), start=first):
                 away = matrix.to(parameter.dtype) - parameter
                 self._dots[row, column] += torch.vdot(gradient.flatten(), away.flatten())
 
         return reduce
 
-    def _loss(self, pairs: Sequence[EncodedPair]) -> Tensor:
-        """Sum of -log sigmoid(chosen - rejected), float64."""
-        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        pad = self.model.config.get_text_config().pad_token_id
-        scores_B = self.model(**collate(texts, pad, False, self.device)).logits[:, 0].double()
-        return -logsigmoid(scores_B[: len(pairs)] - scores_B[len(pairs) :]).sum()
 
+@contextmanager
+def last_states(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[list[Tensor]]:
+    """While open, a forward pass adds what the reward head's last matrix is given of each text, [B, D]."""
+    found: list[Tensor] = []
+    heads = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
+    ]
+    last_B = mask_BT.sum(1) - 1
 
-@dataclass
-class PairObjective:
-    """The merged model's loss on preference pairs; see coefficients.Objective.
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0]
+        found.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), last_B])
 
-    Bradley-Terry without margins: margins in the data are left to training.
-    """
-
-    merged: MergedModel
-    tokenizer: PreTrainedTokenizerBase
-    train: Sequence[EncodedPair]
-    held_out: Sequence[EncodedPair]
-    micro_batch_size: int
-
-    @property
-    def num_train(self) -> int:
-        """Number of training pairs."""
-        return len(self.train)
-
-    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
-        """Loss and gradient over the training pairs number `rows`."""
-        self.merged.merge(alpha_LN, shared_L)
-        return self.merged.gradient([self.train[row] for row in rows], self.micro_batch_size)
-
-    def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: Literal["train", "held_out"]) -> Tensor:
-        """score(chosen) - score(rejected) of every pair of the split, float64 on CPU."""
-        self.merged.merge(alpha_LN, shared_L)
-        pairs = self.train if split == "train" else self.held_out
-        longest = max(len(text.ids) for pair in pairs for text in (pair.chosen, pair.rejected))
-        batch_tokens = 2 * self.micro_batch_size * longest
-        scores_P2 = score_pairs(self.merged.model, self.tokenizer, pairs, batch_tokens).double()
-        return scores_P2[:, 0] - scores_P2[:, 1]
+    handle = heads[-1].register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _fits(source: MergeSource, device: torch.device) -> bool:

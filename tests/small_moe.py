@@ -12,6 +12,13 @@ from conftest import save_dense
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moemerge.coefficients.base import MergeGradient
+from moemerge.fit_settings import FitSettings
+from moemerge.merged_model import MergedModel
+from moemerge.objectives.base import mixture
+from moemerge.pair_objective import PairObjective
+from moemerge.teachers import Lesson
+from moemerge.tokenise import EncodedPair
 from moemerge.upcycle import upcycle
 
 N, K = 3, 2
@@ -71,3 +78,21 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     """`rows` as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def objective_of(
+    merged: MergedModel, pairs: list[EncodedPair], size: int = 8, **settings: object
+) -> PairObjective:
+    """The objective with all pairs on both sides; `size` pairs per forward pass."""
+    tokenizer, wanted = merged.source.tokenizer(), FitSettings(**settings)
+    term = mixture(wanted.objectives, Lesson(merged, tokenizer, pairs, wanted))
+    numbers = list(range(len(pairs)))
+    return PairObjective(merged, tokenizer, pairs, numbers, numbers, term, size)
+
+
+def gradient_of(
+    merged: MergedModel, pairs: list[EncodedPair], size: int = 8, **settings: object
+) -> MergeGradient:
+    """Loss and gradient over all pairs at the coefficients that `merged` has now."""
+    alpha_LN, shared_L = merged.alpha_LN, merged.shared_L
+    return objective_of(merged, pairs, size, **settings).gradient(alpha_LN, shared_L, range(len(pairs)))

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
+from small_moe import (
+    ALPHA,
+    SHARED,
+    N,
+    gradient_of,
+    make_moe,
+    objective_of,
+    random_pairs,
+    rewrite,
+    write_rows,
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
@@ -18,10 +28,11 @@ from moemerge.artifacts import fingerprint, read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.data import EncodedPair, Pair, encode_pairs, read_pairs
 from moemerge.errors import CheckpointError, DataError, OptionError
-from moemerge.fit import fit, hold_out
-from moemerge.merged_model import MergedModel, PairObjective
+from moemerge.fit import fit
+from moemerge.merged_model import MergedModel
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.options import TextFormat
+from moemerge.pair_objective import hold_out
 from moemerge.route import route
 from moemerge.routing import RoutingStatistics
 from moemerge.scoring import load_tokenizer, score_pairs
@@ -39,7 +50,7 @@ def planted(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     one_hot_LN = torch.eye(N, dtype=torch.float64)[1].repeat(3, 1)
     expert = MergedModel(MoeCheckpoint(moe), one_hot_LN, torch.zeros(3, dtype=torch.float64))
-    rows = random_pairs(120, seed=3)
+    rows = random_pairs(240, seed=3)
     tokenizer = load_tokenizer(str(moe))
     scores_P2 = score_pairs(expert.model, tokenizer, encode(moe, rows, folder), 10_000)
     for row, (chosen, rejected) in zip(rows, scores_P2.tolist(), strict=True):
@@ -117,7 +128,7 @@ def test_gradient_equals_autograd_and_finite_differences(
     loss = brute_loss(merged, pairs, merged_by_autograd(source, alpha_LN, shared_L))
     expected = torch.autograd.grad(loss, [logits_LN, shared_logit_L])
 
-    ours = merged.gradient(pairs, micro_batch_size=3)
+    ours = gradient_of(merged, pairs, 3)
     assert ours.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     alpha_LN, shared_L = point()
     linear = (alpha_LN * ours.alpha_LN).sum() + (shared_L * ours.shared_L).sum()
@@ -135,7 +146,7 @@ def test_gradient_equals_autograd_and_finite_differences(
             for sign in (1, -1):
                 parameter += sign * step * along
                 merged.merge(*point())
-                sides.append(merged.gradient(pairs, 4).loss)
+                sides.append(gradient_of(merged, pairs, 4).loss)
                 parameter -= sign * step * along
             slope = (sides[0] - sides[1]) / (2 * step)
             assert slope == pytest.approx(float((gradient * along).sum()), rel=1e-5)
@@ -144,7 +155,7 @@ def test_gradient_equals_autograd_and_finite_differences(
 def test_micro_batches_do_not_change_the_gradient(moe: Path, tmp_path: Path) -> None:
     pairs = encode(moe, random_pairs(8, seed=6), tmp_path)
     merged = MergedModel(MoeCheckpoint(moe), ALPHA, SHARED)
-    whole, *others = (merged.gradient(pairs, size) for size in (8, 1, 3, 100))
+    whole, *others = (gradient_of(merged, pairs, size) for size in (8, 1, 3, 100))
     for other in others:
         assert other.loss == pytest.approx(whole.loss, rel=1e-5)
         torch.testing.assert_close(other.alpha_LN, whole.alpha_LN, rtol=1e-4, atol=1e-5)
@@ -156,7 +167,7 @@ def test_no_gradient_outlives_its_hook_and_only_mlps_ask_for_one(moe: Path, tmp_
     mlps = {tensor.dense for tensor in merged.source.tensors}
     assert {n for n, p in merged.model.named_parameters() if p.requires_grad} == mlps
     before = {name: value.clone() for name, value in merged.model.state_dict().items()}
-    merged.gradient(encode(moe, random_pairs(4), tmp_path), 2)
+    gradient_of(merged, encode(moe, random_pairs(4), tmp_path), 2)
     assert all(parameter.grad is None for parameter in merged.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in merged.model.state_dict().items())
 
@@ -178,14 +189,17 @@ def test_a_planted_expert_is_found(moe: Path, planted: Path, tmp_path: Path) -> 
     before = fingerprint(moe)["sha256"]
     folder = fit(
         model=str(moe), pairs=str(planted), output=tmp_path / "fit", initial="uniform", shared_weight=0.0,
-        learning_rate=0.2, max_epochs=6, evals_per_epoch=2,
+        folds=3,
     )  # fmt: skip
     alpha_LN, report = Coefficients.load(folder).alpha_LN, report_of(folder)
     assert alpha_LN.argmax(1).tolist() == [1, 1, 1] and bool((alpha_LN[:, 1] > 0.45).all())
     for split in ("train", "held_out"):
-        assert report[split]["after"]["loss"] < 0.6 * report[split]["before"]["loss"]
+        assert report[split]["after"]["loss"] < 0.7 * report[split]["before"]["loss"]
         assert report[split]["after"]["accuracy"] > report[split]["before"]["accuracy"]
-    assert report["pairs"]["train"] + report["pairs"]["held_out"] == 120
+    assert report["pairs"]["held_out"] == 240, "every pair is held out once"
+    assert report["held_out"]["p"] < 0.01 and report["held_out"]["change"]["loss"]["high"] < 0
+    brought = {row["layer"]: row["loss"] for row in report["sensitivity"]}
+    assert brought.keys() == {"layers.0", "layers.1", "layers.2"} and max(brought.values()) > 0
     assert not report["kept_initial"] and report["verdict"] in (folder / "fit.md").read_text()
     assert read_manifest(folder)["results"]["held_out"] == report["held_out"]
     assert (folder / "alpha.png").read_bytes().startswith(b"\x89PNG")
@@ -204,9 +218,11 @@ def test_the_result_is_what_the_report_says_and_never_worse(
         validation=str(write_rows(tmp_path / "v.jsonl", rows)),
         output=tmp_path / "fit",
         initial="uniform",
+        optimizer="adam",
         learning_rate=learning_rate,
         max_epochs=2,
         shared_weight="learned",
+        level=1.0,
     )
     found, report = Coefficients.load(folder), report_of(folder)
     losses = [point["held_out_loss"] for point in report["trajectory"]]
@@ -214,13 +230,19 @@ def test_the_result_is_what_the_report_says_and_never_worse(
     assert report["kept_initial"] == (min(losses) == losses[0])
     merged = MergedModel(MoeCheckpoint(moe), found.alpha_LN, found.shared_L)
     pairs = encode(moe, rows, tmp_path)
-    objective = PairObjective(merged, load_tokenizer(str(moe)), pairs, pairs, 8)
-    margins_P = objective.margins(found.alpha_LN, found.shared_L, "held_out")
+    margins_P = objective_of(merged, pairs).measure(found.alpha_LN, found.shared_L, "held_out").margins_P
     assert float(-logsigmoid(margins_P).mean()) == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_same_seed_same_result_whatever_the_micro_batch(moe: Path, planted: Path, tmp_path: Path) -> None:
-    options = {"model": str(moe), "pairs": str(planted), "initial": "uniform", "max_epochs": 1, "seed": 4}
+    options = {
+        "model": str(moe),
+        "pairs": str(planted),
+        "initial": "uniform",
+        "max_epochs": 1,
+        "seed": 4,
+        "optimizer": "adam",
+    }
     folders = [fit(**options, output=tmp_path / str(n), micro_batch_size=n) for n in (8, 3)]
     again = fit(**options, output=tmp_path / "again", micro_batch_size=8)
     first, second, third = (Coefficients.load(folder).alpha_LN for folder in (*folders, again))
@@ -279,7 +301,7 @@ def test_held_out_prompts_are_nowhere_else() -> None:
 
     pairs = [pair(f"p{row % 10}", row) for row in range(40)]
     for seed in range(5):
-        train, held_out = hold_out(pairs, 0.3, seed)
+        train, held_out = ([pairs[n] for n in side] for side in hold_out(pairs, 0.3, seed))
         assert len(held_out) == 12 and sorted(p.pair.row for p in train + held_out) == list(range(40))
         assert not {p.pair.prompt for p in train} & {p.pair.prompt for p in held_out}
     assert hold_out(pairs, 0.3, 1) == hold_out(pairs, 0.3, 1) != hold_out(pairs, 0.3, 2)
