@@ -83,11 +83,11 @@ class Lesson:
         While one is given, `merged` holds that member, in every block.
         """
         for member in range(self.merged.source.num_members):
-            owned = self.owners_PN[:, member].nonzero()[:, 0]
-            for rows in owned.split(self.settings.micro_batch_size):
+            owned = self.owners_PN[:, member].nonzero()[:, 0].tolist()
+            for begin in range(0, len(owned), self.settings.micro_batch_size):
+                rows = owned[begin : begin + self.settings.micro_batch_size]
                 self._become(member)
-                batch = [self.pairs[row] for row in rows.tolist()]
-                yield member, rows.tolist(), self.merged.answers(batch, states=True)
+                yield member, rows, self.merged.answers([self.pairs[row] for row in rows], states=True)
 
     def _become(self, member: int) -> None:
         alpha_LN = torch.zeros_like(self.merged.alpha_LN)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,30 +15,33 @@ from small_moe import (
     ALPHA,
     SHARED,
     N,
+    encode,
     gradient_of,
     make_moe,
     objective_of,
     random_pairs,
     rewrite,
+    widen_norms,
     write_rows,
 )  # fmt: skip
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts import fingerprint, read_manifest
 from moemerge.coefficients.base import Coefficients
-from moemerge.data import EncodedPair, Pair, encode_pairs, read_pairs
+from moemerge.data import EncodedPair, Pair
 from moemerge.errors import CheckpointError, DataError, OptionError
 from moemerge.fit import fit
 from moemerge.merged_model import MergedModel
 from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.options import TextFormat
 from moemerge.pair_objective import hold_out
 from moemerge.route import route
 from moemerge.routing import RoutingStatistics
 from moemerge.scoring import load_tokenizer, score_pairs
 from moemerge.tokenise import Encoded
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +69,6 @@ def routing(moe: Path, planted: Path, tmp_path_factory: pytest.TempPathFactory) 
     return route(model=str(moe), pairs=str(planted), output=tmp_path_factory.mktemp("r") / "r", max_pairs=10)
 
 
-def encode(moe: Path, rows: list[dict[str, str]], folder: Path) -> list[EncodedPair]:
-    pairs, report = read_pairs(str(write_rows(folder / "rows.jsonl", rows)), TextFormat())
-    return encode_pairs(load_tokenizer(str(moe)), pairs, TextFormat(), report)
-
-
 def report_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
@@ -93,16 +93,6 @@ def brute_loss(merged: MergedModel, pairs: Sequence[EncodedPair], weights: dict[
         return functional_call(merged.model, weights, (), inputs).logits[0, 0]
 
     return -sum(logsigmoid(one(pair.chosen) - one(pair.rejected)) for pair in pairs) / len(pairs)
-
-
-def widen_norms(model: nn.Module) -> None:
-    """RMSNorm in float64: transformers' runs in float32 whatever it is given, too coarse for differences."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                wide.weight = child.weight
-                setattr(parent, name, wide)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +238,38 @@ def test_same_seed_same_result_whatever_the_micro_batch(moe: Path, planted: Path
     first, second, third = (Coefficients.load(folder).alpha_LN for folder in (*folders, again))
     assert torch.equal(first, third)
     torch.testing.assert_close(first, second, rtol=0.0, atol=1e-4)
+
+
+def test_two_processes_fit_what_one_does(moe: Path, planted: Path, tmp_path: Path) -> None:
+    """torchrun: each process has half of the pairs, both get the same sums, one writes."""
+    options = {
+        "model": moe,
+        "pairs": planted,
+        "initial": "uniform",
+        "threads": 1,
+        "max-epochs": 4,
+        "level": 1,
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*runner, "-m", "moemerge", "fit", *flags, "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The held-out loss") == 1, "one process tells"
+    one = fit(
+        model=str(moe),
+        pairs=str(planted),
+        output=tmp_path / "one",
+        initial="uniform",
+        max_epochs=4,
+        level=1.0,
+    )
+    ours, theirs = (Coefficients.load(folder) for folder in (one, tmp_path / "two"))
+    assert not torch.equal(ours.alpha_LN, torch.full_like(ours.alpha_LN, 1 / N))
+    torch.testing.assert_close(ours.alpha_LN, theirs.alpha_LN, rtol=0.0, atol=1e-3)
+    losses = [report_of(folder)["held_out"]["after"]["loss"] for folder in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_usage_and_match_take_what_routing_saw(moe: Path, routing: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class _Trial:
         self.settings, self.walks = problem.settings, walks
         self.prompts = _numbered([walk.objective.prompts("held_out") for walk in walks])
         longest = max(len(walk.points) for walk in walks)
-        losses_JP = torch.stack([self._together(j) for j in range(longest)])
+        losses_JP = torch.stack([self.judged(j) for j in range(longest)])
         self.best = int(losses_JP.mean(1).argmin())
         gains_JP = losses_JP[0] - losses_JP
         self.p = chance(gains_JP, self.best, self.prompts, problem.seed) if self.best else 1.0
@@ -67,7 +67,8 @@ class _Trial:
         """Held-out margins of all walks at this number."""
         return torch.cat([point.held_out.margins_P for point in self.points(number)])
 
-    def _together(self, number: int) -> Tensor:
+    def judged(self, number: int) -> Tensor:
+        """Held-out losses that decide, of all walks at this number."""
         return torch.cat([point.judged_P for point in self.points(number)])
 
 
@@ -144,14 +145,18 @@ def _home(block: str) -> str:
 
 
 def _verdict(trial: _Trial, change: dict[str, Any]) -> str:
-    before, after = (measures(trial.margins(number)) for number in (0, trial.best))
     if not trial.best:
         return f"{KEPT}: they are kept."
-    loss = f"from {before['loss']:.4f} to {after['loss']:.4f}"
+    before, after = (float(trial.judged(number).mean()) for number in (0, trial.best))
+    loss = f"from {before:.4f} to {after:.4f}"
     if not trial.moved:
         return f"{KEPT} beyond chance (loss {loss} at best, p = {trial.p:.2g}): they are kept."
-    text = f"The held-out loss went {loss} (change {_interval(change['loss'])}, p = {trial.p:.2g})"
-    return f"{text}, accuracy from {before['accuracy']:.4f} to {after['accuracy']:.4f}."
+    found = [measures(trial.margins(number))["accuracy"] for number in (0, trial.best)]
+    accuracy = f"accuracy from {found[0]:.4f} to {found[1]:.4f}"
+    if trial.settings.judge == "objective":
+        return f"What is fitted went {loss} on held-out pairs (p = {trial.p:.2g}), {accuracy}."
+    loss = f"{loss} (change {_interval(change['loss'])}, p = {trial.p:.2g})"
+    return f"The held-out loss went {loss}, {accuracy}."
 
 
 def _interval(change: dict[str, float]) -> str:
