@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from moemerge.families.base import ExpertTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# An open file is mapped whole, which counts against a limit on memory (ulimit -d) though none is used.
+OPEN_FILES = 2
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
 NOT_COPIED = {"config.json", "manifest.json", "README.md", "training_args.bin", "moemerge_shim.py"}
 DTYPES = {
@@ -113,8 +115,10 @@ class Checkpoint:
         if name not in self._files:
             raise self._fault("a tensor is missing", name, "a checkpoint that holds it")
         file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _open_file(self.folder / file)
+        handle = self._open.pop(file, None)
+        while handle is None and len(self._open) >= OPEN_FILES:
+            self._open.pop(next(iter(self._open)))
+        self._open[file] = handle or _open_file(self.folder / file)
         return self._open[file]
 
     def _weight_files(self) -> dict[str, str]:

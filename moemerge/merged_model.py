@@ -114,7 +114,8 @@ class MergedModel:
         return Answers(scores_B[:half] - scores_B[half:], states_2PD)
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
-        tensors = {name: self.source.kept(name) for name in self.source.backbone}
+        # Copies: a view would keep its whole file mapped.
+        tensors = {name: self.source.kept(name).clone() for name in self.source.backbone}
         tensors |= {tensor.dense: self._average(tensor).cpu() for tensor in self.source.tensors}
         config = self.source.dense_config()
         model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
