@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from moemerge.tokenise import EncodedPair
 
 KEPT_ON_CPU = 2**30
+# Numbers handled at a time: what a core's cache holds of all that takes part.
+CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class MergedModel:
     """The dense reward model whose merged tensors are the routing-normalised average of a source's members.
 
     `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
-    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives its
-    hook. Averages are rounded to the members' dtype, as in the merged checkpoint. Members are read from disk
+    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives
+    `gradient`. Averages have the members' dtype, as in the merged checkpoint. Members are read from disk
     whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are
-    kept (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless given.
+    kept (`keep` decides if given), and results differ by rounding. Coefficients have a row per block;
+    `blocks` are the layers unless given.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class MergedModel:
     ) -> None:
         self.source, self.device = source, torch.device(device)
         keep = _fits(source, self.device) if keep is None else keep
-        self._kept: dict[str, list[Tensor]] | None = {} if keep else None
+        self._kept: dict[str, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
+        self._last = True
         self.rows = source.rows(source.blocks() if blocks is None else blocks)
         self.model = self._build(dtype)
         columns = source.num_members + 1
@@ -83,14 +87,17 @@ class MergedModel:
     def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
         """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
 
-        Each part runs forward and backward before the next begins. Summed over processes, float64 on CPU.
-        alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out, and
-        the rest rounds less.
+        Each part runs forward and backward before the next begins; the weights' gradients add up, and are
+        reduced while the last part runs, so that members are read once. Summed over processes, float64 on
+        CPU. alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out,
+        and the rest rounds less.
         """
         self._dots.zero_()
         loss = torch.zeros(1, dtype=torch.float64)
+        parts = list(parts)
         with torch.enable_grad():
-            for part in parts:
+            for number, part in enumerate(parts, start=1):
+                self._last = number == len(parts)
                 value = part()
                 value.backward()
                 loss += value.item()
@@ -121,33 +128,75 @@ class MergedModel:
         model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         return cast(PreTrainedModel, torch.nn.Module.to(model.requires_grad_(False), self.device).eval())
 
+    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+        """The members' copies on the device, read from disk: the shared one if any, then the N others."""
+        return (matrix.to(self.device) for matrix in self.source.matrices(tensor))
+
+    def _weights(self, row: int) -> Tensor:
+        """Weight of each member, the shared one first if there is one."""
+        shared = self.shared_L[row]
+        routed = (1 - shared) * self.alpha_LN[row]
+        return torch.cat([shared[None], routed]) if self.source.has_shared else routed
+
     def _average(self, tensor: MergedTensor) -> Tensor:
         row = self.rows[tensor.dense]
-        return self.source.average(self.matrices(tensor), self.alpha_LN[row], float(self.shared_L[row]))
+        if self._kept is not None:
+            first_X, away_MX = self._held(tensor)
+            weights_M = self._weights(row)[1:].to(away_MX)
+            return torch.addmv(first_X, away_MX.T, weights_M).to(self.source.dtype).view(tensor.shape)
+        alpha_N, shared = self.alpha_LN[row], float(self.shared_L[row])
+        if self.device.type != "cpu":
+            return self.source.average(self.matrices(tensor), alpha_N, shared)
+        copies = [matrix.reshape(-1).split(CHUNK) for matrix in self.matrices(tensor)]
+        chunks = zip(*copies, strict=True)
+        whole = torch.cat([self.source.average(iter(chunk), alpha_N, shared) for chunk in chunks])
+        return whole.view(tensor.shape)
 
-    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
-        """The members' copies on the device: the shared one if any, then the N others."""
-        stream = (matrix.to(self.device) for matrix in self.source.matrices(tensor))
-        if self._kept is None:
-            return stream
+    def _held(self, tensor: MergedTensor) -> tuple[Tensor, Tensor]:
+        """The first member's copy and how far the others are from it: near ones differ exactly."""
+        assert self._kept is not None
         if tensor.dense not in self._kept:
-            self._kept[tensor.dense] = list(stream)
-        return iter(self._kept[tensor.dense])
+            wide = torch.promote_types(self.source.dtype, torch.float32)
+            copies = self.matrices(tensor)
+            first_X = next(copies).to(wide).flatten()
+            away_MX = first_X.new_empty(len(self.source.member_names) - 1, len(first_X))
+            for place, copy in enumerate(copies):
+                torch.sub(copy.flatten(), first_X, out=away_MX[place])
+            self._kept[tensor.dense] = first_X, away_MX
+        return self._kept[tensor.dense]
 
     def _reducer(self, tensor: MergedTensor) -> Callable[[Tensor], None]:
         """A hook that adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
         row = self.rows[tensor.dense]
-        first = 0 if self.source.has_shared else 1
+        columns = slice(0 if self.source.has_shared else 1, None)
 
         @torch.no_grad()
         def reduce(parameter: Tensor) -> None:
+            if not self._last:
+                return
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            for column, matrix in enumerate(self.matrices(tensor), start=first):
-                away = matrix.to(parameter.dtype) - parameter
-                self._dots[row, column] += torch.vdot(gradient.flatten(), away.flatten())
+            if self._kept is None:
+                self._dots[row, columns] += self._streamed(tensor, parameter, gradient)
+            else:
+                self._dots[row, columns] += self._resident(tensor, gradient)
 
         return reduce
+
+    def _resident(self, tensor: MergedTensor, gradient: Tensor) -> Tensor:
+        _, away_MX = self._held(tensor)
+        away_M = torch.mv(away_MX, gradient.flatten().to(away_MX.dtype)).double()
+        dots_M = torch.cat([away_M.new_zeros(1), away_M])
+        return dots_M - self._weights(self.rows[tensor.dense]).to(dots_M) @ dots_M
+
+    def _streamed(self, tensor: MergedTensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ours = list(zip(parameter.view(-1).split(CHUNK), gradient.reshape(-1).split(CHUNK), strict=True))
+        dots = []
+        for matrix in self.matrices(tensor):
+            pieces = zip(matrix.reshape(-1).split(CHUNK), ours, strict=True)
+            found = [torch.dot(dw, piece.to(w.dtype) - w) for piece, (w, dw) in pieces]
+            dots.append(torch.stack(found).double().sum())
+        return torch.stack(dots)
 
 
 @contextmanager
