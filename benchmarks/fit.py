@@ -3,7 +3,7 @@
 python benchmarks/fit.py [--size 17M --repeats 5] [--memory] [--optimisers]
 
 XFT's way: every routed and shared expert resident in float32, the merge inside every forward pass, autograd
-through it. Ours: one merge per step, gradients reduced to scalars in hooks; experts resident, or streamed
+through it. Ours: one merge per step, gradients reduced to scalars in hooks; experts resident, or mapped
 from their mmapped checkpoint. Both compute the same gradient, which is checked. Times are taken in turn in
 one process; --memory runs each way in a process of its own and prints its peak of anonymous memory above what
 the dense model took. --optimisers counts passes over 256 pairs until 90 and 99 % of the best loss drop.
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
 }
 HEADS = {"toy": (4, 4), "17M": (6, 6), "135M": (9, 3)}
-WAYS = ("xft", "resident", "streamed")
+WAYS = ("xft", "resident", "mapped")
 
 
 def make_moe(folder: Path, size: str, seed: int = 0) -> Path:
@@ -179,8 +179,8 @@ def measure_times(moe: Path, size: str, repeats: int) -> None:
             f"| one step of fit against XFT's, {size} "
             f"| {micro} micro-batches of {2 * per} x {tokens} tokens, "
             f"float32, 1 thread, {repeats} repeats | XFT {middle['xft']:.2f} s, resident "
-            f"{middle['resident']:.2f} s ({ratio['resident']:.2f}x faster), streamed "
-            f"{middle['streamed']:.2f} s ({ratio['streamed']:.2f}x) |",
+            f"{middle['resident']:.2f} s ({ratio['resident']:.2f}x faster), mapped "
+            f"{middle['mapped']:.2f} s ({ratio['mapped']:.2f}x) |",
             flush=True,
         )
 
@@ -234,7 +234,7 @@ def measure_memory(moe: Path, size: str) -> None:
             f"| peak memory of a step above the dense model, {size} "
             f"| {micro} micro-batches of 2 x 16 tokens | "
             f"XFT {found['xft']:.0f} MiB, resident {found['resident']:.0f} ({ratio['resident']:.1f}x less), "
-            f"streamed {found['streamed']:.0f} ({ratio['streamed']:.1f}x less) |",
+            f"mapped {found['mapped']:.0f} ({ratio['mapped']:.1f}x less) |",
             flush=True,
         )
 

@@ -108,6 +108,11 @@ class Checkpoint:
         rows = self._slice(tensor.stacked)[index, tensor.rows]
         return rows.T.contiguous() if tensor.transposed else rows
 
+    def experts(self, tensor: ExpertTensor) -> torch.Tensor:
+        """All routed experts' copies of a dense MLP tensor as they are stored, [N, ...]: a view."""
+        experts: torch.Tensor = self._slice(tensor.stacked)[:, tensor.rows]
+        return experts
+
     def _slice(self, name: str) -> Any:
         return self._handle(name).get_slice(name)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 KEPT_ON_CPU = 2**30
 # Numbers handled at a time: what a core's cache holds of all that takes part.
-CHUNK = 2**16
+CHUNK, CHUNK_ON_GPU = 2**15, 2**22
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class MergedModel:
 
     `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
     source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives
-    `gradient`. Averages have the members' dtype, as in the merged checkpoint. Members are read from disk
-    whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are
-    kept (`keep` decides if given), and results differ by rounding. Coefficients have a row per block;
-    `blocks` are the layers unless given.
+    `gradient`. Averages have the members' dtype; but for rounding they are the merged checkpoint's. On a CPU
+    a MoE's experts of float32 are used where they lie, in mapped files. Other members are read whenever
+    needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are kept
+    (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless given.
     """
 
     def __init__(
@@ -62,8 +62,10 @@ class MergedModel:
         keep: bool | None = None,
     ) -> None:
         self.source, self.device = source, torch.device(device)
-        keep = _fits(source, self.device) if keep is None else keep
-        self._kept: dict[str, tuple[Tensor, Tensor]] | None = {} if keep else None
+        if keep is None:
+            keep = not _mapped(source, self.device) and _fits(source, self.device)
+        self._kept: dict[str, Piece] | None = {} if keep else None
+        self._mapped = not keep and _mapped(source, self.device)
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         self._last = True
         self.rows = source.rows(source.blocks() if blocks is None else blocks)
@@ -138,32 +140,12 @@ class MergedModel:
         routed = (1 - shared) * self.alpha_LN[row]
         return torch.cat([shared[None], routed]) if self.source.has_shared else routed
 
+    @torch.no_grad()
     def _average(self, tensor: MergedTensor) -> Tensor:
-        row = self.rows[tensor.dense]
-        if self._kept is not None:
-            first_X, away_MX = self._held(tensor)
-            weights_M = self._weights(row)[1:].to(away_MX)
-            return torch.addmv(first_X, away_MX.T, weights_M).to(self.source.dtype).view(tensor.shape)
-        alpha_N, shared = self.alpha_LN[row], float(self.shared_L[row])
-        if self.device.type != "cpu":
-            return self.source.average(self.matrices(tensor), alpha_N, shared)
-        copies = [matrix.reshape(-1).split(CHUNK) for matrix in self.matrices(tensor)]
-        chunks = zip(*copies, strict=True)
-        whole = torch.cat([self.source.average(iter(chunk), alpha_N, shared) for chunk in chunks])
-        return whole.view(tensor.shape)
-
-    def _held(self, tensor: MergedTensor) -> tuple[Tensor, Tensor]:
-        """The first member's copy and how far the others are from it: near ones differ exactly."""
-        assert self._kept is not None
-        if tensor.dense not in self._kept:
-            wide = torch.promote_types(self.source.dtype, torch.float32)
-            copies = self.matrices(tensor)
-            first_X = next(copies).to(wide).flatten()
-            away_MX = first_X.new_empty(len(self.source.member_names) - 1, len(first_X))
-            for place, copy in enumerate(copies):
-                torch.sub(copy.flatten(), first_X, out=away_MX[place])
-            self._kept[tensor.dense] = first_X, away_MX
-        return self._kept[tensor.dense]
+        weights_M = self._weights(self.rows[tensor.dense])
+        parts = [piece.average(weights_M) for piece in self._pieces(tensor)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.to(self.source.dtype).view(tensor.shape)
 
     def _reducer(self, tensor: MergedTensor) -> Callable[[Tensor], None]:
         """A hook that adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
@@ -176,27 +158,67 @@ class MergedModel:
                 return
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            if self._kept is None:
-                self._dots[row, columns] += self._streamed(tensor, parameter, gradient)
-            else:
-                self._dots[row, columns] += self._resident(tensor, gradient)
+            dots_M = torch.zeros(len(self.source.member_names), dtype=torch.float64, device=self.device)
+            begin, gradient_X = 0, gradient.flatten()
+            for piece in self._pieces(tensor):
+                end = begin + len(piece.first_X)
+                dots_M += piece.dots(gradient_X[begin:end])
+                begin = end
+            self._dots[row, columns] += dots_M - self._weights(row).to(dots_M) @ dots_M
 
         return reduce
 
-    def _resident(self, tensor: MergedTensor, gradient: Tensor) -> Tensor:
-        _, away_MX = self._held(tensor)
-        away_M = torch.mv(away_MX, gradient.flatten().to(away_MX.dtype)).double()
-        dots_M = torch.cat([away_M.new_zeros(1), away_M])
-        return dots_M - self._weights(self.rows[tensor.dense]).to(dots_M) @ dots_M
+    def _pieces(self, tensor: MergedTensor) -> Iterator[Piece]:
+        """The members' copies: as they lie in a mapped file, or kept, or piece by piece."""
+        if self._mapped:
+            yield _mapped_piece(self.source, tensor)
+        elif self._kept is not None:
+            if tensor.dense not in self._kept:
+                self._kept[tensor.dense] = _apart(list(self.matrices(tensor)), self.device)
+            yield self._kept[tensor.dense]
+        else:
+            size = CHUNK if self.device.type == "cpu" else CHUNK_ON_GPU
+            copies = [matrix.reshape(-1).split(size) for matrix in self.source.matrices(tensor)]
+            yield from (_apart(chunks, self.device) for chunks in zip(*copies, strict=True))
 
-    def _streamed(self, tensor: MergedTensor, parameter: Tensor, gradient: Tensor) -> Tensor:
-        ours = list(zip(parameter.view(-1).split(CHUNK), gradient.reshape(-1).split(CHUNK), strict=True))
-        dots = []
-        for matrix in self.matrices(tensor):
-            pieces = zip(matrix.reshape(-1).split(CHUNK), ours, strict=True)
-            found = [torch.dot(dw, piece.to(w.dtype) - w) for piece, (w, dw) in pieces]
-            dots.append(torch.stack(found).double().sum())
-        return torch.stack(dots)
+
+@dataclass(frozen=True)
+class Piece:
+    """X numbers of a tensor in all M members: the first one's copy, and the others' or how far they are off.
+
+    Differences of near numbers are exact, and what is computed of them (`apart`) rounds less.
+    """
+
+    first_X: Tensor
+    others_MX: Tensor
+    apart: bool
+
+    def average(self, weights_M: Tensor) -> Tensor:
+        """The sum of all copies with weights that sum to one."""
+        share = 1.0 if self.apart else float(weights_M[0])
+        return torch.addmv(self.first_X, self.others_MX.T, weights_M[1:].to(self.others_MX), beta=share)
+
+    def dots(self, gradient_X: Tensor) -> Tensor:
+        """<dW, W_i> of each member, less <dW, W_0> if the others are kept apart from the first; float64."""
+        gradient_X = gradient_X.to(self.others_MX.dtype)
+        first = gradient_X.new_zeros(()) if self.apart else torch.dot(gradient_X, self.first_X)
+        return torch.cat([first[None], torch.mv(self.others_MX, gradient_X)]).double()
+
+
+def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
+    wide = torch.promote_types(copies[0].dtype, torch.float32)
+    copies_MX = torch.stack([copy.reshape(-1) for copy in copies]).to(device, wide)
+    copies_MX[1:] -= copies_MX[0]
+    return Piece(copies_MX[0], copies_MX[1:], True)
+
+
+def _mapped_piece(source: MergeSource, tensor: MergedTensor) -> Piece:
+    stack = source.stack(tensor)
+    assert stack is not None
+    stack_NX = stack.flatten(1)
+    if source.has_shared:
+        return Piece(source.matrix(tensor, 0).flatten(), stack_NX, False)
+    return Piece(stack_NX[0], stack_NX[1:], False)
 
 
 @contextmanager
@@ -217,6 +239,12 @@ def last_states(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[list[Tensor
         yield found
     finally:
         handle.remove()
+
+
+def _mapped(source: MergeSource, device: torch.device) -> bool:
+    """Whether members can be used where they lie, in files that are mapped into memory."""
+    wide = source.dtype in (torch.float32, torch.float64)
+    return device.type == "cpu" and wide and source.stack(source.tensors[0]) is not None
 
 
 def _fits(source: MergeSource, device: torch.device) -> bool:

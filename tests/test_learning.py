@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import linear, logsigmoid
 
+from moemerge import merged_model
 from moemerge.coefficients import METHODS
 from moemerge.coefficients.base import FitOutcome, FitProblem, Measured, MergeGradient
 from moemerge.coefficients.least_squares import on_simplex
 from moemerge.coefficients.significance import chance, paired
 from moemerge.coefficients.space import Space
+from moemerge.coefficients.walk import BACK
 from moemerge.errors import DataError, OptionError
 from moemerge.fit_settings import FitSettings
 from moemerge.merged_model import Answers, MergedModel
@@ -295,7 +297,7 @@ def test_overfitting_36_parameters_to_256_pairs_is_caught() -> None:
     rises, harms = [], []
     for seed in range(5):
         data = labelled(seed, truth_LN, 256, 77)
-        walk = fitted(data, level=1.0, patience=1000, max_epochs=200).report["trajectory"]
+        walk = fitted(data, level=1.0, patience=1000, max_epochs=200).report["trajectory"][: -len(BACK)]
         assert walk[-1]["train_loss"] < walk[1]["train_loss"] - 0.03
         rises.append(walk[-1]["held_out_loss"] - walk[0]["held_out_loss"])
         found = fitted(data)
@@ -435,16 +437,23 @@ def test_starts(moe: Path) -> None:
         assert found.shared_L.tolist() == pytest.approx(shared_L)
 
 
-def test_streaming_equals_resident(moe: Path, tmp_path: Path) -> None:
-    pairs = encode(moe, random_pairs(5), tmp_path)
-    source = MoeCheckpoint(moe)
-    ours = [gradient_of(double(source, keep=keep), pairs, 3) for keep in (True, False)]
-    assert ours[0].loss == pytest.approx(ours[1].loss, rel=1e-12)
-    torch.testing.assert_close(ours[0].alpha_LN, ours[1].alpha_LN, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(ours[0].shared_L, ours[1].shared_L, rtol=1e-9, atol=1e-12)
-    found = [double(source, keep=keep).model.state_dict() for keep in (True, False)]
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=1e-12, atol=1e-14)
+def test_members_mapped_kept_and_read_in_pieces_are_the_same(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, source = encode(moe, random_pairs(5), tmp_path), MoeCheckpoint(moe)
+    monkeypatch.setattr(merged_model, "CHUNK", 100)
+    mapped, kept = (double(source, keep=keep) for keep in (False, True))
+    ours = [gradient_of(merged, pairs, 3) for merged in (mapped, kept)]
+    monkeypatch.setattr(MoeCheckpoint, "stack", lambda self, tensor: None)
+    pieces = double(source, keep=False)
+    ours.append(gradient_of(pieces, pairs, 3))
+    for other, merged in zip(ours[1:], (kept, pieces), strict=True):
+        assert other.loss == pytest.approx(ours[0].loss, rel=1e-12)
+        shift_L = (other.alpha_LN - ours[0].alpha_LN).mean(1, keepdim=True)
+        torch.testing.assert_close(other.alpha_LN - shift_L, ours[0].alpha_LN, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(other.shared_L, ours[0].shared_L, rtol=1e-9, atol=1e-12)
+        for name, value in mapped.model.state_dict().items():
+            torch.testing.assert_close(value, merged.model.state_dict()[name], rtol=1e-12, atol=1e-14)
 
 
 def test_the_teacher_is_the_moe_and_gate_mass_is_a_recount(moe: Path, tmp_path: Path) -> None:

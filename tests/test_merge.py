@@ -95,8 +95,6 @@ def test_the_original_model_comes_back_with_averaged_mlps(family: str, tmp_path:
     }
     fitted = MergedModel(source, ALPHA, SHARED)
     torch.testing.assert_close(scores(model.eval(), moe), scores(fitted.model, moe), rtol=1e-5, atol=1e-5)
-    streamed = MergedModel(source, ALPHA, SHARED, keep=False)
-    assert torch.equal(scores(model, moe), scores(streamed.model, moe)), "bit for bit where nothing is kept"
     assert float((scores(model, moe) - scores(original.eval(), moe)).abs().max()) > 1e-3
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moemerge.coefficients.base import FitOutcome, FitProblem, Objective
 from moemerge.coefficients.significance import chance, gain, measures, paired
 from moemerge.coefficients.starts import start
-from moemerge.coefficients.walk import Point, Walk
+from moemerge.coefficients.walk import BACK, Point, Walk
 from moemerge.sources import layer_of
 
 KEPT = "Nothing that was tried beat the initial coefficients on the held-out pairs"
@@ -45,8 +45,8 @@ class _Trial:
     def __init__(self, problem: FitProblem, walks: list[Walk]) -> None:
         self.settings, self.walks = problem.settings, walks
         self.prompts = _numbered([walk.objective.prompts("held_out") for walk in walks])
-        longest = max(len(walk.points) for walk in walks)
-        losses_JP = torch.stack([self.judged(j) for j in range(longest)])
+        self.longest = max(len(walk.points) for walk in walks)
+        losses_JP = torch.stack([self.judged(j) for j in range(self.longest + len(BACK))])
         self.best = int(losses_JP.mean(1).argmin())
         gains_JP = losses_JP[0] - losses_JP
         self.p = chance(gains_JP, self.best, self.prompts, problem.seed) if self.best else 1.0
@@ -60,7 +60,9 @@ class _Trial:
         return FitOutcome(alpha_LN / alpha_LN.sum(1, keepdim=True), shared_L)
 
     def points(self, number: int) -> list[Point]:
-        """The point of this number of each walk; the last one of a walk that ended before."""
+        """The point of this number of each walk, the last one of one that ended before; then those back."""
+        if number >= self.longest:
+            return [walk.back[number - self.longest] for walk in self.walks]
         return [walk.points[min(number, len(walk.points) - 1)] for walk in self.walks]
 
     def margins(self, number: int) -> Tensor:

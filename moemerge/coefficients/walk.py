@@ -20,6 +20,9 @@ from moemerge.coefficients.space import Space
 from moemerge.fit_settings import FitSettings
 from moemerge.optimisers import OPTIMISERS, choose
 
+# How far from the start, as shares of the whole way.
+BACK = (0.5, 0.25, 0.125, 0.0625)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -44,10 +47,11 @@ def judged(settings: FitSettings, measured: Measured) -> Tensor:
 class Walk:
     """An optimiser's task (see optimisers.base); points[0] is the start, exactly.
 
-    It ends when `patience` points in a row bring no lower held-out loss. With robust_rounds it begins again
-    from where it ended, each time with pairs weighted by exp(loss / temperature), the most overrated answers
-    of candidate sets among them. Source of the weights: KL-constrained distributionally robust optimisation,
-    Hu and Hong (2013).
+    `back` are points on the straight line back from the end to the start: an optimiser of second order takes
+    few and long steps, between which the best place to stop may lie. The walk ends when `patience` points in
+    a row bring no lower held-out loss. With robust_rounds it begins again from where it ended, each time with
+    pairs weighted by exp(loss / temperature), the most overrated answers of candidate sets among them. Source
+    of the weights: KL-constrained distributionally robust optimisation, Hu and Hong (2013).
     """
 
     def __init__(self, problem: FitProblem, objective: Objective, start: FitOutcome) -> None:
@@ -56,6 +60,7 @@ class Walk:
         self.v_V, self.low_V, self.high_V = self.space.start_V, self.space.low_V, self.space.high_V
         self.weights_P: Tensor | None = None
         self.points: list[Point] = []
+        self.back: list[Point] = []
         self.trajectory: list[dict[str, Any]] = []
         self.passes, self._losses, self._round_began = 0.0, [0.0], 0
         self.optimizer = choose(self.settings.optimizer, objective.num_train)
@@ -69,12 +74,15 @@ class Walk:
         """Walk to the end."""
         with tqdm(desc="fit", unit="point", leave=False, disable=None) as self.bar:
             self._losses = []
-            self._look(self.start.alpha_LN, self.start.shared_L)
+            self.points.append(self._look(self.start.alpha_LN, self.start.shared_L))
             for number in range(1 + self.settings.robust_rounds):
                 if number:
                     self._weigh()
                 self._round_began = len(self.points) - 1
                 OPTIMISERS.get(self.optimizer)(self)
+            end_V = self.v_V
+            for share in BACK:
+                self.back.append(self._look(*self._coefficients(self.space.start_V.lerp(end_V, share))))
         return self
 
     def loss(self, v_V: Tensor) -> float:
@@ -97,7 +105,7 @@ class Walk:
     def visit(self, v_V: Tensor) -> bool:
         """Look at a point; True once `patience` points in a row brought nothing."""
         self.v_V = v_V
-        self._look(*self._coefficients(v_V))
+        self.points.append(self._look(*self._coefficients(v_V)))
         losses = [point.loss for point in self.points[self._round_began :]]
         return len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
 
@@ -105,15 +113,15 @@ class Walk:
         alpha_LN, shared_L = self.space.point(v_V)
         return alpha_LN.clone(), shared_L.clone()
 
-    def _look(self, alpha_LN: Tensor, shared_L: Tensor) -> None:
+    def _look(self, alpha_LN: Tensor, shared_L: Tensor) -> Point:
         held_out = self.objective.measure(alpha_LN, shared_L, "held_out")
-        self.points.append(Point(alpha_LN, shared_L, held_out, judged(self.settings, held_out)))
         train = {"train_loss": sum(self._losses) / len(self._losses)} if self._losses else {}
         found = {f"held_out_{name}": value for name, value in measures(held_out.margins_P).items()}
         moved = float((alpha_LN - self.start.alpha_LN).abs().sum(1).mean())
         self.trajectory.append({"passes": round(self.passes, 3), **train, **found, "moved_l1": moved})
         self._losses = []
         self.bar.update()
+        return Point(alpha_LN, shared_L, held_out, judged(self.settings, held_out))
 
     def _weigh(self) -> None:
         """Weights for the next round, mean one."""
