@@ -144,6 +144,7 @@ def _default_text(field: FieldInfo) -> str:
     if default is None or default == {} or default == []:
         return ""
     text = ("no", "yes")[default] if isinstance(default, bool) else default
+    text = [f"{key}={value}" for key, value in text.items()] if isinstance(text, dict) else text
     return f"  [default: {', '.join(map(str, text)) if isinstance(text, list) else text}]"
 
 

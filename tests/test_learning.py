@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import save_dense
 from small_moe import (
     ALPHA,
     SHARED,
@@ -19,6 +21,7 @@ from small_moe import (
     random_pairs,
     rewrite,
     widen_norms,
+    write_rows,
 )  # fmt: skip
 from torch import Tensor
 from torch.func import functional_call
@@ -26,12 +29,13 @@ from torch.nn.functional import linear, logsigmoid
 
 from moemerge import merged_model
 from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import FitOutcome, FitProblem, Measured, MergeGradient
+from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem, Measured, MergeGradient
 from moemerge.coefficients.least_squares import on_simplex
 from moemerge.coefficients.significance import chance, paired
 from moemerge.coefficients.space import Space
 from moemerge.coefficients.walk import BACK
-from moemerge.errors import DataError, OptionError
+from moemerge.errors import CheckpointError, DataError, OptionError
+from moemerge.fit import fit
 from moemerge.fit_settings import FitSettings
 from moemerge.merged_model import Answers, MergedModel
 from moemerge.modelling import load_moe
@@ -558,3 +562,60 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     for wrong in ({"folds": 1}, {"objectives": {}}, {"objectives": {"bradley_terry": 0.0}}):
         with pytest.raises(ValueError):
             FitSettings(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["moe", "models"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "least_squares", "shared_weight": "learned"},
+        {"granularity": "matrix", "objectives": {"distillation": 1.0, "alignment": 1.0}},
+        {
+            "granularity": "global",
+            "shared_weight": "learned_global",
+            "optimizer": "cma",
+            "margin": "strength",
+        },
+        {"robust_rounds": 1, "candidates": "candidates.jsonl", "optimizer": "adam"},
+        {"method": "one_hot", "initial_member": 1},
+    ],
+    ids=lambda options: str(next(iter(options.values()))),
+)
+def test_the_stage_takes_every_option_for_every_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    members: dict[str, Any] = {"model": str(make_moe(tmp_path / "moe"))}
+    if kind == "models":
+        models = [str(save_dense(tmp_path / f"rm{seed}", seed=seed)) for seed in range(3)]
+        members = {"models": models[1:], "base": models[0]}
+    write_rows(tmp_path / "pairs.jsonl", random_pairs(16))
+    answers = [{"text": f" w{n} w{n + 1}", "score": float(n)} for n in range(4)]
+    rows: Any = [{"prompt": f"w{n} w9", "candidates": answers} for n in range(3)]
+    write_rows(tmp_path / "candidates.jsonl", rows)
+    given = {"pairs": "pairs.jsonl", "max_epochs": 2, "level": 1.0, **members}
+    first = Coefficients.load(fit(output=tmp_path / "first", **given, **options))
+    report = json.loads((tmp_path / "first/report.json").read_text())
+    assert report["verdict"] in (tmp_path / "first/fit.md").read_text()
+    again = {"granularity": options.get("granularity", "layer"), "method": "grid", "grid": [0.0, 0.5]}
+    second = Coefficients.load(
+        fit(output=tmp_path / "second", start=str(tmp_path / "first"), **given, **again)
+    )
+    assert torch.equal(second.alpha_LN, first.alpha_LN), "grid keeps the alpha that it starts from"
+    assert second.blocks == first.blocks and set(second.shared_L.tolist()) <= {0.0, 0.5}
+
+
+def test_coefficients_of_layers_start_matrices_and_not_the_other_way(moe: Path, tmp_path: Path) -> None:
+    source = MoeCheckpoint(moe)
+    meta = source.identity()
+    coarse = Coefficients(source.blocks(), ALPHA, SHARED, meta).save(tmp_path / "coarse")
+    given = {"model": str(moe), "method": "grid", "grid": [0.5]}
+    pairs = str(write_rows(tmp_path / "pairs.jsonl", random_pairs(8)))
+    fine = fit(output=tmp_path / "fine", start=str(coarse), granularity="matrix", pairs=pairs, **given)
+    found = Coefficients.load(fine)
+    rows = [int(block.split(".")[1]) for block in found.blocks]
+    assert len(rows) == 3 * L and torch.equal(found.alpha_LN, ALPHA[rows])
+    found.alpha_LN[0] = torch.tensor([1.0, 0.0, 0.0])
+    Coefficients(found.blocks, found.alpha_LN, found.shared_L, meta).save(tmp_path / "uneven")
+    with pytest.raises(CheckpointError, match="finer than those to fit"):
+        fit(output=tmp_path / "f", start=str(tmp_path / "uneven"), pairs=pairs, **given)
