@@ -39,8 +39,8 @@ def export(options: Export, draft: Draft) -> None:
     and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
     list of models: those that are not the reward models which take part in the merge (a language model, or a
     model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
-    they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE as
-    stock transformers knows it (see native_export). Raises CheckpointError for what is not whole and for
+    they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
+    for stock transformers (see native_export). Raises CheckpointError for what is not whole and for
     coefficients of another source, UnsupportedError for a MoE that the form cannot express.
     """
     runtime.use(options)
