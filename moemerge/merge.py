@@ -180,7 +180,7 @@ class _Hosted:
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     merged, kept = {tensor.dense: tensor for tensor in source.tensors}, set(source.backbone)
-    names = [n for n in skeleton(source.config).state_dict() if n in merged or n in kept]
+    names = [n for n in skeleton(source.dense_config()).state_dict() if n in merged or n in kept]
     for name in tqdm(names, desc="merge", leave=False, disable=None):
         if name in merged:
             yield name, _finite(way.merged(merged[name]), f"{name} as merged")

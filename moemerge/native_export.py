@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from moemerge.artifacts import Draft
 from moemerge.checkpoint import copy_side_files, write_checkpoint
 from moemerge.errors import UnsupportedError
 from moemerge.families.base import ExpertTensor
-from moemerge.families.dense import OURS, PREFIX, dense_config
+from moemerge.families.dense import PREFIX, dense_config, shared_values
 from moemerge.modelling import load_moe
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.recipe import Export
@@ -92,11 +91,11 @@ def native_config(source: MoeCheckpoint) -> Qwen2MoeConfig:
     """
     _refuse_inexpressible(source)
     dense, settings = dense_config(source.config), source.settings
-    foreign = _field_names(dense) - _field_names(Qwen2MoeConfig()) - {"head_dim"}
-    kept = {k: v for k, v in dense.to_dict().items() if k not in foreign and k not in OURS}
     layer_types = ATTENTION[dense.model_type](dense)
     sliding = "sliding_attention" in layer_types
+    head_dim = {"head_dim": dense.head_dim} if hasattr(dense, "head_dim") else {}
     values = {
+        **head_dim,
         "layer_types": layer_types,
         "use_sliding_window": sliding,
         "sliding_window": dense.sliding_window if sliding else None,
@@ -114,7 +113,7 @@ def native_config(source: MoeCheckpoint) -> Qwen2MoeConfig:
         "architectures": ["Qwen2MoeForSequenceClassification"],
         "dtype": source.dtype,
     }
-    return Qwen2MoeConfig(**{**kept, **values})
+    return Qwen2MoeConfig(**{**shared_values(dense, Qwen2MoeConfig), **values})
 
 
 def native_tensors(source: MoeCheckpoint) -> Iterator[tuple[str, Tensor]]:
@@ -151,10 +150,6 @@ def _scales(source: MoeCheckpoint) -> tuple[float, float]:
 
 def _home(tensor: ExpertTensor) -> str:
     return tensor.stacked.rsplit(".experts.", 1)[0]
-
-
-def _field_names(config: PreTrainedConfig) -> set[str]:
-    return {field.name for field in fields(config)}
 
 
 def _refuse_inexpressible(source: MoeCheckpoint) -> None:
