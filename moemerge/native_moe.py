@@ -51,8 +51,8 @@ NOT_NORMALISED = (
     "merged MLPs say more than the MoE's"
 )
 GATED = (
-    "the shared expert is added to routed ones whose weights sum to one already, in the merge all weights sum "
-    "to one: merged MLPs say less than the MoE's"
+    "the shared expert comes on top of routed weights that sum to one, in the merge all weights sum to one: "
+    "merged MLPs say less than the MoE's"
 )
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class NativeMoe(MergeSource):
     def _check_tensors(self, held: set[str]) -> None:
         """The checkpoint holds the backbone, every expert, routers and nothing else, in the right shapes."""
         wanted = dict(self._wanted())
-        idle = f".{self.sibling.shared}." if self.sibling.shared else None
+        idle = f".{self.sibling.shared}." if self.sibling.shared and not self.has_shared else None
         needless = [n for n in held if ROUTER.search(n) or spare_head(n) or (idle and idle in n)]
         faults = {
             "missing": sorted(wanted.keys() - held),
