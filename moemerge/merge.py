@@ -59,6 +59,7 @@ def merge(options: Merge, draft: Draft) -> None:
         "merged_tensors": len(source.tensors),
         "other_tensors": len(source.backbone),
         "coefficients": way.coefficients.meta if way.coefficients else None,
+        "caveats": list(source.caveats),
     }
 
 

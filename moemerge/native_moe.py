@@ -85,7 +85,9 @@ class NativeMoe(MergeSource):
         held = set(self.weights.names)
         self._copies = {tensor.dense: self._names(tensor, held) for tensor in self.tensors}
         self._check_tensors(held)
-        self._warn()
+        self.caveats = list(self._caveats())
+        for caveat in self.caveats:
+            log.warning("%s: %s", self.folder, caveat)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,16 +234,16 @@ class NativeMoe(MergeSource):
             return "Qwen2 has biases at q, k and v", "qkv_bias false", other
         return None
 
-    def _warn(self) -> None:
+    def _caveats(self) -> Iterator[str]:
         c, shared = self.config, self.sibling.shared
-        log.warning("%s: %s", self.folder, BASIN)
+        yield BASIN
         if not getattr(c, "norm_topk_prob", True):
-            log.warning("%s: %s", self.folder, NOT_NORMALISED)
+            yield NOT_NORMALISED
         if shared and not self.has_shared:
             widths = f"it is {self._shared_width} wide, the routed experts are {self._width}"
-            log.warning("%s: the shared expert is left out, as %s", self.folder, widths)
+            yield f"the shared expert is left out, as {widths}"
         elif shared and self.sibling.total is None:
-            log.warning("%s: %s", self.folder, GATED)
+            yield GATED
 
 
 def moe_layers(config: PreTrainedConfig) -> list[int]:

@@ -33,6 +33,7 @@ from moemerge.merge import merge
 from moemerge.merged_model import MergedModel
 from moemerge.native_moe import BASIN, NativeMoe
 from moemerge.options import Members
+from moemerge.publish import publish
 from moemerge.upcycle import upcycle
 
 N, K = 4, 2
@@ -262,7 +263,9 @@ def test_the_warnings_say_what_the_merge_cannot_keep(
         "left out, as it is 40 wide, the routed experts are 24" in text and "norm_topk_prob is false" in text
     )
     assert source.member_names == [f"expert-{i}" for i in range(N)]
-    merged(tmp_path / "wide", torch.zeros_like(SHARED_L))
+    dense = merged(tmp_path / "wide", torch.zeros_like(SHARED_L))
+    card = (publish(model=str(dense), output=tmp_path / "card") / "README.md").read_text()
+    assert BASIN in card and "it is 40 wide" in card and "that the mixture was made from" not in card
 
 
 def test_layers_without_experts_are_kept(tmp_path: Path) -> None:
