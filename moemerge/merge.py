@@ -59,6 +59,7 @@ def merge(options: Merge, draft: Draft) -> None:
         "merged_tensors": len(source.tensors),
         "other_tensors": len(source.backbone),
         "coefficients": way.coefficients.meta if way.coefficients else None,
+        "caveats": list(source.caveats),
     }
 
 
@@ -180,7 +181,7 @@ class _Hosted:
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     merged, kept = {tensor.dense: tensor for tensor in source.tensors}, set(source.backbone)
-    names = [n for n in skeleton(source.config).state_dict() if n in merged or n in kept]
+    names = [n for n in skeleton(source.dense_config()).state_dict() if n in merged or n in kept]
     for name in tqdm(names, desc="merge", leave=False, disable=None):
         if name in merged:
             yield name, _finite(way.merged(merged[name]), f"{name} as merged")
