@@ -7,61 +7,17 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from moemerge.errors import suggest
+from moemerge.options import Layers, Source, Sources
+from moemerge.options import Options as Options
+from moemerge.options import Run as Run
+from moemerge.options import TextFormat as TextFormat
+from moemerge.options import input_fields as input_fields
 
-
-class _Input:
-    """Marks a field whose value names something read from disk or the hub."""
-
-
-INPUT = _Input()
-Source = Annotated[str, INPUT]
-Sources = Annotated[dict[str, str], INPUT]
-Layers = str
-COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
-
-
-class Options(BaseModel):
-    """Base of all options: unknown keys are refused, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
-
-
-class Run(Options):
-    """What every stage takes besides its own settings."""
-
-    output: Path = Field(description="folder to write; must not exist yet")
-    seed: int = Field(0, ge=0, description="seed of every random draw")
-    threads: int | None = Field(None, ge=1, description="CPU threads (default: leave as it is)")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
-    overwrite: bool = Field(False, description="replace an existing output once the new one is whole")
-
-
-class TextFormat(Options):
-    """How rows of preference data become token sequences."""
-
-    fields: dict[str, str] = Field(
-        default_factory=dict,
-        description="other names for prompt, chosen, rejected, subset, margin, candidates, text, score",
-    )
-    bad_rows: Literal["refuse", "skip"] = Field(
-        "refuse", description="what to do with broken rows; either way they are counted and reported"
-    )
-    max_length: int = Field(
-        1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows"
-    )
-
-    @field_validator("fields")
-    @classmethod
-    def _columns_known(cls, fields: dict[str, str]) -> dict[str, str]:
-        for name in fields:
-            if name not in COLUMNS:
-                raise ValueError(f"{name!r} is no field to rename: {suggest(name, COLUMNS)}")
-        return fields
+STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
 class UpcycleSettings(Options):
@@ -142,6 +98,27 @@ class TrainSettings(Options):
     patience: int | None = Field(
         3, ge=1, description="evaluations without progress before stopping; none: never"
     )
+    shared_dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance that a pair is scored without the shared expert, in all layers"
+    )
+    router_temperature: float = Field(
+        1.0, gt=0, description="divides the router's logits at the first step, then falls or rises to 1"
+    )
+    temperature_share: float = Field(
+        0.5, gt=0, le=1, description="share of steps after which the router's temperature is 1"
+    )
+    top1_warmup: float = Field(
+        0.0, ge=0, le=1, description="share of steps with one routed expert per token, at the start"
+    )
+    assign: Literal["router", "subset", "shards"] = Field(
+        "router",
+        description="who picks a pair's routed expert at the start: its router, subset, or random shard",
+    )
+    assign_share: float = Field(0.5, gt=0, le=1, description="share of steps with experts by subset or shard")
+    assign_order: list[str] = Field(
+        default_factory=list,
+        description="subsets of expert 0, 1, ..., and round again (default: all, by name)",
+    )
     search: dict[str, list[float]] = Field(
         default_factory=dict,
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; validation loss chooses",
@@ -154,6 +131,19 @@ class TrainSettings(Options):
         if unknown:
             raise ValueError(f"search takes {', '.join(sorted(allowed))}; not {', '.join(sorted(unknown))}")
         return self
+
+    @model_validator(mode="after")
+    def _order_of_subsets(self) -> TrainSettings:
+        if self.assign_order and self.assign != "subset":
+            raise ValueError("assign_order needs assign: subset")
+        if len(set(self.assign_order)) < len(self.assign_order):
+            raise ValueError("assign_order names a subset twice")
+        return self
+
+    def steered(self) -> list[str]:
+        """Names of the options set here that only a MoE can follow."""
+        defaults = {name: type(self).model_fields[name].default for name in STEERING}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 class Train(TrainSettings, TextFormat, Run):
@@ -378,20 +368,3 @@ class Recipe(Options):
     merge: MergeSettings = Field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     publish: PublishSettings = Field(default_factory=PublishSettings)
-
-
-def input_fields(options: Options) -> dict[str, Any]:
-    """The options that name something to read, by field name, without the unset ones."""
-    found = {}
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        if value and INPUT in _marks(field):
-            found[name] = value
-    return found
-
-
-def _marks(field: Any) -> list[object]:
-    nested = [
-        m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())
-    ]
-    return [*field.metadata, *nested]

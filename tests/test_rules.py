@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moemerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "registry", "recipe", "artifacts", "layers"}
+GROUND = {"errors", "registry", "options", "recipe", "artifacts", "layers"}
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
