@@ -256,10 +256,7 @@ def test_killed_run_is_steered_as_the_uninterrupted_one(
     run(world, tmp_path / "killed", **given)
     assert not moved(tmp_path / "straight", tmp_path / "killed")
     assert moved(tmp_path / "straight", world / "moe") >= {f"model.layers.0{ROUTERS[0]}weight"}
-    histories = [
-        json.loads((tmp_path / name / "history.json").read_text()) for name in ("straight", "killed")
-    ]
-    assert histories[0] == histories[1]
+    assert history(tmp_path / "straight") == history(tmp_path / "killed")
 
 
 def test_steered_training_measures_and_saves_the_model_unsteered(world: Path, tmp_path: Path) -> None:
