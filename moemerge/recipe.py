@@ -162,6 +162,12 @@ class RouteSettings(Options):
 
     max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    diversity: Literal["none", "weights", "all"] = Field(
+        "none",
+        description="how experts differ; weights: their updates; all: also verdicts, loss barriers and "
+        "speculative experts (with 7 experts 100 passes over probe_pairs)",
+    )
+    probe_pairs: int = Field(200, ge=8, description="with diversity all: use the first so many pairs")
 
 
 class Route(RouteSettings, TextFormat, Run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
 from torch import Tensor
 
+from moemerge.artifacts import read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.diversity import barriers, disagreement, line_point, measure_updates, score_pairs_at
@@ -26,6 +28,7 @@ from moemerge.modelling import load_moe
 from moemerge.moe import gate_weights, moe_layers
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.recipe import TextFormat
+from moemerge.route import route
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.speculation import gate_mass, speculation
 from moemerge.uncertainty import member_points, score_with_spread
@@ -322,3 +325,59 @@ def test_scores_at_members_have_the_shape_of_pairs(moe: Path, pairs: list[Encode
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
     members_NT = score_with_spread(merged, load_tokenizer(str(moe)), texts, 100).members_NT
     torch.testing.assert_close(found.flatten(1), members_NT, rtol=0, atol=0)
+
+
+def test_stage_writes_what_was_measured(moe: Path, pairs: list[EncodedPair], tmp_path: Path) -> None:
+    file = str(moe.parent / "pairs.jsonl")
+    folder = route(model=str(moe), pairs=file, output=tmp_path / "all", diversity="all", probe_pairs=10)
+    held = json.loads((folder / "diversity.json").read_text())
+    merged, tokenizer, first = merged_model(moe), load_tokenizer(str(moe)), pairs[:10]
+    updates, line = measure_updates(merged.source), barriers(merged, tokenizer, first, 10_000)
+    points = member_points(ALPHA, torch.full((3,), 0.5 * has_shared(moe), dtype=torch.float64))
+    judged = disagreement(score_pairs_at(merged, tokenizer, first, points, 10_000))
+    spied = speculation(load_moe(moe), tokenizer, first, 10_000, seed=0)
+    assert held["layers"] == [0, 1, 2] and held["cosine"] == updates.cosine_LNN.tolist()
+    assert held["distance"] == updates.distance_LNN.tolist() and held["size"] == updates.size_LN.tolist()
+    assert held["verdicts_that_differ"] == judged.flips_NN.tolist()
+    assert held["disagreement"] == pytest.approx(judged.ratio, rel=1e-5)
+    np.testing.assert_allclose(held["barriers"], line, atol=1e-5)
+    for name, ratio in (("over_rejected", spied.over_rejected), ("over_chosen", spied.over_chosen)):
+        for end, values in vars(ratio).items():
+            np.testing.assert_allclose(held["speculation"][name][end], values, rtol=1e-4)
+    told = read_manifest(folder)["results"]["diversity"]
+    apart = [(0, 1), (0, 2), (1, 2)]
+    means = [sum(row[i][j] for i, j in apart) / 3 for row in held["cosine"]]
+    assert told["cosine"] == pytest.approx(means)
+    assert told["largest_barrier"] == np.max(held["barriers"])
+    assert told["speculative_experts"] == held["speculative_experts"] == [list(s) for s in spied.suspects]
+    report = (folder / "routing.md").read_text()
+    assert f"{held['barriers'][-2][-1]:.4f}" in report and f"{judged.ratio:.4f}" in report
+    assert ("shared and 0" in report) == has_shared(moe)
+    for name in ("update_cosine", "update_distance", "barriers", "speculation"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stage_with_weights_only_scores_nothing_more(moe: Path, tmp_path: Path) -> None:
+    given = {"model": str(moe), "pairs": str(moe.parent / "pairs.jsonl")}
+    folder = route(**given, output=tmp_path / "weights", diversity="weights")
+    held = json.loads((folder / "diversity.json").read_text())
+    assert held.keys() == {"layers", "cosine", "distance", "size"}
+    plain = route(**given, output=tmp_path / "none")
+    names = {path.name for path in folder.iterdir()} - {path.name for path in plain.iterdir()}
+    assert names == {"diversity.json", "update_cosine.png", "update_distance.png"}
+    report = (plain / "routing.md").read_text()
+    tables = report.removesuffix("![gate mass](gate_mass.png)\n")
+    assert tables and (folder / "routing.md").read_text().startswith(tables)
+    assert "diversity" not in read_manifest(plain)["results"]
+
+
+def test_untrained_experts_are_reported_without_a_cosine(tmp_path: Path) -> None:
+    dense = save_dense(tmp_path / "dense")
+    upcycle(model=str(dense), output=tmp_path / "moe", num_routed_experts=2, num_experts_per_tok=1)
+    file = write_rows(tmp_path / "pairs.jsonl", random_pairs(8))
+    folder = route(model=str(tmp_path / "moe"), pairs=str(file), output=tmp_path / "r", diversity="all")
+    told = read_manifest(folder)["results"]["diversity"]
+    assert told["cosine"] == [None] * 3 and told["distance"] == [0.0] * 3
+    assert told["verdicts_that_differ"] == told["disagreement"] == 0
+    assert told["largest_barrier"] == pytest.approx(0, abs=1e-7)
+    assert not (folder / "update_cosine.png").exists()
