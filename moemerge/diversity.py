@@ -74,8 +74,9 @@ class Disagreement:
     """How differently members judge the same texts.
 
     ratio: mean over texts of the standard deviation over members, by the standard deviation over texts of the
-    members' mean score (both of what is there, not estimates for more). flips_NN: share of pairs on which the
-    verdicts of two members differ.
+    members' mean score (both of what is there, not estimates for more). Each member's scores are taken from
+    their own mean: a constant says nothing in a reward. flips_NN: share of pairs on which the verdicts of two
+    members differ.
     """
 
     ratio: float
@@ -85,6 +86,7 @@ class Disagreement:
 def disagreement(scores_NP2: Tensor) -> Disagreement:
     """Of members that gave these scores to chosen and rejected answers; a tie is a verdict for rejected."""
     wide_NT = scores_NP2.double().flatten(1)
+    wide_NT = wide_NT - wide_NT.mean(1, keepdim=True)
     spread, scale = wide_NT.std(0, correction=0).mean(), wide_NT.mean(0).std(correction=0)
     verdict_NP = scores_NP2[:, :, 0] > scores_NP2[:, :, 1]
     flips_NN = (verdict_NP[:, None] != verdict_NP[None]).double().mean(-1)

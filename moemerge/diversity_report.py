@@ -55,12 +55,13 @@ class Diversity:
     updates: Updates
     judgement: Judgement | None = None
 
-    def write(self, folder: Path) -> None:
-        """All numbers as diversity.json (null where there is none), and the heat maps."""
+    def write(self, folder: Path) -> list[str]:
+        """All numbers as diversity.json (null where there is none); heat maps, whose names it returns."""
         write_json(folder / FILE, plain(self._numbers()))
-        for name, (matrix, title, *axes) in self._maps().items():
-            if np.isfinite(matrix).any():
-                plotting.heat_map(matrix, folder / name, title, *axes)
+        maps = {name: one for name, one in self._maps().items() if np.isfinite(one[0]).any()}
+        for name, (matrix, title, *axes) in maps.items():
+            plotting.heat_map(matrix, folder / name, title, *axes)
+        return list(maps)
 
     def results(self) -> dict[str, Any]:
         """What is worth telling: means over pairs of experts by layer, the rest as one number each."""
@@ -106,7 +107,7 @@ class Diversity:
         if self.judgement is not None:
             j = self.judgement
             ratio = j.speculation.over_rejected.value
-            title = "Gate mass on high-scoring rejected answers over that on other rejected answers"
+            title = "Gate mass per token, rejected answers:\nhighest scores over others"
             maps |= {
                 "barriers.png": (j.barriers_MM, "Loss barrier (nats)", *pair, names, names),
                 "speculation.png": (ratio, title, "expert", "layer", None, u.layers),

@@ -54,13 +54,13 @@ def route(options: Route, draft: Draft) -> None:
     statistics.save(draft.folder)
     _draw(statistics, draft)
     draft.results |= {"pairs": len(encoded), "rows": report.summary(), **_summary(statistics)}
-    tables = [_layer_table(statistics), _group_table(statistics)]
+    tables, pictures = [_layer_table(statistics), _group_table(statistics)], ["gate_mass.png"]
     if options.diversity != "none":
         diversity = _diversity(options, tokenizer, encoded[: options.probe_pairs], spied, device)
-        diversity.write(draft.folder)
+        pictures += diversity.write(draft.folder)
         draft.results["diversity"] = diversity.results()
         tables += diversity.tables()
-    (draft.folder / "routing.md").write_text(_report(tables), encoding="utf-8")
+    (draft.folder / "routing.md").write_text(_report(tables, pictures), encoding="utf-8")
 
 
 def _observe(
@@ -149,9 +149,9 @@ def _draw(statistics: RoutingStatistics, draft: Draft) -> None:
     )
 
 
-def _report(tables: Sequence[Table]) -> str:
-    parts = ["# Routing\n", *(table.markdown() for table in tables), "![gate mass](gate_mass.png)\n"]
-    return "\n".join(parts)
+def _report(tables: Sequence[Table], pictures: Sequence[str]) -> str:
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in pictures]
+    return "\n".join(["# Routing\n", *(table.markdown() for table in tables), *shown])
 
 
 def _layer_table(statistics: RoutingStatistics) -> Table:

@@ -36,6 +36,14 @@ class SpreadScores:
         """Standard deviation over members, in units of the score; of these N, not an estimate for more."""
         return self.members_NT.std(0, correction=0)
 
+    def calibrated(self, reference: SpreadScores) -> SpreadScores:
+        """The same with each member shifted so that all have one mean over the texts of `reference`.
+
+        Bradley-Terry training leaves a score's constant open; unlike ones would pass for disagreement.
+        """
+        level_N = reference.members_NT.mean(1)
+        return SpreadScores(self.merged_T, self.members_NT + (level_N.mean() - level_N)[:, None])
+
     def pessimistic_T(self, k: float) -> Tensor:
         """mean - k * spread: what members do not agree on counts for less.
 

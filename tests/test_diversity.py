@@ -31,7 +31,7 @@ from moemerge.recipe import TextFormat
 from moemerge.route import route
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.speculation import gate_mass, speculation
-from moemerge.uncertainty import member_points, score_with_spread
+from moemerge.uncertainty import SpreadScores, member_points, score_with_spread
 from moemerge.upcycle import upcycle
 
 PAIRS = 12
@@ -161,14 +161,24 @@ def test_members_are_the_merged_checkpoints(moe: Path, pairs: list[EncodedPair],
 
 
 def test_disagreement_by_hand() -> None:
-    """Two members, two pairs. Spreads 1, 0, 1, 2; means 1, 1, 2, 4; one verdict of two differs."""
-    scores = torch.tensor([[[0.0, 1.0], [3.0, 2.0]], [[2.0, 1.0], [1.0, 6.0]], [[0.0, 1.0], [3.0, 2.0]]])
+    """Two members, two pairs, the second one's scores 7 too high. One verdict of two differs."""
+    scores = torch.tensor([[[0.0, 1.0], [3.0, 2.0]], [[9.0, 8.0], [8.0, 13.0]], [[0.0, 1.0], [3.0, 2.0]]])
     found = disagreement(scores[:2])
-    means = np.array([1.0, 1.0, 2.0, 4.0])
-    assert found.ratio == pytest.approx((1 + 0 + 1 + 2) / 4 / means.std())
+    one, other = np.array([-1.5, -0.5, 1.5, 0.5]), np.array([-0.5, -1.5, -1.5, 3.5])
+    assert found.ratio == pytest.approx(np.abs(one - other).mean() / 2 / ((one + other) / 2).std())
     assert found.flips_NN.tolist() == [[0, 1], [1, 0]]
     assert disagreement(scores).flips_NN.tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
     assert disagreement(scores[[0, 2]]).ratio == 0
+
+
+def test_calibrated_members_differ_in_judgement_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts_T, levels_N = torch.randn(9, generator=generator), torch.tensor([-3.0, 0.0, 6.0])
+    shifted = SpreadScores(texts_T, texts_T + levels_N[:, None])
+    assert shifted.spread_T.min() > 3 and shifted.calibrated(shifted).spread_T.max() < 1e-6
+    torch.testing.assert_close(shifted.calibrated(shifted).mean_T, shifted.mean_T)
+    reference = SpreadScores(texts_T[:4], torch.zeros(3, 4))
+    assert torch.equal(shifted.calibrated(reference).members_NT, shifted.members_NT)
 
 
 def test_barriers_against_merged_checkpoints(moe: Path, pairs: list[EncodedPair], tmp_path: Path) -> None:
@@ -354,7 +364,7 @@ def test_stage_writes_what_was_measured(moe: Path, pairs: list[EncodedPair], tmp
     assert f"{held['barriers'][-2][-1]:.4f}" in report and f"{judged.ratio:.4f}" in report
     assert ("shared and 0" in report) == has_shared(moe)
     for name in ("update_cosine", "update_distance", "barriers", "speculation"):
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"]({name}.png)" in report
 
 
 def test_stage_with_weights_only_scores_nothing_more(moe: Path, tmp_path: Path) -> None:
