@@ -101,7 +101,11 @@ class Diversity:
         u, names = self.updates, self._member_names()
         pair = ("expert", "expert")
         maps: dict[str, tuple[Any, ...]] = {
-            "update_cosine.png": (u.cosine_LNN.mean(0), "Cosine of expert updates, mean over layers", *pair),
+            "update_cosine.png": (
+                u.cosine_LNN.nanmean(0),
+                "Cosine of expert updates, mean over layers",
+                *pair,
+            ),
             "update_distance.png": (u.distance_LNN.mean(0), "Distance of experts, mean over layers", *pair),
         }
         if self.judgement is not None:
@@ -131,7 +135,7 @@ class Diversity:
         first = len(names) - u.size_LN.shape[1]
         for one, other in combinations(range(len(names)), 2):
             a, b = one - first, other - first
-            cosine = u.cosine_LNN[:, a, b].mean() if a >= 0 else math.nan
+            cosine = u.cosine_LNN[:, a, b].nanmean() if a >= 0 else math.nan
             distance = u.distance_LNN[:, a, b].mean() if a >= 0 else u.size_LN[:, b].mean()
             row = [f"{names[one]} and {names[other]}", _number(cosine), _number(distance)]
             if j is not None:
@@ -141,9 +145,9 @@ class Diversity:
 
 
 def mean_off_diagonal(values_LNN: Tensor) -> list[float]:
-    """Mean over pairs of different experts, per layer."""
+    """Mean over pairs of different experts, per layer; pairs without a value are left out."""
     apart_NN = ~torch.eye(values_LNN.shape[1], dtype=torch.bool)
-    return [float(value) for value in values_LNN[:, apart_NN].mean(1)]
+    return [float(value) for value in values_LNN[:, apart_NN].nanmean(1)]
 
 
 def plain(value: Any) -> Any:

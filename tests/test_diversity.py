@@ -19,6 +19,7 @@ from moemerge.artifacts import read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.diversity import barriers, disagreement, line_point, measure_updates, score_pairs_at
+from moemerge.diversity_report import mean_off_diagonal, plain
 from moemerge.errors import DataError
 from moemerge.families import family_of
 from moemerge.families.dense import dense_class, dense_config
@@ -372,13 +373,13 @@ def test_stage_with_weights_only_scores_nothing_more(moe: Path, tmp_path: Path) 
     folder = route(**given, output=tmp_path / "weights", diversity="weights")
     held = json.loads((folder / "diversity.json").read_text())
     assert held.keys() == {"layers", "cosine", "distance", "size"}
-    plain = route(**given, output=tmp_path / "none")
-    names = {path.name for path in folder.iterdir()} - {path.name for path in plain.iterdir()}
+    without = route(**given, output=tmp_path / "none")
+    names = {path.name for path in folder.iterdir()} - {path.name for path in without.iterdir()}
     assert names == {"diversity.json", "update_cosine.png", "update_distance.png"}
-    report = (plain / "routing.md").read_text()
+    report = (without / "routing.md").read_text()
     tables = report.removesuffix("![gate mass](gate_mass.png)\n")
     assert tables and (folder / "routing.md").read_text().startswith(tables)
-    assert "diversity" not in read_manifest(plain)["results"]
+    assert "diversity" not in read_manifest(without)["results"]
 
 
 def test_untrained_experts_are_reported_without_a_cosine(tmp_path: Path) -> None:
@@ -391,3 +392,11 @@ def test_untrained_experts_are_reported_without_a_cosine(tmp_path: Path) -> None
     assert told["verdicts_that_differ"] == told["disagreement"] == 0
     assert told["largest_barrier"] == pytest.approx(0, abs=1e-7)
     assert not (folder / "update_cosine.png").exists()
+
+
+def test_means_over_pairs_leave_out_pairs_without_a_value() -> None:
+    """Of three experts the last did not move: one cosine is left."""
+    nan = math.nan
+    cosine_NN = torch.tensor([[1, 0.5, nan], [0.5, 1, nan], [nan, nan, nan]], dtype=torch.float64)
+    assert mean_off_diagonal(cosine_NN[None]) == [0.5]
+    assert plain({"a": cosine_NN[:1], "b": (nan, 1)}) == {"a": [[1.0, 0.5, None]], "b": [None, 1]}
