@@ -108,14 +108,14 @@ def score_pairs_at(
 def barriers(
     merged: MergedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], batch_tokens: int
 ) -> Tensor:
-    """Loss barrier between any two members of a MoE, [M, M], nats; the shared expert, if any, comes first.
+    """Loss barrier between any two members of a merge, [M, M], nats; the shared one, if any, comes first.
 
     Along the straight line from one member to the other, in all layers at once: the Bradley-Terry loss at a
     quarter, a half and three quarters of the way, minus the same mixture of the losses at the ends; the
     largest of the three, and at least 0, as at the ends (linear mode connectivity, arXiv 1912.05671).
     Costs M + 3 M (M - 1) / 2 passes of the dense model over `pairs`.
     """
-    members = merged.alpha_LN.shape[1] + merged.source.settings.shared_expert
+    members = merged.alpha_LN.shape[1] + merged.source.has_shared
     ways = list(combinations(range(members), 2))
     points = [line_point(merged, end, end, 0.0) for end in range(members)]
     points += [line_point(merged, *ends, t) for ends in ways for t in STEPS]
@@ -131,7 +131,7 @@ def barriers(
 
 def line_point(merged: MergedModel, one: int, other: int, t: float) -> Point:
     """The point at `t` in [0, 1] of the line from member `one` to member `other`, numbered as in barriers."""
-    has_shared = merged.source.settings.shared_expert
+    has_shared = merged.source.has_shared
     weight_M = torch.zeros(merged.alpha_LN.shape[1] + has_shared, dtype=torch.float64)
     weight_M[one] += 1 - t
     weight_M[other] += t

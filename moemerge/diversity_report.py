@@ -103,7 +103,7 @@ class Diversity:
         maps: dict[str, tuple[Any, ...]] = {
             "update_cosine.png": (
                 u.cosine_LNN.nanmean(0),
-                "Cosine of expert updates, mean over layers",
+                "Cosine of updates, mean over layers",
                 *pair,
             ),
             "update_distance.png": (u.distance_LNN.mean(0), "Distance of experts, mean over layers", *pair),

@@ -1,11 +1,14 @@
-"""What options are, and those that stages share. Imports nothing heavy, as recipe.py."""
+"""What options are made of: their base, what every stage takes, what is read, what is merged.
+
+This file imports nothing heavy: `moemerge --help` and `moemerge check` depend on that.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moemerge.errors import suggest
 
@@ -17,6 +20,7 @@ class _Input:
 INPUT = _Input()
 Source = Annotated[str, INPUT]
 Sources = Annotated[dict[str, str], INPUT]
+SourceList = Annotated[list[str], INPUT]
 Layers = str
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
 
@@ -58,6 +62,34 @@ class TextFormat(Options):
             if name not in COLUMNS:
                 raise ValueError(f"{name!r} is no field to rename: {suggest(name, COLUMNS)}")
         return fields
+
+
+class Members(Options):
+    """What is merged: the experts of a MoE, or models of one architecture."""
+
+    model: Source | None = Field(None, description="MoE folder")
+    models: SourceList = Field(
+        default_factory=list,
+        description="in place of a MoE: models of one architecture, two or more with base",
+    )
+    base: Source | None = Field(
+        None,
+        description="with models: a reward model that weighs in as a shared expert does; it gives config, "
+        "tokenizer and what is not merged (default: the first of models gives these, and nothing is shared)",
+    )
+    scope: Literal["all", "body", "mlp"] = Field(
+        "all", description="with models: what is merged: all; body, which is all but the head; mlp"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_members(self) -> Members:
+        if (self.model is None) != bool(self.models):
+            raise ValueError("give a MoE as model, or several models, and not both")
+        if self.model and (self.base or self.scope != "all"):
+            raise ValueError("base and scope go with models, not with a MoE")
+        if self.models and len(self.models) + bool(self.base) < 2:
+            raise ValueError("models: one model alone cannot be merged")
+        return self
 
 
 def input_fields(options: Options) -> dict[str, Any]:

@@ -6,16 +6,13 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options import Layers, Source, Sources
-from moemerge.options import Options as Options
-from moemerge.options import Run as Run
-from moemerge.options import TextFormat as TextFormat
-from moemerge.options import input_fields as input_fields
+from moemerge.options import Layers, Members, Options, Run, Source, Sources, TextFormat
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -180,8 +177,14 @@ class Route(RouteSettings, TextFormat, Run):
 class FitSettings(Options):
     """Merge coefficients: one per layer and expert, and a weight for the shared expert."""
 
-    method: str = Field("learned", description="uniform, usage, learned, ...")
-    initial: Literal["uniform", "usage"] = Field("usage", description="where learned starts")
+    method: str = Field("learned", description="uniform, usage, learned, grid, ...")
+    initial: Literal["auto", "uniform", "usage"] = Field(
+        "auto", description="where learned and grid start; auto: usage if there is routing, else uniform"
+    )
+    grid: list[float] = Field(
+        default_factory=lambda: [step / 20 for step in range(21)],
+        description="method grid: the shared weights to try",
+    )
     shared_weight: float | Literal["match", "learned"] = Field(
         0.5, description="weight of the shared expert: a number in [0, 1], match (as in routing) or learned"
     )
@@ -200,13 +203,14 @@ class FitSettings(Options):
     def _weight_in_range(self) -> FitSettings:
         if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
             raise ValueError("shared_weight is outside [0, 1]")
+        if not self.grid or not all(0 <= value <= 1 for value in self.grid):
+            raise ValueError("grid needs values, all in [0, 1]")
         return self
 
 
-class Fit(FitSettings, TextFormat, Run):
+class Fit(FitSettings, Members, TextFormat, Run):
     """Options of `moemerge fit`."""
 
-    model: Source = Field(description="MoE folder")
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
     pairs: Source | None = Field(None, description="fitting pairs; needed by learned")
     validation: Source | None = Field(
@@ -215,7 +219,7 @@ class Fit(FitSettings, TextFormat, Run):
 
 
 class MergeSettings(Options):
-    """MoE + coefficients -> dense reward model of the original architecture."""
+    """MoE or models + coefficients -> dense reward model of the original architecture."""
 
     method: str = Field(
         "routing_normalized_average", description="ours, or a method of mergekit: linear, ties, karcher, ..."
@@ -235,25 +239,38 @@ class MergeSettings(Options):
         return self
 
 
-class Merge(MergeSettings, Run):
+class Merge(MergeSettings, Members, Run):
     """Options of `moemerge merge`."""
 
-    model: Source = Field(description="MoE folder")
     coefficients: Source | None = Field(
         None, description="folder written by fit; a method of mergekit takes them as its weight"
+    )
+    weights: list[float] = Field(
+        default_factory=list,
+        description="with models: a weight for each, the base first if there is one; no coefficients then; "
+        "their sum does not matter (default: equal)",
     )
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
-        if self.method == "routing_normalized_average" and self.coefficients is None:
+        if self.model and self.method == "routing_normalized_average" and self.coefficients is None:
             raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
         return self
 
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Merge:
+        if self.weights and (self.model or self.coefficients):
+            raise ValueError("weights go with models, in place of coefficients")
+        if self.weights and len(self.weights) != len(self.models) + bool(self.base):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
+        if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
+            raise ValueError("weights must be finite, none below zero and one above")
+        return self
 
-class Export(Run):
+
+class Export(Members, Run):
     """Options of `moemerge export`."""
 
-    model: Source = Field(description="MoE folder")
     coefficients: Source | None = Field(
         None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
     )

@@ -28,7 +28,7 @@ from moemerge.merged_model import MergedModel
 from moemerge.modelling import load_moe
 from moemerge.moe import gate_weights, moe_layers
 from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.route import route
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.speculation import gate_mass, speculation
@@ -70,8 +70,8 @@ def scores_of(folder: Path, pairs: list[EncodedPair]) -> Tensor:
 
 def merge_to(moe: Path, output: Path, alpha_LN: Tensor, shared_L: Tensor) -> Path:
     layers = MoeCheckpoint(moe).settings.layers
-    named = getattr(Coefficients, "of_layers", Coefficients)
-    named(layers, alpha_LN.contiguous(), shared_L.contiguous()).save(output.parent / f"c-{output.name}")
+    found = Coefficients.of_layers(layers, alpha_LN.contiguous(), shared_L.contiguous())
+    found.save(output.parent / f"c-{output.name}")
     return merge(model=str(moe), coefficients=str(output.parent / f"c-{output.name}"), output=output)
 
 

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import TINY
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import MergeOptions, run_merge
-from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, write_rows
+from conftest import CORE
+from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, stock_merge, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.artifacts import read_manifest
@@ -35,7 +31,7 @@ LINEAR = {"method": "linear", "parameters": {"normalize": False}}
 
 def fitted(folder: Path, shared: bool = True) -> str:
     shared_L = SHARED if shared else torch.zeros(3, dtype=torch.float64)
-    return str(Coefficients([0, 1, 2], ALPHA, shared_L).save(folder).parent)
+    return str(Coefficients.of_layers([0, 1, 2], ALPHA, shared_L).save(folder).parent)
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -57,20 +53,7 @@ def assert_close(one: Path, other: Path) -> None:
         assert x.dtype == y.dtype and float((x.double() - y.double()).abs().max()) <= bound, name
 
 
-def stock_merge(config: Path, output: Path) -> Path:
-    """mergekit's own merge of a YAML file, in this process."""
-    LoaderCache.loaders.clear()
-    text = config.read_text()
-    run_merge(
-        MergeConfiguration.model_validate(yaml.safe_load(text)),
-        str(output),
-        MergeOptions(),
-        config_source=text,
-    )
-    return output
-
-
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", CORE)
 def test_exported_experts_merge_in_stock_mergekit(family: str, tmp_path: Path) -> None:
     moe, given = make_moe(tmp_path / "moe", family), fitted(tmp_path / "fit")
     folder = export(model=str(moe), coefficients=given, output=tmp_path / "experts")
@@ -146,7 +129,7 @@ def test_mixed_cases_merge_alike(tmp_path: Path) -> None:
     config = json.loads((wide / "config.json").read_text())
     config["moemerge"]["dense_dtype"] = "bfloat16"
     (wide / "config.json").write_text(json.dumps(config))
-    middle = Coefficients([1], ALPHA[1:2], SHARED[1:2]).save(tmp_path / "middle")
+    middle = Coefficients.of_layers([1], ALPHA[1:2], SHARED[1:2]).save(tmp_path / "middle")
     cases = {"bare": fitted(tmp_path / "c", shared=False), "one": str(middle), "wide": fitted(tmp_path / "d")}
     for (name, given), moe in zip(cases.items(), (bare, one, wide), strict=True):
         folder = export(model=str(moe), coefficients=given, output=tmp_path / f"{name}+@experts")
@@ -173,7 +156,7 @@ def test_exported_experts_can_be_evaluated(tmp_path: Path) -> None:
 
 
 def test_foreign_coefficients_are_refused(tmp_path: Path) -> None:
-    given = Coefficients([0, 1, 3], ALPHA, SHARED).save(tmp_path / "fit")
+    given = Coefficients.of_layers([0, 1, 3], ALPHA, SHARED).save(tmp_path / "fit")
     with pytest.raises(CheckpointError, match="do not belong"):
         export(model=str(make_moe(tmp_path / "moe")), coefficients=str(given), output=tmp_path / "experts")
     assert not (tmp_path / "experts").exists()

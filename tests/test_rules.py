@@ -89,7 +89,7 @@ IMPORTS = {module: own(imported(outside_type_checking(tree))) for module, tree i
 def test_the_scanner_sees_imports() -> None:
     """Guards the tests below against a scanner that finds nothing."""
     assert (
-        "recipe" in IMPORTS["artifacts"] and "pipeline" in IMPORTS["cli"] and "probes" in IMPORTS["evaluate"]
+        "options" in IMPORTS["artifacts"] and "pipeline" in IMPORTS["cli"] and "probes" in IMPORTS["evaluate"]
     )
     assert {module for module in STAGES | GROUND if module not in NAMES} == set()
 
