@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
-NOT_COPIED = {"config.json", "manifest.json", "README.md", "training_args.bin", "moemerge_shim.py"}
+NOT_COPIED = {
+    "config.json",
+    "manifest.json",
+    "README.md",
+    "training_args.bin",
+    "moemerge_shim.py",
+    "moemerge_layout.json",
+}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -185,7 +192,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
 def _shards(
     tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """`tensors` in groups of at most `shard_size` bytes, or of one tensor. Whoever takes a group clears it."""
+    """`tensors` in groups of at most `shard_size` bytes or one tensor. Whoever takes a group clears it."""
     shard: dict[str, torch.Tensor] = {}
     size, storages = 0, set[int]()
     for name, tensor in tensors:

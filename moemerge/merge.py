@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from moemerge.averaging import row_blocks
 from moemerge.checkpoint import Checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
-from moemerge.families.dense import skeleton
-from moemerge.host_methods import OURS, HostMethod
 from moemerge.members import open_members
-from moemerge.recipe import Merge
+from moemerge.recipe import OURS, Merge
 from moemerge.sources import MergedTensor, MergeSource
+
+if TYPE_CHECKING:
+    from moemerge.host_methods import HostMethod
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,7 @@ def merge(options: Merge, draft: Draft) -> None:
     meant: dict[str, str] = {}
     tensors = _noted(_dense_tensors(source, way, dtype), meant)
     write_checkpoint(draft.folder, tensors, options.shard_size)
-    config = source.dense_config()
-    config.dtype = dtype
-    config.save_pretrained(draft.folder)
+    source.write_config(draft.folder, dtype)
     source.write_side_files(draft.folder)
     _compare(draft.folder, source, meant)
     log.info("merge: largest difference to the float64 sum %.2e", way.largest_difference)
@@ -127,6 +126,8 @@ def _way(options: Merge, source: MergeSource, dtype: torch.dtype, device: torch.
     if options.method == OURS:
         assert found is not None
         return _Average(source, found, dtype)
+    from moemerge.host_methods import HostMethod  # imports mergekit
+
     method = HostMethod(options.method, options.parameters, found, options.seed)
     if found is not None and not method.weighs:
         log.warning("merge: %s takes no weights, so the coefficients are not used", options.method)
@@ -197,9 +198,8 @@ class _Hosted:
 
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    merged, kept = {tensor.dense: tensor for tensor in source.tensors}, set(source.backbone)
-    names = [n for n in skeleton(source.dense_config()).state_dict() if n in merged or n in kept]
-    for name in tqdm(names, desc="merge", leave=False, disable=None):
+    merged = {tensor.dense: tensor for tensor in source.tensors}
+    for name in tqdm(source.names(), desc="merge", leave=False, disable=None):
         if name in merged:
             yield name, way.merged(merged[name])
         else:

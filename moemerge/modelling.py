@@ -32,6 +32,7 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import FAMILIES, family_of
 from moemerge.families.base import Family
 from moemerge.families.dense import PREFIX, dense_class, dense_config, is_moe, require_moe
+from moemerge.layout import write_layout
 from moemerge.moe import MoELayer, MoeSettings, StackedExperts, TokenContext, moe_layers
 
 __all__ = ["dense_class", "dense_config", "install_shim", "is_moe", "load_moe", "moe_config", "register"]
@@ -108,9 +109,10 @@ class MoemergeRewardMixin(MoemergeModelMixin):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As the dense class; adds the shim that tells others what to install."""
+        """As the dense class; adds the shim that tells others what to install, and the layout."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         install_shim(save_directory, self.config.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
+        write_layout(save_directory)
 
 
 @cache

@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 
 from moemerge.options import Layers, Members, Options, Run, Source, Sources, TextFormat
 
+# The name of our own merge method.
+OURS = "routing_normalized_average"
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
@@ -221,9 +223,7 @@ class Fit(FitSettings, Members, TextFormat, Run):
 class MergeSettings(Options):
     """MoE or models + coefficients -> dense reward model of the original architecture."""
 
-    method: str = Field(
-        "routing_normalized_average", description="ours, or a method of mergekit: linear, ties, karcher, ..."
-    )
+    method: str = Field(OURS, description="ours, or a method of mergekit: linear, ties, karcher, ...")
     parameters: dict[str, float | bool | str] = Field(
         default_factory=dict, description="of a method of mergekit, e.g. density=0.5, for all experts"
     )
@@ -234,7 +234,7 @@ class MergeSettings(Options):
 
     @model_validator(mode="after")
     def _parameters_have_a_method(self) -> MergeSettings:
-        if self.method == "routing_normalized_average" and self.parameters:
+        if self.method == OURS and self.parameters:
             raise ValueError("routing_normalized_average takes coefficients, no parameters")
         return self
 
@@ -253,7 +253,7 @@ class Merge(MergeSettings, Members, Run):
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
-        if self.model and self.method == "routing_normalized_average" and self.coefficients is None:
+        if self.model and self.method == OURS and self.coefficients is None:
             raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
         return self
 

@@ -23,6 +23,7 @@ from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import is_moe, skeleton
 from moemerge.layers import parse_layers
+from moemerge.layout import write_layout
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
@@ -48,6 +49,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
+    write_layout(draft.folder)
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
     _compare(options, draft, device)
