@@ -22,9 +22,10 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from moemerge.checkpoint import Checkpoint, write_checkpoint
+from moemerge.dense_checkpoint import source_names
 from moemerge.modelling import moe_config
 from moemerge.recipe import Upcycle
-from moemerge.upcycle import _dense_config, _moe_tensors, _settings, _source_names, upcycle
+from moemerge.upcycle import _dense_config, _moe_tensors, _settings, upcycle
 
 
 def make_dense(folder: Path, hidden: int, layers: int, dtype: str = "float32") -> None:
@@ -55,7 +56,7 @@ def write_only(options: Upcycle) -> None:
     config = _dense_config(source, options)
     moe = moe_config(config, _settings(options, config))
     options.output.mkdir()
-    tensors = _moe_tensors(source, _source_names(source, config), moe, options)
+    tensors = _moe_tensors(source, source_names(source, config), moe, options)
     write_checkpoint(options.output, tensors, options.shard_size)
     flush(options.output)
 

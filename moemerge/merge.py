@@ -150,12 +150,12 @@ class _Average:
     def __post_init__(self) -> None:
         self.rows = _rows(self.source, self.coefficients)
 
+    @runtime.one_thread()
     def merged(self, tensor: MergedTensor) -> Tensor:
         merged = torch.empty(tensor.shape, dtype=self.dtype)
         copies = list(self.source.matrices(tensor))
-        with runtime.one_thread():
-            for block, *parts in zip(*map(row_blocks, (merged, *copies)), strict=True):
-                self._merge(block, parts, tensor)
+        for block, *parts in zip(*map(row_blocks, (merged, *copies)), strict=True):
+            self._merge(block, parts, tensor)
         return merged
 
     def _merge(self, block: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
@@ -203,7 +203,14 @@ def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterat
         if name in merged:
             yield name, way.merged(merged[name])
         else:
-            yield name, _finite(_cast(_finite(source.kept(name), name), dtype), f"{name} as {dtype}")
+            yield name, _kept(source, name, dtype)
+
+
+@runtime.one_thread()
+def _kept(source: MergeSource, name: str, dtype: torch.dtype) -> Tensor:
+    stored = _finite(source.kept(name), name)
+    kept = _cast(stored, dtype)
+    return kept if kept is stored else _finite(kept, f"{name} as {dtype}")
 
 
 def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
