@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +31,8 @@ MB = 1e6
 class Cost:
     """What one child process took: wall and CPU seconds, bytes.
 
-    `anonymous` is its peak of memory that no file stands behind, `read` and `written` what went through
-    the block layer.
+    `anonymous` is its peak of memory that no file stands behind; `read` came from the disk, `written` is what
+    must go there.
     """
 
     seconds: float
@@ -87,12 +87,14 @@ def fields(pid: int, name: str) -> dict[str, int]:
     return {key: int(text.split()[0]) for key, text in pairs if text.split() and text.split()[0].isdigit()}
 
 
-def raw_copy(source: Path, target: Path) -> None:
-    """Copy all weights as they are; flushed to disk."""
+def raw_copy(root: Path, target: Path) -> None:
+    """Print seconds: a copy of the MoE's weights as they are, flushed to disk."""
+    start = time.perf_counter()
     target.mkdir()
-    for path in source.glob("*.safetensors"):
+    for path in (root / "moe").glob("*.safetensors"):
         shutil.copyfile(path, target / path.name)
     flush(target)
+    print(time.perf_counter() - start, 0)
 
 
 def flush(folder: Path) -> None:
@@ -111,7 +113,7 @@ def forget(folder: Path) -> None:
 
 
 def make_inputs(root: Path, hidden: int, layers: int, dtype: str, shard_size: int) -> None:
-    """A MoE of 1 shared and 7 routed experts that differ, random coefficients for it, its experts exported."""
+    """A MoE of 1 shared and 7 routed experts that differ, random coefficients, its experts exported."""
     import torch
     from upcycle import make_dense
 
@@ -143,45 +145,84 @@ def theirs(root: Path, output: Path, *more: str) -> list[str]:
     return [str(program), str(root / "experts" / "linear.yml"), str(output), "--quiet", *more]
 
 
-def itself(root: Path, output: Path) -> list[str]:
-    """The command that tells how long the merge takes once everything is imported."""
-    return [sys.executable, __file__, "--itself", str(root), str(output)]
-
-
 def merge_itself(root: Path, output: Path) -> None:
     """Print seconds and anonymous memory before: one merge, everything imported."""
     from moemerge.merge import merge
+    from moemerge.moe_checkpoint import MoeCheckpoint
 
+    MoeCheckpoint(root / "moe")
     before = fields(os.getpid(), "status")["RssAnon"] * 1024
     start = time.perf_counter()
     merge(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=output)
     print(time.perf_counter() - start, before)
 
 
-def compare(root: Path, repeats: int) -> dict[str, list[Cost]]:
-    """Everything in turn, `repeats` times, and one pass with the inputs out of the page cache."""
-    costs: dict[str, list[Cost]] = {}
-    for repeat in range(repeats + 1):
-        for name, (command, one_thread) in commands(root, root / "out").items():
-            if repeat == repeats:
-                forget(root)
-            costs.setdefault(name, []).append(run(command, one_thread))
-            print(name, repeat, costs[name][-1], file=sys.stderr)
-            flush(root / "out")
-            shutil.rmtree(root / "out")
-    return costs
-
-
 def commands(root: Path, output: Path) -> dict[str, tuple[list[str], bool]]:
     """What is compared, and whether it has one thread only."""
-    copy = [sys.executable, __file__, "--copy", str(root / "moe"), str(output)]
+    copy, itself = (
+        [sys.executable, __file__, flag, str(root), str(output)] for flag in ("--copy", "--itself")
+    )
     return {
         "copy": (copy, False),
-        "merge itself": (itself(root, output), False),
+        "merge itself": (itself, False),
         "moemerge merge": (ours(root, output), False),
         "mergekit-yaml": (theirs(root, output), False),
         "mergekit-yaml -j 1": (theirs(root, output, "-j", "1"), True),
     }
+
+
+def compare(root: Path, repeats: int) -> dict[str, list[Cost]]:
+    """Costs of all commands in turn, `repeats` times, and then once with files out of the page cache."""
+    costs: dict[str, list[Cost]] = {name: [] for name in commands(root, root)}
+    for repeat in range(repeats + 1):
+        for name, (command, one_thread) in commands(root, root / "out").items():
+            if repeat == repeats:
+                forget(root)
+            costs[name].append(run(command, one_thread))
+            print(f"{name:<20} {costs[name][-1]}", file=sys.stderr)
+            flush(root / "out")
+            keep = root / f"last {name}"
+            shutil.rmtree(keep, ignore_errors=True)
+            (root / "out").rename(keep)
+    return costs
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between two checkpoints of the same tensors."""
+    from moemerge.checkpoint import Checkpoint
+
+    mine, theirs = Checkpoint(one), Checkpoint(other)
+    assert set(mine.names) == set(theirs.names)
+    return max(float((mine.tensor(n).double() - theirs.tensor(n).double()).abs().max()) for n in mine.names)
+
+
+def told(cost: Cost) -> tuple[float, float]:
+    """Seconds that the child measured itself, and its anonymous memory before that."""
+    seconds, before = cost.said.split()[-2:]
+    return float(seconds), float(before)
+
+
+def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) -> Iterator[str]:
+    """The row's parts; ratios are medians of ratios per repeat."""
+    *timed, cold = zip(*(costs[name] for name in costs), strict=True)
+    rounds = [dict(zip(costs, row, strict=True)) for row in timed]
+    last = dict(zip(costs, cold, strict=True))
+    median = statistics.median
+    copies, merges = ([told(r[name])[0] for r in rounds] for name in ("copy", "merge itself"))
+    ratio = median(m / c for m, c in zip(merges, copies, strict=True))
+    yield f"copy {median(copies):.2f} s, merge itself {median(merges):.2f} s ({ratio:.2f}x)"
+    for name in list(costs)[2:]:
+        seconds, cpu = median(r[name].seconds for r in rounds), median(r[name].cpu for r in rounds)
+        times = median(r[name].seconds / r["moemerge merge"].seconds for r in rounds)
+        yield f"{name} {seconds:.2f} s ({times:.1f}x; CPU {cpu:.1f} s)"
+    peaks = {name: max(r[name].anonymous for r in rounds) for name in list(costs)[2:]}
+    rise = max(r["merge itself"].anonymous - told(r["merge itself"])[1] for r in rounds)
+    listed = ", ".join(
+        f"{name} {peak / MB:.0f} MB ({peak / largest_shard:.2f})" for name, peak in peaks.items()
+    )
+    yield f"anonymous memory (in largest shards): {listed}, merging itself {rise / largest_shard:.2f}"
+    moved = (f"{name} {last[name].read / MB:.0f} and {last[name].written / MB:.0f} MB" for name in costs)
+    yield f"from and to disk, cold: {', '.join(moved)}; largest difference to mergekit's result {difference:.1e}"
 
 
 def main() -> None:
@@ -194,20 +235,23 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=300_000_000)
     parser.add_argument("--itself", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--copy", nargs=2, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--root", type=Path)
     a = parser.parse_args()
     if a.itself:
-        merge_itself(*a.itself)
-    elif a.copy:
-        start = time.perf_counter()
-        raw_copy(*a.copy)
-        print(time.perf_counter() - start, 0)
-    else:
-        root = a.root
-        if not root.exists():
-            root.mkdir()
-            make_inputs(root, a.hidden, a.layers, a.dtype, a.shard_size)
-        compare(root, a.repeats)
+        return merge_itself(*a.itself)
+    if a.copy:
+        return raw_copy(*a.copy)
+    with tempfile.TemporaryDirectory(dir=".", suffix=".tmp") as name:
+        root = Path(name).absolute()
+        make_inputs(root, a.hidden, a.layers, a.dtype, a.shard_size)
+        costs = compare(root, a.repeats)
+        difference = largest_difference(root / "last moemerge merge", root / "last mergekit-yaml")
+        sizes = [path.stat().st_size for path in (root / "moe").glob("*.safetensors")]
+    print(
+        f"| merge of 1 shared and 7 routed experts | {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of at most"
+        f" {max(sizes) / MB:.0f} MB, {a.dtype}, {a.repeats} repeats, load {os.getloadavg()[0]:.1f} | "
+        + "; ".join(report(costs, max(sizes), difference))
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,13 +50,14 @@ def merge(options: Merge, draft: Draft) -> None:
     source = open_members(options)
     dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
     way = _way(options, source, dtype, device)
-    meant: dict[str, str] = {}
-    tensors = _noted(_dense_tensors(source, way, dtype), meant)
-    write_checkpoint(draft.folder, tensors, options.shard_size)
-    source.write_config(draft.folder, dtype)
-    source.write_side_files(draft.folder)
-    _compare(draft.folder, source, meant)
-    log.info("merge: largest difference to the float64 sum %.2e", way.largest_difference)
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        meant: dict[str, Future[str]] = {}
+        tensors = _noted(_dense_tensors(source, way, dtype), meant, pool)
+        write_checkpoint(draft.folder, tensors, options.shard_size)
+        source.write_config(draft.folder, dtype)
+        source.write_side_files(draft.folder)
+        _compare(draft.folder, source, meant, pool)
+    log.info("merge: largest difference to what was meant %.2e", way.largest_difference)
     draft.results |= {
         "method": options.method,
         "largest_difference": way.largest_difference,
@@ -159,18 +161,18 @@ class _Average:
         return merged
 
     def _merge(self, block: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
-        """Fill `block`, rows of the dense tensor, from `parts`, the same rows of its copies."""
+        """Fill `block`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
         c, row = self.coefficients, self.rows[tensor.dense]
-        size = max(
-            _bound(p, f"{tensor.dense} of {n}") for n, p in zip(self.source.member_names, parts, strict=True)
-        )
         wide = (_widened(part, block.dtype) for part in parts)
         block.copy_(self.source.average(wide, c.alpha_LN[row], float(c.shared_L[row])))
-        _bound(block, f"{tensor.dense} as merged")
         difference = _difference(block, c.weights(row, self.source.has_shared), parts)
-        precision = max(torch.finfo(block.dtype).eps, torch.finfo(torch.float32).eps)
-        if difference > (size + torch.finfo(block.dtype).tiny) * precision * (2 + len(parts)):
-            raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
+        # Rounding is bounded by the copies, of which `block` is an average: if it will do, they need no look.
+        if not math.isfinite(difference) or difference > _rounding(block, [block]):
+            for name, part in zip(self.source.member_names, parts, strict=True):
+                _finite(part, f"{tensor.dense} of {name}")
+            _finite(block, f"{tensor.dense} as merged")
+            if difference > _rounding(block, parts):
+                raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
         self.largest_difference = max(self.largest_difference, difference)
 
 
@@ -220,16 +222,8 @@ def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
     """`tensor`; CheckpointError if it holds NaN or an infinity."""
-    if tensor.is_floating_point():
-        _bound(tensor, what)
-    return tensor
-
-
-def _bound(tensor: Tensor, what: str) -> float:
-    """The largest magnitude in `tensor`; CheckpointError if it holds NaN or an infinity."""
-    low, high = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
-    if math.isfinite(low) and math.isfinite(high):
-        return max(-low, high)
+    if not tensor.is_floating_point() or math.isfinite(_magnitude(tensor)):
+        return tensor
     raise CheckpointError(
         "weights are not finite",
         given=f"NaN or infinity in {what}",
@@ -238,22 +232,37 @@ def _bound(tensor: Tensor, what: str) -> float:
     )
 
 
+def _magnitude(tensor: Tensor) -> float:
+    """The largest magnitude in `tensor`; NaN if it holds one."""
+    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+    return float(torch.maximum(-low, high))
+
+
 def _difference(block: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
-    """Largest |block - float64 sum|."""
+    """Largest |block - float64 sum|; not finite if anything in them is not."""
     rest = block.double()
     for weight, part in zip(weights, parts, strict=True):
         rest.sub_(part, alpha=weight)
-    return float(rest.abs().max())
+    return _magnitude(rest)
+
+
+def _rounding(block: Tensor, parts: Sequence[Tensor]) -> float:
+    """How far rounding can take the average of `parts`, written to `block`, from the float64 sum."""
+    written, summed = torch.finfo(block.dtype), torch.finfo(torch.float32)
+    size = max(map(_magnitude, parts)) + written.tiny
+    return size * max(written.eps, summed.eps) * (3 + len(parts))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _noted(tensors: Iterator[tuple[str, Tensor]], meant: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _noted(
+    tensors: Iterator[tuple[str, Tensor]], meant: dict[str, Future[str]], pool: Executor
+) -> Iterator[tuple[str, Tensor]]:
     """`tensors`, their digests being put into `meant`."""
     for name, tensor in tensors:
-        meant[name] = _digest(tensor)
+        meant[name] = pool.submit(_digest, tensor)
         yield name, tensor
 
 
@@ -264,14 +273,17 @@ def _digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _compare(folder: Path, source: MergeSource, meant: dict[str, str]) -> None:
+def _compare(folder: Path, source: MergeSource, meant: dict[str, Future[str]], pool: Executor) -> None:
     """Read every written tensor back; CheckpointError unless it has the digest that was meant."""
     written = Checkpoint(folder)
     wanted = {*source.backbone, *(tensor.dense for tensor in source.tensors)}
     if set(written.names) != wanted:
         raise _not_as_meant(f"names {sorted(wanted ^ set(written.names))[:5]} are missing or left over")
-    for name in tqdm(written.names, desc="read back", leave=False, disable=None):
-        if _digest(written.tensor(name)) != meant[name]:
+    found = pool.map(lambda name: _digest(written.tensor(name)), written.names)
+    for name, digest in tqdm(
+        zip(written.names, found, strict=True), desc="read back", leave=False, disable=None
+    ):
+        if digest != meant[name].result():
             raise _not_as_meant(f"{name} differs from what was meant")
 
 
