@@ -222,7 +222,8 @@ def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) 
     )
     yield f"anonymous memory (in largest shards): {listed}, merging itself {rise / largest_shard:.2f}"
     moved = (f"{name} {last[name].read / MB:.0f} and {last[name].written / MB:.0f} MB" for name in costs)
-    yield f"from and to disk, cold: {', '.join(moved)}; largest difference to mergekit's result {difference:.1e}"
+    yield f"from and to disk, cold: {', '.join(moved)}"
+    yield f"largest difference to mergekit's result {difference:.1e}"
 
 
 def main() -> None:
@@ -247,7 +248,7 @@ def main() -> None:
         difference = largest_difference(root / "last moemerge merge", root / "last mergekit-yaml")
         sizes = [path.stat().st_size for path in (root / "moe").glob("*.safetensors")]
     print(
-        f"| merge of 1 shared and 7 routed experts | {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of at most"
+        f"| merge of 8 experts | {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of at most"
         f" {max(sizes) / MB:.0f} MB, {a.dtype}, {a.repeats} repeats, load {os.getloadavg()[0]:.1f} | "
         + "; ".join(report(costs, max(sizes), difference))
         + " |"

@@ -269,7 +269,7 @@ def _noted(
 def _digest(tensor: Tensor) -> str:
     """sha256 over shape, dtype and bits."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
