@@ -102,7 +102,7 @@ class MergedModel:
 
     def _matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
         """The members' copies on the device: the shared one if any, then the N others."""
-        stream = (matrix.to(self.device) for matrix in self.source.matrices(tensor))
+        stream = (matrix.to(self.device).contiguous() for matrix in self.source.matrices(tensor))
         if self._kept is None:
             return stream
         if tensor.dense not in self._kept:

@@ -1,4 +1,4 @@
-"""Writing checkpoints: tensors come back bit for bit, whatever their memory looks like, in shards as asked."""
+"""Writing checkpoints: tensors come back bit for bit, however they lie in memory, in shards as asked."""
 
 from __future__ import annotations
 
