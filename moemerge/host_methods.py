@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import OptionError, suggest
-from moemerge.recipe import OURS
+from moemerge.options import OURS
 
 SHARED, WEIGHT = "shared", "weight"
 

@@ -25,7 +25,8 @@ from moemerge.checkpoint import Checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.members import open_members
-from moemerge.recipe import OURS, Merge
+from moemerge.options import OURS
+from moemerge.recipe import Merge
 from moemerge.sources import MergedTensor, MergeSource
 
 if TYPE_CHECKING:

@@ -12,10 +12,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options import Layers, Members, Options, Run, Source, Sources, TextFormat
+from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
 
-# The name of our own merge method.
-OURS = "routing_normalized_average"
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
