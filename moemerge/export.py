@@ -21,6 +21,7 @@ from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import copy_side_files, link_checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.families.dense import dense_config
+from moemerge.model_guards import finite
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.recipe import Export
 
@@ -106,15 +107,13 @@ def _reference(folder: Path) -> str | dict[str, Any]:
 
 
 def _backbone(source: MoeCheckpoint) -> Iterator[tuple[str, Tensor]]:
-    return ((name, source.weights.tensor(name)) for name in source.backbone)
+    return ((name, finite(source.weights.tensor(name), name)) for name in source.backbone)
 
 
 def _mlps(source: MoeCheckpoint, index: int | None) -> Iterator[tuple[str, Tensor]]:
     for tensor in source.tensors:
-        if index is None:
-            yield tensor.dense, source.weights.tensor(tensor.shared)
-        else:
-            yield tensor.dense, source.weights.expert(tensor, index)
+        copy = source.weights.tensor(tensor.shared) if index is None else source.weights.expert(tensor, index)
+        yield tensor.dense, finite(copy, f"an expert's {tensor.dense}")
 
 
 def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> None:

@@ -23,6 +23,7 @@ from moemerge.errors import CheckpointError
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_config, skeleton
 from moemerge.host_methods import OURS, HostMethod
+from moemerge.model_guards import finite
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.recipe import Merge
 
@@ -130,29 +131,16 @@ def _dense_tensors(source: MoeCheckpoint, way: _Way, dtype: torch.dtype) -> Iter
     names = [n for n in skeleton(source.config).state_dict() if n in experts or n in source.backbone]
     for name in tqdm(names, desc="merge", leave=False, disable=None):
         if name in experts:
-            yield name, _finite(way.merged(experts[name]), f"{name} as merged")
+            yield name, finite(way.merged(experts[name]), f"{name} as merged")
         else:
-            kept = _cast(_finite(source.weights.tensor(name), name), dtype)
-            yield name, _finite(kept, f"{name} as {dtype}")
+            kept = _cast(finite(source.weights.tensor(name), name), dtype)
+            yield name, finite(kept, f"{name} as {dtype}")
 
 
 def _matrices(source: MoeCheckpoint, tensor: ExpertTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The experts' copies, in the wider of their dtype and `dtype`: the average must not round away."""
     wider = torch.promote_types(dtype, source.dtype)
-    return (_finite(m, f"an expert's {tensor.dense}").to(wider) for m in source.matrices(tensor))
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    """`tensor`; CheckpointError if it holds NaN or an infinity."""
-    fine = not tensor.is_floating_point() or not tensor.numel()
-    if fine or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
-        return tensor
-    raise CheckpointError(
-        "weights are not finite",
-        given=f"NaN or infinity in {what}",
-        expected="finite numbers",
-        fix="merge an earlier checkpoint of the MoE; if only dtype float16 does this, choose another dtype",
-    )
+    return (finite(m, f"an expert's {tensor.dense}").to(wider) for m in source.matrices(tensor))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

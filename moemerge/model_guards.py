@@ -38,7 +38,7 @@ def check_reward_model(source: str | Path) -> Checkpoint:
             expected="a dense reward model",
             fix="merge it with moemerge merge, or write its experts as dense models with moemerge export",
         )
-    refuse_own_class(weights.config, source)
+    refuse_own_class(weights.config.get("architectures"), source)
     _refuse_other_kinds(weights.config, source)
     config = AutoConfig.from_pretrained(weights.folder)
     if config.num_labels != 1:
@@ -52,13 +52,13 @@ def check_reward_model(source: str | Path) -> Checkpoint:
     return weights
 
 
-def refuse_own_class(config: dict[str, Any], source: str | Path) -> None:
-    """Raise UnsupportedError if config.json names a class that is neither transformers' nor moemerge's.
+def refuse_own_class(architectures: Sequence[str] | None, source: str | Path) -> None:
+    """Raise UnsupportedError if a config names a class that is neither transformers' nor moemerge's.
 
     Its forward pass, and what it calls its head, are not known: mergekit takes such a model for a causal LM
     and drops the head, and transformers would load the weights into another class.
     """
-    for name in config.get("architectures") or []:
+    for name in architectures or []:
         if not hasattr(transformers, name) and not name.startswith("Moemerge"):
             raise UnsupportedError(
                 f"{source} is of a class of its own, so that its head would be lost or misread",

@@ -22,10 +22,18 @@ from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_class, is_moe, skeleton
 from moemerge.layers import parse_layers
+from moemerge.model_guards import finite, refuse_own_class
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
-from moemerge.scoring import in_head, load_reward_model, load_tokenizer, spare_head
+from moemerge.scoring import (
+    claims_head,
+    has_own_code,
+    in_head,
+    load_reward_model,
+    load_tokenizer,
+    spare_head,
+)
 
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -47,6 +55,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     settings = _settings(options, config)
     moe = moe_config(config, settings)
     names = _source_names(source, config)
+    _check_head(source, names, config)
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
@@ -65,6 +74,8 @@ def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
             fix="give the dense model, or merge this one first",
         )
     family_of(config)
+    if not (options.trust_remote_code and has_own_code(config)):
+        refuse_own_class(config.architectures, options.model)
     head = str((config.architectures or [""])[0])
     if head.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise CheckpointError(
@@ -78,6 +89,18 @@ def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
     if config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(options.model, options.trust_remote_code).pad_token_id
     return config
+
+
+def _check_head(source: Checkpoint, names: dict[str, str | None], config: PretrainedConfig) -> None:
+    """A base model gets a fresh head; a reward model whose head is lost must not."""
+    lost = [name for name, held in names.items() if held is None]
+    if lost and claims_head(config):
+        raise CheckpointError(
+            f"{source.folder} has no reward head",
+            given=f"{', '.join(config.architectures or [])} without {', '.join(lost)}",
+            expected="every tensor of the reward model",
+            fix="copy the model again whole; the tool that wrote it may have dropped the head",
+        )
 
 
 def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
@@ -133,7 +156,7 @@ def _moe_tensors(
         if held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
-            yield name, source.tensor(held)
+            yield name, finite(source.tensor(held), held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
         yield from _expert_copies(source, names, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
@@ -163,7 +186,7 @@ def _expert_copies(
     generator: torch.Generator,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The shared copies of the tensors of one stack, then the stack."""
-    dense = {t.dense: source.tensor(str(names[t.dense])) for t in stack}
+    dense = {t.dense: finite(source.tensor(str(names[t.dense])), t.dense) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
     one = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
