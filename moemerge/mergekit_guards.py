@@ -172,6 +172,13 @@ def _check_result(draft: Path, base: Checkpoint, config: Any, options: Any) -> N
     check_finite(written)
     if options.copy_tokenizer and not _makes_tokenizer(config) and not config.chat_template:
         copy_side_files(base.folder, draft, replace=False)
+        if not any(draft.glob("*token*")):
+            raise CheckpointError(
+                f"{base.folder} has no tokenizer to copy",
+                given=", ".join(sorted(path.name for path in base.folder.iterdir())),
+                expected="a base model with its tokenizer",
+                fix="save the tokenizer beside the base model, or give --no-copy-tokenizer",
+            )
 
 
 def _not_whole(given: str, expected: str) -> CheckpointError:
