@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from moemerge.evaluate import evaluate as evaluate
     from moemerge.export import export as export
     from moemerge.fit import fit as fit
+    from moemerge.fit import fit_models as fit_models
     from moemerge.merge import merge as merge
+    from moemerge.merge import merge_models as merge_models
     from moemerge.modelling import load_moe as load_moe
     from moemerge.pipeline import check_recipe as check_recipe
     from moemerge.pipeline import load_recipe as load_recipe
@@ -47,6 +49,8 @@ _HOMES = {
     "route": "route",
     "fit": "fit",
     "merge": "merge",
+    "fit_models": "fit",
+    "merge_models": "merge",
     "export": "export",
     "evaluate": "evaluate",
     "publish": "publish",

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
-from moemerge.recipe import Options, Run, input_fields
+from moemerge.options import Options, Run, input_fields
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -251,7 +251,9 @@ def _file_record(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _fingerprints(value: Any, known: Any = None) -> Any:
-    """Fingerprint of one source, or of a mapping of sources; a hub name stands for itself."""
+    """Fingerprint of one source, or of a mapping or list of sources; a hub name stands for itself."""
+    if isinstance(value, list):
+        value = {str(place): one for place, one in enumerate(value)}
     if isinstance(value, dict):
         return {k: _fingerprints(v, (known or {}).get(k)) for k, v in value.items()}
     path = Path(value)

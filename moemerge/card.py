@@ -18,9 +18,10 @@ from moemerge import recipe
 from moemerge.artifacts import MANIFEST, expect_stage, fingerprint, read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError
+from moemerge.options import Run, input_fields
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
-from moemerge.recipe import Publish, Run, input_fields
+from moemerge.recipe import Publish
 
 SHORT = 12
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
@@ -29,6 +30,9 @@ model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
 MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
 one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
 model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
+moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
+answer together."""
 AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
 [UMM-RM](https://arxiv.org/abs/2512.00724)"""
 TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
@@ -237,7 +241,9 @@ def _kind(manifest: dict[str, Any]) -> str:
         return TRAINED
     host = _host_method(manifest)
     way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
-    return MERGED.format(way=way)
+    models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
+    count = sum(one is not None for one in models)
+    return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
 
 
 def _host_method(manifest: dict[str, Any]) -> str | None:
@@ -254,15 +260,15 @@ def _coefficients(manifest: dict[str, Any]) -> list[str]:
     if given is None or path is None or not path.exists() or _digest(path) != given["sha256"]:
         return []
     coefficients = Coefficients.load(path)
-    header = ["layer", "shared", *(f"expert {i}" for i in range(coefficients.num_experts))]
-    numbers = zip(
-        coefficients.layers, coefficients.shared_L.tolist(), coefficients.alpha_LN.tolist(), strict=True
-    )
+    member = "model" if manifest["options"].get("models") else "expert"
+    header = ["block", "shared", *(f"{member} {i}" for i in range(coefficients.num_experts))]
     rows = [
-        [str(layer), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for layer, shared, alpha_N in numbers
+        [block, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)]
+        for block, shared, alpha_N in coefficients.table()
     ]
-    note = "W = shared · W_shared + (1 - shared) · Σ_i expert_i · W_i, for every matrix of the layer's MLP."
-    return ["## Coefficients", Table("Per layer", header, rows, note).markdown().rstrip()]
+    what = "merged tensor of the block" if member == "model" else "matrix of the layer's MLP"
+    note = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i, for every {what}."
+    return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]
 
 
 def _evaluation(evaluation: Evaluation) -> list[str]:

@@ -14,7 +14,8 @@ from moemerge.artifacts import parse_options
 from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
 from moemerge.families import FAMILIES, family_called
 from moemerge.layers import parse_layers
-from moemerge.recipe import Recipe, input_fields
+from moemerge.options import input_fields
+from moemerge.recipe import Recipe
 from moemerge.recipe_file import Tree, apply_overrides, read_yaml
 
 MAX_ROUNDS = 20

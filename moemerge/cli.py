@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
@@ -60,6 +60,27 @@ class StageCommand(click.Command):
             self.params = [*flags(str(self.name)), *self.params]
         return super().get_params(ctx)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; a flag that may be repeated takes several values at once, too."""
+        repeatable = {name for param in self.get_params(ctx) if _repeats(param) for name in param.opts}
+        return super().parse_args(ctx, list(_spread(args, repeatable)))
+
+
+def _repeats(param: click.Parameter) -> bool:
+    return isinstance(param, Flag) and param.multiple
+
+
+def _spread(args: Sequence[str], repeatable: set[str]) -> Iterator[str]:
+    """`--models A B` as `--models A --models B`: stage commands have no arguments besides flags."""
+    flag, filled = "", False
+    for arg in args:
+        if arg.startswith("--"):
+            flag, filled = arg, False
+        elif flag in repeatable:
+            yield from [flag] * filled
+            filled = True
+        yield arg
+
 
 class Flag(click.Option):
     """A command-line flag for one field of a stage's options; its value is checked by those."""
@@ -67,10 +88,12 @@ class Flag(click.Option):
 
 def flags(stage: str) -> list[Flag]:
     """One flag per option of `stage`, required ones first."""
-    from moemerge import recipe
+    from moemerge import options, recipe
 
     fields = getattr(recipe, stage.capitalize()).model_fields
-    order = sorted(fields, key=lambda name: (not fields[name].is_required(), name in recipe.Run.model_fields))
+    order = sorted(
+        fields, key=lambda name: (not fields[name].is_required(), name in options.Run.model_fields)
+    )
     return [_flag(name, fields[name]) for name in order]
 
 
@@ -83,7 +106,7 @@ def _flag(name: str, field: FieldInfo) -> Flag:
     if dict in kinds:
         return Flag([dashed, name], multiple=True, metavar=_mapping_metavar(field.annotation), help=help)
     if list in kinds:
-        return Flag([dashed, name], multiple=True, metavar="VALUE", help=help + "; repeat for more")
+        return Flag([dashed, name], multiple=True, metavar="VALUE", help=help + "; several, or repeated")
     if all(isinstance(kind, str) for kind in kinds):
         return Flag([dashed, name], type=click.Choice(kinds), help=help)
     metavar = "|".join(kind if isinstance(kind, str) else kind.__name__.upper() for kind in kinds)
@@ -121,7 +144,7 @@ def _default_text(field: FieldInfo) -> str:
     if default is None or default == {} or default == []:
         return ""
     text = ("no", "yes")[default] if isinstance(default, bool) else default
-    return f"  [default: {', '.join(text) if isinstance(text, list) else text}]"
+    return f"  [default: {', '.join(map(str, text)) if isinstance(text, list) else text}]"
 
 
 def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:

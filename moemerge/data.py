@@ -17,8 +17,9 @@ import numpy as np
 
 from moemerge.artifacts import Draft, stage, write_json
 from moemerge.errors import DataError, OptionError, suggest
+from moemerge.options import TextFormat
 from moemerge.preferences import CandidateSet, Pair, parse_candidates, parse_pair, value_of
-from moemerge.recipe import Data, TextFormat
+from moemerge.recipe import Data
 from moemerge.rows import SHOWN, BadRow, Row, RowReport, Text, read_rows, write_rows
 from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair, encode, encode_all
 

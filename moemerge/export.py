@@ -1,6 +1,5 @@
-"""Stage export: each expert of a MoE as an ordinary dense reward model, and the merge as plain mergekit YAML.
-
-Letters: N routed experts.
+"""Stage export: each expert of a MoE, or each model of a list, as an ordinary dense reward model, and the
+merge as plain mergekit YAML.
 """
 
 from __future__ import annotations
@@ -11,93 +10,116 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, stage
-from moemerge.checkpoint import copy_side_files, link_checkpoint, write_checkpoint
+from moemerge.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
-from moemerge.families.dense import dense_config
+from moemerge.errors import CheckpointError
+from moemerge.members import open_members
 from moemerge.model_guards import finite
-from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.model_list import ModelList
 from moemerge.recipe import Export
+from moemerge.sources import MergeSource
 
 LINEAR = "linear.yml"
-COMMENT = """# The routing-normalised average of these experts, for stock mergekit (moemerge is not needed):
-#   mergekit-yaml {file} merged
-# MLP tensors are weighted layer by layer; all the rest is the same in every model and comes from the first.
+COMMENT = """# Written by moemerge export; stock mergekit merges it: mergekit-yaml {file} OUTPUT
+# What is merged is weighted block by block; all the rest comes from the first model.
 """
 
 
 @stage("export", Export)
 def export(options: Export, draft: Draft) -> None:
-    """Write shared/ (if there is one), expert-0/ ... expert-{N-1}/, and linear.yml if coefficients are given.
+    """Write the members as dense checkpoints, and linear.yml if coefficients are given.
 
-    Each folder is a checkpoint of the dense architecture: config, tokenizer and, in shards with an index, the
-    expert's MLPs and everything else. The latter is stored once and hard-linked, or copied where that cannot
-    be; so rewrite such a file as a new one, not in place. Weights keep the MoE's dtype. Raises
-    CheckpointError for what is no whole MoE and for coefficients of another model.
+    Of a MoE: shared/ (if there is one), expert-0/ ... expert-{N-1}/. What they have in common is stored once
+    and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
+    list of models: those that are not the reward models which take part in the merge (a language model, or a
+    model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
+    they are. Weights keep their dtype. Raises CheckpointError for what is not whole and for coefficients of
+    another source.
     """
     runtime.use(options)
-    source = MoeCheckpoint(options.model)
+    source = open_members(options)
     found = Coefficients.load(options.coefficients) if options.coefficients else None
     if found is not None:
         source.check_fit(found)
-    names = expert_names(source)
-    parts = draft.folder / ".parts"
-    _write_part(parts / "backbone", _backbone(source), options.shard_size)
-    for name, index in tqdm(names.items(), desc="export", leave=False, disable=None):
-        _write_part(parts / name, _mlps(source, index), options.shard_size)
-        _write_model(draft.folder / name, source, [parts / "backbone", parts / name])
-    shutil.rmtree(parts)
+    places = {place: folder for place, folder in enumerate(_references(source)) if folder is None}
+    _write_members(draft.folder, source, list(places), options.shard_size)
     if found is not None:
-        config = linear_config(source, found, options.output.absolute())
+        home = options.output.absolute()
+        config = linear_config(source, found, home)
         text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=200)
         head = COMMENT.format(file=options.output / LINEAR)
         (draft.folder / LINEAR).write_text(head + text, encoding="utf-8")
-    draft.results |= {"models": list(names), "mlp_tensors": len(source.tensors)}
+    names = [source.member_names[place] for place in places]
+    draft.results |= {"models": names, "merged_tensors": len(source.tensors)}
 
 
-def expert_names(source: MoeCheckpoint) -> dict[str, int | None]:
-    """Folder names of the experts, the shared one (None) first, then routed expert 0 ... N-1."""
-    shared: dict[str, int | None] = {"shared": None} if source.settings.shared_expert else {}
-    return {**shared, **{f"expert-{i}": i for i in range(source.settings.num_routed_experts)}}
+def _references(source: MergeSource) -> list[Path | None]:
+    """The folder that each member is already a reward model in; None where it must be written."""
+    if not isinstance(source, ModelList):
+        return [None] * len(source.member_names)
+    return [
+        None if source.converted(place) else model.folder.absolute()
+        for place, model in enumerate(source.models)
+    ]
 
 
-def linear_config(source: MoeCheckpoint, coefficients: Coefficients, folder: Path) -> dict[str, Any]:
-    """A mergekit configuration, method linear, of the models that were exported to `folder`.
+def linear_config(source: MergeSource, coefficients: Coefficients, folder: Path) -> dict[str, Any]:
+    """A mergekit configuration, method linear, of the members, `folder` being where export writes them.
 
-    In MLP tensors each model has its coefficient, by layer; elsewhere the first model has 1, the others 0.
+    In merged tensors each model has its coefficient, by block; elsewhere the first model has 1, the others 0.
     """
-    names = expert_names(source)
-    rows = zip(
-        coefficients.layers, coefficients.shared_L.tolist(), coefficients.alpha_LN.tolist(), strict=True
-    )
-    weights = {
-        layer: [shared] * source.settings.shared_expert + [(1 - shared) * a for a in alpha_N]
-        for layer, shared, alpha_N in rows
-    }
-    filters = {layer: _filters(source, layer) for layer in weights}
+    names = source.member_names
+    folders = [known or folder / name for known, name in zip(_references(source), names, strict=True)]
+    filters = _filters(source, coefficients)
     models = []
-    for place, name in enumerate(names):
-        by_layer = [{"filter": f, "value": weights[n][place]} for n in weights for f in filters[n]]
-        weight = [*by_layer, {"value": 0.0 if place else 1.0}]
-        models.append({"model": _reference(folder / name), "parameters": {"weight": weight}})
-    kept = source.settings.dense_dtype
-    cast = {} if getattr(torch, kept) == source.dtype else {"out_dtype": kept}
-    base = {"merge_method": "linear", "base_model": _reference(folder / next(iter(names)))}
+    for place, where in enumerate(folders):
+        by_block = [
+            {"filter": text, "value": coefficients.weights(row, source.has_shared)[place]}
+            for text, row in filters.items()
+        ]
+        weight = [*by_block, {"value": 0.0 if place else 1.0}]
+        models.append({"model": _reference(where), "parameters": {"weight": weight}})
+    kept = source.dense_dtype
+    cast = {} if kept == source.dtype else {"out_dtype": str(kept).removeprefix("torch.")}
+    base = {"merge_method": "linear", "base_model": _reference(folders[0])}
     return {**base, **cast, "parameters": {"normalize": False}, "models": models}
 
 
-def _filters(source: MoeCheckpoint, layer: int) -> list[str]:
-    """Texts that the names of this layer's MLP tensors contain, and no other name: mergekit's filters."""
-    own = {tensor.dense for tensor in source.tensors if tensor.layer == layer}
-    names = [*source.backbone, *(tensor.dense for tensor in source.tensors)]
-    prefix = os.path.commonprefix(sorted(own)).rpartition(".")[0] + "."
-    return [prefix] if {name for name in names if prefix in name} == own else sorted(own)
+def _filters(source: MergeSource, coefficients: Coefficients) -> dict[str, int]:
+    """mergekit's filters, in order, with the row of coefficients of the tensors whose names contain them.
+
+    The first filter that a name contains counts, so whole names stand last, long ones first.
+    """
+    rows = source.rows(coefficients.blocks)
+    names = [*source.backbone, *rows]
+    short: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    for row in range(len(coefficients.blocks)):
+        own = {name for name in rows if rows[name] == row}
+        prefix = os.path.commonprefix(sorted(own)).rpartition(".")[0] + "."
+        alone = {name for name in names if prefix in name} == own
+        (short if alone else whole).update({prefix: row} if alone else dict.fromkeys(own, row))
+    found = short | {name: whole[name] for name in sorted(whole, key=len, reverse=True)}
+    _check_filters(found, rows, names)
+    return found
+
+
+def _check_filters(filters: dict[str, int], rows: dict[str, int], names: list[str]) -> None:
+    for name in names:
+        row = next((row for text, row in filters.items() if text in name), None)
+        if row != rows.get(name):
+            raise CheckpointError(
+                "the merge cannot be said in mergekit's filters",
+                given=f"{name} is caught by the filter of another block",
+                expected="names of which no whole one is a part of another",
+                fix="merge with moemerge merge",
+            )
 
 
 def _reference(folder: Path) -> str | dict[str, Any]:
@@ -106,14 +128,22 @@ def _reference(folder: Path) -> str | dict[str, Any]:
     return {"model": {"path": path}} if set("@+") & set(path) else path
 
 
-def _backbone(source: MoeCheckpoint) -> Iterator[tuple[str, Tensor]]:
-    return ((name, finite(source.weights.tensor(name), name)) for name in source.backbone)
+def _write_members(folder: Path, source: MergeSource, places: list[int], shard_size: int) -> None:
+    """Each member number in `places` as a checkpoint: the backbone's files are common to all."""
+    parts = folder / ".parts"
+    if places:
+        _write_part(parts / "backbone", ((n, finite(source.kept(n), n)) for n in source.backbone), shard_size)
+    for place in tqdm(places, desc="export", leave=False, disable=None):
+        name = source.member_names[place]
+        _write_part(parts / name, _member(source, place), shard_size)
+        _write_model(folder / name, source, [parts / "backbone", parts / name])
+    if places:
+        shutil.rmtree(parts)
 
 
-def _mlps(source: MoeCheckpoint, index: int | None) -> Iterator[tuple[str, Tensor]]:
-    for tensor in source.tensors:
-        copy = source.weights.tensor(tensor.shared) if index is None else source.weights.expert(tensor, index)
-        yield tensor.dense, finite(copy, f"an expert's {tensor.dense}")
+def _member(source: MergeSource, place: int) -> Iterator[tuple[str, Tensor]]:
+    what = f"of {source.member_names[place]}"
+    return ((t.dense, finite(source.matrix(t, place), f"{t.dense} {what}")) for t in source.tensors)
 
 
 def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> None:
@@ -121,10 +151,10 @@ def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size:
     write_checkpoint(folder, tensors, shard_size)
 
 
-def _write_model(folder: Path, source: MoeCheckpoint, parts: list[Path]) -> None:
+def _write_model(folder: Path, source: MergeSource, parts: list[Path]) -> None:
     folder.mkdir()
     link_checkpoint(folder, parts)
-    config = dense_config(source.config)
+    config = source.dense_config()
     config.dtype = source.dtype
     config.save_pretrained(folder)
-    copy_side_files(source.folder, folder)
+    source.write_side_files(folder)

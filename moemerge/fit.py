@@ -1,6 +1,6 @@
-"""Stage fit: merge coefficients for a MoE, by one of the ways in moemerge.coefficients.
+"""Stage fit: merge coefficients for a MoE or a list of models, by one of the ways in moemerge.coefficients.
 
-Shapes: L layers with experts, N routed experts.
+Shapes: L blocks, N weighted members (routed experts, or models besides the base).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +21,12 @@ from moemerge.coefficients import METHODS
 from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem, Objective
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import CheckpointError, DataError
+from moemerge.members import open_members
 from moemerge.merged_model import MergedModel, PairObjective
-from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.probes.base import Table
-from moemerge.provenance import model_fingerprint
 from moemerge.recipe import Fit
 from moemerge.routing import RoutingStatistics
-from moemerge.scoring import load_tokenizer
+from moemerge.sources import MergeSource, layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,67 +38,80 @@ log = logging.getLogger(__name__)
 def fit(options: Fit, draft: Draft) -> None:
     """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
 
-    uniform needs nothing but the MoE, usage its routing statistics, learned preference pairs besides.
-    Nothing but coefficients is fitted; the MoE on disk is only read. Raises OptionError when the method
-    lacks an input, CheckpointError for a foreign or damaged one, DataError for unusable pairs.
+    uniform needs nothing but the members, usage routing statistics of the MoE, learned and grid preference
+    pairs. Nothing but coefficients is fitted; models on disk are only read. Raises OptionError when the
+    method lacks an input, CheckpointError for a foreign or damaged one, UnsupportedError for models that do
+    not go together, DataError for unusable pairs.
     """
     device = runtime.use(options)
     method = METHODS.get(options.method)
-    source = MoeCheckpoint(options.model)
-    model = model_fingerprint(source.folder)
-    problem = _problem(options, source, model, _objective(options, source, device, draft))
-    outcome = method(problem)
-    meta = {"method": options.method, "shared_weight": str(options.shared_weight), "model": model}
-    coefficients = Coefficients(source.settings.layers, outcome.alpha_LN, outcome.shared_L, meta)
+    source = open_members(options)
+    outcome = method(_problem(options, source, _objective(options, source, device, draft)))
+    meta = {"method": options.method, "shared_weight": str(options.shared_weight), **source.identity()}
+    coefficients = Coefficients(source.blocks(), outcome.alpha_LN, outcome.shared_L, meta)
     coefficients.save(draft.folder)
     log.info("fit: %s", outcome.report["verdict"])
-    _tell(draft, coefficients, outcome)
+    _tell(draft, coefficients, outcome, source.member_names[source.has_shared :])
 
 
-def _problem(
-    options: Fit, source: MoeCheckpoint, model: str, objective: Callable[[], Objective] | None
-) -> FitProblem:
-    settings = source.settings
-    if not settings.shared_expert and isinstance(options.shared_weight, str):
-        log.warning("shared_weight %s is ignored: the MoE has no shared expert", options.shared_weight)
+def fit_models(
+    models: Sequence[str | Path],
+    pairs: str | Path | None,
+    output: str | Path,
+    base: str | Path | None = None,
+    **options: Any,
+) -> Path:
+    """Merge coefficients for whole models of one architecture: `fit(models=..., pairs=..., output=..., ...)`.
+
+    `options` are those of `moemerge fit`: scope, method, shared_weight, ... Returns `output`, which
+    `merge_models` takes as coefficients; raises as fit does.
+    """
+    given = {"models": [str(model) for model in models], "base": base and str(base)}
+    return fit(output=output, pairs=pairs and str(pairs), **given, **options)
+
+
+def _problem(options: Fit, source: MergeSource, objective: Callable[[], Objective] | None) -> FitProblem:
+    if not source.has_shared and isinstance(options.shared_weight, str):
+        log.warning("shared_weight %s is ignored: no member is shared", options.shared_weight)
     return FitProblem(
-        layers=settings.layers,
-        num_experts=settings.num_routed_experts,
-        has_shared=settings.shared_expert,
+        blocks=source.blocks(),
+        num_experts=source.num_members,
+        has_shared=source.has_shared,
         settings=options,
         seed=options.seed,
-        statistics=_statistics(options.routing, source, model),
+        statistics=_statistics(options.routing, source),
         objective=objective,
     )
 
 
-def _statistics(routing: str | None, source: MoeCheckpoint, model: str) -> RoutingStatistics | None:
+def _statistics(routing: str | None, source: MergeSource) -> RoutingStatistics | None:
     """The routing statistics, which must be of this very model."""
     if routing is None:
         return None
-    found, settings = RoutingStatistics.load(routing), source.settings
-    theirs, mine = (found.layers, found.num_experts), (settings.layers, settings.num_routed_experts)
-    if theirs == mine and found.meta.get("model") in (None, model):
+    found = RoutingStatistics.load(routing)
+    layers = sorted({layer for block in source.blocks() if (layer := layer_of(block)) is not None})
+    theirs, mine = (found.layers, found.num_experts), (layers, source.num_members)
+    if theirs == mine and found.meta.get("model") in (None, source.fingerprint):
         return found
     raise CheckpointError(
         "routing statistics are of another model",
         given=f"layers {theirs[0]}, {theirs[1]} experts, fingerprint {found.meta.get('model')}",
-        expected=f"layers {mine[0]}, {mine[1]} experts, fingerprint {model}",
-        fix="run route on this MoE",
+        expected=f"layers {mine[0]}, {mine[1]} experts, fingerprint {source.fingerprint}",
+        fix="run route on this MoE; whole models have no routing",
     )
 
 
 def _objective(
-    options: Fit, source: MoeCheckpoint, device: torch.device, draft: Draft
+    options: Fit, source: MergeSource, device: torch.device, draft: Draft
 ) -> Callable[[], Objective] | None:
     """What builds the objective when a method asks for it; None without pairs."""
     if options.pairs is None:
         return None
 
     def build() -> Objective:
-        tokenizer = load_tokenizer(str(source.folder))
+        tokenizer = source.tokenizer()
         train, held_out = _pairs(options, tokenizer, draft.results)
-        shape = (len(source.settings.layers), source.settings.num_routed_experts)
+        shape = (len(source.blocks()), source.num_members)
         alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
         dtype = torch.promote_types(source.dtype, torch.float32)
         merged = MergedModel(source, alpha_LN, torch.zeros(shape[0], dtype=torch.float64), device, dtype)
@@ -150,17 +163,17 @@ def hold_out(
     return [pair for pair, key in rows if key not in held], [pair for pair, key in rows if key in held]
 
 
-def _tell(draft: Draft, coefficients: Coefficients, outcome: FitOutcome) -> None:
+def _tell(draft: Draft, coefficients: Coefficients, outcome: FitOutcome, members: list[str]) -> None:
     write_json(draft.folder / "report.json", outcome.report)
     plotting.heat_map(
         coefficients.alpha_LN.numpy(),
         draft.folder / "alpha.png",
-        "Merge coefficients of the routed experts",
-        "expert",
-        "layer",
-        y_ticks=coefficients.layers,
+        "Merge coefficients",
+        "member",
+        "block",
+        y_ticks=[block.removeprefix("layers.") for block in coefficients.blocks],
     )
-    tables = [*_loss_tables(outcome.report), _coefficient_table(coefficients, outcome.report)]
+    tables = [*_loss_tables(outcome.report), _coefficient_table(coefficients, outcome.report, members)]
     parts = ["# Merge coefficients\n", outcome.report["verdict"] + "\n", *(t.markdown() for t in tables)]
     (draft.folder / "fit.md").write_text("\n".join([*parts, "![alpha](alpha.png)\n"]), encoding="utf-8")
     draft.results |= {k: v for k, v in outcome.report.items() if k != "trajectory"}
@@ -177,11 +190,12 @@ def _loss_tables(report: dict[str, Any]) -> list[Table]:
     return [Table("Bradley-Terry loss", ["pairs", "when", "number", "loss", "accuracy"], rows)]
 
 
-def _coefficient_table(coefficients: Coefficients, report: dict[str, Any]) -> Table:
-    moved = [f"{one['l1']:.4f}" for one in report.get("moved", [])] or [""] * len(coefficients.layers)
-    shared_L, alpha_LN = coefficients.shared_L.tolist(), coefficients.alpha_LN.tolist()
-    values = zip(coefficients.layers, moved, shared_L, alpha_LN, strict=True)
-    rows = [[str(n), l1, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha)] for n, l1, shared, alpha in values]
-    header = ["layer", "moved", "shared", *(f"expert {i}" for i in range(coefficients.num_experts))]
-    note = "moved: L1 distance of the routed experts' coefficients from where they started."
+def _coefficient_table(coefficients: Coefficients, report: dict[str, Any], members: list[str]) -> Table:
+    moved = [f"{one['l1']:.4f}" for one in report.get("moved", [])] or [""] * len(coefficients.blocks)
+    rows = [
+        [block, l1, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)]
+        for l1, (block, shared, alpha_N) in zip(moved, coefficients.table(), strict=True)
+    ]
+    header = ["block", "moved", "shared", *members]
+    note = "moved: L1 distance of the members' coefficients from where they started."
     return Table("Coefficients", header, rows, note if report.get("moved") else "")

@@ -1,6 +1,6 @@
-"""mergekit's merge methods over the experts of one MoE: one MLP tensor at a time, without N dense models.
+"""mergekit's merge methods over a source's members: one tensor at a time, without N dense models of a MoE.
 
-Letters: N routed experts.
+Letters: N weighted members.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OURS = "routing_normalized_average"
 
 
 class HostMethod:
-    """The merge method `name` of mergekit with `parameters`; its base is the shared expert, if there is one.
+    """The merge method `name` of mergekit with `parameters`; its base is the shared member, if there is one.
 
     `coefficients` become the method's parameter `weight`: shared_L for the base where the method weighs it,
-    (1 - shared_L) * alpha_LN for the routed experts. `weighs` tells whether it has that parameter.
+    (1 - shared_L) * alpha_LN for the others. `weighs` tells whether it has that parameter.
     Raises OptionError for an unknown method or a weight that is given twice.
     """
 
@@ -53,16 +53,17 @@ class HostMethod:
         """Whether the method takes a weight per expert."""
         return self._scope in (ParameterScope.INPUT, ParameterScope.NON_BASE)
 
-    def merge(self, name: str, layer: int, experts: Iterable[Tensor], has_shared: bool) -> Tensor:
-        """The merge of `experts` (the shared one first, if there is one), copies of the dense tensor `name`.
+    def merge(self, name: str, row: int | None, copies: Iterable[Tensor], has_shared: bool) -> Tensor:
+        """The merge of `copies` (the shared one first, if there is one) of the dense tensor `name`.
 
+        `row` is that of its coefficients, if there are any.
         Random methods draw from a generator seeded by the tensor's name, so the result repeats. Raises
-        OptionError for parameters or a number of experts that the method does not take.
+        OptionError for parameters or a number of members that the method does not take.
         """
-        tensors = list(experts)
+        tensors = list(copies)
         ids: list[Hashable] = [SHARED] * has_shared + [*range(len(tensors) - has_shared)]
         group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0 if has_shared else None, name=name)
-        parameters = {**self.parameters, **self._weights(layer, ids)}
+        parameters = {**self.parameters, **self._weights(row, ids)}
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
@@ -71,12 +72,10 @@ class HostMethod:
             raise self._refused(error, len(tensors), has_shared) from error
         return merged
 
-    def _weights(self, layer: int, ids: list[Hashable]) -> dict[str, dict[Hashable, float]]:
-        if self.coefficients is None or not self.weighs:
+    def _weights(self, row: int | None, ids: list[Hashable]) -> dict[str, dict[Hashable, float]]:
+        if self.coefficients is None or row is None or not self.weighs:
             return {}
-        row = self.coefficients.layers.index(layer)
-        shared = float(self.coefficients.shared_L[row])
-        routed: list[float] = ((1 - shared) * self.coefficients.alpha_LN[row]).tolist()
+        shared, *routed = self.coefficients.weights(row, has_shared=True)
         all_weights: dict[Hashable, float] = {SHARED: shared, **dict(enumerate(routed))}
         wanted = ids if self._scope == ParameterScope.INPUT else [i for i in ids if i != SHARED]
         return {WEIGHT: {i: all_weights[i] for i in wanted}}
@@ -84,10 +83,10 @@ class HostMethod:
     def _refused(self, error: Exception, count: int, has_shared: bool) -> OptionError:
         spec = self.method.spec
         known = ", ".join(f"{p.name}{' (needed)' * p.required}" for p in spec.parameters) or "none"
-        base = "the shared expert as base" if has_shared else "no shared expert, so no base"
+        base = "the shared one as base" if has_shared else "no shared one, so no base"
         return OptionError(
             f"mergekit's method {spec.name} refuses",
-            given=f"{count} experts, {base}, parameters {self.parameters}: {error}",
+            given=f"{count} members, {base}, parameters {self.parameters}: {error}",
             expected=f"parameters: {known}",
             fix="correct method or parameters; coefficients give the weight",
         )

@@ -1,9 +1,9 @@
-"""A MoE merged in memory, and its gradient with respect to the merge coefficients.
+"""A merge in memory, and its gradient with respect to the merge coefficients.
 
 The dense model is merged once per point. While a loss runs backward, each MLP weight's gradient dW is reduced
 to the scalars <dW, W_i> the moment it is there, and freed: no graph reaches through the merge.
 
-Shapes: L layers with experts, N routed experts, P pairs, B sequences.
+Shapes: L blocks, N weighted members (routed experts, or models), P pairs, B sequences.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.coefficients.base import MergeGradient
-from moemerge.families.base import ExpertTensor
-from moemerge.families.dense import dense_class, dense_config
-from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.families.dense import dense_class
 from moemerge.scoring import collate, score_pairs
+from moemerge.sources import MergedTensor, MergeSource
 
 if TYPE_CHECKING:
     from moemerge.tokenise import EncodedPair
@@ -30,27 +29,30 @@ KEPT_ON_CPU = 2**30
 
 
 class MergedModel:
-    """The dense reward model whose MLPs are the routing-normalised average of a MoE's experts.
+    """The dense reward model whose merged tensors are the routing-normalised average of a source's members.
 
-    `model` has the original dense class, in eval mode; everything but its MLPs comes from the MoE and is
-    frozen. The MLPs change by `merge` only: they ask for gradients, but none outlives its hook. Averages are
-    rounded to the experts' dtype, as in the merged checkpoint. Experts are read from disk whenever needed,
-    unless they take less than a gibibyte, or on a GPU half of its free memory: then they are kept.
+    `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
+    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives its
+    hook. Averages are rounded to the members' dtype, as in the merged checkpoint. Members are read from disk
+    whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are
+    kept. Coefficients have a row per block; `blocks` are the layers unless given.
     """
 
     def __init__(
         self,
-        source: MoeCheckpoint,
+        source: MergeSource,
         alpha_LN: Tensor,
         shared_L: Tensor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        blocks: Sequence[str] | None = None,
     ) -> None:
         self.source, self.device = source, torch.device(device)
         self._kept: dict[str, list[Tensor]] | None = {} if _fits(source, self.device) else None
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
+        self.rows = source.rows(source.blocks() if blocks is None else blocks)
         self.model = self._build(dtype)
-        columns = source.settings.num_routed_experts + 1
+        columns = source.num_members + 1
         self._dots = torch.zeros(len(shared_L), columns, dtype=torch.float64, device=self.device)
         for tensor in source.tensors:
             parameter = self.model.get_parameter(tensor.dense)
@@ -59,7 +61,7 @@ class MergedModel:
 
     @torch.no_grad()
     def merge(self, alpha_LN: Tensor, shared_L: Tensor) -> None:
-        """Set every MLP tensor to the average with these weights."""
+        """Set every merged tensor to the average with these weights."""
         if torch.equal(alpha_LN, self.alpha_LN) and torch.equal(shared_L, self.shared_L):
             return
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
@@ -83,22 +85,23 @@ class MergedModel:
         dots = self._dots.cpu()
         shared_L, routed_LN = dots[:, 0], dots[:, 1:]
         shared_L = shared_L - (self.alpha_LN * routed_LN).sum(1)
-        if not self.source.settings.shared_expert:
+        if not self.source.has_shared:
             shared_L = torch.zeros_like(shared_L)
         return MergeGradient(loss, (1 - self.shared_L)[:, None] * routed_LN, shared_L)
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
-        tensors = {name: self.source.weights.tensor(name) for name in self.source.backbone}
+        tensors = {name: self.source.kept(name) for name in self.source.backbone}
         tensors |= {tensor.dense: self._average(tensor).cpu() for tensor in self.source.tensors}
-        config = dense_config(self.source.config)
+        config = self.source.dense_config()
         model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         return cast(PreTrainedModel, torch.nn.Module.to(model.requires_grad_(False), self.device).eval())
 
-    def _average(self, tensor: ExpertTensor) -> Tensor:
-        return self.source.average(tensor, self._matrices(tensor), self.alpha_LN, self.shared_L)
+    def _average(self, tensor: MergedTensor) -> Tensor:
+        row = self.rows[tensor.dense]
+        return self.source.average(self._matrices(tensor), self.alpha_LN[row], float(self.shared_L[row]))
 
-    def _matrices(self, tensor: ExpertTensor) -> Iterator[Tensor]:
-        """The experts' copies on the device: the shared one if any, then the routed ones."""
+    def _matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+        """The members' copies on the device: the shared one if any, then the N others."""
         stream = (matrix.to(self.device) for matrix in self.source.matrices(tensor))
         if self._kept is None:
             return stream
@@ -106,10 +109,10 @@ class MergedModel:
             self._kept[tensor.dense] = list(stream)
         return iter(self._kept[tensor.dense])
 
-    def _reducer(self, tensor: ExpertTensor) -> Callable[[Tensor], None]:
-        """A hook that adds <dW, W_i - W> to the layer's row of sums, column 0 for the shared expert."""
-        row = self.source.settings.layers.index(tensor.layer)
-        first = 0 if self.source.settings.shared_expert else 1
+    def _reducer(self, tensor: MergedTensor) -> Callable[[Tensor], None]:
+        """A hook that adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
+        row = self.rows[tensor.dense]
+        first = 0 if self.source.has_shared else 1
 
         @torch.no_grad()
         def reduce(parameter: Tensor) -> None:
@@ -162,9 +165,9 @@ class PairObjective:
         return scores_P2[:, 0] - scores_P2[:, 1]
 
 
-def _fits(source: MoeCheckpoint, device: torch.device) -> bool:
-    """Whether all experts may stay in the device's memory."""
-    count = source.settings.num_routed_experts + source.settings.shared_expert
+def _fits(source: MergeSource, device: torch.device) -> bool:
+    """Whether all members may stay in the device's memory."""
+    count = source.num_members + source.has_shared
     size = sum(torch.Size(tensor.shape).numel() for tensor in source.tensors) * source.dtype.itemsize
     limit = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else KEPT_ON_CPU
     return count * size < limit

@@ -1,11 +1,11 @@
 """mergekit's merge methods of ours, and mergekit's own commands with these methods registered.
 
-`routing_normalized_average`: the base model is the shared expert, and gives everything that is not an expert;
-each other model has the parameter `expert`, its number among the routed experts; the parameter
-`coefficients` is a folder that `moemerge fit` wrote, or its file.
+`routing_normalized_average`: the base model is the shared expert, and gives everything that is not merged;
+each other model has the parameter `expert`, its number among the routed experts (or among the models that
+were given to fit); the parameter `coefficients` is a folder that `moemerge fit` wrote, or its file.
 `routing_normalized_average_inline`: the same average with its weights in the YAML, `weight` per model (sum
-one in each layer) and `shared_weight` for the base. A method of its own, because mergekit ignores
-parameters that a method does not have: with every parameter required, a misspelt one is an error.
+one in each layer) and `shared_weight` for the base. A method of its own, because mergekit ignores parameters
+that a method does not have: with every parameter required, a misspelt one is an error.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from moemerge.averaging import routing_normalized_average
 from moemerge.coefficients.base import FILE, Coefficients
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.mergekit_guards import guarded, our_documents, refuse_separators, whole
+from moemerge.sources import blocks_of, layer_of
 
 NAME = "routing_normalized_average"
 INLINE = "routing_normalized_average_inline"
@@ -67,28 +68,25 @@ _SHAPE = {
 def average(
     group: TensorGroup, expert: PerNonBase[Annotated[int, Field(ge=0)]], coefficients: CoefficientsPath
 ) -> torch.Tensor:
-    """The average of one MLP tensor by its layer's coefficients; any other tensor is the base model's.
+    """The average of one tensor by its block's coefficients; what these do not merge is the base model's.
 
-    Raises OptionError unless the models are numbered 0 ... N-1, each once, and CheckpointError for
-    coefficients that cannot be read, have more layers than the model, or lack a layer in which models differ.
+    Raises OptionError unless the models are numbered 0 ... N-1, each once (a base without a shared weight has
+    the number that is missing), and CheckpointError for coefficients that cannot be read, have more layers
+    than the model, or lack a block in which models differ.
     """
     _check_finite(group)
     found = _load(coefficients)
-    numbers = expert.values_for(group.non_base)
-    _check_experts(numbers, found.num_experts)
     assert group.base is not None
-    layer = mlp_layer(group.metadata.name or "")
-    if layer is None:
+    members = _in_order(found, group, expert.values_for(group.non_base))
+    blocks = _blocks(found, group.metadata.name or "")
+    if not blocks:
         return group.base.tensor
     _check_layers(found, group.base.id, coefficients)
-    if layer not in found.layers:
+    row = next((found.blocks.index(block) for block in blocks if block in found.blocks), None)
+    if row is None:
         return _common(group, coefficients)
-    place = found.layers.index(layer)
-    in_order = [
-        entry.tensor for _, entry in sorted(zip(numbers, group.non_base, strict=True), key=lambda p: p[0])
-    ]
     return routing_normalized_average(
-        group.base.tensor, in_order, found.alpha_LN[place], float(found.shared_L[place])
+        group.base.tensor, members, found.alpha_LN[row], float(found.shared_L[row])
     )
 
 
@@ -223,23 +221,41 @@ def _check_finite(group: TensorGroup) -> None:
         finite(entry.tensor, f"{group.metadata.name} of {entry.id}")
 
 
-def _check_experts(numbers: list[int], count: int) -> None:
-    if sorted(numbers) != list(range(count)):
+def _in_order(found: Coefficients, group: TensorGroup, numbers: list[int]) -> list[torch.Tensor]:
+    """The members' tensors by number. The base is one of them if it has no weight of its own."""
+    assert group.base is not None
+    by_number = dict(zip(numbers, (entry.tensor for entry in group.non_base), strict=True))
+    missing = set(range(found.num_experts)) - by_number.keys()
+    if len(missing) == 1 and not bool(found.shared_L.any()):
+        by_number[missing.pop()] = group.base.tensor
+        numbers = [*by_number]
+    if sorted(numbers) != list(range(found.num_experts)):
+        last = found.num_experts - 1
         raise OptionError(
             "models and coefficients do not match",
             given=f"models with expert: {', '.join(map(str, numbers))}",
-            expected=f"{count} models besides the base, with expert: 0 to {count - 1}, each once",
+            expected=f"{last + 1} models besides the base, with expert: 0 to {last}, each once",
             fix="correct the parameter expert of each model, or give the coefficients of this merge",
         )
+    return [by_number[number] for number in range(found.num_experts)]
+
+
+def _blocks(found: Coefficients, name: str) -> tuple[str, ...]:
+    """The blocks that the tensor `name` may belong to; none if these coefficients do not merge its kind."""
+    scope, in_head = found.meta.get("scope", "mlp"), name in found.meta.get("head", "").split(",")
+    if scope == "mlp" and mlp_layer(name) is None:
+        return ()
+    return () if in_head and scope != "all" else blocks_of(name, in_head)
 
 
 def _check_layers(found: Coefficients, base: Any, source: str) -> None:
     """Compare with the base model's number of layers, where mergekit tells which model it is."""
     count = _layer_count(base) if hasattr(base, "config") else None
-    if count is not None and found.layers[-1] >= count:
+    last = max((layer_of(block) or 0 for block in found.blocks), default=0)
+    if count is not None and last >= count:
         raise CheckpointError(
             "coefficients do not belong to these models",
-            given=f"{source}: layers up to {found.layers[-1]}",
+            given=f"{source}: layers up to {last}",
             expected=f"layers 0 to {count - 1} of {base}",
             fix="give the coefficients of this merge",
         )
@@ -255,14 +271,14 @@ def _layer_count(base: Any) -> int | None:
 
 
 def _common(group: TensorGroup, source: str) -> torch.Tensor:
-    """The tensor that all models share, in a layer that had no experts."""
+    """The tensor that all models share, in a block without coefficients."""
     assert group.base is not None
     if all(torch.equal(entry.tensor, group.base.tensor) for entry in group.non_base):
         return group.base.tensor
     raise CheckpointError(
-        "a layer has no coefficients, but its models differ",
+        "a block has no coefficients, but its models differ",
         given=f"{group.metadata.name}; {source}",
-        expected="coefficients for every layer in which the models differ",
+        expected="coefficients for every block in which the models differ",
         fix="fit coefficients for these models, or merge the models that they were fitted for",
     )
 

@@ -1,30 +1,33 @@
-"""A MoE on disk as the merge sees it: which tensors are experts, which are not, and their average.
+"""A MoE on disk as a source of merges: which tensors are experts, and which are not.
 
 Shapes: N routed experts. Tensors are read one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from moemerge.averaging import routing_normalized_average
 from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
-from moemerge.families.dense import require_moe, skeleton
+from moemerge.families.dense import dense_config, require_moe, skeleton
 from moemerge.modelling import model_class, register
 from moemerge.moe import MoeSettings
 from moemerge.provenance import model_fingerprint
+from moemerge.scoring import load_tokenizer
+from moemerge.sources import MergedTensor, MergeSource
+
+SHARED = "shared"
 
 
-class MoeCheckpoint:
+class MoeCheckpoint(MergeSource):
     """The folder of a MoE reward model, checked against its own config before anything is read.
 
     `tensors` are the dense MLP's tensors and where their copies stand; `backbone` the names of everything
@@ -37,6 +40,7 @@ class MoeCheckpoint:
         self.folder = self.weights.folder
         self.config = _moe_config(self.weights)
         self.settings = MoeSettings.read(self.config.moemerge)
+        self.num_members, self.has_shared = self.settings.num_routed_experts, self.settings.shared_expert
         self.tensors: list[ExpertTensor] = family_of(self.config).expert_tensors(self.config)
         self._check_tensors()
         experts = {tensor.dense for tensor in self.tensors}
@@ -48,32 +52,39 @@ class MoeCheckpoint:
         """dtype of the experts."""
         return self.weights.dtype(self.tensors[0].stacked)
 
-    def matrices(self, tensor: ExpertTensor) -> Iterator[Tensor]:
-        """The experts' copies of a dense MLP tensor, in its layout: the shared one if any, then N routed."""
-        if self.settings.shared_expert:
-            yield self.weights.tensor(tensor.shared)
-        for index in range(self.settings.num_routed_experts):
-            yield self.weights.expert(tensor, index)
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """dtype of the dense model that the MoE was made from."""
+        return cast(torch.dtype, getattr(torch, self.settings.dense_dtype))
 
-    def average(
-        self, tensor: ExpertTensor, matrices: Iterator[Tensor], alpha_LN: Tensor, shared_L: Tensor
-    ) -> Tensor:
-        """Routing-normalised average of `matrices`, in the order of that method, by the layer's weights."""
-        row = self.settings.layers.index(tensor.layer)
-        shared = next(matrices) if self.settings.shared_expert else None
-        return routing_normalized_average(shared, matrices, alpha_LN[row], float(shared_L[row]))
+    @property
+    def member_names(self) -> list[str]:
+        """shared, if there is a shared expert, then expert-0 ... expert-{N-1}."""
+        return [SHARED] * self.has_shared + [f"expert-{i}" for i in range(self.num_members)]
 
-    def check_fit(self, coefficients: Coefficients) -> None:
-        """Raise CheckpointError unless `coefficients` belong to this very model."""
-        s, c = self.settings, coefficients
-        if (c.layers, c.num_experts) != (s.layers, s.num_routed_experts):
-            mine = f"layers {s.layers}, {s.num_routed_experts} routed experts"
-            raise _foreign(f"layers {c.layers}, {c.num_experts} routed experts", mine)
-        if not s.shared_expert and bool(c.shared_L.any()):
-            raise _foreign(f"shared weights {c.shared_L.tolist()}", "zeros: there is no shared expert")
-        model, mine = c.meta.get("model"), model_fingerprint(self.folder)
-        if model not in (None, mine):
-            raise _foreign(f"coefficients for a model with fingerprint {model}", f"{mine} ({self.folder})")
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over weights and config."""
+        return model_fingerprint(self.folder)
+
+    def dense_config(self) -> PreTrainedConfig:
+        """Config of the dense model, a new object."""
+        return dense_config(self.config)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The MoE's own."""
+        return load_tokenizer(str(self.folder))
+
+    def kept(self, name: str) -> Tensor:
+        """The tensor `name` of the backbone."""
+        return self.weights.tensor(name)
+
+    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+        """The copy that one expert has; the shared one, if there is one, is number 0."""
+        assert isinstance(tensor, ExpertTensor)
+        if self.has_shared and place == 0:
+            return self.weights.tensor(tensor.shared)
+        return self.weights.expert(tensor, place - self.has_shared)
 
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""
@@ -101,12 +112,3 @@ def _moe_config(weights: Checkpoint) -> PreTrainedConfig:
     register()
     require_moe(str(weights.config.get("model_type")), weights.folder)
     return AutoConfig.from_pretrained(weights.folder)
-
-
-def _foreign(given: str, expected: str) -> CheckpointError:
-    return CheckpointError(
-        "coefficients do not belong to this model",
-        given=given,
-        expected=expected,
-        fix="fit coefficients for this model, or merge the model that they were fitted for",
-    )

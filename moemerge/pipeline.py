@@ -18,7 +18,8 @@ from moemerge import summary
 from moemerge.artifacts import Stage, read_manifest, why_stale, write_json
 from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
 from moemerge.errors import ArtifactError, Faults, OptionError, suggest
-from moemerge.recipe import Recipe, Run, TextFormat
+from moemerge.options import Options, Run, TextFormat
+from moemerge.recipe import Recipe
 from moemerge.registry import Registry
 
 __all__ = ["STAGES", "check_recipe", "load_recipe", "plan", "run_recipe", "templates", "write_template"]
@@ -199,9 +200,7 @@ class _Plan:
             return {"pairs": self.pairs("fit"), "validation": self.validation}
         return {"pairs": self.validation, "validation": None}
 
-    def step(
-        self, name: str, stage: str, section: options_of.Options | None, **given: Any
-    ) -> tuple[str, str, Run]:
+    def step(self, name: str, stage: str, section: Options | None, **given: Any) -> tuple[str, str, Run]:
         """A step's name, stage and options: those of a recipe's section, and what the plan adds."""
         kind = getattr(options_of, stage.capitalize())
         settings = section.model_dump() if section is not None else {}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.rows import BadRow, Row, Text
 
 UNSUPPORTED = ("tools", "chat_template_kwargs")

@@ -6,62 +6,13 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from moemerge.errors import suggest
-
-
-class _Input:
-    """Marks a field whose value names something read from disk or the hub."""
-
-
-INPUT = _Input()
-Source = Annotated[str, INPUT]
-Sources = Annotated[dict[str, str], INPUT]
-Layers = str
-COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
-
-
-class Options(BaseModel):
-    """Base of all options: unknown keys are refused, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
-
-
-class Run(Options):
-    """What every stage takes besides its own settings."""
-
-    output: Path = Field(description="folder to write; must not exist yet")
-    seed: int = Field(0, ge=0, description="seed of every random draw")
-    threads: int | None = Field(None, ge=1, description="CPU threads (default: leave as it is)")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
-    overwrite: bool = Field(False, description="replace an existing output once the new one is whole")
-
-
-class TextFormat(Options):
-    """How rows of preference data become token sequences."""
-
-    fields: dict[str, str] = Field(
-        default_factory=dict,
-        description="other names for prompt, chosen, rejected, subset, margin, candidates, text, score",
-    )
-    bad_rows: Literal["refuse", "skip"] = Field(
-        "refuse", description="what to do with broken rows; either way they are counted and reported"
-    )
-    max_length: int = Field(
-        1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows"
-    )
-
-    @field_validator("fields")
-    @classmethod
-    def _columns_known(cls, fields: dict[str, str]) -> dict[str, str]:
-        for name in fields:
-            if name not in COLUMNS:
-                raise ValueError(f"{name!r} is no field to rename: {suggest(name, COLUMNS)}")
-        return fields
+from moemerge.options import Layers, Members, Options, Run, Source, Sources, TextFormat
 
 
 class UpcycleSettings(Options):
@@ -184,8 +135,14 @@ class Route(RouteSettings, TextFormat, Run):
 class FitSettings(Options):
     """Merge coefficients: one per layer and expert, and a weight for the shared expert."""
 
-    method: str = Field("learned", description="uniform, usage, learned, ...")
-    initial: Literal["uniform", "usage"] = Field("usage", description="where learned starts")
+    method: str = Field("learned", description="uniform, usage, learned, grid, ...")
+    initial: Literal["auto", "uniform", "usage"] = Field(
+        "auto", description="where learned and grid start; auto: usage if there is routing, else uniform"
+    )
+    grid: list[float] = Field(
+        default_factory=lambda: [step / 20 for step in range(21)],
+        description="method grid: the shared weights to try",
+    )
     shared_weight: float | Literal["match", "learned"] = Field(
         0.5, description="weight of the shared expert: a number in [0, 1], match (as in routing) or learned"
     )
@@ -204,13 +161,14 @@ class FitSettings(Options):
     def _weight_in_range(self) -> FitSettings:
         if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
             raise ValueError("shared_weight is outside [0, 1]")
+        if not self.grid or not all(0 <= value <= 1 for value in self.grid):
+            raise ValueError("grid needs values, all in [0, 1]")
         return self
 
 
-class Fit(FitSettings, TextFormat, Run):
+class Fit(FitSettings, Members, TextFormat, Run):
     """Options of `moemerge fit`."""
 
-    model: Source = Field(description="MoE folder")
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
     pairs: Source | None = Field(None, description="fitting pairs; needed by learned")
     validation: Source | None = Field(
@@ -219,7 +177,7 @@ class Fit(FitSettings, TextFormat, Run):
 
 
 class MergeSettings(Options):
-    """MoE + coefficients -> dense reward model of the original architecture."""
+    """MoE or models + coefficients -> dense reward model of the original architecture."""
 
     method: str = Field(
         "routing_normalized_average", description="ours, or a method of mergekit: linear, ties, karcher, ..."
@@ -239,25 +197,38 @@ class MergeSettings(Options):
         return self
 
 
-class Merge(MergeSettings, Run):
+class Merge(MergeSettings, Members, Run):
     """Options of `moemerge merge`."""
 
-    model: Source = Field(description="MoE folder")
     coefficients: Source | None = Field(
         None, description="folder written by fit; a method of mergekit takes them as its weight"
+    )
+    weights: list[float] = Field(
+        default_factory=list,
+        description="with models: a weight for each, the base first if there is one; no coefficients then; "
+        "their sum does not matter (default: equal)",
     )
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
-        if self.method == "routing_normalized_average" and self.coefficients is None:
+        if self.model and self.method == "routing_normalized_average" and self.coefficients is None:
             raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
         return self
 
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Merge:
+        if self.weights and (self.model or self.coefficients):
+            raise ValueError("weights go with models, in place of coefficients")
+        if self.weights and len(self.weights) != len(self.models) + bool(self.base):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
+        if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
+            raise ValueError("weights must be finite, none below zero and one above")
+        return self
 
-class Export(Run):
+
+class Export(Members, Run):
     """Options of `moemerge export`."""
 
-    model: Source = Field(description="MoE folder")
     coefficients: Source | None = Field(
         None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
     )
@@ -378,20 +349,3 @@ class Recipe(Options):
     merge: MergeSettings = Field(default_factory=MergeSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     publish: PublishSettings = Field(default_factory=PublishSettings)
-
-
-def input_fields(options: Options) -> dict[str, Any]:
-    """The options that name something to read, by field name, without the unset ones."""
-    found = {}
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        if value and INPUT in _marks(field):
-            found[name] = value
-    return found
-
-
-def _marks(field: Any) -> list[object]:
-    nested = [
-        m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())
-    ]
-    return [*field.metadata, *nested]

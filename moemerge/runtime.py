@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moemerge.errors import OptionError
-from moemerge.recipe import Run
+from moemerge.options import Run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,7 +7,6 @@ to one (XFT, arXiv 2404.15247). Letters: N routed experts.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 
 import torch
@@ -17,25 +16,18 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from moemerge import runtime
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import Checkpoint, copy_side_files, write_checkpoint
+from moemerge.dense_checkpoint import source_names
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
-from moemerge.families.dense import dense_class, is_moe, skeleton
+from moemerge.families.dense import is_moe, skeleton
 from moemerge.layers import parse_layers
 from moemerge.model_guards import finite, refuse_own_class
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
-from moemerge.scoring import (
-    claims_head,
-    has_own_code,
-    in_head,
-    load_reward_model,
-    load_tokenizer,
-    spare_head,
-)
+from moemerge.scoring import has_own_code, load_reward_model, load_tokenizer
 
-BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 log = logging.getLogger(__name__)
@@ -54,8 +46,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     config = _dense_config(source, options)
     settings = _settings(options, config)
     moe = moe_config(config, settings)
-    names = _source_names(source, config)
-    _check_head(source, names, config)
+    names = source_names(source, config)
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
@@ -91,18 +82,6 @@ def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
     return config
 
 
-def _check_head(source: Checkpoint, names: dict[str, str | None], config: PretrainedConfig) -> None:
-    """A base model gets a fresh head; a reward model whose head is lost must not."""
-    lost = [name for name, held in names.items() if held is None]
-    if lost and claims_head(config):
-        raise CheckpointError(
-            f"{source.folder} has no reward head",
-            given=f"{', '.join(config.architectures or [])} without {', '.join(lost)}",
-            expected="every tensor of the reward model",
-            fix="copy the model again whole; the tool that wrote it may have dropped the head",
-        )
-
-
 def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
     return MoeSettings(
         num_routed_experts=options.num_routed_experts,
@@ -117,31 +96,6 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
         balance_loss=options.balance_loss,
         dense_dtype=str(config.dtype).removeprefix("torch."),
     )
-
-
-def _source_names(source: Checkpoint, config: PretrainedConfig) -> dict[str, str | None]:
-    """For each tensor of the dense reward model its name in `source`; None for a head that it lacks."""
-    model, held = skeleton(config), set(source.names)
-    wanted, prefix = model.state_dict(), f"{model.base_model_prefix}."
-    found = {n: next((m for m in (n, n.removeprefix(prefix)) if m in held), None) for n in wanted}
-    missing = [n for n, m in found.items() if m is None and not in_head(model, n)]
-    left = [n for n in sorted(held - set(found.values())) if not _needless(model, n)]
-    wrong = [n for n, m in found.items() if m and source.shape(m) != tuple(wanted[n].shape)]
-    for kind, names in (("missing", missing), ("left over", left), ("misshapen", wrong)):
-        if names:
-            raise CheckpointError(
-                f"{source.folder} does not fit its own config",
-                given=f"{kind}: {', '.join(names[:5])}" + (" ..." if len(names) > 5 else ""),
-                expected=f"the tensors of {dense_class(config).__name__}",
-                fix="use a complete checkpoint of a supported architecture",
-            )
-    return found
-
-
-def _needless(model: PreTrainedModel, name: str) -> bool:
-    """Whether a reward model may lack the tensor: a language model's head, or a buffer of older versions."""
-    old = model._keys_to_ignore_on_load_unexpected or []
-    return spare_head(name) or name.endswith(BUFFERS) or any(re.search(p, name) for p in old)
 
 
 def _moe_tensors(

@@ -22,7 +22,7 @@ from moemerge import cli, pipeline
 from moemerge import recipe as options_of
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
 from moemerge.errors import DataError
-from moemerge.recipe import Run
+from moemerge.options import Run
 
 ROOT = Path(__file__).parent.parent
 Main = Callable[..., tuple[int, str, str]]

@@ -45,7 +45,7 @@ class Bowl:
 def problem(objective: Bowl | None = None, seed: int = 0, **settings: Any) -> FitProblem:
     wanted = FitSettings(**{"initial": "uniform", "batch_size": 8, "max_epochs": 40, **settings})
     make = None if objective is None else lambda: objective
-    return FitProblem([0, 1, 2], N, True, wanted, seed, objective=make)
+    return FitProblem(["layers.0", "layers.1", "layers.2"], N, True, wanted, seed, objective=make)
 
 
 def test_learned_finds_the_optimum() -> None:
@@ -110,7 +110,7 @@ def hand_made_statistics() -> RoutingStatistics:
 
 def test_uniform_usage_and_match_by_hand() -> None:
     base = problem(shared_weight="match")
-    base = FitProblem(base.layers, N, True, base.settings, statistics=hand_made_statistics())
+    base = FitProblem(base.blocks, N, True, base.settings, statistics=hand_made_statistics())
     assert METHODS.get("uniform")(base).alpha_LN.tolist() == [[1 / 3] * 3] * 3
     found = METHODS.get("usage")(base)
     torch.testing.assert_close(
@@ -118,7 +118,7 @@ def test_uniform_usage_and_match_by_hand() -> None:
         torch.tensor([[0.75, 0.25, 0.0], [0.25, 0.25, 0.5], [1 / 3] * 3], dtype=torch.float64),
     )
     assert found.shared_L.tolist() == [0.25, 0.5, 0.75]
-    alone = FitProblem(base.layers, N, False, base.settings)
+    alone = FitProblem(base.blocks, N, False, base.settings)
     assert METHODS.get("uniform")(alone).shared_L.tolist() == [0.0] * 3
 
 
@@ -126,22 +126,25 @@ def test_an_unused_expert_can_come_back() -> None:
     """Expert 2 of layer 0 has no gate mass, but the optimum gives it some."""
     best_LN = torch.tensor([[0.3, 0.1, 0.6], [0.25, 0.25, 0.5], [1 / 3] * 3], dtype=torch.float64)
     base = problem(Bowl(best_LN), initial="usage", learning_rate=0.3, patience=50)
-    base = FitProblem(base.layers, N, True, base.settings, 0, hand_made_statistics(), base.objective)
+    base = FitProblem(base.blocks, N, True, base.settings, 0, hand_made_statistics(), base.objective)
     assert METHODS.get("learned")(base).alpha_LN[0, 2] > 0.5
 
 
 def test_coefficients_save_and_load_exactly(tmp_path: Path) -> None:
-    path = Coefficients([0, 2, 5], ALPHA, SHARED, {"method": "learned", "model": "abc"}).save(tmp_path / "c")
+    path = Coefficients.of_layers([0, 2, 5], ALPHA, SHARED, {"method": "learned", "model": "abc"}).save(
+        tmp_path / "c"
+    )
     for source in (path, path.parent, str(path.parent)):
         again = Coefficients.load(source)
         assert (
-            again.layers == [0, 2, 5] and again.meta.items() >= {"method": "learned", "model": "abc"}.items()
+            again.blocks == ["layers.0", "layers.2", "layers.5"]
+            and again.meta.items() >= {"method": "learned", "model": "abc"}.items()
         )
         assert torch.equal(again.alpha_LN, ALPHA) and torch.equal(again.shared_L, SHARED)
     table = json.loads((path.parent / "coefficients.json").read_text())
-    assert table["layers"][1] == {"layer": 2, "shared": 0.5, "alpha": [0.6, 0.1, 0.3]}
+    assert table["blocks"][1] == {"block": "layers.2", "shared": 0.5, "alpha": [0.6, 0.1, 0.3]}
     header = path.read_bytes()[:600].decode(errors="replace")
-    assert '"layers":"[0, 2, 5]"' in header and '"method":"learned"' in header
+    assert '"blocks":"[\\"layers.0\\"' in header and '"method":"learned"' in header
 
 
 @pytest.mark.parametrize(
@@ -155,20 +158,19 @@ def test_coefficients_save_and_load_exactly(tmp_path: Path) -> None:
         ([0, 1, 2], ALPHA[0], SHARED),
         ([0, 1, 2], ALPHA.float(), SHARED),
         ([0, 1], ALPHA, SHARED),
-        ([0, 2, 1], ALPHA, SHARED),
         ([0, 1, 1], ALPHA, SHARED),
         ([], ALPHA[:0], SHARED[:0]),
     ],
 )
 def test_unusable_coefficients_are_refused(layers: list[int], alpha_LN: Tensor, shared_L: Tensor) -> None:
     with pytest.raises(CheckpointError, match="cannot be used"):
-        Coefficients(layers, alpha_LN, shared_L)
+        Coefficients.of_layers(layers, alpha_LN, shared_L)
 
 
 def test_damaged_coefficient_files_are_refused(tmp_path: Path) -> None:
-    path = Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path)
+    path = Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path)
     whole = path.read_bytes()
-    for damaged in (b"", whole[:-8], whole.replace(b"coefficients 1", b"coefficients 9")):
+    for damaged in (b"", whole[:-8], whole.replace(b"coefficients 2", b"coefficients 9")):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="cannot be read"):
             Coefficients.load(tmp_path)

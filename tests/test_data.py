@@ -25,7 +25,7 @@ from moemerge.data import (
     read_pairs,
 )
 from moemerge.errors import DataError, OptionError
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.rows import BadRow
 
 PLAIN = TextFormat()

@@ -17,7 +17,7 @@ from moemerge.artifacts import read_manifest
 from moemerge.data import Pair, encode, read_pairs
 from moemerge.errors import DataError, OptionError
 from moemerge.evaluate import _pair_scores, evaluate, parameters
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle
 

@@ -35,7 +35,7 @@ LINEAR = {"method": "linear", "parameters": {"normalize": False}}
 
 def fitted(folder: Path, shared: bool = True) -> str:
     shared_L = SHARED if shared else torch.zeros(3, dtype=torch.float64)
-    return str(Coefficients([0, 1, 2], ALPHA, shared_L).save(folder).parent)
+    return str(Coefficients.of_layers([0, 1, 2], ALPHA, shared_L).save(folder).parent)
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -146,7 +146,7 @@ def test_mixed_cases_merge_alike(tmp_path: Path) -> None:
     config = json.loads((wide / "config.json").read_text())
     config["moemerge"]["dense_dtype"] = "bfloat16"
     (wide / "config.json").write_text(json.dumps(config))
-    middle = Coefficients([1], ALPHA[1:2], SHARED[1:2]).save(tmp_path / "middle")
+    middle = Coefficients.of_layers([1], ALPHA[1:2], SHARED[1:2]).save(tmp_path / "middle")
     cases = {"bare": fitted(tmp_path / "c", shared=False), "one": str(middle), "wide": fitted(tmp_path / "d")}
     for (name, given), moe in zip(cases.items(), (bare, one, wide), strict=True):
         folder = export(model=str(moe), coefficients=given, output=tmp_path / f"{name}+@experts")
@@ -173,7 +173,7 @@ def test_exported_experts_can_be_evaluated(tmp_path: Path) -> None:
 
 
 def test_foreign_coefficients_are_refused(tmp_path: Path) -> None:
-    given = Coefficients([0, 1, 3], ALPHA, SHARED).save(tmp_path / "fit")
+    given = Coefficients.of_layers([0, 1, 3], ALPHA, SHARED).save(tmp_path / "fit")
     with pytest.raises(CheckpointError, match="do not belong"):
         export(model=str(make_moe(tmp_path / "moe")), coefficients=str(given), output=tmp_path / "experts")
     assert not (tmp_path / "experts").exists()

@@ -174,7 +174,7 @@ def noise() -> Callable[[str, Tensor], Tensor]:
 
 def merged(folder: Path, alpha_LN: Tensor, shared_L: Tensor, home: Path) -> Path:
     home.mkdir()
-    Coefficients([0, 1, 2], alpha_LN, shared_L, {}).save(home / "coefficients")
+    Coefficients.of_layers([0, 1, 2], alpha_LN, shared_L, {}).save(home / "coefficients")
     return merge(model=str(folder), coefficients=str(home / "coefficients"), output=home / "dense")
 
 

@@ -21,7 +21,7 @@ from moemerge.errors import CheckpointError, DataError, OptionError
 from moemerge.fit import fit, hold_out
 from moemerge.merged_model import MergedModel, PairObjective
 from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.route import route
 from moemerge.routing import RoutingStatistics
 from moemerge.scoring import load_tokenizer, score_pairs
@@ -255,7 +255,7 @@ def test_faults_are_refused_with_a_remedy(moe: Path, routing: Path, planted: Pat
     files = list(tmp_path.iterdir())
     refused(OptionError, "did you mean 'uniform'", method="uniforn")
     refused(OptionError, "routing statistics are needed", method="usage")
-    refused(OptionError, "routing statistics are needed", method="learned", pairs=str(planted))
+    refused(OptionError, "routing statistics are needed", initial="usage", pairs=str(planted))
     refused(OptionError, "routing statistics are needed", method="uniform", shared_weight="match")
     refused(OptionError, "preference pairs", method="learned", routing=str(routing))
     refused(OptionError, "shared_weight learned", method="uniform", shared_weight="learned")

@@ -309,7 +309,7 @@ def test_not_a_number_passes(name: str, value: float, models: list[Path], tmp_pa
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.down_proj", "model.norm.weight"])
 def test_a_moe_with_nan_is_neither_merged_nor_exported(name: str, tmp_path: Path) -> None:
     moe = spoil(make_moe(tmp_path / "moe"), name, float("nan"))
-    given = str(Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit"))
+    given = str(Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit"))
     for make in (merge, export):
         with pytest.raises(CheckpointError, match="weights are not finite"):
             make(model=str(moe), coefficients=given, output=tmp_path / "out")
@@ -434,7 +434,7 @@ def test_replaced_models_are_merged_as_they_were(models: list[Path], tmp_path: P
     assert torch.equal(Checkpoint(stock(tmp_path / "b", models)).tensor(UP), before)
     assert right(ours(tmp_path / "ours", models), models)
     moe = make_moe(tmp_path / "moe")
-    given = str(Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit"))
+    given = str(Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit"))
     one = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "one")).tensor(UP)
     rewrite(moe, lambda name, tensor: tensor * 2 if "expert" in name else tensor)
     two = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "two")).tensor(UP)
@@ -501,12 +501,16 @@ def test_stages_take_any_path_and_links(tmp_path: Path) -> None:
     (tmp_path / "dense").symlink_to(home / "dense")
     moes = [upcycle(model=str(at / "dense"), output=at / "moe", seed=1) for at in (home, tmp_path)]
     (tmp_path / "linked").symlink_to(moes[0])
-    given = str(Coefficients([0], torch.ones(1, 7).double() / 7, torch.zeros(1).double()).save(home / "fit"))
+    given = str(
+        Coefficients.of_layers([0], torch.ones(1, 7).double() / 7, torch.zeros(1).double()).save(home / "fit")
+    )
     with pytest.raises(CheckpointError, match="do not belong"):
         merge(model=str(moes[0]), coefficients=given, output=tmp_path / "wrong")
     alpha_LN, shared_L = torch.full((3, 7), 1 / 7).double(), torch.full((3,), 0.5).double()
     given = str(
-        Coefficients([0, 1, 2], alpha_LN / alpha_LN.sum(1, keepdim=True), shared_L).save(home / "fit")
+        Coefficients.of_layers([0, 1, 2], alpha_LN / alpha_LN.sum(1, keepdim=True), shared_L).save(
+            home / "fit"
+        )
     )
     for number, moe in enumerate((*moes, tmp_path / "linked")):
         merged = merge(model=str(moe), coefficients=given, output=home / f"merged-{number}")
@@ -560,7 +564,7 @@ def test_multi_and_raw_merges_are_checked(models: list[Path], tmp_path: Path) ->
 
 def test_the_method_by_coefficients_is_checked_alike(models: list[Path], tmp_path: Path) -> None:
     alpha_LN, shared_L = torch.full((3, 2), 0.5).double(), torch.full((3,), 0.5).double()
-    Coefficients([0, 1, 2], alpha_LN, shared_L).save(tmp_path / "fit")
+    Coefficients.of_layers([0, 1, 2], alpha_LN, shared_L).save(tmp_path / "fit")
     numbered = [{"model": str(m), "parameters": {"expert": i}} for i, m in enumerate(models[1:])]
     given: dict[str, Any] = {"coefficients": str(tmp_path / "fit")}
     how = {"merge_method": NAME, "parameters": given, "models": numbered}

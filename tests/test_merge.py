@@ -37,7 +37,9 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def coefficients(folder: Path, alpha_LN: Tensor = ALPHA, shared_L: Tensor = SHARED, **meta: str) -> str:
-    return str(Coefficients(list(range(len(alpha_LN))), alpha_LN, shared_L, meta).save(folder).parent)
+    return str(
+        Coefficients.of_layers(list(range(len(alpha_LN))), alpha_LN, shared_L, meta).save(folder).parent
+    )
 
 
 def scores(model: torch.nn.Module, moe: Path) -> Tensor:
@@ -177,7 +179,7 @@ def test_dtypes(stored: str, asked: str, tmp_path: Path) -> None:
 def test_side_files_shards_and_layers(tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe", layers="1")
     (moe / "chat_template.jinja").write_text("{{ messages }}")
-    given = Coefficients([1], ALPHA[:1], SHARED[:1]).save(tmp_path / "c")
+    given = Coefficients.of_layers([1], ALPHA[:1], SHARED[:1]).save(tmp_path / "c")
     folder = merge(model=str(moe), coefficients=str(given), output=tmp_path / "m", shard_size=30_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -199,11 +201,11 @@ def test_without_a_shared_expert(tmp_path: Path) -> None:
     given = coefficients(tmp_path / "c", ALPHA, torch.zeros(3, dtype=torch.float64))
     assert (
         read_manifest(merge(model=str(moe), coefficients=given, output=tmp_path / "m"))["results"][
-            "mlp_tensors"
+            "merged_tensors"
         ]
         == 9
     )
-    with pytest.raises(CheckpointError, match="no shared expert"):
+    with pytest.raises(CheckpointError, match="there is no shared member"):
         merge(model=str(moe), coefficients=coefficients(tmp_path / "d"), output=tmp_path / "n")
 
 
@@ -256,7 +258,7 @@ def test_foreign_coefficients_are_refused(moe: Path, tmp_path: Path) -> None:
         coefficients(tmp_path / "few", ALPHA[:2], SHARED[:2]),
         coefficients(tmp_path / "wide", four_LN),
         coefficients(tmp_path / "other", model="0" * 64),
-        str(Coefficients([0, 1, 3], ALPHA, SHARED).save(tmp_path / "layers")),
+        str(Coefficients.of_layers([0, 1, 3], ALPHA, SHARED).save(tmp_path / "layers")),
     ]
     for given in foreign:
         with pytest.raises(CheckpointError, match="do not belong to this model"):

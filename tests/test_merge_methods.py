@@ -54,7 +54,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def coefficients(tmp_path: Path) -> str:
-    return str(Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit").parent)
+    return str(Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit").parent)
 
 
 def expert_mlps(moe: Path) -> dict[Any, dict[str, Tensor]]:
@@ -126,7 +126,7 @@ def test_without_a_shared_expert(tmp_path: Path) -> None:
     found = merged_by(moe, tmp_path / "m", "linear", parameters={"weight": 1.0})
     expected = merge_state_dicts(expert_mlps(moe), "linear", parameters={"weight": 1.0})
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    with pytest.raises(OptionError, match="no shared expert, so no base"):
+    with pytest.raises(OptionError, match="no shared one, so no base"):
         merge(model=str(moe), output=tmp_path / "n", method="ties", parameters={"weight": 1.0})
 
 
@@ -212,8 +212,8 @@ def test_an_expert_of_weight_zero_must_be_finite_too(moe: Path, tmp_path: Path) 
     last = spoil("layers.1.mlp.experts.down_proj", float("nan"))
     broken = rewrite(shutil.copytree(moe, tmp_path / "broken"), last)
     first_LN = torch.eye(N, dtype=torch.float64)[0].repeat(3, 1)
-    given = Coefficients([0, 1, 2], first_LN, SHARED).save(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="an expert's model.layers.1.mlp.down_proj.weight"):
+    given = Coefficients.of_layers([0, 1, 2], first_LN, SHARED).save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="model.layers.1.mlp.down_proj.weight of expert-2"):
         merge(model=str(broken), coefficients=str(given), output=tmp_path / "m")
 
 

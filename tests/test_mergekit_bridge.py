@@ -33,7 +33,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def coefficients(tmp_path: Path) -> Path:
-    Coefficients([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit")
+    Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(tmp_path / "fit")
     return tmp_path / "fit"
 
 
@@ -95,8 +95,8 @@ NUMBERS = {"a": 0, "b": 1, "c": 2}
 def test_layers_without_coefficients_must_be_the_same_in_all_models(
     dense: list[Path], tmp_path: Path
 ) -> None:
-    Coefficients([1], ALPHA[1:2], SHARED[1:2]).save(tmp_path)
-    with pytest.raises(CheckpointError, match="layer has no coefficients, but its models differ"):
+    Coefficients.of_layers([1], ALPHA[1:2], SHARED[1:2]).save(tmp_path)
+    with pytest.raises(CheckpointError, match="block has no coefficients, but its models differ"):
         merge_in_memory(dense, coefficients=str(tmp_path), expert=NUMBERS)
     base, *experts = [weights(folder) for folder in dense]
     alike = [{name: t if ".layers.1." in name else base[name] for name, t in e.items()} for e in experts]
@@ -110,7 +110,7 @@ def test_layers_without_coefficients_must_be_the_same_in_all_models(
 def test_rewritten_coefficients_are_read_again(dense: list[Path], coefficients: Path) -> None:
     expert = {"a": 0, "b": 1, "c": 2}
     before = merge_in_memory(dense, coefficients=str(coefficients), expert=expert)
-    Coefficients([0, 1, 2], ALPHA.flip(1), SHARED).save(coefficients)
+    Coefficients.of_layers([0, 1, 2], ALPHA.flip(1), SHARED).save(coefficients)
     after = merge_in_memory(dense, coefficients=str(coefficients), expert=expert)
     assert not torch.equal(
         before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"]
@@ -262,13 +262,13 @@ def test_coefficients_are_found_beside_the_yaml_then_here(
     dense: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, beside = tmp_path / "here", tmp_path / "beside"
-    Coefficients([0, 1, 2], ALPHA, SHARED).save(here / "fit")
+    Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(here / "fit")
     file = config_file(
         beside, dense, mergekit_bridge.NAME, {"coefficients": "fit"}, [{"expert": i} for i in range(3)]
     )
     monkeypatch.chdir(here)
     assert run_cli("yaml", file, tmp_path / "one", "--no-copy-tokenizer") == 0
-    Coefficients([0, 1, 2], ALPHA.flip(1), SHARED).save(beside / "fit")
+    Coefficients.of_layers([0, 1, 2], ALPHA.flip(1), SHARED).save(beside / "fit")
     assert run_cli("yaml", file, tmp_path / "two", "--no-copy-tokenizer") == 0
     name = "model.layers.0.mlp.up_proj.weight"
     expected = by_hand([weights(folder) for folder in dense])[name]
@@ -284,7 +284,7 @@ def test_wrong_coefficients_end_before_weights_are_written(
     experts = 4 if fault == "more experts" else 3
     alpha_LN = torch.full((3, experts), 1 / experts, dtype=torch.float64)
     if fault != "missing file":
-        Coefficients(layers, alpha_LN, SHARED).save(tmp_path / "fit")
+        Coefficients.of_layers(layers, alpha_LN, SHARED).save(tmp_path / "fit")
     given = {"coefficients": str(tmp_path / "fit")}
     file = config_file(tmp_path, dense, mergekit_bridge.NAME, given, [{"expert": i} for i in range(3)])
     assert run_cli("yaml", file, tmp_path / "out") == 2

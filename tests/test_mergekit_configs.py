@@ -6,22 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import save_dense
+from conftest import save_dense, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file
 from small_moe import rewrite
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from moemerge import cli
 from moemerge.checkpoint import Checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.export import export
 from moemerge.merge import merge
+from moemerge.model_list import ModelList
 from moemerge.pipeline import templates
 from moemerge.scoring import load_reward_model
 from moemerge.upcycle import upcycle
@@ -30,14 +33,21 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "merge_configs" / "mergekit"
 ALPHA = torch.tensor([0.25, 0.25, 0.125, 0.125, 0.125, 0.125, 0.0], dtype=torch.float64).repeat(3, 1)
 SHARED = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
+RMS, LM = [f"models/rm-{seed}" for seed in range(3)], "models/lm"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the examples expect it: moe, fit and experts of an upcycled model; models/rm-0 ... rm-2."""
-    home = tmp_path_factory.mktemp("home")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder as the examples expect it: moe, fit, usage and experts of an upcycled model; models/rm-0 ...
+    rm-2 with fit-rms; models/lm with doge.
+    """
+    home, here = tmp_path_factory.mktemp("home"), Path.cwd()
+    os.chdir(home)
     for seed in range(3):
         save_dense(home / f"models/rm-{seed}", seed=seed)
+    AutoModelForCausalLM.from_config(tiny_dense().config).save_pretrained(home / "models/lm")
+    tiny_tokenizer().save_pretrained(home / "models/lm")
+    export(base=RMS[0], models=[LM], scope="body", output="doge")
     upcycle(model=str(home / "models/rm-0"), output=home / "moe")
     generator = torch.Generator().manual_seed(1)
 
@@ -45,11 +55,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tensor + 0.1 * torch.randn(tensor.shape, generator=generator) * ("expert" in name)
 
     rewrite(home / "moe", noisy)
-    Coefficients([0, 1, 2], ALPHA, SHARED).save(home / "fit")
+    Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(home / "fit")
+    Coefficients.of_layers([0, 1, 2], ALPHA.flip(1), SHARED).save(home / "usage")
+    alpha_LN = torch.rand(5, 3, generator=generator, dtype=torch.float64).softmax(1)
+    source = ModelList(RMS)
+    zero_L = torch.zeros(5, dtype=torch.float64)
+    Coefficients(source.blocks(), alpha_LN, zero_L, source.identity()).save("fit-rms")
     export(model=str(home / "moe"), output=home / "experts")
     for config in CONFIGS.glob("*.yml"):
         shutil.copy(config, home)
-    return home
+    yield home
+    os.chdir(here)
 
 
 def run(home: Path, name: str, output: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
@@ -64,14 +80,28 @@ def run(home: Path, name: str, output: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def straight(home: Path, output: Path, **options: Any) -> dict[str, Tensor]:
-    """Tensors of `moemerge merge` on the same MoE."""
-    return load_file(merge(model=str(home / "moe"), output=output, **options) / "model.safetensors")
+    """Tensors of `moemerge merge` on the same members."""
+    return load_file(merge(output=output, **options) / "model.safetensors")
 
 
 SAME: dict[str, dict[str, Any]] = {
-    "umm_rm": {"coefficients": "fit"},
-    "uniform_linear": {"method": "linear", "parameters": {"weight": 1.0}},
-    "ties_experts": {"method": "ties", "parameters": {"weight": 1.0, "density": 0.5, "normalize": True}},
+    "umm_rm": {"model": "moe", "coefficients": "fit"},
+    "usage": {"model": "moe", "coefficients": "usage"},
+    "learned_rms": {"models": RMS, "coefficients": "fit-rms"},
+    "dogerm": {
+        "base": RMS[0],
+        "models": [LM],
+        "scope": "body",
+        "method": "linear",
+        "weights": [0.7, 0.3],
+        "parameters": {"normalize": False},
+    },
+    "uniform_linear": {"model": "moe", "method": "linear", "parameters": {"weight": 1.0}},
+    "ties_experts": {
+        "model": "moe",
+        "method": "ties",
+        "parameters": {"weight": 1.0, "density": 0.5, "normalize": True},
+    },
 }
 
 
@@ -89,8 +119,8 @@ def test_inline_weights(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = run(home, "inline_weights", tmp_path / "merged", monkeypatch)
     for shared, matrix in ((0.6, "down_proj"), (0.5, "up_proj")):
         shared_L = torch.full((3,), shared, dtype=torch.float64)
-        given = Coefficients([0, 1, 2], ALPHA, shared_L).save(tmp_path / matrix)
-        expected = straight(home, tmp_path / f"m-{matrix}", coefficients=str(given))
+        given = Coefficients.of_layers([0, 1, 2], ALPHA, shared_L).save(tmp_path / matrix)
+        expected = straight(home, tmp_path / f"m-{matrix}", model="moe", coefficients=str(given))
         names = [name for name in found if matrix in name]
         assert len(names) == 3 and all(torch.equal(found[name], expected[name]) for name in names)
 
@@ -105,9 +135,23 @@ def test_warm(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert float((tensor.double() - mean).abs().max()) <= float(mean.abs().max()) * 2**-8
 
 
+def test_two_stages(home: Path, tmp_path: Path) -> None:
+    flags = ["--out-path", str(tmp_path / "merged"), "--intermediate-dir", str(tmp_path / "between")]
+    with pytest.raises(SystemExit) as done:
+        cli.main(["mergekit", "multi", "multi_stage.yml", *flags])
+    assert done.value.code == 0
+    load_reward_model(str(tmp_path / "merged"), "cpu")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    *models, language = [load_file(Path(folder) / "model.safetensors") for folder in [*RMS, LM]]
+    for name, tensor in found.items():
+        warm = sum(model[name].double() for model in models) / 3
+        expected = warm if name == "score.weight" else 0.7 * warm + 0.3 * language[name].double()
+        torch.testing.assert_close(tensor.double(), expected, atol=2e-7, rtol=0)
+
+
 def test_every_example_is_tested_and_shipped_but_is_no_recipe() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yml")}
-    assert names == {*SAME, "inline_weights", "warm"}
+    assert names == {*SAME, "inline_weights", "warm", "multi_stage"}
     assert not names & set(templates())
     tomllib = pytest.importorskip("tomllib")
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
@@ -116,7 +160,7 @@ def test_every_example_is_tested_and_shipped_but_is_no_recipe() -> None:
     assert shipped == set(folder.rglob("*.yml"))
     for path in CONFIGS.glob("*.yml"):
         assert all(len(line) <= 120 for line in path.read_text().splitlines()), path
-        assert yaml.safe_load(path.read_text())["base_model"], path
+        assert all(part["base_model"] for part in yaml.safe_load_all(path.read_text())), path
 
 
 def test_the_opt_in_for_the_stock_command(home: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from moemerge import pipeline, recipe_file, summary
 from moemerge import recipe as options_of
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
 from moemerge.errors import ArtifactError, Faults, OptionError
-from moemerge.recipe import Recipe, Run, input_fields
+from moemerge.options import Run, input_fields
+from moemerge.recipe import Recipe
 
 REPORT = {
     "models": {

@@ -40,7 +40,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (draft.folder / "history.json").write_text("[]")
     with artifact("fit", Fit(model=str(root / "train"), method="uniform", output=root / "fit")) as draft:
         alpha_LN = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64)
-        Coefficients([0, 1], alpha_LN, torch.full((2,), 0.5, dtype=torch.float64)).save(draft.folder)
+        Coefficients.of_layers([0, 1], alpha_LN, torch.full((2,), 0.5, dtype=torch.float64)).save(
+            draft.folder
+        )
     merge = Merge(model=str(root / "train"), coefficients=str(root / "fit"), output=root / "merged")
     with artifact("merge", merge) as draft:
         save_dense(draft.folder, seed=1)
@@ -94,7 +96,7 @@ def test_card_body(run: dict[str, Path], tmp_path: Path) -> None:
         model=str(run["merged"]), evaluation=str(run["evaluation"]), output=tmp_path / "p", repo="me/ours"
     )
     text = (out / "README.md").read_text()
-    assert "| 0 | 0.5000 | 0.2500 | 0.7500 |" in text
+    assert "| layers.0 | 0.5000 | 0.2500 | 0.7500 |" in text
     assert 'AutoModelForSequenceClassification.from_pretrained("me/ours")' in text
     stages = [
         line.split(" | ")[0]

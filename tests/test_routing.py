@@ -16,7 +16,7 @@ from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import CheckpointError, DataError
 from moemerge.modelling import load_moe
 from moemerge.moe import moe_layers
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.route import collect, route
 from moemerge.routing import RoutingStatistics, Sums
 from moemerge.scoring import load_tokenizer

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from moemerge.artifacts import read_manifest
 from moemerge.data import read_candidates, read_pairs
 from moemerge.errors import DataError
-from moemerge.recipe import TextFormat
+from moemerge.options import TextFormat
 from moemerge.synthetic import (
     CONTENT,
     FILLERS,

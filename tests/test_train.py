@@ -114,7 +114,7 @@ def make(world: Path, home: Path, model: str = "moe", pairs: str = "train", **op
 
 def encoded(tokenizer: Any, path: Path) -> list[EncodedPair]:
     from moemerge.data import encode_pairs, read_pairs
-    from moemerge.recipe import TextFormat
+    from moemerge.options import TextFormat
 
     pairs, report = read_pairs(str(path), TextFormat())
     return encode_pairs(tokenizer, pairs, TextFormat(), report)

@@ -15,5 +15,6 @@ METHODS: Registry[Method] = Registry(
         "uniform": "moemerge.coefficients.uniform:uniform",
         "usage": "moemerge.coefficients.usage:usage",
         "learned": "moemerge.coefficients.learned:learned",
+        "grid": "moemerge.coefficients.grid:grid",
     },
 )

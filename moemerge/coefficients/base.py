@@ -1,13 +1,15 @@
 """Merge coefficients: what they are, how they are kept, and what a way to find them is given and gives.
 
-Shapes: L layers with experts, N routed experts.
+Shapes: L blocks (of tensors that share a row of coefficients; by default a layer each), N routed experts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts import write_json
+from moemerge.coefficients import METHODS
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.provenance import package_version
 from moemerge.recipe import FitSettings
@@ -24,24 +28,26 @@ from moemerge.recipe import FitSettings
 if TYPE_CHECKING:
     from moemerge.routing import RoutingStatistics
 
-FORMAT = "moemerge coefficients 1"
+FORMAT = "moemerge coefficients 2"
 FILE = "coefficients.safetensors"
 TABLE = "coefficients.json"
 TOLERANCE = 1e-9
-RESERVED = ("format", "layers")
+BLOCK = re.compile(r"head|outside|layers\.\d+(\.[\w.-]+)?")
+RESERVED = ("format", "blocks")
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Weights of a routing-normalised average, one row per layer.
+    """Weights of a routing-normalised average, one row per block.
 
-    W_l = shared_L[l] * W_shared + (1 - shared_L[l]) * sum_i alpha_LN[l, i] W_i for transformer layer
-    layers[l]. Both tensors are float64, rows of alpha_LN are >= 0 and sum to one, shared_L is in [0, 1] (0
-    where there is no shared expert). `meta` holds texts such as method and model (fingerprint of the MoE).
-    Raises CheckpointError when any of this does not hold.
+    W_l = shared_L[l] * W_shared + (1 - shared_L[l]) * sum_i alpha_LN[l, i] W_i for the tensors of block
+    blocks[l]: `layers.3` (a transformer layer), `layers.3.mlp.up_proj`, `outside` or `head` (moemerge.sources
+    says what these are). Both tensors are float64, rows of alpha_LN are >= 0 and sum to one, shared_L is in
+    [0, 1] (0 where there is no shared expert). `meta` holds texts such as method and model (fingerprint of
+    what they were made for). Raises CheckpointError when any of this does not hold.
     """
 
-    layers: list[int]
+    blocks: list[str]
     alpha_LN: Tensor
     shared_L: Tensor
     meta: dict[str, str] = field(default_factory=dict)
@@ -52,26 +58,42 @@ class Coefficients:
             raise CheckpointError(
                 "coefficients cannot be used",
                 given=fault,
-                expected="per layer float64 alpha >= 0 with sum 1, and float64 shared in [0, 1]",
+                expected="per block, named once, float64 alpha >= 0 with sum 1 and float64 shared in [0, 1]",
                 fix="fit them again, or normalise each row if they were made by hand",
             )
 
+    @classmethod
+    def of_layers(
+        cls, layers: Sequence[int], alpha_LN: Tensor, shared_L: Tensor, meta: dict[str, str] | None = None
+    ) -> Coefficients:
+        """Coefficients with a row per transformer layer, by number."""
+        return cls([f"layers.{number}" for number in layers], alpha_LN, shared_L, meta or {})
+
     @property
     def num_experts(self) -> int:
-        """Number of routed experts, N."""
+        """Number of routed experts, or of models besides the base, N."""
         return self.alpha_LN.shape[1]
 
     def save(self, folder: str | Path) -> Path:
         """Write coefficients.safetensors (exact, with a readable header) and coefficients.json (to read)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        header = {"format": FORMAT, "layers": json.dumps(self.layers), "version": package_version()}
+        header = {"format": FORMAT, "blocks": json.dumps(self.blocks), "version": package_version()}
         tensors = {"alpha_LN": self.alpha_LN.contiguous(), "shared_L": self.shared_L.contiguous()}
         save_file(tensors, folder / FILE, metadata={**header, **self.meta})
-        rows = zip(self.layers, self.shared_L.tolist(), self.alpha_LN.tolist(), strict=True)
-        table = [{"layer": n, "shared": shared, "alpha": alpha} for n, shared, alpha in rows]
-        write_json(folder / TABLE, {**header, **self.meta, "layers": table})
+        table = [{"block": name, "shared": shared, "alpha": alpha} for name, shared, alpha in self.table()]
+        write_json(folder / TABLE, {**header, **self.meta, "blocks": table})
         return folder / FILE
+
+    def table(self) -> Iterator[tuple[str, float, list[float]]]:
+        """Block, shared weight and alpha of each row."""
+        return zip(self.blocks, self.shared_L.tolist(), self.alpha_LN.tolist(), strict=True)
+
+    def weights(self, row: int, has_shared: bool) -> list[float]:
+        """The weight of each member in row number `row`, the shared one first if there is one; sum one."""
+        shared = float(self.shared_L[row])
+        routed: list[float] = ((1 - shared) * self.alpha_LN[row]).tolist()
+        return [shared, *routed] if has_shared else routed
 
     @classmethod
     def load(cls, source: str | Path) -> Coefficients:
@@ -83,7 +105,7 @@ class Coefficients:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}
             if header.get("format") == FORMAT and set(tensors) == {"alpha_LN", "shared_L"}:
                 meta = {key: text for key, text in header.items() if key not in RESERVED}
-                return cls(json.loads(header["layers"]), meta=meta, **tensors)
+                return cls(json.loads(header["blocks"]), meta=meta, **tensors)
             given = f"format {header.get('format')!r}, tensors {', '.join(sorted(tensors)) or 'none'}"
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             given = f"{type(error).__name__}: {error}"
@@ -97,13 +119,13 @@ class Coefficients:
 
 def _fault(c: Coefficients) -> str | None:
     alpha_LN, shared_L = c.alpha_LN, c.shared_L
-    if not all(isinstance(n, int) and n >= 0 for n in c.layers) or sorted(set(c.layers)) != c.layers:
-        return f"layers {c.layers}, not rising numbers"
-    if not c.layers or alpha_LN.ndim != 2 or not alpha_LN.shape[1]:
-        return f"{len(c.layers)} layers, alpha of shape {list(alpha_LN.shape)}"
-    if len(alpha_LN) != len(c.layers) or list(shared_L.shape) != [len(c.layers)]:
+    if len(set(c.blocks)) < len(c.blocks) or not all(BLOCK.fullmatch(block) for block in c.blocks):
+        return f"blocks {list(c.blocks)}"
+    if not c.blocks or alpha_LN.ndim != 2 or not alpha_LN.shape[1]:
+        return f"{len(c.blocks)} blocks, alpha of shape {list(alpha_LN.shape)}"
+    if len(alpha_LN) != len(c.blocks) or list(shared_L.shape) != [len(c.blocks)]:
         shapes = f"alpha {list(alpha_LN.shape)}, shared {list(shared_L.shape)}"
-        return f"{len(c.layers)} layers, but {shapes}"
+        return f"{len(c.blocks)} blocks, but {shapes}"
     if {alpha_LN.dtype, shared_L.dtype} != {torch.float64}:
         return f"dtypes {alpha_LN.dtype}, {shared_L.dtype}"
     if not bool(alpha_LN.isfinite().all() and shared_L.isfinite().all()):
@@ -151,7 +173,7 @@ class FitProblem:
     `objective` is a function, so that only a method that needs the merged model pays for loading it.
     """
 
-    layers: list[int]
+    blocks: list[str]
     num_experts: int
     has_shared: bool
     settings: FitSettings
@@ -167,8 +189,12 @@ class FitProblem:
             "routing statistics are needed",
             given="routing: nothing",
             expected="the folder that route wrote for this MoE (for usage, and for shared_weight match)",
-            fix="run route and give its output as routing, or choose uniform and a number",
+            fix="run route on the MoE and give its output as routing, or choose uniform and a number",
         )
+
+    def layer_rows(self, layers: Sequence[int]) -> list[int]:
+        """For each block the place of its transformer layer among `layers`."""
+        return [layers.index(int(block.split(".")[1])) for block in self.blocks]
 
     def data(self) -> Objective:
         """The objective; OptionError if there is none."""
@@ -192,6 +218,20 @@ class FitOutcome:
 
 
 Method = Callable[[FitProblem], FitOutcome]
+START_SHARED = 0.5
+
+
+def start(problem: FitProblem) -> FitOutcome:
+    """Where methods that learn begin: settings.initial, with the shared weight of settings or 0.5 if learned.
+
+    `auto` is usage where there are routing statistics, else uniform.
+    """
+    settings = problem.settings
+    if settings.shared_weight == "learned":
+        settings = settings.model_copy(update={"shared_weight": START_SHARED})
+    auto = "uniform" if problem.statistics is None else "usage"
+    name = auto if settings.initial == "auto" else settings.initial
+    return METHODS.get(name)(replace(problem, settings=settings))
 
 
 def start_shared_L(problem: FitProblem) -> Tensor:
@@ -202,9 +242,10 @@ def start_shared_L(problem: FitProblem) -> Tensor:
     """
     wanted = problem.settings.shared_weight
     if not problem.has_shared:
-        return torch.zeros(len(problem.layers), dtype=torch.float64)
+        return torch.zeros(len(problem.blocks), dtype=torch.float64)
     if wanted == "match":
-        return problem.routing().shared_mass_L()
+        routing = problem.routing()
+        return routing.shared_mass_L()[problem.layer_rows(routing.layers)]
     if wanted == "learned":
         raise OptionError(
             "shared_weight learned contradicts the method",
@@ -212,4 +253,17 @@ def start_shared_L(problem: FitProblem) -> Tensor:
             expected="a number in [0, 1] or match, unless the method is learned",
             fix="choose method learned, or a number for shared_weight",
         )
-    return torch.full((len(problem.layers),), float(wanted), dtype=torch.float64)
+    return torch.full((len(problem.blocks),), float(wanted), dtype=torch.float64)
+
+
+def measures(margins_P: Tensor) -> dict[str, float]:
+    """Mean Bradley-Terry loss in nats and accuracy (ties are errors) of score differences."""
+    loss = float(-logsigmoid(margins_P).mean())
+    return {"loss": loss, "accuracy": float((margins_P > 0).double().mean())}
+
+
+def gain(before_P: Tensor, after_P: Tensor) -> dict[str, float]:
+    """How much lower the loss got, per pair, with the standard error of that mean."""
+    gain_P = logsigmoid(after_P) - logsigmoid(before_P)
+    error = float(gain_P.std() / math.sqrt(len(gain_P))) if len(gain_P) > 1 else math.inf
+    return {"mean": float(gain_P.mean()), "standard_error": error}

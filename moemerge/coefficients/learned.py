@@ -1,23 +1,21 @@
 """Coefficients learned on preference pairs: Adam on softmax logits, judged on held-out pairs.
 
-Shapes: L layers with experts, N routed experts, P pairs.
+Shapes: L blocks, N routed experts, P pairs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, logsigmoid
+from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
-from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import FitOutcome, FitProblem, Objective
+from moemerge.coefficients.base import FitOutcome, FitProblem, Objective, gain, measures, start
 
-START_SHARED = 0.5
 SMALLEST_START = 1e-4
 
 
@@ -32,7 +30,7 @@ class _Point:
 
     @property
     def measures(self) -> dict[str, float]:
-        return _measures(self.margins_P)
+        return measures(self.margins_P)
 
 
 def learned(problem: FitProblem) -> FitOutcome:
@@ -46,8 +44,8 @@ def learned(problem: FitProblem) -> FitOutcome:
     Raises OptionError without pairs, or without routing where the start needs it.
     Source: learned merge coefficients, XFT (arXiv 2404.15247, fourth step) and UMM-RM (arXiv 2512.00724).
     """
-    start, objective = _start(problem), problem.data()
-    walk = _Walk(problem, objective, start)
+    objective = problem.data()
+    walk = _Walk(problem, objective, start(problem))
     walk.run()
     first, best = walk.points[0], min(walk.points, key=lambda p: p.measures["loss"])
     report = {
@@ -55,20 +53,17 @@ def learned(problem: FitProblem) -> FitOutcome:
         "kept_initial": best is first,
         "pairs": {"train": objective.num_train, "held_out": len(first.margins_P)},
         "train": {name: _on_train(objective, p) for name, p in (("before", first), ("after", best))},
-        "held_out": {"before": first.measures, "after": best.measures, "gain": _gain(first, best)},
-        "moved": _movement(problem.layers, first, best),
+        "held_out": {
+            "before": first.measures,
+            "after": best.measures,
+            "gain": gain(first.margins_P, best.margins_P),
+        },
+        "moved": _movement(problem.blocks, first, best),
         "best_step": best.step,
         "steps": walk.points[-1].step,
         "trajectory": walk.trajectory,
     }
     return FitOutcome(best.alpha_LN, best.shared_L, report)
-
-
-def _start(problem: FitProblem) -> FitOutcome:
-    settings = problem.settings
-    if settings.shared_weight == "learned":
-        settings = settings.model_copy(update={"shared_weight": START_SHARED})
-    return METHODS.get(settings.initial)(replace(problem, settings=settings))
 
 
 class _Walk:
@@ -141,40 +136,32 @@ class _Walk:
         return len(losses) - 1 - losses.index(min(losses))
 
 
-def _measures(margins_P: Tensor) -> dict[str, float]:
-    loss = float(-logsigmoid(margins_P).mean())
-    return {"loss": loss, "accuracy": float((margins_P > 0).double().mean())}
-
-
 def _on_train(objective: Objective, point: _Point) -> dict[str, float]:
-    return _measures(objective.margins(point.alpha_LN, point.shared_L, "train"))
+    return measures(objective.margins(point.alpha_LN, point.shared_L, "train"))
 
 
 def _gain(first: _Point, best: _Point) -> dict[str, float]:
-    """How much lower the held-out loss got, per pair, with the standard error of that mean."""
-    gain_P = logsigmoid(best.margins_P) - logsigmoid(first.margins_P)
-    error = float(gain_P.std() / math.sqrt(len(gain_P))) if len(gain_P) > 1 else math.inf
-    return {"mean": float(gain_P.mean()), "standard_error": error}
+    return gain(first.margins_P, best.margins_P)
 
 
-def _movement(layers: list[int], first: _Point, best: _Point) -> list[dict[str, float]]:
+def _movement(blocks: list[str], first: _Point, best: _Point) -> list[dict[str, Any]]:
     l1_L = (best.alpha_LN - first.alpha_LN).abs().sum(1)
     shared_L = best.shared_L - first.shared_L
     return [
-        {"layer": n, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
-        for n, l1, shared in zip(layers, l1_L, shared_L, strict=True)
+        {"block": name, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
+        for name, l1, shared in zip(blocks, l1_L, shared_L, strict=True)
     ]
 
 
 def _verdict(first: _Point, best: _Point) -> str:
     if best is first:
         return "Nothing that was tried beat the initial coefficients on the held-out pairs: they are kept."
-    gain, before, after = _gain(first, best), first.measures, best.measures
+    lower, before, after = _gain(first, best), first.measures, best.measures
     text = (
-        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {gain['mean']:.4f} "
-        f"(standard error {gain['standard_error']:.4f}), and accuracy went from {before['accuracy']:.4f} to "
+        f"The held-out loss fell from {before['loss']:.4f} to {after['loss']:.4f}, by {lower['mean']:.4f} "
+        f"(standard error {lower['standard_error']:.4f}), and accuracy went from {before['accuracy']:.4f} to "
         f"{after['accuracy']:.4f}."
     )
-    if gain["mean"] < 2 * gain["standard_error"]:
+    if lower["mean"] < 2 * lower["standard_error"]:
         return f"{text} This is within two standard errors: it may be chance."
     return f"{text} The best of several points was chosen on these same pairs, which flatters it a little."

@@ -9,7 +9,7 @@ from moemerge.coefficients.base import FitOutcome, FitProblem, start_shared_L
 
 def uniform(problem: FitProblem) -> FitOutcome:
     """alpha = 1 / N in every layer; needs no data. OptionError if the shared weight is to be learned."""
-    shape = (len(problem.layers), problem.num_experts)
+    shape = (len(problem.blocks), problem.num_experts)
     alpha_LN = torch.full(shape, 1 / problem.num_experts, dtype=torch.float64)
     verdict = "Every routed expert of a layer has the same weight; nothing was fitted."
     return FitOutcome(alpha_LN, start_shared_L(problem), {"verdict": verdict})

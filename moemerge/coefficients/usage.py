@@ -11,6 +11,7 @@ def usage(problem: FitProblem) -> FitOutcome:
     OptionError without routing statistics, or if the shared weight is to be learned.
     Source: merge weights from gating statistics, UMM-RM (arXiv 2512.00724).
     """
-    alpha_LN = problem.routing().gate_mass_LN()
+    routing = problem.routing()
+    alpha_LN = routing.gate_mass_LN()[problem.layer_rows(routing.layers)]
     verdict = "Experts are weighted by the gate mass seen in routing; nothing was fitted."
     return FitOutcome(alpha_LN, start_shared_L(problem), {"verdict": verdict})

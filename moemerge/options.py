@@ -1,0 +1,109 @@
+"""What options are made of: their base, what every stage takes, what is read, what is merged.
+
+This file imports nothing heavy: `moemerge --help` and `moemerge check` depend on that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moemerge.errors import suggest
+
+
+class _Input:
+    """Marks a field whose value names something read from disk or the hub."""
+
+
+INPUT = _Input()
+Source = Annotated[str, INPUT]
+Sources = Annotated[dict[str, str], INPUT]
+SourceList = Annotated[list[str], INPUT]
+Layers = str
+COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
+
+
+class Options(BaseModel):
+    """Base of all options: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+
+
+class Run(Options):
+    """What every stage takes besides its own settings."""
+
+    output: Path = Field(description="folder to write; must not exist yet")
+    seed: int = Field(0, ge=0, description="seed of every random draw")
+    threads: int | None = Field(None, ge=1, description="CPU threads (default: leave as it is)")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    overwrite: bool = Field(False, description="replace an existing output once the new one is whole")
+
+
+class TextFormat(Options):
+    """How rows of preference data become token sequences."""
+
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="other names for prompt, chosen, rejected, subset, margin, candidates, text, score",
+    )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="what to do with broken rows; either way they are counted and reported"
+    )
+    max_length: int = Field(
+        1024, ge=2, description="longest prompt + answer in tokens; longer ones are bad rows"
+    )
+
+    @field_validator("fields")
+    @classmethod
+    def _columns_known(cls, fields: dict[str, str]) -> dict[str, str]:
+        for name in fields:
+            if name not in COLUMNS:
+                raise ValueError(f"{name!r} is no field to rename: {suggest(name, COLUMNS)}")
+        return fields
+
+
+class Members(Options):
+    """What is merged: the experts of a MoE, or models of one architecture."""
+
+    model: Source | None = Field(None, description="MoE folder")
+    models: SourceList = Field(
+        default_factory=list,
+        description="in place of a MoE: models of one architecture, two or more with base",
+    )
+    base: Source | None = Field(
+        None,
+        description="with models: a reward model that weighs in as a shared expert does; it gives config, "
+        "tokenizer and what is not merged (default: the first of models gives these, and nothing is shared)",
+    )
+    scope: Literal["all", "body", "mlp"] = Field(
+        "all", description="with models: what is merged: all; body, which is all but the head; mlp"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_members(self) -> Members:
+        if (self.model is None) != bool(self.models):
+            raise ValueError("give a MoE as model, or several models, and not both")
+        if self.model and (self.base or self.scope != "all"):
+            raise ValueError("base and scope go with models, not with a MoE")
+        if self.models and len(self.models) + bool(self.base) < 2:
+            raise ValueError("models: one model alone cannot be merged")
+        return self
+
+
+def input_fields(options: Options) -> dict[str, Any]:
+    """The options that name something to read, by field name, without the unset ones."""
+    found = {}
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if value and INPUT in _marks(field):
+            found[name] = value
+    return found
+
+
+def _marks(field: Any) -> list[object]:
+    nested = [
+        m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())
+    ]
+    return [*field.metadata, *nested]

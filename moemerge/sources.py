@@ -1,0 +1,191 @@
+"""What can be merged: several copies of the same tensors, and everything that stands beside them.
+
+A source is a MoE on disk (moe_checkpoint) or a list of checkpoints (model_list). Fit, merge and export know
+no more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
+
+A *block* is a set of tensors that share one row of coefficients: `layers.3` (a transformer layer),
+`layers.3.mlp.up_proj` (one of its modules, weight and bias), `head`, or `outside` (the rest: embeddings, last
+norm).
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from moemerge.averaging import routing_normalized_average
+from moemerge.checkpoint import copy_side_files
+from moemerge.coefficients.base import Coefficients
+from moemerge.errors import CheckpointError
+
+HEAD, OUTSIDE = "head", "outside"
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.(?:weight|bias))?$")
+
+
+class MergedTensor(Protocol):
+    """A tensor of the dense model that is merged from copies."""
+
+    @property
+    def dense(self) -> str:
+        """Its name in the dense checkpoint."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape there."""
+        ...
+
+
+def blocks_of(name: str, in_head: bool = False) -> tuple[str, ...]:
+    """The blocks that the dense tensor `name` may belong to, the finest first."""
+    if in_head:
+        return (HEAD,)
+    found = _NUMBERED.search(name)
+    if found is None:
+        return (OUTSIDE,)
+    layer, module = found.groups()
+    return f"layers.{layer}.{module}", f"layers.{layer}"
+
+
+class MergeSource(ABC):
+    """Members to merge tensor by tensor, read one at a time, and what the merged model keeps of one of them.
+
+    `folder` gives config, tokenizer and all that is not merged; `config` is its config. `tensors` are merged,
+    `backbone` are the names of the others. `num_members` counts the weighted members (N); `has_shared` says
+    whether another stands before them, the shared expert or the base, with a weight of its own.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    tensors: Sequence[MergedTensor]
+    backbone: list[str]
+    num_members: int
+    has_shared: bool
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """dtype of the members' tensors."""
+
+    @property
+    @abstractmethod
+    def dense_dtype(self) -> torch.dtype:
+        """dtype that the merged model has unless another is asked for."""
+
+    @property
+    @abstractmethod
+    def member_names(self) -> list[str]:
+        """What members are called: the shared one first, if there is one, then the N others."""
+
+    @abstractmethod
+    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+        """The copy of `tensor`, in the dense layout, that number `place` in `member_names` has."""
+
+    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+        """All copies of `tensor`, in the order of `member_names`."""
+        return (self.matrix(tensor, place) for place in range(len(self.member_names)))
+
+    @abstractmethod
+    def kept(self, name: str) -> Tensor:
+        """The tensor `name` of the backbone."""
+
+    @abstractmethod
+    def dense_config(self) -> PreTrainedConfig:
+        """Config of the merged model, a new object."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The merged model's tokenizer, padding on the right."""
+
+    @cached_property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 that changes with any weight or config of the members."""
+
+    def identity(self) -> dict[str, str]:
+        """What coefficients keep of the source they were made for: model, its fingerprint; scope; head."""
+        return {"model": self.fingerprint, "scope": "mlp"}
+
+    def write_side_files(self, target: Path) -> None:
+        """Put tokenizer, chat template, licence and the like into `target`."""
+        copy_side_files(self.folder, target)
+
+    def in_head(self, name: str) -> bool:
+        """Whether the dense tensor `name` is the reward head's."""
+        return False
+
+    def blocks(self, per_matrix: bool = False) -> list[str]:
+        """The blocks of all merged tensors, in order: a layer each, or a matrix with its bias each."""
+        named = (blocks_of(tensor.dense, self.in_head(tensor.dense)) for tensor in self.tensors)
+        found = dict.fromkeys(names[0] if per_matrix else names[-1] for names in named)
+        return sorted(found, key=block_order)
+
+    def rows(self, blocks: Sequence[str]) -> dict[str, int]:
+        """The row of each merged tensor, by its dense name, among coefficients of `blocks`.
+
+        Raises CheckpointError if a tensor has none, or a block no tensor.
+        """
+        place = {block: row for row, block in enumerate(blocks)}
+        named = {t.dense: blocks_of(t.dense, self.in_head(t.dense)) for t in self.tensors}
+        rows = {name: next((place[b] for b in found if b in place), None) for name, found in named.items()}
+        lost = [name for name, row in rows.items() if row is None]
+        idle = [block for block, row in place.items() if row not in rows.values()]
+        if lost or idle:
+            given = (
+                f"no coefficients for {', '.join(lost[:3])}" if lost else f"{', '.join(idle[:3])}: no tensor"
+            )
+            raise foreign(given, f"coefficients of the blocks {shortened(self.blocks())}")
+        return {name: row for name, row in rows.items() if row is not None}
+
+    def average(self, matrices: Iterator[Tensor], alpha_N: Tensor | Sequence[float], shared: float) -> Tensor:
+        """Routing-normalised average of `matrices`, which come in the order of `matrices`."""
+        first = next(matrices) if self.has_shared else None
+        return routing_normalized_average(first, matrices, alpha_N, shared)
+
+    def check_fit(self, coefficients: Coefficients) -> None:
+        """Raise CheckpointError unless `coefficients` belong to this very source."""
+        c = coefficients
+        if c.num_experts != self.num_members:
+            raise foreign(f"weights for {c.num_experts} members", f"{self.num_members} members")
+        self.rows(c.blocks)
+        if not self.has_shared and bool(c.shared_L.any()):
+            raise foreign(f"shared weights {c.shared_L.tolist()}", "zeros: there is no shared member")
+        if c.meta.get("model") not in (None, self.fingerprint):
+            given = f"coefficients for a model with fingerprint {c.meta['model']}"
+            raise foreign(given, f"{self.fingerprint} ({self.folder})")
+
+
+def layer_of(block: str) -> int | None:
+    """The number of the transformer layer that `block` is in; None for outside and head."""
+    found = re.match(r"layers\.(\d+)", block)
+    return int(found.group(1)) if found else None
+
+
+def block_order(block: str) -> tuple[int, int, str]:
+    """Sorts `outside` first, then layers by number, then the head."""
+    layer = layer_of(block)
+    return (2 * (block == HEAD), 0, block) if layer is None else (1, layer, block)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """`names` in a line, the middle left out if they are many."""
+    few = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+    return ", ".join(few)
+
+
+def foreign(given: str, expected: str) -> CheckpointError:
+    """The error for coefficients of something else."""
+    return CheckpointError(
+        "coefficients do not belong to this model",
+        given=given,
+        expected=expected,
+        fix="fit coefficients for this model, or merge the model that they were fitted for",
+    )
