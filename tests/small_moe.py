@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from conftest import save_dense
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,3 +72,20 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     """`rows` as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def stock_merge(config: Path, output: Path) -> Path:
+    """mergekit's own merge of a YAML file, in this process."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import MergeOptions, run_merge
+
+    LoaderCache.loaders.clear()
+    text = config.read_text()
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(text)),
+        str(output),
+        MergeOptions(),
+        config_source=text,
+    )
+    return output
