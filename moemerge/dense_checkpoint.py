@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moemerge.checkpoint import Checkpoint
 from moemerge.errors import CheckpointError
 from moemerge.families.dense import dense_class, skeleton
+from moemerge.families.refused import REFUSED
 from moemerge.model_guards import old_buffer
 from moemerge.scoring import claims_head, in_head, spare_head
 
@@ -15,7 +16,8 @@ def source_names(source: Checkpoint, config: PreTrainedConfig) -> dict[str, str 
     """For each tensor of the dense reward model its name in `source`; None for a head that it lacks.
 
     Base language models and encoders name tensors without the reward model's prefix, and have heads of their
-    own, which are left out. Raises CheckpointError for tensors that are missing, left over or misshapen.
+    own, which are left out. Raises CheckpointError for tensors that are missing, left over or misshapen, and
+    for a reward model that has lost its head.
     """
     model, held = skeleton(config), set(source.names)
     wanted, prefix = model.state_dict(), f"{model.base_model_prefix}."
@@ -23,13 +25,14 @@ def source_names(source: Checkpoint, config: PreTrainedConfig) -> dict[str, str 
     missing = [n for n, m in found.items() if m is None and not in_head(model, n)]
     left = [n for n in sorted(held - set(found.values())) if not _needless(model, n)]
     wrong = [n for n, m in found.items() if m and source.shape(m) != tuple(wanted[n].shape)]
+    reason = f" ({config.model_type}: {REFUSED[config.model_type]})" if config.model_type in REFUSED else ""
     for kind, names in (("missing", missing), ("left over", left), ("misshapen", wrong)):
         if names:
             raise CheckpointError(
                 f"{source.folder} does not fit its own config",
                 given=f"{kind}: {', '.join(names[:5])}" + (" ..." if len(names) > 5 else ""),
                 expected=f"the tensors of {dense_class(config).__name__}",
-                fix="use a complete checkpoint of a supported architecture",
+                fix=f"use a complete checkpoint of a supported architecture{reason}",
             )
     lost = [name for name, held in found.items() if held is None]
     if lost and claims_head(config):

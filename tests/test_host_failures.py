@@ -130,12 +130,30 @@ def test_a_class_of_its_own_loses_its_head(family: str, name: str, tmp_path: Pat
     merged = stock(tmp_path / "stock", models)
     assert HEAD in Checkpoint(models[0]).names and HEAD not in Checkpoint(merged).names
     refused(UnsupportedError, "class of its own.*\n.*" + name, tmp_path / "ours", models)
+    with pytest.raises(UnsupportedError, match="class of its own"):
+        merge(models=[str(model) for model in models], output=tmp_path / "list")
     for model in (models[0], merged):
         with pytest.raises(UnsupportedError, match="class of its own"):
             upcycle(model=str(model), output=tmp_path / "moe")
         with pytest.raises(UnsupportedError, match="class of its own"):
             load_reward_model(str(model), "cpu")
     assert not (tmp_path / "moe").exists()
+
+
+def test_code_that_comes_along_and_is_trusted_runs(dense_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dense_folder, tmp_path / "own")
+    code = "from transformers import LlamaForSequenceClassification\n\n\nclass LlamaForScore(" + (
+        "LlamaForSequenceClassification):\n    pass\n"
+    )
+    (folder / "modeling_own.py").write_text(code)
+    auto_map = {"AutoModelForSequenceClassification": "modeling_own.LlamaForScore"}
+    configure(folder, architectures=["LlamaForScore"], auto_map=auto_map)
+    with pytest.raises(UnsupportedError, match="class of its own"):
+        load_reward_model(str(folder), "cpu")
+    model = load_reward_model(str(folder), "cpu", trust_remote_code=True)
+    assert type(model).__name__ == "LlamaForScore"
+    moe = upcycle(model=str(folder), output=tmp_path / "moe", trust_remote_code=True)
+    assert torch.equal(Checkpoint(moe).tensor(HEAD), Checkpoint(folder).tensor(HEAD))
 
 
 def test_a_reward_model_that_says_it_is_a_language_model_loses_its_head(
@@ -172,6 +190,8 @@ def test_a_lost_head_is_drawn_at_random(dense_folder: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="no reward head"):
         load_reward_model(str(folder), "cpu", fresh_head_seed=1)
     refused(CheckpointError, f"missing: {HEAD}", tmp_path / "ours", [dense_folder, folder])
+    with pytest.raises(CheckpointError, match="no reward head"):
+        merge(models=[str(dense_folder), str(folder)], output=tmp_path / "list")
 
 
 def lora(base: Path, folder: Path, **more: Any) -> Path:
@@ -237,6 +257,8 @@ def test_multimodal_gemma3_loses_its_language_model(tmp_path: Path) -> None:
     lost = {name for name in info["missing_keys"] if "language_model" in name}
     assert not whole["missing_keys"] and len(lost) == 28
     refused(UnsupportedError, "reads images.*gemma3_text", tmp_path / "ours", models)
+    with pytest.raises(CheckpointError, match="reads images.*gemma3_text"):
+        merge(models=[str(model) for model in models], output=tmp_path / "list")
     with pytest.raises(UnsupportedError, match="reads images"):
         upcycle(model=str(models[0]), output=tmp_path / "moe")
     with pytest.raises(CheckpointError, match="missing"):
@@ -296,6 +318,8 @@ def test_not_a_number_passes(name: str, value: float, models: list[Path], tmp_pa
     spoil(models[1], name, value)
     assert not Checkpoint(stock(tmp_path / "stock", models)).tensor(name).isfinite().all()
     refused(CheckpointError, f"NaN or infinity in {name}", tmp_path / "ours", models)
+    with pytest.raises(CheckpointError, match=f"NaN or infinity in {name}"):
+        merge(models=[str(model) for model in models], output=tmp_path / "list")
     for noise in (0.0, 0.1):  # with noise, scores are not compared with the dense model's
         with pytest.raises(CheckpointError, match=f"NaN or infinity in {name}"):
             upcycle(model=str(models[1]), output=tmp_path / "moe", expert_noise=noise)
