@@ -1,5 +1,5 @@
 """Stage export: each expert of a MoE, or each model of a list, as an ordinary dense reward model, and the
-merge as plain mergekit YAML.
+merge as plain mergekit YAML; or a whole MoE as stock Qwen2-MoE.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moemerge.errors import CheckpointError
 from moemerge.members import open_members
 from moemerge.model_guards import finite
 from moemerge.model_list import ModelList
+from moemerge.native_export import write_native
 from moemerge.recipe import Export
 from moemerge.sources import MergeSource
 
@@ -39,10 +40,18 @@ def export(options: Export, draft: Draft) -> None:
     and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
     list of models: those that are not the reward models which take part in the merge (a language model, or a
     model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
-    they are. Weights keep their dtype. Raises CheckpointError for what is not whole and for coefficients of
-    another source.
+    they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
+    for stock transformers (see native_export). Raises CheckpointError for what is not whole and for
+    coefficients of another source, UnsupportedError for a MoE that the form cannot express.
     """
     runtime.use(options)
+    if options.form == "qwen2_moe":
+        write_native(options, draft)
+    else:
+        _write_experts(options, draft)
+
+
+def _write_experts(options: Export, draft: Draft) -> None:
     source = open_members(options)
     found = Coefficients.load(options.coefficients) if options.coefficients else None
     if found is not None:

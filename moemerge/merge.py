@@ -60,6 +60,7 @@ def merge(options: Merge, draft: Draft) -> None:
         "merged_tensors": len(source.tensors),
         "other_tensors": len(source.backbone),
         "coefficients": way.coefficients.meta if way.coefficients else None,
+        "caveats": list(source.caveats),
     }
 
 
@@ -181,7 +182,7 @@ class _Hosted:
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     merged, kept = {tensor.dense: tensor for tensor in source.tensors}, set(source.backbone)
-    names = [n for n in skeleton(source.config).state_dict() if n in merged or n in kept]
+    names = [n for n in skeleton(source.dense_config()).state_dict() if n in merged or n in kept]
     for name in tqdm(names, desc="merge", leave=False, disable=None):
         if name in merged:
             yield name, finite(way.merged(merged[name]), f"{name} as merged")

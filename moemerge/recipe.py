@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 
 from moemerge.options import Layers, Members, Options, Run, Source, Sources, TextFormat
 
+STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
+
 
 class UpcycleSettings(Options):
     """dense reward model -> mixture of experts that computes the same function."""
@@ -93,6 +95,27 @@ class TrainSettings(Options):
     patience: int | None = Field(
         3, ge=1, description="evaluations without progress before stopping; none: never"
     )
+    shared_dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance that a pair is scored without the shared expert, in all layers"
+    )
+    router_temperature: float = Field(
+        1.0, gt=0, description="divides the router's logits at the first step, then falls or rises to 1"
+    )
+    temperature_share: float = Field(
+        0.5, gt=0, le=1, description="share of steps after which the router's temperature is 1"
+    )
+    top1_warmup: float = Field(
+        0.0, ge=0, le=1, description="share of steps with one routed expert per token, at the start"
+    )
+    assign: Literal["router", "subset", "shards"] = Field(
+        "router",
+        description="who picks a pair's routed expert at the start: its router, subset, or random shard",
+    )
+    assign_share: float = Field(0.5, gt=0, le=1, description="share of steps with experts by subset or shard")
+    assign_order: list[str] = Field(
+        default_factory=list,
+        description="subsets of expert 0, 1, ..., and round again (default: all, by name)",
+    )
     search: dict[str, list[float]] = Field(
         default_factory=dict,
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; validation loss chooses",
@@ -105,6 +128,19 @@ class TrainSettings(Options):
         if unknown:
             raise ValueError(f"search takes {', '.join(sorted(allowed))}; not {', '.join(sorted(unknown))}")
         return self
+
+    @model_validator(mode="after")
+    def _order_of_subsets(self) -> TrainSettings:
+        if self.assign_order and self.assign != "subset":
+            raise ValueError("assign_order needs assign: subset")
+        if len(set(self.assign_order)) < len(self.assign_order):
+            raise ValueError("assign_order names a subset twice")
+        return self
+
+    def steered(self) -> list[str]:
+        """Names of the options set here that only a MoE can follow."""
+        defaults = {name: type(self).model_fields[name].default for name in STEERING}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 class Train(TrainSettings, TextFormat, Run):
@@ -123,6 +159,12 @@ class RouteSettings(Options):
 
     max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    diversity: Literal["none", "weights", "all"] = Field(
+        "none",
+        description="how experts differ; weights: their updates; all: also verdicts, loss barriers and "
+        "speculative experts (with 7 experts 100 passes over probe_pairs)",
+    )
+    probe_pairs: int = Field(200, ge=8, description="with diversity all: use the first so many pairs")
 
 
 class Route(RouteSettings, TextFormat, Run):
@@ -229,10 +271,19 @@ class Merge(MergeSettings, Members, Run):
 class Export(Members, Run):
     """Options of `moemerge export`."""
 
+    form: Literal["dense", "qwen2_moe"] = Field(
+        "dense", description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it"
+    )
     coefficients: Source | None = Field(
         None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
     )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> Export:
+        if self.form != "dense" and (self.models or self.coefficients):
+            raise ValueError(f"form {self.form} goes with a MoE as model, and without coefficients")
+        return self
 
 
 class EvaluateSettings(Options):

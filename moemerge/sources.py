@@ -60,7 +60,8 @@ class MergeSource(ABC):
 
     `folder` gives config, tokenizer and all that is not merged; `config` is its config. `tensors` are merged,
     `backbone` are the names of the others. `num_members` counts the weighted members (N); `has_shared` says
-    whether another stands before them, the shared expert or the base, with a weight of its own.
+    whether another stands before them, the shared expert or the base, with a weight of its own. `caveats` are
+    what has to be known of the result, for its manifest and card.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class MergeSource(ABC):
     backbone: list[str]
     num_members: int
     has_shared: bool
+    caveats: Sequence[str] = ()
 
     @property
     @abstractmethod

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from moemerge import runtime
+from moemerge.alike import largest_difference, probe_batch, probe_scores, require_alike
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import Checkpoint, copy_side_files, write_checkpoint
 from moemerge.dense_checkpoint import source_names
@@ -27,8 +28,6 @@ from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
 from moemerge.scoring import has_own_code, load_reward_model, load_tokenizer
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 log = logging.getLogger(__name__)
 
@@ -164,50 +163,14 @@ def _routers(
         yield f"{prefix}.gate.{name}", drawn.to(moe.dtype)
 
 
-@torch.inference_mode()
 def _compare(options: Upcycle, draft: Draft, device: torch.device) -> None:
     """Largest difference between the scores of dense model and MoE on a probe batch."""
     moe = load_moe(draft.folder, str(device))
-    ids_BT, mask_BT = _probe_batch(moe.config, options.seed)
-    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
-    dtype = moe.dtype
-    prompts = {"prompt_lengths": torch.tensor([4, 4], device=device)}
-    ours_B1 = moe(**inputs, **prompts).logits.float()
+    inputs, dtype = probe_batch(moe.config, options.seed, device), moe.dtype
+    ours_B = probe_scores(moe, inputs, prompt_lengths=True)
     head = {n: p.detach().clone() for n, p in moe.state_dict().items() if n in draft.results["fresh_head"]}
     del moe
-    theirs_B1 = _dense_scores(options, inputs, dtype, head, device)
-    difference = (ours_B1 - theirs_B1).abs().max().item()
-    scale = max(1.0, theirs_B1.abs().max().item())
-    draft.results["largest_difference"] = difference
-    log.info("upcycle: largest difference to the dense model %.2e", difference)
-    if not options.expert_noise and not difference <= TOLERANCE[dtype] * scale:
-        raise CheckpointError(
-            "the MoE does not equal the dense model",
-            given=f"scores differ by {difference:.2e}",
-            expected=f"at most {TOLERANCE[dtype] * scale:.0e} in {dtype}",
-            fix="report this architecture; the model may change its MLP in a way that is not known here",
-        )
-
-
-def _probe_batch(config: PretrainedConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sequences of random tokens, the second one padded on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    length = min(32, getattr(config, "max_position_embeddings", 64) // 2)
-    ids_BT = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    ids_BT[ids_BT == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    mask_BT = torch.ones_like(ids_BT)
-    ids_BT[1, length // 2 :], mask_BT[1, length // 2 :] = config.pad_token_id, 0
-    return ids_BT, mask_BT
-
-
-def _dense_scores(
-    options: Upcycle,
-    inputs: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    head: dict[str, torch.Tensor],
-    device: torch.device,
-) -> torch.Tensor:
-    dense: PreTrainedModel = load_reward_model(
+    dense = load_reward_model(
         options.model,
         device,
         dtype,
@@ -215,4 +178,10 @@ def _dense_scores(
         fresh_head_seed=options.seed if head else None,
     )
     dense.load_state_dict(head, strict=False)
-    return dense(**inputs).logits.float()
+    theirs_B = probe_scores(dense, inputs)
+    difference = draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
+    log.info("upcycle: largest difference to the dense model %.2e", difference)
+    if not options.expert_noise:
+        what = "the MoE does not equal the dense model"
+        fix = "report this architecture; the model may change its MLP in a way that is not known here"
+        require_alike(ours_B, theirs_B, dtype, what, fix)
