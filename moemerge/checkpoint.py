@@ -34,6 +34,7 @@ NOT_COPIED = {
     "moemerge_shim.py",
     "moemerge_layout.json",
 }
+MORE_TEMPLATES = "additional_chat_templates"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -128,11 +129,33 @@ class Checkpoint:
 
     def _weight_files(self) -> dict[str, str]:
         if (self.folder / INDEX).exists():
-            return self._indexed_files()
+            files = self._indexed_files()
+            self._refuse_leftovers(set(files.values()))
+            return files
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
         found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
+        if (self.folder / "adapter_config.json").exists():
+            raise self._adapter_fault(", ".join(found))
         raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
+
+    def _refuse_leftovers(self, shards: set[str]) -> None:
+        """Tools disagree on which is read first, so the weights of one model would pass for the other's."""
+        if SINGLE not in shards and (self.folder / SINGLE).exists():
+            raise CheckpointError(
+                f"{self.folder} holds two models' weights",
+                given=f"{SINGLE} and {INDEX} with {len(shards)} other file(s)",
+                expected="one or the other",
+                fix="remove what is left of the older model",
+            )
+
+    def _adapter_fault(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} is an adapter (LoRA), not a whole model",
+            given=f"adapter_config.json, {found or 'no weights'}",
+            expected=f"{SINGLE} or {INDEX} with all of the model's tensors, head included",
+            fix="load it on its base as a sequence classifier (PEFT), merge_and_unload(), save_pretrained()",
+        )
 
     def _indexed_files(self) -> dict[str, str]:
         try:
@@ -243,9 +266,14 @@ def _data_size(path: Path) -> int:
         return path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what is neither weights, config, card nor manifest: tokenizer, chat template, licence, ..."""
-    for path in sorted(source.iterdir()):
+def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
+    """Copy what is neither weights, config, card nor manifest: tokenizer, chat templates, licence, ...
+
+    Without `replace`, what `target` has already stays.
+    """
+    for path in sorted([*source.iterdir(), *source.glob(f"{MORE_TEMPLATES}/*.jinja")]):
         skip = path.name in NOT_COPIED or path.name.endswith(WEIGHTS) or path.name.startswith(".")
-        if path.is_file() and not skip:
-            shutil.copyfile(path, target / path.name)
+        copy = target / path.relative_to(source)
+        if path.is_file() and not skip and (replace or not copy.exists()):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

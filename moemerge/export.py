@@ -19,6 +19,7 @@ from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
+from moemerge.finite import finite
 from moemerge.members import open_members
 from moemerge.model_list import ModelList
 from moemerge.native_export import write_native
@@ -140,7 +141,7 @@ def _write_members(folder: Path, source: MergeSource, places: list[int], shard_s
     """Each member number in `places` as a checkpoint: the backbone's files are common to all."""
     parts = folder / ".parts"
     if places:
-        _write_part(parts / "backbone", ((n, source.kept(n)) for n in source.backbone), shard_size)
+        _write_part(parts / "backbone", ((n, finite(source.kept(n), n)) for n in source.backbone), shard_size)
     for place in tqdm(places, desc="export", leave=False, disable=None):
         name = source.member_names[place]
         _write_part(parts / name, _member(source, place), shard_size)
@@ -150,7 +151,8 @@ def _write_members(folder: Path, source: MergeSource, places: list[int], shard_s
 
 
 def _member(source: MergeSource, place: int) -> Iterator[tuple[str, Tensor]]:
-    return ((tensor.dense, source.matrix(tensor, place)) for tensor in source.tensors)
+    what = f"of {source.member_names[place]}"
+    return ((t.dense, finite(source.matrix(t, place), f"{t.dense} {what}")) for t in source.tensors)
 
 
 def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> None:

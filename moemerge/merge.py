@@ -24,6 +24,7 @@ from moemerge.averaging import row_blocks
 from moemerge.checkpoint import Checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
+from moemerge.finite import finite, magnitude
 from moemerge.members import open_members
 from moemerge.options import OURS
 from moemerge.recipe import Merge
@@ -170,8 +171,8 @@ class _Average:
         # Rounding is bounded by the copies, of which `block` is an average: if it will do, they need no look.
         if not math.isfinite(difference) or difference > _rounding(block, [block]):
             for name, part in zip(self.source.member_names, parts, strict=True):
-                _finite(part, f"{tensor.dense} of {name}")
-            _finite(block, f"{tensor.dense} as merged")
+                finite(part, f"{tensor.dense} of {name}")
+            finite(block, f"{tensor.dense} as merged")
             if difference > _rounding(block, parts):
                 raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
         self.largest_difference = max(self.largest_difference, difference)
@@ -193,11 +194,11 @@ class _Hosted:
 
     def merged(self, tensor: MergedTensor) -> Tensor:
         named = zip(self.source.member_names, self.source.matrices(tensor), strict=True)
-        finite = (_finite(matrix, f"{tensor.dense} of {name}") for name, matrix in named)
-        copies = (_widened(matrix, self.dtype).to(self.device) for matrix in finite)
+        sound = (finite(matrix, f"{tensor.dense} of {name}") for name, matrix in named)
+        copies = (_widened(matrix, self.dtype).to(self.device) for matrix in sound)
         row = self.rows.get(tensor.dense)
         merged = self.method.merge(tensor.dense, row, copies, self.source.has_shared)
-        return _finite(_cast(merged.cpu(), self.dtype), f"{tensor.dense} as merged")
+        return finite(_cast(merged.cpu(), self.dtype), f"{tensor.dense} as merged")
 
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -211,9 +212,9 @@ def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterat
 
 @runtime.one_thread()
 def _kept(source: MergeSource, name: str, dtype: torch.dtype) -> Tensor:
-    stored = _finite(source.kept(name), name)
+    stored = finite(source.kept(name), name)
     kept = _cast(stored, dtype)
-    return kept if kept is stored else _finite(kept, f"{name} as {dtype}")
+    return kept if kept is stored else finite(kept, f"{name} as {dtype}")
 
 
 def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,36 +222,18 @@ def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, dtype))
 
 
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    """`tensor`; CheckpointError if it holds NaN or an infinity."""
-    if not tensor.is_floating_point() or math.isfinite(_magnitude(tensor)):
-        return tensor
-    raise CheckpointError(
-        "weights are not finite",
-        given=f"NaN or infinity in {what}",
-        expected="finite numbers",
-        fix="merge an earlier checkpoint; if only dtype float16 does this, choose another dtype",
-    )
-
-
-def _magnitude(tensor: Tensor) -> float:
-    """The largest magnitude in `tensor`; NaN if it holds one."""
-    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-    return float(torch.maximum(-low, high))
-
-
 def _difference(block: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
     """Largest |block - float64 sum|; not finite if anything in them is not."""
     rest = block.double()
     for weight, part in zip(weights, parts, strict=True):
         rest.sub_(part, alpha=weight)
-    return _magnitude(rest)
+    return magnitude(rest)
 
 
 def _rounding(block: Tensor, parts: Sequence[Tensor]) -> float:
     """How far rounding can take the average of `parts`, written to `block`, from the float64 sum."""
     written, summed = torch.finfo(block.dtype), torch.finfo(torch.float32)
-    size = max(map(_magnitude, parts)) + written.tiny
+    size = max(map(magnitude, parts)) + written.tiny
     return size * max(written.eps, summed.eps) * (3 + len(parts))
 
 

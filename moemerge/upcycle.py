@@ -22,12 +22,14 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import is_moe, skeleton
+from moemerge.finite import finite
 from moemerge.layers import parse_layers
 from moemerge.layout import write_layout
+from moemerge.model_guards import refuse_own_class
 from moemerge.modelling import install_shim, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
-from moemerge.scoring import load_reward_model, load_tokenizer
+from moemerge.scoring import has_own_code, load_reward_model, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
             fix="give the dense model, or merge this one first",
         )
     family_of(config)
+    if not (options.trust_remote_code and has_own_code(config)):
+        refuse_own_class(config.architectures, options.model)
     head = str((config.architectures or [""])[0])
     if head.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise CheckpointError(
@@ -108,7 +112,7 @@ def _moe_tensors(
         if held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
-            yield name, source.tensor(held)
+            yield name, finite(source.tensor(held), held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
         yield from _expert_copies(source, names, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
@@ -138,7 +142,7 @@ def _expert_copies(
     generator: torch.Generator,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The shared copies of the tensors of one stack, then the stack."""
-    dense = {t.dense: source.tensor(str(names[t.dense])) for t in stack}
+    dense = {t.dense: finite(source.tensor(str(names[t.dense])), t.dense) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
     one = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
