@@ -11,15 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from moemerge.families.base import ExpertTensor
 from moemerge.provenance import package_version
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 FILE = "moemerge_layout.json"
 FORMAT = "moemerge layout 1"
@@ -42,30 +37,9 @@ class Layout:
     dense_config: dict[str, Any]
 
 
-def layout_of(config: PretrainedConfig) -> Layout:
-    """The layout that follows from a MoE's config; builds both models without weights."""
-    from moemerge.families import family_of
-    from moemerge.families.dense import dense_config, skeleton
-    from moemerge.modelling import model_class
-
-    family = family_of(config)
-    with torch.device("meta"):
-        model = model_class(family.model_type)(config)
-    return Layout(
-        class_name=type(model).__name__,
-        moe={name: tuple(value.shape) for name, value in model.state_dict().items()},
-        tied=list(getattr(model, "all_tied_weights_keys", None) or {}),
-        dense=list(skeleton(config).state_dict()),
-        experts=family.expert_tensors(config),
-        dense_config=json.loads(dense_config(config).to_json_string()),
-    )
-
-
-def write_layout(folder: str | Path) -> None:
+def write_layout(folder: str | Path, layout: Layout) -> None:
     """Keep the layout of the MoE in `folder` there."""
-    from transformers import AutoConfig
-
-    values = asdict(layout_of(AutoConfig.from_pretrained(folder)))
+    values = asdict(layout)
     for tensor in values["experts"]:
         tensor["rows"] = [tensor["rows"].start, tensor["rows"].stop]
     text = json.dumps({"for": _key(Path(folder)), **values})

@@ -16,7 +16,7 @@ from torch import Tensor
 from moemerge.checkpoint import Checkpoint
 from moemerge.errors import CheckpointError
 from moemerge.families.base import ExpertTensor
-from moemerge.layout import layout_of, read_layout
+from moemerge.layout import Layout, read_layout
 from moemerge.provenance import model_fingerprint
 from moemerge.sources import MergedTensor, MergeSource
 
@@ -39,7 +39,7 @@ class MoeCheckpoint(MergeSource):
     def __init__(self, folder: str | Path) -> None:
         self.weights = Checkpoint(folder)
         self.folder = self.weights.folder
-        self.layout = read_layout(self.folder) or layout_of(self.config)
+        self.layout = read_layout(self.folder) or _layout_of(self.config)
         settings: dict[str, Any] = self.weights.config["moemerge"]
         self.num_members, self.has_shared = settings["num_routed_experts"], settings["shared_expert"]
         self.tensors: list[ExpertTensor] = self.layout.experts
@@ -135,3 +135,9 @@ class MoeCheckpoint(MergeSource):
                     expected=f"exactly the tensors of {self.layout.class_name}",
                     fix="make the folder again, or copy it again whole",
                 )
+
+
+def _layout_of(config: PreTrainedConfig) -> Layout:
+    from moemerge.modelling import layout_of
+
+    return layout_of(config)

@@ -26,7 +26,7 @@ from moemerge.finite import finite
 from moemerge.layers import parse_layers
 from moemerge.layout import write_layout
 from moemerge.model_guards import refuse_own_class
-from moemerge.modelling import install_shim, load_moe, moe_config
+from moemerge.modelling import install_shim, layout_of, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
 from moemerge.scoring import has_own_code, load_reward_model, load_tokenizer
@@ -51,7 +51,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
-    write_layout(draft.folder)
+    write_layout(draft.folder, layout_of(moe))
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
     _compare(options, draft, device)

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 from moemerge import layout
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
-from moemerge.layout import FILE, layout_of, read_layout
+from moemerge.layout import FILE, read_layout
 from moemerge.merge import merge
-from moemerge.modelling import load_moe
+from moemerge.modelling import layout_of, load_moe
 from moemerge.moe_checkpoint import MoeCheckpoint
 
 LIGHT_MERGE = """
