@@ -18,16 +18,18 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from moemerge.checkpoint import Checkpoint, write_checkpoint
+from moemerge.dense_checkpoint import source_names
 from moemerge.modelling import moe_config
 from moemerge.recipe import Upcycle
-from moemerge.upcycle import _dense_config, _moe_tensors, _settings, _source_names, upcycle
+from moemerge.upcycle import _dense_config, _moe_tensors, _settings, upcycle
 
 
-def make_dense(folder: Path, hidden: int, layers: int) -> None:
-    """A random Llama reward model, float32, and a tokenizer of one word."""
+def make_dense(folder: Path, hidden: int, layers: int, dtype: str = "float32") -> None:
+    """A random Llama reward model and a tokenizer of one word."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -36,12 +38,12 @@ def make_dense(folder: Path, hidden: int, layers: int) -> None:
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
         num_labels=1,
         pad_token_id=0,
     )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
+    LlamaForSequenceClassification(config).to(getattr(torch, dtype)).save_pretrained(folder)
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
     PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(
         folder
@@ -54,7 +56,7 @@ def write_only(options: Upcycle) -> None:
     config = _dense_config(source, options)
     moe = moe_config(config, _settings(options, config))
     options.output.mkdir()
-    tensors = _moe_tensors(source, _source_names(source, config), moe, options)
+    tensors = _moe_tensors(source, source_names(source, config), moe, options)
     write_checkpoint(options.output, tensors, options.shard_size)
     flush(options.output)
 

@@ -147,7 +147,7 @@ def leads() -> bool:
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
+    if (output.exists() or output.is_symlink()) and not overwrite:
         raise ArtifactError(
             "output exists already",
             given=str(output),
@@ -162,12 +162,14 @@ def _seal(folder: Path, output: Path) -> None:
             flush(path)
     folder.chmod(0o755)
     old = None
-    if output.exists():
+    if output.exists() or output.is_symlink():
         old = output.with_name(f".{output.name}.old.tmp")
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
     folder.rename(output)
-    if old is not None:
+    if old is not None and old.is_symlink():
+        old.unlink()
+    elif old is not None:
         shutil.rmtree(old)
 
 

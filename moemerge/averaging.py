@@ -13,6 +13,8 @@ from torch import Tensor
 from moemerge.errors import CheckpointError, OptionError
 
 TOLERANCE = 1e-6
+# Elements: a handful of blocks stays in a core's cache, and is worth the calls that it costs.
+BLOCK = 2**16
 
 
 def routing_normalized_average(
@@ -33,19 +35,29 @@ def routing_normalized_average(
     """
     alpha = check_weights(alpha_N, shared_weight, shared is not None)
     total: Tensor | None = None
-    reference = torch.empty(0)
+    reference = away = torch.empty(0)
     dtype = torch.float32
     # R - sum_i w_i (R - W_i), R being the first matrix of non-zero weight. The weights sum to one, so this
     # is the average; and x - (+0) is x for every float, -0.0 included, which makes the identities exact.
     for weight, matrix in _terms(shared, experts_N, alpha, shared_weight):
         if total is None:
             dtype, reference = matrix.dtype, _wide(matrix)
-            total = reference.clone()
+            total, away = reference.clone(), torch.empty_like(reference)
         else:
             _check_alike(matrix, reference)
-            total.sub_(reference - _wide(matrix), alpha=weight)
+            total.sub_(torch.sub(reference, _wide(matrix), out=away), alpha=weight)
     assert total is not None
     return total.to(dtype)
+
+
+def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Views of `matrix`, blocks of its rows, of about 2**16 elements; equal shapes have equal blocks.
+
+    A merge that goes block by block reads every copy from memory once, whatever it does with it.
+    """
+    if not matrix.ndim:
+        return (matrix,)
+    return matrix.split(max(1, BLOCK * len(matrix) // max(1, matrix.numel())))
 
 
 def check_weights(alpha_N: Tensor | Sequence[float], shared_weight: float, has_shared: bool) -> list[float]:

@@ -30,6 +30,11 @@ model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
 MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
 one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
 model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+NATIVE = """A dense reward model: the experts of a reward model that was a mixture of experts from the start,
+merged per layer into one MLP ({way}) with moemerge. Its one output is the reward of prompt and answer
+together. To be known of the result:
+
+{caveats}"""
 AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
 moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
 answer together."""
@@ -236,13 +241,16 @@ def _brief(value: Any) -> str:
 
 
 def _kind(manifest: dict[str, Any]) -> str:
-    """What sort of model this is, in two sentences."""
+    """What sort of model this is, in a few sentences."""
     if manifest["stage"] != "merge":
         return TRAINED
     host = _host_method(manifest)
     way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
     models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
     count = sum(one is not None for one in models)
+    caveats = "\n".join(f"- {text}" for text in manifest["results"].get("caveats", []))
+    if caveats:
+        return NATIVE.format(way=way, caveats=caveats)
     return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
 
 

@@ -114,6 +114,7 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
         _check_files: set(),
         _check_model: {"base"},
         _check_training: held_out,
+        _check_steering: {"train", "base", "control", "upcycle.shared_expert"},
         _check_fit: held_out | {"data.fit"},
         _check_evaluation: {
             "data",
@@ -226,6 +227,25 @@ def _has_validation(recipe: Recipe) -> bool:
     """Whether there are held-out pairs, as far as a recipe without any data can be asked."""
     data = recipe.data
     return bool(recipe.synthetic or data is None or data.validation or data.validation_share)
+
+
+def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Options of experts where there are none."""
+    for name, section in {"base": recipe.base, "control": recipe.control}.items():
+        if section and section.steered():
+            yield _fault(
+                f"{name} trains a dense model, which has no experts to steer",
+                ", ".join(f"{name}.{option}" for option in section.steered()),
+                "these options in section train only",
+                f"take them out of {name}",
+            )
+    if recipe.train.shared_dropout and not recipe.upcycle.shared_expert:
+        yield _fault(
+            "train.shared_dropout needs a shared expert",
+            "upcycle.shared_expert false",
+            "a shared expert to leave out",
+            "set upcycle.shared_expert to true, or train.shared_dropout to 0",
+        )
 
 
 def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from moemerge.artifacts import flush
 from moemerge.errors import CheckpointError
@@ -29,7 +28,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # An open file is mapped whole, which counts against a limit on memory (ulimit -d) though none is used.
 OPEN_FILES = 2
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
-NOT_COPIED = {"config.json", "manifest.json", "README.md", "training_args.bin", "moemerge_shim.py"}
+NOT_COPIED = {
+    "config.json",
+    "manifest.json",
+    "README.md",
+    "training_args.bin",
+    "moemerge_shim.py",
+    "moemerge_layout.json",
+}
+MORE_TEMPLATES = "additional_chat_templates"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,6 +55,9 @@ def local_folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(source), allow_patterns=ON_HUB))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -104,9 +114,9 @@ class Checkpoint:
         return ((name, self.tensor(name)) for name in self.names)
 
     def expert(self, tensor: ExpertTensor, index: int) -> torch.Tensor:
-        """Routed expert number `index`'s copy of a dense MLP tensor, in the dense layout; only it is read."""
-        rows = self._slice(tensor.stacked)[index, tensor.rows]
-        return rows.T.contiguous() if tensor.transposed else rows
+        """Routed expert number `index`'s copy of a dense MLP tensor, in the dense layout: a view."""
+        rows: torch.Tensor = self._slice(tensor.stacked)[index, tensor.rows]
+        return rows.T if tensor.transposed else rows
 
     def experts(self, tensor: ExpertTensor) -> torch.Tensor:
         """All routed experts' copies of a dense MLP tensor as they are stored, [N, ...]: a view."""
@@ -128,11 +138,33 @@ class Checkpoint:
 
     def _weight_files(self) -> dict[str, str]:
         if (self.folder / INDEX).exists():
-            return self._indexed_files()
+            files = self._indexed_files()
+            self._refuse_leftovers(set(files.values()))
+            return files
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
         found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
+        if (self.folder / "adapter_config.json").exists():
+            raise self._adapter_fault(", ".join(found))
         raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
+
+    def _refuse_leftovers(self, shards: set[str]) -> None:
+        """Tools disagree on which is read first, so the weights of one model would pass for the other's."""
+        if SINGLE not in shards and (self.folder / SINGLE).exists():
+            raise CheckpointError(
+                f"{self.folder} holds two models' weights",
+                given=f"{SINGLE} and {INDEX} with {len(shards)} other file(s)",
+                expected="one or the other",
+                fix="remove what is left of the older model",
+            )
+
+    def _adapter_fault(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} is an adapter (LoRA), not a whole model",
+            given=f"adapter_config.json, {found or 'no weights'}",
+            expected=f"{SINGLE} or {INDEX} with all of the model's tensors, head included",
+            fix="load it on its base as a sequence classifier (PEFT), merge_and_unload(), save_pretrained()",
+        )
 
     def _indexed_files(self) -> dict[str, str]:
         try:
@@ -170,20 +202,43 @@ def _open_file(path: Path) -> Any:
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int) -> None:
     """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time.
 
-    A finished shard goes to the disk while the next one is made.
+    A finished shard goes to the disk while the next one is made. Tensors may be views, also of each other.
     """
-    from mergekit.io.tensor_writer import TensorWriter
+    paths: list[Path] = []
+    with ThreadPoolExecutor(1) as disk:
+        flushed = []
+        for shard in _shards(tensors, shard_size):
+            paths.append(folder / f"model-{len(paths) + 1}.safetensors")
+            save_file(shard, paths[-1], metadata={"format": "pt"})
+            paths[-1].chmod(0o644)
+            flushed.append(disk.submit(flush, paths[-1]))
+            shard.clear()
+        for one in flushed:
+            one.result()
+    if len(paths) == 1:
+        paths[0].rename(folder / SINGLE)
+    elif paths:
+        _number(folder, paths, Path.rename)
 
-    with TensorWriter(str(folder), max_shard_size=shard_size) as writer, ThreadPoolExecutor(1) as disk:
-        finished = 0
-        for name, tensor in tensors:
-            writer.save_tensor(name, tensor)
-            if writer.shards_written > finished:
-                finished = writer.shards_written
-                newest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-                disk.submit(flush, newest)
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)
+
+def _shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """`tensors` in groups of at most `shard_size` bytes or one tensor. Whoever takes a group clears it."""
+    shard: dict[str, torch.Tensor] = {}
+    size, storages = 0, set[int]()
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_size:
+            yield shard
+            shard, size, storages = {}, 0, set()
+        own = tensor.contiguous()
+        if own.untyped_storage().data_ptr() in storages:
+            own = own.clone()
+        storages.add(own.untyped_storage().data_ptr())
+        shard[name] = own
+        size += tensor.nbytes
+    if shard:
+        yield shard
 
 
 def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:
@@ -191,14 +246,19 @@ def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:
 
     Their files are hard-linked, or copied where the file system cannot; an index names them all.
     """
-    files = [path for part in parts for path in sorted(part.glob("*.safetensors"))]
+    _number(folder, [path for part in parts for path in sorted(part.glob("*.safetensors"))], _link)
+
+
+def _number(folder: Path, files: Sequence[Path], put: Callable[[Path, Path], Any]) -> None:
+    """Have `put` make `files` the shards of one checkpoint in `folder`, and write its index."""
     weight_map: dict[str, str] = {}
+    size = 0
     for number, path in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _link(path, folder / name)
         weight_map |= dict.fromkeys(_open_file(path).keys(), name)
-    metadata = {"total_size": sum(_data_size(path) for path in files)}
-    index = {"metadata": metadata, "weight_map": weight_map}
+        size += _data_size(path)
+        put(path, folder / name)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -215,9 +275,14 @@ def _data_size(path: Path) -> int:
         return path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what is neither weights, config, card nor manifest: tokenizer, chat template, licence, ..."""
-    for path in sorted(source.iterdir()):
+def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
+    """Copy what is neither weights, config, card nor manifest: tokenizer, chat templates, licence, ...
+
+    Without `replace`, what `target` has already stays.
+    """
+    for path in sorted([*source.iterdir(), *source.glob(f"{MORE_TEMPLATES}/*.jinja")]):
         skip = path.name in NOT_COPIED or path.name.endswith(WEIGHTS) or path.name.startswith(".")
-        if path.is_file() and not skip:
-            shutil.copyfile(path, target / path.name)
+        copy = target / path.relative_to(source)
+        if path.is_file() and not skip and (replace or not copy.exists()):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -31,7 +31,7 @@ STAGE_COMMANDS = {
     "route": "Count which experts a MoE uses.",
     "fit": "Find merge coefficients.",
     "merge": "Merge a MoE into one dense reward model.",
-    "export": "Write each expert of a MoE as a dense model.",
+    "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
     "evaluate": "Compare reward models.",
     "publish": "Write the model card; push to the hub.",
 }

@@ -1,5 +1,5 @@
 """Stage export: each expert of a MoE, or each model of a list, as an ordinary dense reward model, and the
-merge as plain mergekit YAML.
+merge as plain mergekit YAML; or a whole MoE as stock Qwen2-MoE.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
+from moemerge.finite import finite
 from moemerge.members import open_members
 from moemerge.model_list import ModelList
+from moemerge.native_export import write_native
 from moemerge.recipe import Export
 from moemerge.sources import MergeSource
 
@@ -38,10 +40,18 @@ def export(options: Export, draft: Draft) -> None:
     and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
     list of models: those that are not the reward models which take part in the merge (a language model, or a
     model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
-    they are. Weights keep their dtype. Raises CheckpointError for what is not whole and for coefficients of
-    another source.
+    they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
+    for stock transformers (see native_export). Raises CheckpointError for what is not whole and for
+    coefficients of another source, UnsupportedError for a MoE that the form cannot express.
     """
     runtime.use(options)
+    if options.form == "qwen2_moe":
+        write_native(options, draft)
+    else:
+        _write_experts(options, draft)
+
+
+def _write_experts(options: Export, draft: Draft) -> None:
     source = open_members(options)
     found = Coefficients.load(options.coefficients) if options.coefficients else None
     if found is not None:
@@ -131,7 +141,7 @@ def _write_members(folder: Path, source: MergeSource, places: list[int], shard_s
     """Each member number in `places` as a checkpoint: the backbone's files are common to all."""
     parts = folder / ".parts"
     if places:
-        _write_part(parts / "backbone", ((n, source.kept(n)) for n in source.backbone), shard_size)
+        _write_part(parts / "backbone", ((n, finite(source.kept(n), n)) for n in source.backbone), shard_size)
     for place in tqdm(places, desc="export", leave=False, disable=None):
         name = source.member_names[place]
         _write_part(parts / name, _member(source, place), shard_size)
@@ -141,7 +151,8 @@ def _write_members(folder: Path, source: MergeSource, places: list[int], shard_s
 
 
 def _member(source: MergeSource, place: int) -> Iterator[tuple[str, Tensor]]:
-    return ((tensor.dense, source.matrix(tensor, place)) for tensor in source.tensors)
+    what = f"of {source.member_names[place]}"
+    return ((t.dense, finite(source.matrix(t, place), f"{t.dense} {what}")) for t in source.tensors)
 
 
 def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import OptionError, suggest
+from moemerge.options import OURS
 
 SHARED, WEIGHT = "shared", "weight"
-OURS = "routing_normalized_average"
 
 
 class HostMethod:

@@ -5,11 +5,14 @@ Shapes: L blocks, N weighted members (routed experts, or models besides the base
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +20,18 @@ from tqdm.auto import tqdm
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, stage
+from moemerge.averaging import row_blocks
 from moemerge.checkpoint import Checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
-from moemerge.families.dense import skeleton
-from moemerge.host_methods import OURS, HostMethod
+from moemerge.finite import finite, magnitude
 from moemerge.members import open_members
+from moemerge.options import OURS
 from moemerge.recipe import Merge
 from moemerge.sources import MergedTensor, MergeSource
+
+if TYPE_CHECKING:
+    from moemerge.host_methods import HostMethod
 
 log = logging.getLogger(__name__)
 
@@ -34,43 +41,44 @@ def merge(options: Merge, draft: Draft) -> None:
     """Write the dense model: what `options` name is merged by `options.method`, everything else is kept.
 
     From a MoE the MLPs are merged, from models what `scope` says. Keeps class, config, tokenizer, chat
-    template and, unless told otherwise, dtype. Holds one shard at once. What was written is read back and
-    compared: merged tensors with a sum in float64 (another method than ours: with its result once more), the
-    rest bit for bit. Raises CheckpointError when tensors are missing, left over, misshapen or not finite,
-    when the coefficients belong to another model, or when the comparison fails; UnsupportedError for models
-    that do not go together; OptionError for what the method does not take. Source: XFT (arXiv 2404.15247),
-    UMM-RM (arXiv 2512.00724); of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods:
-    mergekit (arXiv 2403.13257).
+    template and, unless told otherwise, dtype. Holds one shard at once. Our average is compared with a sum in
+    float64 before it is written; everything is read back and compared with what was meant, bit for bit.
+    Raises CheckpointError when tensors are missing, left over, misshapen or not finite, when the coefficients
+    belong to another model, or when a comparison fails; UnsupportedError for models that do not go together;
+    OptionError for what the method does not take. Source: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724);
+    of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods: mergekit (arXiv 2403.13257).
     """
     device = runtime.use(options)
     source = open_members(options)
     dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
     way = _way(options, source, dtype, device)
-    write_checkpoint(draft.folder, _dense_tensors(source, way, dtype), options.shard_size)
-    config = source.dense_config()
-    config.dtype = dtype
-    config.save_pretrained(draft.folder)
-    source.write_side_files(draft.folder)
-    largest = _compare(draft.folder, source, way, dtype)
-    log.info("merge: largest difference to what was meant %.2e", largest)
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+        meant: dict[str, Future[str]] = {}
+        tensors = _noted(_dense_tensors(source, way, dtype), meant, pool)
+        write_checkpoint(draft.folder, tensors, options.shard_size)
+        source.write_config(draft.folder, dtype)
+        source.write_side_files(draft.folder)
+        _compare(draft.folder, source, meant, pool)
+    log.info("merge: largest difference to what was meant %.2e", way.largest_difference)
     draft.results |= {
         "method": options.method,
-        "largest_difference": largest,
+        "largest_difference": way.largest_difference,
         "merged_tensors": len(source.tensors),
         "other_tensors": len(source.backbone),
         "coefficients": way.coefficients.meta if way.coefficients else None,
+        "caveats": list(source.caveats),
     }
 
 
 class _Way(Protocol):
-    """A way to merge: one dense tensor, and how far a written one is from what was meant."""
+    """A way to merge: one dense tensor, and how far any so far was from an independent computation."""
+
+    largest_difference: float
 
     @property
     def coefficients(self) -> Coefficients | None: ...
 
     def merged(self, tensor: MergedTensor) -> Tensor: ...
-
-    def difference(self, tensor: MergedTensor, written: Tensor) -> float: ...
 
 
 def merge_models(
@@ -122,6 +130,8 @@ def _way(options: Merge, source: MergeSource, dtype: torch.dtype, device: torch.
     if options.method == OURS:
         assert found is not None
         return _Average(source, found, dtype)
+    from moemerge.host_methods import HostMethod  # imports mergekit
+
     method = HostMethod(options.method, options.parameters, found, options.seed)
     if found is not None and not method.weighs:
         log.warning("merge: %s takes no weights, so the coefficients are not used", options.method)
@@ -134,121 +144,131 @@ def _rows(source: MergeSource, coefficients: Coefficients | None) -> dict[str, i
 
 @dataclass
 class _Average:
-    """The routing-normalised average, checked against a sum in float64."""
+    """The routing-normalised average, each block of rows checked against a float64 sum at once."""
 
     source: MergeSource
     coefficients: Coefficients
     dtype: torch.dtype
+    largest_difference: float = 0.0
 
     def __post_init__(self) -> None:
         self.rows = _rows(self.source, self.coefficients)
 
+    @runtime.one_thread()
     def merged(self, tensor: MergedTensor) -> Tensor:
-        c, row = self.coefficients, self.rows[tensor.dense]
-        matrices = _matrices(self.source, tensor, self.dtype)
-        return _cast(self.source.average(matrices, c.alpha_LN[row], float(c.shared_L[row])), self.dtype)
+        merged = torch.empty(tensor.shape, dtype=self.dtype)
+        copies = list(self.source.matrices(tensor))
+        for block, *parts in zip(*map(row_blocks, (merged, *copies)), strict=True):
+            self._merge(block, parts, tensor)
+        return merged
 
-    def difference(self, tensor: MergedTensor, written: Tensor) -> float:
-        weights = self.coefficients.weights(self.rows[tensor.dense], self.source.has_shared)
-        return _difference(written, tensor, weights, self.source.matrices(tensor))
+    def _merge(self, block: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
+        """Fill `block`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
+        c, row = self.coefficients, self.rows[tensor.dense]
+        wide = (_widened(part, block.dtype) for part in parts)
+        block.copy_(self.source.average(wide, c.alpha_LN[row], float(c.shared_L[row])))
+        difference = _difference(block, c.weights(row, self.source.has_shared), parts)
+        # Rounding is bounded by the copies, of which `block` is an average: if it will do, they need no look.
+        if not math.isfinite(difference) or difference > _rounding(block, [block]):
+            for name, part in zip(self.source.member_names, parts, strict=True):
+                finite(part, f"{tensor.dense} of {name}")
+            finite(block, f"{tensor.dense} as merged")
+            if difference > _rounding(block, parts):
+                raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
+        self.largest_difference = max(self.largest_difference, difference)
 
 
 @dataclass
 class _Hosted:
-    """A method of mergekit's, checked against its own result."""
+    """A method of mergekit's."""
 
     source: MergeSource
     method: HostMethod
     coefficients: Coefficients | None
     dtype: torch.dtype
     device: torch.device
+    largest_difference: float = 0.0
 
     def __post_init__(self) -> None:
         self.rows = _rows(self.source, self.coefficients)
 
     def merged(self, tensor: MergedTensor) -> Tensor:
-        copies = (m.to(self.device) for m in _matrices(self.source, tensor, self.dtype))
+        named = zip(self.source.member_names, self.source.matrices(tensor), strict=True)
+        sound = (finite(matrix, f"{tensor.dense} of {name}") for name, matrix in named)
+        copies = (_widened(matrix, self.dtype).to(self.device) for matrix in sound)
         row = self.rows.get(tensor.dense)
         merged = self.method.merge(tensor.dense, row, copies, self.source.has_shared)
-        return _cast(merged.cpu(), self.dtype)
-
-    def difference(self, tensor: MergedTensor, written: Tensor) -> float:
-        if _same_bits(written, self.merged(tensor)):
-            return 0.0
-        raise _not_as_meant(f"{tensor.dense} differs from the method's result")
+        return finite(_cast(merged.cpu(), self.dtype), f"{tensor.dense} as merged")
 
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    merged, kept = {tensor.dense: tensor for tensor in source.tensors}, set(source.backbone)
-    names = [n for n in skeleton(source.config).state_dict() if n in merged or n in kept]
-    for name in tqdm(names, desc="merge", leave=False, disable=None):
+    merged = {tensor.dense: tensor for tensor in source.tensors}
+    for name in tqdm(source.names(), desc="merge", leave=False, disable=None):
         if name in merged:
-            yield name, _finite(way.merged(merged[name]), f"{name} as merged")
+            yield name, way.merged(merged[name])
         else:
-            yield name, _finite(_cast(_finite(source.kept(name), name), dtype), f"{name} as {dtype}")
+            yield name, _kept(source, name, dtype)
 
 
-def _matrices(source: MergeSource, tensor: MergedTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The members' copies, in the wider of their dtype and `dtype`: the average must not round away."""
-    wider = torch.promote_types(dtype, source.dtype)
-    named = zip(source.member_names, source.matrices(tensor), strict=True)
-    return (_finite(matrix, f"{tensor.dense} of {name}").to(wider) for name, matrix in named)
+@runtime.one_thread()
+def _kept(source: MergeSource, name: str, dtype: torch.dtype) -> Tensor:
+    stored = finite(source.kept(name), name)
+    kept = _cast(stored, dtype)
+    return kept if kept is stored else finite(kept, f"{name} as {dtype}")
 
 
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    """`tensor`; CheckpointError if it holds NaN or an infinity."""
-    fine = not tensor.is_floating_point() or not tensor.numel()
-    if fine or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
-        return tensor
-    raise CheckpointError(
-        "weights are not finite",
-        given=f"NaN or infinity in {what}",
-        expected="finite numbers",
-        fix="merge an earlier checkpoint; if only dtype float16 does this, choose another dtype",
-    )
+def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """`matrix` in the wider of its dtype and `dtype`: the merge must not round away."""
+    return matrix.to(torch.promote_types(matrix.dtype, dtype))
+
+
+def _difference(block: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
+    """Largest |block - float64 sum|; not finite if anything in them is not."""
+    rest = block.double()
+    for weight, part in zip(weights, parts, strict=True):
+        rest.sub_(part, alpha=weight)
+    return magnitude(rest)
+
+
+def _rounding(block: Tensor, parts: Sequence[Tensor]) -> float:
+    """How far rounding can take the average of `parts`, written to `block`, from the float64 sum."""
+    written, summed = torch.finfo(block.dtype), torch.finfo(torch.float32)
+    size = max(map(magnitude, parts)) + written.tiny
+    return size * max(written.eps, summed.eps) * (3 + len(parts))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _compare(folder: Path, source: MergeSource, way: _Way, dtype: torch.dtype) -> float:
-    """Read every written tensor back. Largest difference between a merged one and what was meant."""
+def _noted(
+    tensors: Iterator[tuple[str, Tensor]], meant: dict[str, Future[str]], pool: Executor
+) -> Iterator[tuple[str, Tensor]]:
+    """`tensors`, their digests being put into `meant`."""
+    for name, tensor in tensors:
+        meant[name] = pool.submit(_digest, tensor)
+        yield name, tensor
+
+
+def _digest(tensor: Tensor) -> str:
+    """sha256 over shape, dtype and bits."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _compare(folder: Path, source: MergeSource, meant: dict[str, Future[str]], pool: Executor) -> None:
+    """Read every written tensor back; CheckpointError unless it has the digest that was meant."""
     written = Checkpoint(folder)
     wanted = {*source.backbone, *(tensor.dense for tensor in source.tensors)}
     if set(written.names) != wanted:
         raise _not_as_meant(f"names {sorted(wanted ^ set(written.names))[:5]} are missing or left over")
-    for name in source.backbone:
-        if not _same_bits(written.tensor(name), _cast(source.kept(name), dtype)):
-            raise _not_as_meant(f"{name} differs from the source's")
-    bar = tqdm(source.tensors, desc="read back", leave=False, disable=None)
-    return max(_checked(written.tensor(t.dense), t, way, dtype) for t in bar)
-
-
-def _checked(written: Tensor, tensor: MergedTensor, way: _Way, dtype: torch.dtype) -> float:
-    if written.dtype == dtype and tuple(written.shape) == tensor.shape:
-        return way.difference(tensor, written)
-    raise _not_as_meant(f"{tensor.dense} is {tuple(written.shape)} {written.dtype}")
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (one, other)))
-
-
-def _difference(
-    written: Tensor, tensor: MergedTensor, weights: Sequence[float], matrices: Iterator[Tensor]
-) -> float:
-    """Largest |written - float64 sum|. Raises CheckpointError if it exceeds what rounding can do."""
-    total, size = torch.zeros(tensor.shape, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for weight, matrix in zip(weights, matrices, strict=True):
-        total.add_(matrix.double(), alpha=weight)
-        size = torch.maximum(size, matrix.abs().max().double())
-    difference = float((written.double() - total).abs().max())
-    precision = max(torch.finfo(written.dtype).eps, torch.finfo(torch.float32).eps)
-    if difference <= float(size) * precision * (2 + len(weights)):
-        return difference
-    raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
+    found = pool.map(lambda name: _digest(written.tensor(name)), written.names)
+    for name, digest in tqdm(
+        zip(written.names, found, strict=True), desc="read back", leave=False, disable=None
+    ):
+        if digest != meant[name].result():
+            raise _not_as_meant(f"{name} differs from what was meant")
 
 
 def _not_as_meant(given: str) -> CheckpointError:

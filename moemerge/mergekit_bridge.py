@@ -34,6 +34,8 @@ from pydantic import AfterValidator, Field
 from moemerge.averaging import routing_normalized_average
 from moemerge.coefficients.base import FILE, Coefficients
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.finite import finite
+from moemerge.mergekit_guards import guarded, our_documents, refuse_separators, whole
 from moemerge.sources import blocks_of, layer_of
 
 NAME = "routing_normalized_average"
@@ -73,6 +75,7 @@ def average(
     the number that is missing), and CheckpointError for coefficients that cannot be read, have more layers
     than the model, or lack a block in which models differ.
     """
+    _check_finite(group)
     found = _load(coefficients)
     assert group.base is not None
     members = _in_order(found, group, expert.values_for(group.non_base))
@@ -99,6 +102,7 @@ def average_inline(
     Raises OptionError unless the weights of the models besides the base sum to one.
     """
     assert group.base is not None
+    _check_finite(group)
     if mlp_layer(group.metadata.name or "") is None:
         return group.base.tensor
     tensors = [entry.tensor for entry in group.non_base]
@@ -122,11 +126,31 @@ def run_command(name: str, arguments: Sequence[str], program: str) -> None:
     folder if it exists there, else at the working directory. Raises what the command raises.
     """
     register()
-    module, config = COMMANDS[name]
-    command: Any = importlib.import_module(module).main
+    module, config = importlib.import_module(COMMANDS[name][0]), COMMANDS[name][1]
+    command: Any = module.main
     with command.make_context(program, list(arguments)) as context:
-        with _fresh_loaders(), _relative_to(Path(context.params[config])):
+        file = Path(context.params[config])
+        with _fresh_loaders(), _relative_to(file), _checked(name, module, file, context.params):
             command.invoke(context)
+
+
+@contextmanager
+def _checked(name: str, module: Any, file: Path, parameters: dict[str, Any]) -> Iterator[None]:
+    """Checks before and after each merge of the YAML `file` that is by a method of ours."""
+    documents = our_documents(file, (NAME, INLINE))
+    if not documents:
+        yield
+    elif name == "pytorch":  # bare files of weights: there is no model to check
+        with whole(Path(parameters["out_path"])) as draft:
+            parameters["out_path"] = str(draft)
+            yield
+    else:
+        refuse_separators(documents, dicts_too=name == "multi")
+        stock, module.run_merge = module.run_merge, guarded(module.run_merge, (NAME, INLINE))
+        try:
+            yield
+        finally:
+            module.run_merge = stock
 
 
 @contextmanager
@@ -189,6 +213,11 @@ def _load(source: str) -> Coefficients:
 @lru_cache(maxsize=8)
 def _load_version(file: str, mtime_ns: int) -> Coefficients:
     return Coefficients.load(file)
+
+
+def _check_finite(group: TensorGroup) -> None:
+    for entry in ([group.base] if group.base else []) + list(group.non_base):
+        finite(entry.tensor, f"{group.metadata.name} of {entry.id}")
 
 
 def _in_order(found: Coefficients, group: TensorGroup, numbers: list[int]) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from moemerge.dense_checkpoint import source_names
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.families.dense import dense_config, is_moe, skeleton
+from moemerge.model_guards import refuse_own_class
 from moemerge.provenance import model_fingerprint
 from moemerge.scoring import in_head, load_tokenizer
 from moemerge.sources import MergedTensor, MergeSource
@@ -63,6 +64,7 @@ class Model:
                 expected="dense models",
                 fix="merge its experts first: moemerge merge --model ...",
             )
+        refuse_own_class(self.config.architectures, self.folder)
         self.names = source_names(self.weights, self.config)
         self.lacks = [name for name, held in self.names.items() if held is None]
 

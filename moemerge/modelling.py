@@ -31,7 +31,8 @@ from transformers.models.auto.modeling_auto import (
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import FAMILIES, family_of
 from moemerge.families.base import Family
-from moemerge.families.dense import PREFIX, dense_class, dense_config, is_moe, require_moe
+from moemerge.families.dense import PREFIX, dense_class, dense_config, is_moe, require_moe, skeleton
+from moemerge.layout import Layout, write_layout
 from moemerge.moe import MoELayer, MoeSettings, StackedExperts, TokenContext, moe_layers
 
 __all__ = ["dense_class", "dense_config", "install_shim", "is_moe", "load_moe", "moe_config", "register"]
@@ -108,9 +109,10 @@ class MoemergeRewardMixin(MoemergeModelMixin):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As the dense class; adds the shim that tells others what to install."""
+        """As the dense class; adds the shim that tells others what to install, and the layout."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         install_shim(save_directory, self.config.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
+        write_layout(save_directory, layout_of(cast(PreTrainedModel, self).config))
 
 
 @cache
@@ -179,6 +181,21 @@ def moe_config(dense: PretrainedConfig, settings: MoeSettings) -> PretrainedConf
     config = config_class(dense.model_type)(**{**values, "moemerge": settings.to_dict()})
     config.architectures = [model_class(dense.model_type).__name__]
     return config
+
+
+def layout_of(config: PretrainedConfig) -> Layout:
+    """The layout that follows from a MoE's config; builds both models without weights."""
+    family = family_of(config)
+    with torch.device("meta"):
+        model = model_class(family.model_type)(config)
+    return Layout(
+        class_name=type(model).__name__,
+        moe={name: tuple(value.shape) for name, value in model.state_dict().items()},
+        tied=list(getattr(model, "all_tied_weights_keys", None) or {}),
+        dense=list(skeleton(config).state_dict()),
+        experts=family.expert_tensors(config),
+        dense_config=json.loads(dense_config(config).to_json_string()),
+    )
 
 
 def install_experts(model: PreTrainedModel) -> None:

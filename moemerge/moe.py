@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moemerge.errors import CheckpointError, UnsupportedError, suggest
+from moemerge.expert_schedule import FREE, by_token
 
 LOAD_NOISE_STD = 1.0
 EPSILON = 1e-10
@@ -71,15 +72,17 @@ class Gating:
 
 
 class TokenContext:
-    """Which tokens of the running forward pass are real, and which belong to the prompt.
+    """Which tokens of the running forward pass are real, which are the prompt's, and what steers the gates.
 
-    The model fills it before its layers run; a recomputation during backward reads it again, so run
-    backward before the next forward when gradient checkpointing is on.
+    The model fills the first two before its layers run; a trainer may set `steering`, which eval mode
+    ignores. A recomputation during backward reads all three again, so run backward before the next forward
+    when gradient checkpointing is on.
     """
 
     def __init__(self) -> None:
         self.mask_BT: torch.Tensor | None = None
         self.prompt_BT: torch.Tensor | None = None
+        self.steering = FREE
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -98,17 +101,27 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def gate_weights(
-    logits_TN: torch.Tensor, num_selected: int, kind: str, has_shared: bool, shared_weight: float = 0.5
+    logits_TN: torch.Tensor,
+    num_selected: int,
+    kind: str,
+    has_shared: bool,
+    shared_weight: float = 0.5,
+    forced_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Probabilities [T, N], index [T, K], routed weights [T, K] and shared weight [T], at least float32.
 
     `xft` and `prompt`: shared 1 - max s, routed max(s) * softmax over the selected s (routing-weight
     normalisation, arXiv 2404.15247). `topk`: shared `shared_weight`, the rest shared out as s / sum s.
-    Per token all weights sum to one.
+    Per token all weights sum to one. `forced_T` selects one expert per token, K = 1, whose s takes the place
+    of the largest.
     """
     wide = logits_TN if logits_TN.dtype == torch.float64 else logits_TN.float()
     s_TN = wide.softmax(-1)
-    top_TK, index_TK = s_TN.topk(num_selected, dim=-1)
+    if forced_T is None:
+        top_TK, index_TK = s_TN.topk(num_selected, dim=-1)
+    else:
+        index_TK = forced_T[:, None]
+        top_TK = s_TN.gather(1, index_TK)
     if kind == "topk":
         routed_T = s_TN.new_full(s_TN.shape[:1], 1 - shared_weight if has_shared else 1.0)
         share_TK = top_TK / top_TK.sum(-1, keepdim=True)
@@ -307,13 +320,22 @@ class MoELayer(nn.Module):
         return out if residual is None else residual + out
 
     def _route(self, x_TD: torch.Tensor, mask_T: torch.Tensor) -> Gating:
-        s, logits_TN = self.settings, self.gate(x_TD)
+        s, steering = self.settings, self.context.steering if self.training else FREE
+        logits_TN = self.gate(x_TD) if steering.temperature == 1 else self.gate(x_TD) / steering.temperature
+        num_selected = steering.num_selected or s.num_experts_per_tok
+        forced_T = by_token(steering.expert_B, x_TD)
         has_shared = self.shared_expert is not None
         probabilities_TN, index_TK, weights_TK, shared_T = gate_weights(
-            logits_TN, s.num_experts_per_tok, s.gate, has_shared, s.gate_shared_weight
+            logits_TN, num_selected, s.gate, has_shared, s.gate_shared_weight, forced_T
         )
+        alone_T = by_token(steering.alone_B, x_TD)
+        if alone_T is not None:
+            shared_T = shared_T.masked_fill(alone_T, 0.0)
+            weights_TK = weights_TK / torch.where(alone_T, weights_TK.sum(1), 1.0)[:, None]
         if self.training and torch.is_grad_enabled() and s.balance_coefficient > 0:
-            loss = balance_loss(logits_TN, probabilities_TN, index_TK, mask_T, s.balance_loss)
+            # A router is judged by its own choice, not by one that was forced on it.
+            own_TK = index_TK if forced_T is None else probabilities_TN.topk(num_selected, dim=-1).indices
+            loss = balance_loss(logits_TN, probabilities_TN, own_TK, mask_T, s.balance_loss)
             self.last_balance = loss.detach()
             weights_TK = _AttachLoss.apply(weights_TK, loss, s.balance_coefficient * self.balance_scale)
         return Gating(probabilities_TN, index_TK, weights_TK, shared_T, mask_T)

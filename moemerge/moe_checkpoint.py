@@ -5,24 +5,25 @@ Shapes: N routed experts. Tensors are read one at a time.
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from moemerge.checkpoint import Checkpoint
 from moemerge.errors import CheckpointError
-from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
-from moemerge.families.dense import dense_config, require_moe, skeleton
-from moemerge.modelling import model_class, register
-from moemerge.moe import MoeSettings
+from moemerge.layout import Layout, read_layout
 from moemerge.provenance import model_fingerprint
-from moemerge.scoring import load_tokenizer
 from moemerge.sources import MergedTensor, MergeSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from moemerge.moe import MoeSettings
 
 SHARED = "shared"
 
@@ -38,14 +39,30 @@ class MoeCheckpoint(MergeSource):
     def __init__(self, folder: str | Path) -> None:
         self.weights = Checkpoint(folder)
         self.folder = self.weights.folder
-        self.config = _moe_config(self.weights)
-        self.settings = MoeSettings.read(self.config.moemerge)
-        self.num_members, self.has_shared = self.settings.num_routed_experts, self.settings.shared_expert
-        self.tensors: list[ExpertTensor] = family_of(self.config).expert_tensors(self.config)
+        self.layout = read_layout(self.folder) or _layout_of(self.config)
+        settings: dict[str, Any] = self.weights.config["moemerge"]
+        self.num_members, self.has_shared = settings["num_routed_experts"], settings["shared_expert"]
+        self.tensors: list[ExpertTensor] = self.layout.experts
         self._check_tensors()
-        experts = {tensor.dense for tensor in self.tensors}
-        dense = skeleton(self.config).state_dict()
-        self.backbone = [n for n in dense if n not in experts and n in self.weights.names]
+        experts, held = {tensor.dense for tensor in self.tensors}, set(self.weights.names)
+        self.backbone = [name for name in self.layout.dense if name in held - experts]
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:  # type: ignore[override]
+        """The MoE's config."""
+        from moemerge.families.dense import require_moe
+
+        require_moe(str(self.weights.config.get("model_type")), self.folder)
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder)
+
+    @cached_property
+    def settings(self) -> MoeSettings:
+        """The settings of its experts and gates."""
+        from moemerge.moe import MoeSettings
+
+        return MoeSettings.read(self.config.moemerge)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,7 +72,7 @@ class MoeCheckpoint(MergeSource):
     @property
     def dense_dtype(self) -> torch.dtype:
         """dtype of the dense model that the MoE was made from."""
-        return cast(torch.dtype, getattr(torch, self.settings.dense_dtype))
+        return cast(torch.dtype, getattr(torch, self.weights.config["moemerge"]["dense_dtype"]))
 
     @property
     def member_names(self) -> list[str]:
@@ -69,11 +86,26 @@ class MoeCheckpoint(MergeSource):
 
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense model, a new object."""
+        from moemerge.families.dense import dense_config
+
         return dense_config(self.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The MoE's own."""
+        from moemerge.scoring import load_tokenizer
+
         return load_tokenizer(str(self.folder))
+
+    def names(self) -> list[str]:
+        """All tensors of the merged model, in the order of its class."""
+        found = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
+        return [name for name in self.layout.dense if name in found]
+
+    def write_config(self, target: Path, dtype: torch.dtype) -> None:
+        """Put the merged model's config, with `dtype`, into `target`, as transformers writes it."""
+        values = {**self.layout.dense_config, "dtype": str(dtype).removeprefix("torch.")}
+        text = json.dumps(values, indent=2, sort_keys=True)
+        (target / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def kept(self, name: str) -> Tensor:
         """The tensor `name` of the backbone."""
@@ -93,10 +125,7 @@ class MoeCheckpoint(MergeSource):
 
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""
-        with torch.device("meta"):
-            model = model_class(family_of(self.config).model_type)(self.config)
-        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        wanted, tied = self.layout.moe, set(self.layout.tied)
         held = set(self.weights.names)
         faults = {
             "missing": sorted(wanted.keys() - held - tied),
@@ -108,12 +137,12 @@ class MoeCheckpoint(MergeSource):
                 raise CheckpointError(
                     f"{self.folder} does not fit its own config",
                     given=f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}",
-                    expected=f"exactly the tensors of {type(model).__name__}",
+                    expected=f"exactly the tensors of {self.layout.class_name}",
                     fix="make the folder again, or copy it again whole",
                 )
 
 
-def _moe_config(weights: Checkpoint) -> PreTrainedConfig:
-    register()
-    require_moe(str(weights.config.get("model_type")), weights.folder)
-    return AutoConfig.from_pretrained(weights.folder)
+def _layout_of(config: PreTrainedConfig) -> Layout:
+    from moemerge.modelling import layout_of
+
+    return layout_of(config)

@@ -22,6 +22,7 @@ Source = Annotated[str, INPUT]
 Sources = Annotated[dict[str, str], INPUT]
 SourceList = Annotated[list[str], INPUT]
 Layers = str
+OURS = "routing_normalized_average"  # the name of our own merge method
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
 
 

@@ -13,7 +13,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moemerge.fit_settings import FitSettings as FitSettings
-from moemerge.options import Layers, Members, Options, Run, Source, Sources, TextFormat
+from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
+
+STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
 class UpcycleSettings(Options):
@@ -94,6 +96,27 @@ class TrainSettings(Options):
     patience: int | None = Field(
         3, ge=1, description="evaluations without progress before stopping; none: never"
     )
+    shared_dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance that a pair is scored without the shared expert, in all layers"
+    )
+    router_temperature: float = Field(
+        1.0, gt=0, description="divides the router's logits at the first step, then falls or rises to 1"
+    )
+    temperature_share: float = Field(
+        0.5, gt=0, le=1, description="share of steps after which the router's temperature is 1"
+    )
+    top1_warmup: float = Field(
+        0.0, ge=0, le=1, description="share of steps with one routed expert per token, at the start"
+    )
+    assign: Literal["router", "subset", "shards"] = Field(
+        "router",
+        description="who picks a pair's routed expert at the start: its router, subset, or random shard",
+    )
+    assign_share: float = Field(0.5, gt=0, le=1, description="share of steps with experts by subset or shard")
+    assign_order: list[str] = Field(
+        default_factory=list,
+        description="subsets of expert 0, 1, ..., and round again (default: all, by name)",
+    )
     search: dict[str, list[float]] = Field(
         default_factory=dict,
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; validation loss chooses",
@@ -106,6 +129,19 @@ class TrainSettings(Options):
         if unknown:
             raise ValueError(f"search takes {', '.join(sorted(allowed))}; not {', '.join(sorted(unknown))}")
         return self
+
+    @model_validator(mode="after")
+    def _order_of_subsets(self) -> TrainSettings:
+        if self.assign_order and self.assign != "subset":
+            raise ValueError("assign_order needs assign: subset")
+        if len(set(self.assign_order)) < len(self.assign_order):
+            raise ValueError("assign_order names a subset twice")
+        return self
+
+    def steered(self) -> list[str]:
+        """Names of the options set here that only a MoE can follow."""
+        defaults = {name: type(self).model_fields[name].default for name in STEERING}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 class Train(TrainSettings, TextFormat, Run):
@@ -124,6 +160,12 @@ class RouteSettings(Options):
 
     max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    diversity: Literal["none", "weights", "all"] = Field(
+        "none",
+        description="how experts differ; weights: their updates; all: also verdicts, loss barriers and "
+        "speculative experts (with 7 experts 100 passes over probe_pairs)",
+    )
+    probe_pairs: int = Field(200, ge=8, description="with diversity all: use the first so many pairs")
 
 
 class Route(RouteSettings, TextFormat, Run):
@@ -162,9 +204,7 @@ class Fit(FitSettings, Members, TextFormat, Run):
 class MergeSettings(Options):
     """MoE or models + coefficients -> dense reward model of the original architecture."""
 
-    method: str = Field(
-        "routing_normalized_average", description="ours, or a method of mergekit: linear, ties, karcher, ..."
-    )
+    method: str = Field(OURS, description="ours, or a method of mergekit: linear, ties, karcher, ...")
     parameters: dict[str, float | bool | str] = Field(
         default_factory=dict, description="of a method of mergekit, e.g. density=0.5, for all experts"
     )
@@ -175,7 +215,7 @@ class MergeSettings(Options):
 
     @model_validator(mode="after")
     def _parameters_have_a_method(self) -> MergeSettings:
-        if self.method == "routing_normalized_average" and self.parameters:
+        if self.method == OURS and self.parameters:
             raise ValueError("routing_normalized_average takes coefficients, no parameters")
         return self
 
@@ -194,7 +234,7 @@ class Merge(MergeSettings, Members, Run):
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
-        if self.model and self.method == "routing_normalized_average" and self.coefficients is None:
+        if self.model and self.method == OURS and self.coefficients is None:
             raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
         return self
 
@@ -212,10 +252,19 @@ class Merge(MergeSettings, Members, Run):
 class Export(Members, Run):
     """Options of `moemerge export`."""
 
+    form: Literal["dense", "qwen2_moe"] = Field(
+        "dense", description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it"
+    )
     coefficients: Source | None = Field(
         None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
     )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> Export:
+        if self.form != "dense" and (self.models or self.coefficients):
+            raise ValueError(f"form {self.form} goes with a MoE as model, and without coefficients")
+        return self
 
 
 class EvaluateSettings(Options):

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,13 +18,21 @@ from moemerge import plotting, runtime
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import local_folder
 from moemerge.data import Encoded, EncodedPair, encode_pairs, read_pairs
+from moemerge.diversity import barriers, disagreement, measure_updates, score_pairs_at
+from moemerge.diversity_report import Diversity, Judgement
 from moemerge.families.dense import require_moe
+from moemerge.merged_model import MergedModel
 from moemerge.moe import MoeSettings, moe_layers
+from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.probes.base import Table
 from moemerge.provenance import model_fingerprint
 from moemerge.recipe import Route
 from moemerge.routing import Group, RoutingStatistics
 from moemerge.scoring import load_reward_model, load_tokenizer, score
+from moemerge.speculation import Speculation, speculation
+from moemerge.uncertainty import member_points
+
+PROBE_SHARED_WEIGHT = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +41,60 @@ log = logging.getLogger(__name__)
 def route(options: Route, draft: Draft) -> None:
     """Write routing statistics by subset and side: statistics.safetensors, routing.md, gate_mass.png.
 
-    Padding is never counted; batches change nothing beyond rounding. Raises CheckpointError if the model is
-    no MoE, DataError for unusable pairs.
+    Padding is never counted; batches change nothing beyond rounding. With `diversity`, also how the experts
+    differ: diversity.json, heat maps, more tables. Raises CheckpointError if the model is no MoE, DataError
+    for unusable pairs.
     """
     device = runtime.use(options)
-    model = load_reward_model(str(local_folder(options.model)), device)
-    require_moe(model.config.model_type, options.model)
     tokenizer = load_tokenizer(options.model)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
-    statistics = collect(model, tokenizer, encoded, options.batch_tokens)
+    statistics, spied = _observe(options, tokenizer, encoded, device)
     statistics.meta["model"] = model_fingerprint(local_folder(options.model))
     statistics.save(draft.folder)
     _draw(statistics, draft)
-    (draft.folder / "routing.md").write_text(_report(statistics), encoding="utf-8")
     draft.results |= {"pairs": len(encoded), "rows": report.summary(), **_summary(statistics)}
+    tables, pictures = [_layer_table(statistics), _group_table(statistics)], ["gate_mass.png"]
+    if options.diversity != "none":
+        diversity = _diversity(options, tokenizer, encoded[: options.probe_pairs], spied, device)
+        pictures += diversity.write(draft.folder)
+        draft.results["diversity"] = diversity.results()
+        tables += diversity.tables()
+    (draft.folder / "routing.md").write_text(_report(tables, pictures), encoding="utf-8")
+
+
+def _observe(
+    options: Route, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], device: torch.device
+) -> tuple[RoutingStatistics, Speculation | None]:
+    """What the MoE itself is needed for; it is let go before anything is merged."""
+    model = load_reward_model(str(local_folder(options.model)), device)
+    require_moe(model.config.model_type, options.model)
+    tokens, spied = options.batch_tokens, None
+    if options.diversity == "all":
+        spied = speculation(model, tokenizer, pairs[: options.probe_pairs], tokens, options.seed)
+    return collect(model, tokenizer, pairs, tokens), spied
+
+
+def _diversity(
+    options: Route,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    spied: Speculation | None,
+    device: torch.device,
+) -> Diversity:
+    """How the experts differ, in judgement too if there was a look for speculative ones."""
+    source = MoeCheckpoint(options.model)
+    updates = measure_updates(source)
+    if spied is None:
+        return Diversity(updates)
+    settings, tokens = source.settings, options.batch_tokens
+    shape = (len(settings.layers), settings.num_routed_experts)
+    alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
+    shared_L = torch.full(shape[:1], PROBE_SHARED_WEIGHT * settings.shared_expert, dtype=torch.float64)
+    merged = MergedModel(source, alpha_LN, shared_L, device, torch.promote_types(source.dtype, torch.float32))
+    scores_NP2 = score_pairs_at(merged, tokenizer, pairs, member_points(alpha_LN, shared_L), tokens)
+    judged = Judgement(disagreement(scores_NP2), barriers(merged, tokenizer, pairs, tokens), spied)
+    return Diversity(updates, judged)
 
 
 def collect(
@@ -101,10 +149,9 @@ def _draw(statistics: RoutingStatistics, draft: Draft) -> None:
     )
 
 
-def _report(statistics: RoutingStatistics) -> str:
-    tables = [_layer_table(statistics), _group_table(statistics)]
-    parts = ["# Routing\n", *(table.markdown() for table in tables), "![gate mass](gate_mass.png)\n"]
-    return "\n".join(parts)
+def _report(tables: Sequence[Table], pictures: Sequence[str]) -> str:
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in pictures]
+    return "\n".join(["# Routing\n", *(table.markdown() for table in tables), *shown])
 
 
 def _layer_table(statistics: RoutingStatistics) -> Table:

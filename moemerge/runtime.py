@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from moemerge.errors import OptionError
@@ -15,6 +18,17 @@ def use(options: Run) -> torch.device:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return pick_device(options.device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for torch: more of them only wait for each other, where memory is what takes time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pick_device(name: str) -> torch.device:

@@ -27,7 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from moemerge.checkpoint import Checkpoint
 from moemerge.errors import CheckpointError, DataError
+from moemerge.model_guards import refuse_own_class
 
 if TYPE_CHECKING:
     from moemerge.tokenise import Encoded, EncodedPair
@@ -89,13 +91,20 @@ def load_reward_model(
     `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. With `fresh_head_seed` a base LM or
     encoder is taken too: its missing head is drawn from that seed, on any device alike. `config.pad_token_id`
     is set from the tokenizer when missing. Raises CheckpointError for missing, left-over or misshapen
-    tensors, pickled weights, and any other number of outputs.
+    tensors, pickled weights, adapters, a reward model without its head, and any other number of outputs;
+    UnsupportedError for a class of its own, unless its code comes along and is trusted.
     """
     _register_moe()
     device = torch.device(device)
     _refuse_pickle(path)
+    if Path(path).is_dir():
+        Checkpoint(path)
     config = _load_config(path, trust_remote_code)
-    if fresh_head_seed is not None and not _claims_head(config):
+    if not (trust_remote_code and has_own_code(config)):
+        refuse_own_class(config.architectures, path)
+    if claims_head(config):
+        fresh_head_seed = None
+    if fresh_head_seed is not None:
         config.num_labels = 1
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     model, loading = _load_weights(path, config, wanted, trust_remote_code)
@@ -138,8 +147,14 @@ def _load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
         ) from error
 
 
-def _claims_head(config: PreTrainedConfig) -> bool:
+def claims_head(config: PreTrainedConfig) -> bool:
+    """Whether a config says that its model has a reward head."""
     return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def has_own_code(config: PreTrainedConfig) -> bool:
+    """Whether a sequence classifier's code comes with the model."""
+    return "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
 
 
 def _load_weights(

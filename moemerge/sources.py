@@ -15,16 +15,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from moemerge.averaging import routing_normalized_average
 from moemerge.checkpoint import copy_side_files
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 HEAD, OUTSIDE = "head", "outside"
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.(?:weight|bias))?$")
@@ -60,7 +62,8 @@ class MergeSource(ABC):
 
     `folder` gives config, tokenizer and all that is not merged; `config` is its config. `tensors` are merged,
     `backbone` are the names of the others. `num_members` counts the weighted members (N); `has_shared` says
-    whether another stands before them, the shared expert or the base, with a weight of its own.
+    whether another stands before them, the shared expert or the base, with a weight of its own. `caveats` are
+    what has to be known of the result, for its manifest and card.
     """
 
     folder: Path
@@ -69,6 +72,7 @@ class MergeSource(ABC):
     backbone: list[str]
     num_members: int
     has_shared: bool
+    caveats: Sequence[str] = ()
 
     @property
     @abstractmethod
@@ -117,6 +121,19 @@ class MergeSource(ABC):
     def identity(self) -> dict[str, str]:
         """What coefficients keep of the source they were made for: model, its fingerprint; scope; head."""
         return {"model": self.fingerprint, "scope": "mlp"}
+
+    def names(self) -> list[str]:
+        """All tensors of the merged model, in the order of its class."""
+        from moemerge.families.dense import skeleton
+
+        found = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
+        return [name for name in skeleton(self.dense_config()).state_dict() if name in found]
+
+    def write_config(self, target: Path, dtype: torch.dtype) -> None:
+        """Put the merged model's config, with `dtype`, into `target`."""
+        config = self.dense_config()
+        config.dtype = dtype
+        config.save_pretrained(target)
 
     def write_side_files(self, target: Path) -> None:
         """Put tokenizer, chat template, licence and the like into `target`."""

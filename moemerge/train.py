@@ -164,8 +164,10 @@ def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
     trainer = make_trainer(options, model, bench.tokenizer, roles, bench.pairs, bench.held_out, home)
     before = trainer.measure() if bench.held_out else None
     state = _fit(trainer, options.patience, before, home)
+    assigned = trainer.schedule.sizes if trainer.schedule else []
     return _report(state, before) | {
         "parameters": _count(model, roles),
+        **({"assigned": assigned} if assigned else {}),
         "seconds": round(time.perf_counter() - clock, 3),
     }
 

@@ -25,7 +25,8 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from moemerge.data import EncodedPair
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, OptionError
+from moemerge.expert_schedule import FREE, ExpertSchedule, assign_experts
 from moemerge.moe import moe_layers
 from moemerge.recipe import Train
 from moemerge.scoring import bradley_terry, score_pairs
@@ -40,7 +41,7 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 
 
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator, which also passes on `prompt_lengths` (chosen rows first, as the ids)."""
+    """TRL's collator, which also passes on `prompt_lengths` (chosen rows first, as the ids) and `places`."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A padded batch of both sides of each pair."""
@@ -48,6 +49,8 @@ class PairCollator(DataCollatorForPreference):
         if "prompt_lengths" in examples[0]:
             lengths_P2 = torch.tensor([example["prompt_lengths"] for example in examples])
             batch["prompt_lengths"] = lengths_P2.T.flatten()
+        if "places" in examples[0]:
+            batch["places"] = torch.tensor([example["places"] for example in examples])
         return batch
 
 
@@ -72,16 +75,24 @@ def exhausted(history: list[dict[str, Any]], patience: int | None, start: float)
 class PairTrainer(RewardTrainer):
     """A RewardTrainer that logs the balance loss and evaluates on all held-out pairs, each counted once.
 
-    `groups` are AdamW parameter groups; `held_out` the pairs that `measure` and `evaluate` score. Its
-    checkpoints hold the weights that train, and no others. It sends no telemetry and writes no model card.
+    `groups` are AdamW parameter groups; `held_out` the pairs that `measure` and `evaluate` score; `schedule`,
+    if any, steers the gates of each training step. Its checkpoints hold the weights that train, and no
+    others. It sends no telemetry and writes no model card.
     """
 
     model: Any
     processing_class: Any
 
-    def __init__(self, *, groups: list[dict[str, Any]], held_out: Sequence[EncodedPair], **trl: Any) -> None:
+    def __init__(
+        self,
+        *,
+        groups: list[dict[str, Any]],
+        held_out: Sequence[EncodedPair],
+        schedule: ExpertSchedule | None = None,
+        **trl: Any,
+    ) -> None:
         super().__init__(**trl)
-        self.groups, self.held_out = groups, held_out
+        self.groups, self.held_out, self.schedule = groups, held_out, schedule
         self.moe = list(moe_layers(self.model).values())
         self.remove_callback(PrinterCallback)
 
@@ -92,11 +103,20 @@ class PairTrainer(RewardTrainer):
             self.optimizer = kind(self.groups, **settings)
         return self.optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """One forward and backward pass; the balance loss is a mean over layers and an update's passes."""
         for layer in self.moe:
             layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
-        return super().training_step(*args, **kwargs)
+        if self.schedule is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        context, places_P = self.moe[0].context, inputs.pop("places").to(self.model.device)
+        context.steering = self.schedule.at(self.state.global_step, places_P)
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            context.steering = FREE
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """TRL's Bradley-Terry loss; besides, the mean balance loss over layers is kept for the log."""
@@ -158,21 +178,46 @@ def make_trainer(
     held_out: Sequence[EncodedPair],
     folder: Path,
 ) -> PairTrainer:
-    """A trainer of the parameters in `roles` (name -> role) whose checkpoints go to `folder`, our own."""
+    """A trainer of the parameters in `roles` (name -> role) whose checkpoints go to `folder`, our own.
+
+    Raises OptionError for options of experts that the model lacks.
+    """
     gated = (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
+    schedule = expert_schedule(options, model, pairs)
     return PairTrainer(
         model=model,
         args=_arguments(options, model.device, len(pairs), bool(held_out), folder),
         data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id),
-        train_dataset=_dataset(pairs, gated),
+        train_dataset=_dataset(pairs, gated, schedule is not None),
         eval_dataset=_dataset(held_out, gated) if held_out else None,
         processing_class=tokenizer,
         groups=_groups(options, model, roles),
         held_out=held_out,
+        schedule=schedule,
     )
 
 
-def _dataset(pairs: Sequence[EncodedPair], gated: bool) -> Dataset:
+def expert_schedule(
+    options: Train, model: PreTrainedModel, pairs: Sequence[EncodedPair]
+) -> ExpertSchedule | None:
+    """How `options` steer the gates of `model`, or None if they do not. Raises OptionError if they cannot."""
+    steered, layers = options.steered(), list(moe_layers(model).values())
+    shared = any(layer.shared_expert is not None for layer in layers)
+    if not steered:
+        return None
+    if not layers or ("shared_dropout" in steered and not shared):
+        raise OptionError(
+            "the model lacks the experts that training is to steer",
+            given=f"{', '.join(steered)}; {'no shared expert' if layers else 'a dense model'}",
+            expected="a MoE, for shared_dropout one with a shared expert",
+            fix="leave these options out here, or train a MoE that upcycle made",
+        )
+    subsets = [pair.pair.subset for pair in pairs]
+    experts = assign_experts(options, subsets, layers[0].settings.num_routed_experts)
+    return ExpertSchedule(options, total_steps(options, len(pairs)), experts)
+
+
+def _dataset(pairs: Sequence[EncodedPair], gated: bool, steered: bool = False) -> Dataset:
     columns: dict[str, list[Any]] = {
         "chosen_ids": [pair.chosen.ids for pair in pairs],
         "rejected_ids": [pair.rejected.ids for pair in pairs],
@@ -182,6 +227,8 @@ def _dataset(pairs: Sequence[EncodedPair], gated: bool) -> Dataset:
         columns["margin"] = [pair.pair.margin or 0.0 for pair in pairs]
     if gated:
         columns["prompt_lengths"] = [[p.chosen.prompt_length, p.rejected.prompt_length] for p in pairs]
+    if steered:
+        columns["places"] = list(range(len(pairs)))
     return Dataset.from_dict(columns)
 
 

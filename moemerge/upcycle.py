@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from moemerge import runtime
+from moemerge.alike import largest_difference, probe_batch, probe_scores, require_alike
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import Checkpoint, copy_side_files, write_checkpoint
 from moemerge.dense_checkpoint import source_names
@@ -21,13 +22,14 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import is_moe, skeleton
+from moemerge.finite import finite
 from moemerge.layers import parse_layers
-from moemerge.modelling import install_shim, load_moe, moe_config
+from moemerge.layout import write_layout
+from moemerge.model_guards import refuse_own_class
+from moemerge.modelling import install_shim, layout_of, load_moe, moe_config
 from moemerge.moe import MoeSettings, make_router
 from moemerge.recipe import Upcycle
-from moemerge.scoring import load_reward_model, load_tokenizer
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+from moemerge.scoring import has_own_code, load_reward_model, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
+    write_layout(draft.folder, layout_of(moe))
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
     _compare(options, draft, device)
@@ -64,6 +67,8 @@ def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
             fix="give the dense model, or merge this one first",
         )
     family_of(config)
+    if not (options.trust_remote_code and has_own_code(config)):
+        refuse_own_class(config.architectures, options.model)
     head = str((config.architectures or [""])[0])
     if head.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise CheckpointError(
@@ -107,7 +112,7 @@ def _moe_tensors(
         if held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
-            yield name, source.tensor(held)
+            yield name, finite(source.tensor(held), held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
         yield from _expert_copies(source, names, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
@@ -137,7 +142,7 @@ def _expert_copies(
     generator: torch.Generator,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The shared copies of the tensors of one stack, then the stack."""
-    dense = {t.dense: source.tensor(str(names[t.dense])) for t in stack}
+    dense = {t.dense: finite(source.tensor(str(names[t.dense])), t.dense) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
     one = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
@@ -161,50 +166,14 @@ def _routers(
         yield f"{prefix}.gate.{name}", drawn.to(moe.dtype)
 
 
-@torch.inference_mode()
 def _compare(options: Upcycle, draft: Draft, device: torch.device) -> None:
     """Largest difference between the scores of dense model and MoE on a probe batch."""
     moe = load_moe(draft.folder, str(device))
-    ids_BT, mask_BT = _probe_batch(moe.config, options.seed)
-    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
-    dtype = moe.dtype
-    prompts = {"prompt_lengths": torch.tensor([4, 4], device=device)}
-    ours_B1 = moe(**inputs, **prompts).logits.float()
+    inputs, dtype = probe_batch(moe.config, options.seed, device), moe.dtype
+    ours_B = probe_scores(moe, inputs, prompt_lengths=True)
     head = {n: p.detach().clone() for n, p in moe.state_dict().items() if n in draft.results["fresh_head"]}
     del moe
-    theirs_B1 = _dense_scores(options, inputs, dtype, head, device)
-    difference = (ours_B1 - theirs_B1).abs().max().item()
-    scale = max(1.0, theirs_B1.abs().max().item())
-    draft.results["largest_difference"] = difference
-    log.info("upcycle: largest difference to the dense model %.2e", difference)
-    if not options.expert_noise and not difference <= TOLERANCE[dtype] * scale:
-        raise CheckpointError(
-            "the MoE does not equal the dense model",
-            given=f"scores differ by {difference:.2e}",
-            expected=f"at most {TOLERANCE[dtype] * scale:.0e} in {dtype}",
-            fix="report this architecture; the model may change its MLP in a way that is not known here",
-        )
-
-
-def _probe_batch(config: PretrainedConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sequences of random tokens, the second one padded on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    length = min(32, getattr(config, "max_position_embeddings", 64) // 2)
-    ids_BT = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    ids_BT[ids_BT == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    mask_BT = torch.ones_like(ids_BT)
-    ids_BT[1, length // 2 :], mask_BT[1, length // 2 :] = config.pad_token_id, 0
-    return ids_BT, mask_BT
-
-
-def _dense_scores(
-    options: Upcycle,
-    inputs: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    head: dict[str, torch.Tensor],
-    device: torch.device,
-) -> torch.Tensor:
-    dense: PreTrainedModel = load_reward_model(
+    dense = load_reward_model(
         options.model,
         device,
         dtype,
@@ -212,4 +181,10 @@ def _dense_scores(
         fresh_head_seed=options.seed if head else None,
     )
     dense.load_state_dict(head, strict=False)
-    return dense(**inputs).logits.float()
+    theirs_B = probe_scores(dense, inputs)
+    difference = draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
+    log.info("upcycle: largest difference to the dense model %.2e", difference)
+    if not options.expert_noise:
+        what = "the MoE does not equal the dense model"
+        fix = "report this architecture; the model may change its MLP in a way that is not known here"
+        require_alike(ours_B, theirs_B, dtype, what, fix)

@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread per process, also in those that tests start: tests run side by side, models are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from conftest import save_dense
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -114,3 +115,20 @@ def widen_norms(model: nn.Module) -> None:
                 wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 wide.weight = child.weight
                 setattr(parent, name, wide)
+
+
+def stock_merge(config: Path, output: Path) -> Path:
+    """mergekit's own merge of a YAML file, in this process."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import MergeOptions, run_merge
+
+    LoaderCache.loaders.clear()
+    text = config.read_text()
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(text)),
+        str(output),
+        MergeOptions(),
+        config_source=text,
+    )
+    return output

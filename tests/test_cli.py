@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -224,12 +226,12 @@ SMALL = {
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A whole run of the real stages by `moemerge run`, and what it printed."""
-    root = tmp_path_factory.mktemp("run")
+    root, out = tmp_path_factory.mktemp("run"), io.StringIO()
     (root / "recipe.yml").write_text(json.dumps({"output": str(root / "out"), **SMALL}))
-    command = [sys.executable, "-m", "moemerge", "run", str(root / "recipe.yml")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    return root, run.stdout
+    with redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        cli.main(["run", str(root / "recipe.yml")])
+    assert ended.value.code == 0
+    return root, out.getvalue()
 
 
 def test_run_prints_steps_table_verdict_and_how_to_load(small_run: tuple[Path, str]) -> None:

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import TINY
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import MergeOptions, run_merge
-from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, write_rows
+from conftest import CORE
+from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, stock_merge, write_rows
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.artifacts import read_manifest
@@ -57,20 +53,7 @@ def assert_close(one: Path, other: Path) -> None:
         assert x.dtype == y.dtype and float((x.double() - y.double()).abs().max()) <= bound, name
 
 
-def stock_merge(config: Path, output: Path) -> Path:
-    """mergekit's own merge of a YAML file, in this process."""
-    LoaderCache.loaders.clear()
-    text = config.read_text()
-    run_merge(
-        MergeConfiguration.model_validate(yaml.safe_load(text)),
-        str(output),
-        MergeOptions(),
-        config_source=text,
-    )
-    return output
-
-
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", CORE)
 def test_exported_experts_merge_in_stock_mergekit(family: str, tmp_path: Path) -> None:
     moe, given = make_moe(tmp_path / "moe", family), fitted(tmp_path / "fit")
     folder = export(model=str(moe), coefficients=given, output=tmp_path / "experts")

@@ -1,4 +1,4 @@
-"""Every architecture through the whole chain: upcycle, observe, train, save, load, merge.
+"""Every architecture through the whole chain: upcycle, train, save, load, route, fit, merge, stock mergekit.
 
 The tiny models are lively: random norms, biases and large weights, so that a wrong activation, a lost bias
 or a swapped matrix moves the scores by far more than any tolerance here.
@@ -15,8 +15,10 @@ import pytest
 import torch
 from conftest import CORE, SIZES, TINY, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from small_moe import ALPHA, SHARED, random_pairs, rewrite, write_rows
+from small_moe import ALPHA, SHARED, gradient_of, random_pairs, rewrite, stock_merge, write_rows
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import logsigmoid
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,7 +31,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from moemerge.artifacts import read_manifest
 from moemerge.checkpoint import Checkpoint
 from moemerge.coefficients.base import Coefficients
+from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import UnsupportedError
+from moemerge.export import export
 from moemerge.families import FAMILIES, family_called, family_of
 from moemerge.families.refused import REFUSED
 from moemerge.families.table import table
@@ -39,6 +43,9 @@ from moemerge.mergekit_bridge import mlp_layer
 from moemerge.modelling import load_moe
 from moemerge.moe import Gating, MoELayer, moe_layers
 from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.options import TextFormat
+from moemerge.route import collect
+from moemerge.scoring import collate, load_tokenizer
 from moemerge.train import train
 from moemerge.upcycle import upcycle
 
@@ -89,7 +96,60 @@ def test_the_whole_chain(family: str, tmp_path: Path) -> None:
     trains(moe)
     saves_and_loads(moe, tmp_path / "trained")
     rewrite(folder, noise())
+    pairs = encoded_pairs(folder, tmp_path)
+    routes(folder, pairs)
+    fits(folder, pairs)
     merges_what_was_trained(folder, dense, tmp_path)
+    merges_in_stock_mergekit(folder, tmp_path)
+
+
+def encoded_pairs(folder: Path, home: Path) -> list[EncodedPair]:
+    pairs, report = read_pairs(str(write_rows(home / "pairs.jsonl", random_pairs(3))), TextFormat())
+    return encode_pairs(load_tokenizer(str(folder)), pairs, TextFormat(), report)
+
+
+def routes(folder: Path, pairs: list[EncodedPair]) -> None:
+    """Every real token is counted once per layer, with gate weights that sum to one."""
+    seen = collect(load_moe(folder), load_tokenizer(str(folder)), pairs, batch_tokens=60).total()
+    count = sum(len(text.ids) for pair in pairs for text in (pair.chosen, pair.rejected))
+    assert seen.tokens_L.tolist() == [count] * 3
+    torch.testing.assert_close(seen.selections_LN.sum(1), torch.full((3,), 2.0 * count, dtype=torch.float64))
+    torch.testing.assert_close(seen.gate_LN.sum(1) + seen.shared_L, seen.tokens_L, rtol=1e-5, atol=0)
+
+
+def fits(folder: Path, pairs: list[EncodedPair]) -> None:
+    """The gradient of the coefficients equals autograd's through the merge."""
+    merged = MergedModel(MoeCheckpoint(folder), ALPHA, SHARED)
+    ours = gradient_of(merged, pairs, 2)
+    alpha_LN, shared_L = ALPHA.clone().requires_grad_(), SHARED.clone().requires_grad_()
+    weights = {}
+    for tensor in merged.source.tensors:
+        row = merged.rows[tensor.dense]
+        shared, *routed = merged.source.matrices(tensor)
+        mean = sum(a * matrix for a, matrix in zip(alpha_LN[row], routed, strict=True))
+        weights[tensor.dense] = (shared_L[row] * shared + (1 - shared_L[row]) * mean).float()
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    inputs = collate(texts, 0, False, torch.device("cpu"))
+    scores_B = functional_call(merged.model, weights, (), inputs).logits[:, 0].double()
+    loss = -logsigmoid(scores_B[: len(pairs)] - scores_B[len(pairs) :]).mean()
+    expected_LN, expected_L = torch.autograd.grad(loss, [alpha_LN, shared_L])
+    found = [gradient - gradient.mean(1, keepdim=True) for gradient in (ours.alpha_LN, expected_LN)]
+    assert ours.loss == pytest.approx(loss.item(), rel=1e-4)
+    scale = float(expected_LN.abs().max())
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3 * scale)
+    torch.testing.assert_close(ours.shared_L, expected_L, rtol=2e-3, atol=2e-3 * scale)
+
+
+def merges_in_stock_mergekit(folder: Path, home: Path) -> None:
+    """linear.yml over the exported experts gives the bits of our own reading of the MoE."""
+    options: dict[str, Any] = {"model": str(folder), "coefficients": str(home / "fit" / "coefficients")}
+    exported = export(**options, output=home / "experts")
+    stock = Checkpoint(stock_merge(exported / "linear.yml", home / "stock"))
+    ours = Checkpoint(
+        merge(**options, output=home / "linear", method="linear", parameters={"normalize": False})
+    )
+    assert set(stock.names) == set(ours.names)
+    assert all(torch.equal(stock.tensor(name), ours.tensor(name)) for name in ours.names)
 
 
 def equals_dense(moe: nn.Module, dense: nn.Module) -> None:

@@ -17,6 +17,7 @@ from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_r
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from moemerge import averaging
 from moemerge.artifacts import read_manifest
 from moemerge.checkpoint import Checkpoint
 from moemerge.coefficients.base import Coefficients
@@ -304,6 +305,66 @@ def test_reading_back_notices_a_wrong_tensor(
         monkeypatch.setattr(module, "write_checkpoint", faulty(name, change))
         with pytest.raises(CheckpointError, match="not written as meant"):
             merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
+
+
+def test_merging_in_blocks_changes_no_bit(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = coefficients(tmp_path / "c")
+    whole = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "whole"))
+    monkeypatch.setattr(averaging, "BLOCK", 100)
+    blocks = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "blocks"))
+    assert all(torch.equal(whole.tensor(name), blocks.tensor(name)) for name in whole.names)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_experts_that_are_not_finite_are_refused_and_named(
+    place: int, weight: float, value: float, moe: Path, tmp_path: Path
+) -> None:
+    """Whatever their weight: the first tensor's is zero, or the last element's block is not the first."""
+
+    def spoil(name: str, tensor: Tensor) -> Tensor:
+        if name == "model.layers.1.mlp.experts.down_proj":
+            tensor[place, -1, -1] = value
+        return tensor
+
+    broken = rewrite(shutil.copytree(moe, tmp_path / "broken"), spoil)
+    others = (1 - weight) / (N - 1)
+    alpha_LN = torch.tensor([[weight if n == place else others for n in range(N)]] * 3, dtype=torch.float64)
+    given = coefficients(tmp_path / "c", alpha_LN)
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.down_proj.* of expert-{place}"):
+        merge(model=str(broken), coefficients=given, output=tmp_path / "m")
+
+
+def test_the_float64_sum_notices_a_wrong_average(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = MoeCheckpoint.average
+
+    def wrong(*arguments: Any) -> Tensor:
+        average = right(*arguments)
+        average.view(-1)[-1] += 1e-4
+        return average
+
+    monkeypatch.setattr(MoeCheckpoint, "average", wrong)
+    with pytest.raises(CheckpointError, match="off by 1.0"):
+        merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
+
+
+def test_experts_that_cancel_are_no_fault(tmp_path: Path) -> None:
+    """The average of W and -W rounds as W does, not as the tiny result."""
+    moe = make_moe(tmp_path / "moe", shared_expert=False)
+
+    def mirror(name: str, tensor: Tensor) -> Tensor:
+        if ".experts." in name:
+            tensor[1], tensor[2] = -tensor[0] * 1.0000001, tensor[0] * 1e-9
+        return tensor
+
+    rewrite(moe, mirror)
+    alpha_LN = torch.tensor([[0.1, 0.1, 0.8]] * 3, dtype=torch.float64)
+    given = coefficients(tmp_path / "c", alpha_LN, torch.zeros(3, dtype=torch.float64))
+    merged = merge(model=str(moe), coefficients=given, output=tmp_path / "m")
+    assert 0 < read_manifest(merged)["results"]["largest_difference"] < 1e-7
 
 
 def test_half_precision_comes_back_after_training_in_float32(tmp_path: Path) -> None:

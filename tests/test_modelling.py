@@ -131,7 +131,7 @@ def test_saving_twice_through_the_shim_keeps_one_shim(tmp_path: Path) -> None:
     load = AutoModelForSequenceClassification.from_pretrained
     load(tmp_path / "one", trust_remote_code=True).save_pretrained(tmp_path / "two")
     names = {path.name for path in (tmp_path / "two").iterdir()}
-    assert names == {"config.json", "model.safetensors", "moemerge_shim.py"}
+    assert names == {"config.json", "model.safetensors", "moemerge_layout.json", "moemerge_shim.py"}
     one, two = (json.loads((tmp_path / n / "config.json").read_text())["auto_map"] for n in ("one", "two"))
     assert one == two
     assert torch.equal(scores(load(tmp_path / "two")), scores(load(tmp_path / "one")))

@@ -360,6 +360,11 @@ def test_all_faults_at_once(folder: Path) -> None:
         ({"train": {"train_layers": "a-b"}}, ["train.train_layers: layers cannot be picked"]),
         ({"train": {"search": {"epochs": [1, 2]}, "max_steps": 3}}, ["train.search cannot try epochs"]),
         ({"train": {"search": {"epochs": []}}}, ["train.search lacks values"]),
+        ({"control": {"top1_warmup": 0.1}}, ["control trains a dense model, which has no experts to steer"]),
+        (
+            {"train": {"shared_dropout": 0.1}, "upcycle": {"shared_expert": False}},
+            ["train.shared_dropout needs a shared expert"],
+        ),
         (
             {"fit": {"method": "usage", "shared_weight": "learned"}},
             ["shared_weight learned contradicts fit.method"],

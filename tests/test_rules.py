@@ -24,7 +24,7 @@ HOMES = {
     "accelerate": {"train", "trainer"},
     "peft": {"train", "trainer"},
     # host_methods calls mergekit's methods; the bridge, which mergekit imports, must stay apart from it.
-    "mergekit": {"checkpoint", "mergekit_bridge", "host_methods"},
+    "mergekit": {"mergekit_bridge", "host_methods"},
     "datasets": {"rows", "train", "trainer"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -326,7 +327,7 @@ from conftest import tiny_tokenizer
 from test_train import resumable, run
 from moemerge import trainer
 
-kind, steps = sys.argv[2], 0
+kind, steps = "", 0
 plain = trainer.PairTrainer.training_step
 def step(self, *args, **kwargs):
     global steps
@@ -338,9 +339,15 @@ def save(self, folder):
     Path(folder, "optimizer.pt").write_bytes(b"half")
     os.kill(os.getpid(), 9)
 trainer.PairTrainer.training_step = step
-if kind == "save":
-    trainer.PairTrainer._save_optimizer_and_scheduler = save
-run(Path(sys.argv[3]), Path(sys.argv[4]), **resumable())
+for line in sys.stdin:
+    kind = line.strip()
+    child = os.fork()
+    if child == 0:
+        if kind == "save":
+            trainer.PairTrainer._save_optimizer_and_scheduler = save
+        run(Path(sys.argv[2]), Path(sys.argv[3]), **resumable())
+        os._exit(0)
+    print("status", os.waitpid(child, 0)[1], file=sys.__stdout__, flush=True)
 """
 
 
@@ -351,13 +358,19 @@ def resumable() -> dict[str, Any]:
 def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: Path) -> None:
     """Killed in a step, killed again in the middle of a checkpoint, then let run."""
     straight = run(world, tmp_path / "straight", **resumable())
-    for kind in ("step", "save"):
-        tests = Path(__file__).parent
-        given = [sys.executable, "-c", KILLED, str(tests), kind, str(world), str(tmp_path / "killed")]
-        assert subprocess.run(given, cwd=tests.parent, capture_output=True, check=False).returncode == -9
-        assert not (tmp_path / "killed").exists()
-        (home,) = tmp_path.glob(".killed.*.work/trial-0")
-        assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
+    tests = Path(__file__).parent
+    given = [sys.executable, "-c", KILLED, str(tests), str(world), str(tmp_path / "killed")]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(given, cwd=tests.parent, text=True, **pipes) as process:
+        for kind in ("step", "save"):
+            process.stdin.write(f"{kind}\n")
+            process.stdin.flush()
+            told = next(line for line in process.stdout if line.startswith("status"))
+            assert told == f"status {signal.SIGKILL}\n"
+            assert not (tmp_path / "killed").exists()
+            (home,) = tmp_path.glob(".killed.*.work/trial-0")
+            assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
+        process.stdin.close()
     assert not (home / "checkpoint-9" / "trainer_state.json").exists()
     resumed = run(world, tmp_path / "killed", **resumable())
     assert not moved(tmp_path / "straight", tmp_path / "killed")

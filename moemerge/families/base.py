@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
-from moemerge.families.dense import skeleton
-from moemerge.moe import DenseExpert
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from moemerge.moe import DenseExpert
 
 STACKS = {"gate": "gate_up_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
 
@@ -73,6 +75,8 @@ class Family:
 
     def expert_tensors(self, config: PretrainedConfig) -> list[ExpertTensor]:
         """Every dense MLP tensor of the layers that have (or, for a dense config, can have) experts."""
+        from moemerge.families.dense import skeleton
+
         path, layers = self.dense_layers(skeleton(config))
         moe = getattr(config, "moemerge", None)
         numbers = moe["layers"] if moe else range(len(layers))
@@ -129,4 +133,6 @@ class Family:
 
     def dense_expert(self, layer: nn.Module, config: PretrainedConfig) -> DenseExpert:
         """The layer's MLP as one module that owns the layer's own linear modules."""
+        from moemerge.moe import DenseExpert
+
         return DenseExpert(self.linears(layer), self.activation_of(config))

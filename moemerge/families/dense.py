@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,12 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     dense = kind.from_dict({**values, "model_type": kind.model_type})
     dense.architectures = [dense_class(dense).__name__]
     return dense
+
+
+def shared_values(config: PretrainedConfig, kind: type[PretrainedConfig]) -> dict[str, Any]:
+    """The values of `config` without those that only its own class declares: what one of `kind` may keep."""
+    own, theirs = ({field.name for field in fields(one)} for one in (type(config), kind))
+    return {k: v for k, v in config.to_dict().items() if k not in own - theirs and k not in OURS}
 
 
 def dense_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -1,5 +1,7 @@
 """Architectures whose reward models cannot be upcycled here: the reason, by model_type."""
 
+from moemerge.families.siblings import SIBLINGS
+
 MOE = "it is a mixture of experts already"
 TWO_STACKS = "it has two stacks of layers, encoder and decoder"
 SHARED = "its layers share one MLP, so that layers cannot have experts of their own"
@@ -15,19 +17,16 @@ REFUSED = {
             "deepseek_v2",
             "deepseek_v3",
             "gpt_oss",
-            "hunyuan_v1_moe",
             "jamba",
             "jetmoe",
             "minimax",
             "mistral4",
-            "mixtral",
             "phimoe",
-            "qwen2_moe",
-            "qwen3_moe",
             "qwen3_next",
         ),
         MOE,
     ),
+    **{name: f"{MOE}; moemerge merge makes a {one.dense} of it" for name, one in SIBLINGS.items()},
     **dict.fromkeys(
         (
             "bart",

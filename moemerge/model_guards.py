@@ -1,0 +1,138 @@
+"""What a dense reward model must be before it is merged: checks that tell what is wrong, and why.
+
+Everything but `check_finite` reads config.json and the headers of the weights only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from moemerge.checkpoint import Checkpoint
+from moemerge.errors import CheckpointError, UnsupportedError
+from moemerge.families.dense import PREFIX, skeleton
+from moemerge.finite import finite
+
+BUFFERS = ("position_ids", "rotary_emb.inv_freq")
+
+
+def check_reward_model(source: str | Path) -> Checkpoint:
+    """The dense reward model in the folder (or under the hub name) `source`, opened.
+
+    Its class is transformers' own ...ForSequenceClassification with one output, and it holds exactly the
+    tensors of that class, head included, in their shapes (buffers that older versions saved may be there
+    too). Raises UnsupportedError for other kinds of model, with the reason, and CheckpointError for one that
+    is not whole.
+    """
+    weights = Checkpoint(source)
+    if str(weights.config.get("model_type")).startswith(PREFIX):
+        raise UnsupportedError(
+            f"{source} is a MoE made by moemerge",
+            given=str(weights.config["model_type"]),
+            expected="a dense reward model",
+            fix="merge it with moemerge merge, or write its experts as dense models with moemerge export",
+        )
+    refuse_own_class(weights.config.get("architectures"), source)
+    _refuse_other_kinds(weights.config, source)
+    config = AutoConfig.from_pretrained(weights.folder)
+    if config.num_labels != 1:
+        raise CheckpointError(
+            f"{source} is not a reward model",
+            given=f"{config.num_labels} outputs",
+            expected="one output",
+            fix="give a sequence classifier with num_labels = 1",
+        )
+    check_tensors(weights, config)
+    return weights
+
+
+def refuse_own_class(architectures: Sequence[str] | None, source: str | Path) -> None:
+    """Raise UnsupportedError if a config names a class that is neither transformers' nor moemerge's.
+
+    Its forward pass, and what it calls its head, are not known: mergekit takes such a model for a causal LM
+    and drops the head, and transformers would load the weights into another class.
+    """
+    for name in architectures or []:
+        if not hasattr(transformers, name) and not name.startswith("Moemerge"):
+            raise UnsupportedError(
+                f"{source} is of a class of its own, so that its head would be lost or misread",
+                given=f"architectures: {name}",
+                expected="a class of transformers, such as LlamaForSequenceClassification",
+                fix="if its head is one linear layer on the last token, named score, save it again as "
+                "...ForSequenceClassification",
+            )
+
+
+def _refuse_other_kinds(config: dict[str, Any], source: str | Path) -> None:
+    named = config.get("architectures") or ["no class"]
+    if len(named) != 1 or not str(named[0]).endswith("ForSequenceClassification"):
+        raise UnsupportedError(
+            f"{source} does not say that it is a reward model, so that mergekit would drop its head",
+            given=f"architectures: {', '.join(map(str, named))}",
+            expected="one class, ...ForSequenceClassification, in config.json",
+            fix="load it with AutoModelForSequenceClassification and save it again; merge a LoRA adapter "
+            "into the reward model first (PEFT: merge_and_unload)",
+        )
+
+
+def check_tensors(weights: Checkpoint, config: PretrainedConfig) -> None:
+    """Raise CheckpointError unless `weights` has exactly the dense reward model's tensors in their shapes.
+
+    A tied copy may be left out.
+    """
+    model = skeleton(config)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    held = {name for name in weights.names if name in wanted or not old_buffer(model, name)}
+    faults = {
+        "missing": sorted(wanted.keys() - held - tied),
+        "left over": sorted(held - wanted.keys()),
+        "misshapen": sorted(name for name in held & wanted.keys() if weights.shape(name) != wanted[name]),
+    }
+    given = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
+    if given:
+        raise CheckpointError(
+            f"{weights.folder} does not fit its own config",
+            given=given,
+            expected=f"exactly the tensors of {type(model).__name__}",
+            fix="copy the model again whole; if the head is missing, train it first",
+        )
+
+
+def old_buffer(model: PreTrainedModel, name: str) -> bool:
+    """Whether the tensor `name` is a buffer that older versions of transformers saved: it holds nothing."""
+    old = model._keys_to_ignore_on_load_unexpected or []
+    return name.endswith(BUFFERS) or any(re.search(pattern, name) for pattern in old)
+
+
+def check_alike(models: Sequence[Checkpoint], dtypes: bool = True) -> None:
+    """Raise CheckpointError unless all have the first one's tensors, in its shapes and (`dtypes`) dtypes."""
+    first = models[0]
+    for other in models[1:]:
+        names = set(first.names) ^ set(other.names)
+        common = [name for name in first.names if name in set(other.names)]
+        shapes = [name for name in common if first.shape(name) != other.shape(name)]
+        kinds = [name for name in common if dtypes and first.dtype(name) != other.dtype(name)]
+        for what, found in (("names", names), ("shapes", shapes), ("dtypes", kinds)):
+            if found:
+                raise CheckpointError(
+                    f"models do not go together: their tensors differ in {what}",
+                    given=f"{_few(sorted(found))} of {other.folder}, beside {first.folder}",
+                    expected="models of one architecture, size and dtype",
+                    fix="give models made from the same one; save them in one dtype",
+                )
+
+
+def check_finite(weights: Checkpoint) -> None:
+    """Read every tensor, one at a time; CheckpointError if one holds NaN or an infinity."""
+    for name, tensor in weights.tensors():
+        finite(tensor, f"{name} of {weights.folder}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

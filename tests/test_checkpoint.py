@@ -1,0 +1,91 @@
+"""Writing checkpoints: tensors come back bit for bit, however they lie in memory, in shards as asked."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moemerge import checkpoint
+from moemerge.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
+
+ALL = 10**9
+
+
+def awkward() -> dict[str, Tensor]:
+    """Views, transposed tensors, two names of one tensor, nothing, one number, and other dtypes."""
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    return {
+        "whole": base,
+        "again": base,
+        "rows": base[1:3],
+        "columns": base[:, 1:3],
+        "transposed": base.T,
+        "expanded": base[0].expand(3, 6),
+        "empty": torch.empty(0, 5),
+        "number": torch.tensor(2.5),
+        "half": base.to(torch.bfloat16),
+        "whole numbers": torch.arange(5),
+    }
+
+
+@pytest.mark.parametrize("shard_size", [ALL, 200, 1])
+def test_any_tensor_comes_back(shard_size: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, iter(awkward().items()), shard_size)
+    written = Checkpoint(tmp_path)
+    assert set(written.names) == set(awkward())
+    for name, tensor in awkward().items():
+        found = written.tensor(name)
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+
+
+def test_shards_are_filled_in_order_named_and_indexed(tmp_path: Path) -> None:
+    """Tensors of 40, 40, 40 and 400 bytes in shards of 100: two, one, and one that is too large for any."""
+    sizes = {"a": 10, "b": 10, "c": 10, "d": 100}
+    write_checkpoint(tmp_path, ((name, torch.full((n,), 1.0)) for name, n in sizes.items()), 100)
+    index = json.loads((tmp_path / INDEX).read_text())
+    one, two, three = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
+    assert index["weight_map"] == {"a": one, "b": one, "c": two, "d": three}
+    assert index["metadata"]["total_size"] == 4 * 130
+    assert {path.name for path in tmp_path.iterdir()} == {one, two, three, INDEX}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in tmp_path.glob("*.safetensors"))
+
+
+def test_one_shard_needs_no_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, [("a", torch.ones(3))], ALL)
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+
+
+def test_no_more_than_one_shard_is_held(tmp_path: Path) -> None:
+    """When a tensor is asked for, those of shards before it are gone but for the one that ended the last."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        nonlocal most
+        for number in range(12):
+            most = max(most, sum(ref() is not None for ref in alive))
+            tensor = torch.full((10,), float(number))
+            alive.append(weakref.ref(tensor))
+            yield str(number), tensor
+            del tensor
+
+    write_checkpoint(tmp_path, stream(), 120)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert 0 < most <= 3
+
+
+def test_a_shard_that_cannot_reach_the_disk_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "flush", full)
+    with pytest.raises(OSError, match="no space"):
+        write_checkpoint(tmp_path, [("a", torch.ones(3))], ALL)
