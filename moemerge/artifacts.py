@@ -106,9 +106,16 @@ def _known_names(kind: type[Options], path: tuple[str | int, ...]) -> list[str]:
 
 @contextmanager
 def artifact(name: str, options: Run) -> Iterator[Draft]:
-    """Make one artifact: yields a draft in a temporary folder, seals it with a manifest, renames it."""
+    """Make one artifact: yields a draft in a temporary folder, seals it with a manifest, renames it.
+
+    Of several processes that torchrun started, only the first one's is kept.
+    """
     output = options.output
     _refuse_existing(output, options.overwrite)
+    if not leads():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Draft(Path(folder))
+        return
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     inputs = {key: _fingerprints(value) for key, value in input_fields(options).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +139,11 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
     finally:
         shutil.rmtree(draft.folder, ignore_errors=True)
     log.info("%s: wrote %s in %.1f s", name, output, time.perf_counter() - clock)
+
+
+def leads() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:

@@ -272,7 +272,9 @@ def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
 
 
 def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
-    from moemerge.coefficients import METHODS
+    from moemerge.coefficients import FINDS_SHARED, METHODS
+    from moemerge.objectives import OBJECTIVES
+    from moemerge.optimisers import OPTIMISERS
 
     methods = {"fit.method": recipe.fit.method} | {
         f"also_merge[{i}]": m for i, m in enumerate(recipe.also_merge)
@@ -286,17 +288,21 @@ def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
             "each of fit.method and also_merge once",
             "take the repeated one out of also_merge",
         )
-    if recipe.fit.method != "learned" and recipe.fit.shared_weight == "learned":
+    yield from _unknown("fit.optimizer", recipe.fit.optimizer, ["auto", *OPTIMISERS])
+    for name in recipe.fit.objectives:
+        yield from _unknown("fit.objectives", name, OBJECTIVES)
+    if recipe.fit.method not in FINDS_SHARED and recipe.fit.learns_shared:
         yield _fault(
-            "shared_weight learned contradicts fit.method",
-            f"fit.method {recipe.fit.method}, fit.shared_weight learned",
+            f"shared_weight {recipe.fit.shared_weight} contradicts fit.method",
+            f"fit.method {recipe.fit.method}, fit.shared_weight {recipe.fit.shared_weight}",
             "method learned, or a number or match for shared_weight",
             "set fit.method to learned, or fit.shared_weight to 0.5",
         )
     fitting = recipe.data and recipe.data.fit
-    if "learned" in methods.values() and not fitting and not _has_validation(recipe):
+    needy = [method for method in methods.values() if method in FINDS_SHARED]
+    if needy and not fitting and not _has_validation(recipe):
         yield _fault(
-            "method learned needs fitting pairs",
+            f"method {needy[0]} needs fitting pairs",
             "no data.fit, no data.validation, and data.validation_share 0",
             "pairs that were not trained on",
             "set data.fit or data.validation_share, or choose method usage",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from moemerge.families.base import ExpertTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# An open file is mapped whole, which counts against a limit on memory (ulimit -d) though none is used.
+OPEN_FILES = 2
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
 NOT_COPIED = {
     "config.json",
@@ -116,6 +118,11 @@ class Checkpoint:
         rows: torch.Tensor = self._slice(tensor.stacked)[index, tensor.rows]
         return rows.T if tensor.transposed else rows
 
+    def experts(self, tensor: ExpertTensor) -> torch.Tensor:
+        """All routed experts' copies of a dense MLP tensor as they are stored, [N, ...]: a view."""
+        experts: torch.Tensor = self._slice(tensor.stacked)[:, tensor.rows]
+        return experts
+
     def _slice(self, name: str) -> Any:
         return self._handle(name).get_slice(name)
 
@@ -123,8 +130,10 @@ class Checkpoint:
         if name not in self._files:
             raise self._fault("a tensor is missing", name, "a checkpoint that holds it")
         file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _open_file(self.folder / file)
+        handle = self._open.pop(file, None)
+        while handle is None and len(self._open) >= OPEN_FILES:
+            self._open.pop(next(iter(self._open)))
+        self._open[file] = handle or _open_file(self.folder / file)
         return self._open[file]
 
     def _weight_files(self) -> dict[str, str]:

@@ -144,6 +144,7 @@ def _default_text(field: FieldInfo) -> str:
     if default is None or default == {} or default == []:
         return ""
     text = ("no", "yes")[default] if isinstance(default, bool) else default
+    text = [f"{key}={value}" for key, value in text.items()] if isinstance(text, dict) else text
     return f"  [default: {', '.join(map(str, text)) if isinstance(text, list) else text}]"
 
 
@@ -204,11 +205,12 @@ def _verbosity() -> click.Option:
 
 def run_stage(stage: str, **values: Any) -> None:
     """Run one stage with the options given on the command line, and print its main results."""
-    from moemerge.artifacts import read_manifest
+    from moemerge.artifacts import leads, read_manifest
     from moemerge.pipeline import STAGES
 
     output = STAGES.get(stage)(**given_options(stage, values))
-    click.echo(f"{output}  {headline(stage, read_manifest(output)['results'])}")
+    if leads():
+        click.echo(f"{output}  {headline(stage, read_manifest(output)['results'])}")
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -5,31 +5,32 @@ Shapes: L blocks, N weighted members (routed experts, or models besides the base
 
 from __future__ import annotations
 
-import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from moemerge import plotting, runtime
-from moemerge.artifacts import Draft, stage, write_json
+from moemerge import distributed, runtime
+from moemerge.artifacts import Draft, stage
 from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem, Objective
-from moemerge.data import EncodedPair, encode_pairs, read_pairs
-from moemerge.errors import CheckpointError, DataError
+from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem
+from moemerge.data import encode_candidates, encode_pairs, read_candidates, read_pairs
+from moemerge.errors import CheckpointError
+from moemerge.fit_report import write_report
 from moemerge.members import open_members
-from moemerge.merged_model import MergedModel, PairObjective
-from moemerge.probes.base import Table
+from moemerge.merged_model import MergedModel
+from moemerge.moments import moments
+from moemerge.objectives.base import mixture
+from moemerge.pair_objective import PairObjective, hold_out
 from moemerge.recipe import Fit
 from moemerge.routing import RoutingStatistics
 from moemerge.sources import MergeSource, layer_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from moemerge.teachers import Lesson
+from moemerge.tokenise import EncodedCandidates, EncodedPair
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +39,28 @@ log = logging.getLogger(__name__)
 def fit(options: Fit, draft: Draft) -> None:
     """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
 
-    uniform needs nothing but the members, usage routing statistics of the MoE, learned and grid preference
-    pairs. Nothing but coefficients is fitted; models on disk are only read. Raises OptionError when the
-    method lacks an input, CheckpointError for a foreign or damaged one, UnsupportedError for models that do
-    not go together, DataError for unusable pairs.
+    uniform and one_hot need nothing but the members, usage routing statistics of the MoE, the others
+    preference pairs. Nothing but coefficients is fitted; models on disk are only read. Started by torchrun,
+    processes share the pairs and the first one writes. Raises OptionError when the method lacks an input,
+    CheckpointError for a foreign or damaged one, UnsupportedError for models that do not go together,
+    DataError for unusable pairs.
     """
     device = runtime.use(options)
+    distributed.join()
     method = METHODS.get(options.method)
     source = open_members(options)
-    outcome = method(_problem(options, source, _objective(options, source, device, draft)))
-    meta = {"method": options.method, "shared_weight": str(options.shared_weight), **source.identity()}
-    coefficients = Coefficients(source.blocks(), outcome.alpha_LN, outcome.shared_L, meta)
+    blocks = source.blocks(per_matrix=options.granularity == "matrix")
+    outcome = method(_problem(options, source, blocks, _Data(options, source, blocks, device, draft)))
+    meta = {
+        "method": options.method,
+        "shared_weight": str(options.shared_weight),
+        "granularity": options.granularity,
+        **source.identity(),
+    }
+    coefficients = Coefficients(blocks, outcome.alpha_LN, outcome.shared_L, meta)
     coefficients.save(draft.folder)
     log.info("fit: %s", outcome.report["verdict"])
-    _tell(draft, coefficients, outcome, source.member_names[source.has_shared :])
+    write_report(draft, coefficients, outcome, source.member_names[source.has_shared :])
 
 
 def fit_models(
@@ -70,18 +79,39 @@ def fit_models(
     return fit(output=output, pairs=pairs and str(pairs), **given, **options)
 
 
-def _problem(options: Fit, source: MergeSource, objective: Callable[[], Objective] | None) -> FitProblem:
+def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) -> FitProblem:
     if not source.has_shared and isinstance(options.shared_weight, str):
         log.warning("shared_weight %s is ignored: no member is shared", options.shared_weight)
     return FitProblem(
-        blocks=source.blocks(),
+        blocks=blocks,
         num_experts=source.num_members,
         has_shared=source.has_shared,
         settings=options,
         seed=options.seed,
         statistics=_statistics(options.routing, source),
-        objective=objective,
+        objective=data.objective if options.pairs else None,
+        start=_start(options.start, source, blocks),
+        moments=data.moments if options.pairs else None,
     )
+
+
+def _start(folder: str | None, source: MergeSource, blocks: list[str]) -> FitOutcome | None:
+    """Given coefficients, a row for each of `blocks`; rows of layers serve all their matrices."""
+    if folder is None:
+        return None
+    found = Coefficients.load(folder)
+    source.check_fit(found)
+    theirs, mine = source.rows(found.blocks), source.rows(blocks)
+    row_of = {mine[name]: row for name, row in theirs.items()}
+    if any(row_of[mine[name]] != row for name, row in theirs.items()):
+        raise CheckpointError(
+            "coefficients to start from are finer than those to fit",
+            given=f"{len(found.blocks)} blocks in {folder}",
+            expected=f"{len(blocks)} blocks, or rows of whole layers",
+            fix="set granularity to what they were fitted with",
+        )
+    rows = [row_of[row] for row in range(len(blocks))]
+    return FitOutcome(found.alpha_LN[rows], found.shared_L[rows])
 
 
 def _statistics(routing: str | None, source: MergeSource) -> RoutingStatistics | None:
@@ -101,101 +131,60 @@ def _statistics(routing: str | None, source: MergeSource) -> RoutingStatistics |
     )
 
 
-def _objective(
-    options: Fit, source: MergeSource, device: torch.device, draft: Draft
-) -> Callable[[], Objective] | None:
-    """What builds the objective when a method asks for it; None without pairs."""
-    if options.pairs is None:
-        return None
+class _Data:
+    """Merged model and pairs, made when a method asks for them; what became of rows goes into the draft."""
 
-    def build() -> Objective:
-        tokenizer = source.tokenizer()
-        train, held_out = _pairs(options, tokenizer, draft.results)
-        shape = (len(source.blocks()), source.num_members)
+    def __init__(
+        self, options: Fit, source: MergeSource, blocks: list[str], device: torch.device, draft: Draft
+    ) -> None:
+        self.options, self.source, self.blocks, self.device = options, source, blocks, device
+        self.rows: dict[str, Any] = draft.results.setdefault("rows", {}) if options.pairs else {}
+
+    @cached_property
+    def merged(self) -> MergedModel:
+        shape = (len(self.blocks), self.source.num_members)
         alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
-        dtype = torch.promote_types(source.dtype, torch.float32)
-        merged = MergedModel(source, alpha_LN, torch.zeros(shape[0], dtype=torch.float64), device, dtype)
-        return PairObjective(merged, tokenizer, train, held_out, options.micro_batch_size)
+        shared_L = torch.zeros(shape[0], dtype=torch.float64)
+        dtype = torch.promote_types(self.source.dtype, torch.float32)
+        return MergedModel(self.source, alpha_LN, shared_L, self.device, dtype, self.blocks)
 
-    return build
+    @cached_property
+    def split(self) -> tuple[list[EncodedPair], list[int], list[int]]:
+        """All pairs; the numbers of those to fit, and of those held out."""
+        pairs = self._read("pairs", str(self.options.pairs))
+        if self.options.validation is None:
+            return (pairs, *hold_out(pairs, self.options.holdout, self.options.seed))
+        held_out = self._read("validation", self.options.validation)
+        count = len(pairs)
+        return pairs + held_out, list(range(count)), list(range(count, count + len(held_out)))
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.source.tokenizer()
 
-def _pairs(
-    options: Fit, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any]
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Training and held-out pairs; what became of the rows goes into `results`."""
-    rows = results.setdefault("rows", {})
+    def objective(self) -> PairObjective:
+        pairs, train, held_out = self.split
+        lesson = Lesson(self.merged, self.tokenizer, pairs, self.options)
+        term = mixture(self.options.objectives, lesson)
+        size, candidates = self.options.micro_batch_size, self._candidates()
+        return PairObjective(self.merged, self.tokenizer, pairs, train, held_out, term, size, candidates)
 
-    def read(name: str, source: str) -> list[EncodedPair]:
-        pairs, report = read_pairs(source, options)
-        encoded = encode_pairs(tokenizer, pairs, options, report)
-        rows[name] = report.summary()
+    def moments(self, start: FitOutcome) -> Tensor:
+        """Over the pairs that are not held out."""
+        pairs, train, _ = self.split
+        lesson = Lesson(self.merged, self.tokenizer, [pairs[number] for number in train], self.options)
+        return moments(lesson, len(self.blocks))
+
+    def _read(self, name: str, source: str) -> list[EncodedPair]:
+        pairs, report = read_pairs(source, self.options)
+        encoded = encode_pairs(self.tokenizer, pairs, self.options, report)
+        self.rows[name] = report.summary()
         return encoded
 
-    train = read("pairs", str(options.pairs))
-    if options.validation is not None:
-        return train, read("validation", options.validation)
-    return hold_out(train, options.holdout, options.seed)
-
-
-def hold_out(
-    pairs: Sequence[EncodedPair], share: float, seed: int
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Split off about `share` of the pairs, at least one; pairs of one prompt stay together.
-
-    Raises DataError if there is only one prompt.
-    """
-    keys = [json.dumps(p.pair.prompt or (p.pair.chosen, p.pair.rejected), sort_keys=True) for p in pairs]
-    counts = Counter(keys)
-    groups = list(counts)
-    if len(groups) < 2:
-        raise DataError(
-            "no pairs can be held out",
-            given=f"{len(pairs)} pairs of {len(groups)} prompt(s)",
-            expected="pairs of two prompts at least, as no prompt is on both sides",
-            fix="give validation pairs, or more pairs",
-        )
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    sizes = accumulate(counts[groups[number]] for number in order)
-    enough = next(number for number, size in enumerate(sizes, start=1) if size >= share * len(pairs))
-    held = {groups[number] for number in order[: min(enough, len(groups) - 1)]}
-    rows = list(zip(pairs, keys, strict=True))
-    return [pair for pair, key in rows if key not in held], [pair for pair, key in rows if key in held]
-
-
-def _tell(draft: Draft, coefficients: Coefficients, outcome: FitOutcome, members: list[str]) -> None:
-    write_json(draft.folder / "report.json", outcome.report)
-    plotting.heat_map(
-        coefficients.alpha_LN.numpy(),
-        draft.folder / "alpha.png",
-        "Merge coefficients",
-        "member",
-        "block",
-        y_ticks=[block.removeprefix("layers.") for block in coefficients.blocks],
-    )
-    tables = [*_loss_tables(outcome.report), _coefficient_table(coefficients, outcome.report, members)]
-    parts = ["# Merge coefficients\n", outcome.report["verdict"] + "\n", *(t.markdown() for t in tables)]
-    (draft.folder / "fit.md").write_text("\n".join([*parts, "![alpha](alpha.png)\n"]), encoding="utf-8")
-    draft.results |= {k: v for k, v in outcome.report.items() if k != "trajectory"}
-
-
-def _loss_tables(report: dict[str, Any]) -> list[Table]:
-    if "held_out" not in report:
-        return []
-    rows = []
-    for split in ("train", "held_out"):
-        for when in ("before", "after"):
-            at, number = report[split][when], str(report["pairs"][split])
-            rows.append([split, when, number, f"{at['loss']:.4f}", f"{at['accuracy']:.4f}"])
-    return [Table("Bradley-Terry loss", ["pairs", "when", "number", "loss", "accuracy"], rows)]
-
-
-def _coefficient_table(coefficients: Coefficients, report: dict[str, Any], members: list[str]) -> Table:
-    moved = [f"{one['l1']:.4f}" for one in report.get("moved", [])] or [""] * len(coefficients.blocks)
-    rows = [
-        [block, l1, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)]
-        for l1, (block, shared, alpha_N) in zip(moved, coefficients.table(), strict=True)
-    ]
-    header = ["block", "moved", "shared", *members]
-    note = "moved: L1 distance of the members' coefficients from where they started."
-    return Table("Coefficients", header, rows, note if report.get("moved") else "")
+    def _candidates(self) -> list[EncodedCandidates]:
+        if self.options.candidates is None:
+            return []
+        sets, report = read_candidates(self.options.candidates, self.options)
+        encoded = encode_candidates(self.tokenizer, sets, self.options, report)
+        self.rows["candidates"] = report.summary()
+        return encoded

@@ -8,34 +8,47 @@ Shapes: L blocks, N weighted members (routed experts, or models), P pairs, B seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from moemerge import distributed
 from moemerge.coefficients.base import MergeGradient
 from moemerge.families.dense import dense_class
-from moemerge.scoring import collate, score_pairs
+from moemerge.scoring import collate, in_head
 from moemerge.sources import MergedTensor, MergeSource
 
 if TYPE_CHECKING:
     from moemerge.tokenise import EncodedPair
 
 KEPT_ON_CPU = 2**30
+# Numbers handled at a time: what a core's cache holds of all that takes part.
+CHUNK, CHUNK_ON_GPU = 2**15, 2**22
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of P pairs: score(chosen) - score(rejected), float64; if asked for, the last-token
+    states of chosen and rejected."""
+
+    margins_P: Tensor
+    states_2PD: Tensor | None = None
 
 
 class MergedModel:
     """The dense reward model whose merged tensors are the routing-normalised average of a source's members.
 
     `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
-    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives its
-    hook. Averages are rounded to the members' dtype, as in the merged checkpoint. Members are read from disk
-    whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are
-    kept. Coefficients have a row per block; `blocks` are the layers unless given.
+    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives
+    `gradient`. Averages have the members' dtype; but for rounding they are the merged checkpoint's. On a CPU
+    a MoE's experts of float32 are used where they lie, in mapped files. Other members are read whenever
+    needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are kept
+    (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless given.
     """
 
     def __init__(
@@ -46,10 +59,15 @@ class MergedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         blocks: Sequence[str] | None = None,
+        keep: bool | None = None,
     ) -> None:
         self.source, self.device = source, torch.device(device)
-        self._kept: dict[str, list[Tensor]] | None = {} if _fits(source, self.device) else None
+        if keep is None:
+            keep = not _mapped(source, self.device) and _fits(source, self.device)
+        self._kept: dict[str, Piece] | None = {} if keep else None
+        self._mapped = not keep and _mapped(source, self.device)
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
+        self._last = True
         self.rows = source.rows(source.blocks() if blocks is None else blocks)
         self.model = self._build(dtype)
         columns = source.num_members + 1
@@ -68,101 +86,165 @@ class MergedModel:
         for tensor in self.source.tensors:
             self.model.get_parameter(tensor.dense).copy_(self._average(tensor))
 
-    def gradient(self, pairs: Sequence[EncodedPair], micro_batch_size: int) -> MergeGradient:
-        """Mean Bradley-Terry loss of `pairs` and its gradient at the present coefficients, float64 on CPU.
+    def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
+        """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
 
-        alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out, and
-        the rest rounds less. `micro_batch_size` pairs share a forward pass: memory, not the result.
+        Each part runs forward and backward before the next begins; the weights' gradients add up, and are
+        reduced while the last part runs, so that members are read once. Summed over processes, float64 on
+        CPU. alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out,
+        and the rest rounds less.
         """
         self._dots.zero_()
-        loss = 0.0
-        by_length = sorted(pairs, key=lambda pair: -max(len(pair.chosen.ids), len(pair.rejected.ids)))
+        loss = torch.zeros(1, dtype=torch.float64)
+        parts = list(parts)
         with torch.enable_grad():
-            for start in range(0, len(pairs), micro_batch_size):
-                part = self._loss(by_length[start : start + micro_batch_size]) / len(pairs)
-                part.backward()
-                loss += part.item()
-        dots = self._dots.cpu()
+            for number, part in enumerate(parts, start=1):
+                self._last = number == len(parts)
+                value = part()
+                value.backward()
+                loss += value.item()
+        dots = distributed.summed(self._dots.cpu())
         shared_L, routed_LN = dots[:, 0], dots[:, 1:]
         shared_L = shared_L - (self.alpha_LN * routed_LN).sum(1)
         if not self.source.has_shared:
             shared_L = torch.zeros_like(shared_L)
-        return MergeGradient(loss, (1 - self.shared_L)[:, None] * routed_LN, shared_L)
+        loss = distributed.summed(loss)
+        return MergeGradient(loss.item(), (1 - self.shared_L)[:, None] * routed_LN, shared_L)
+
+    def answers(self, pairs: Sequence[EncodedPair], states: bool = False) -> Answers:
+        """What the model says of `pairs`, in one forward pass; gradients pass where they are on."""
+        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        pad = self.model.config.get_text_config().pad_token_id
+        inputs = collate(texts, pad, False, self.device)
+        with last_states(self.model, inputs["attention_mask"]) as found:
+            scores_B = self.model(**inputs).logits[:, 0].double()
+        half = len(pairs)
+        states_2PD = found[0].unflatten(0, (2, half)) if states else None
+        return Answers(scores_B[:half] - scores_B[half:], states_2PD)
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
-        tensors = {name: self.source.kept(name) for name in self.source.backbone}
+        # Copies: a view would keep its whole file mapped.
+        tensors = {name: self.source.kept(name).clone() for name in self.source.backbone}
         tensors |= {tensor.dense: self._average(tensor).cpu() for tensor in self.source.tensors}
         config = self.source.dense_config()
         model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         return cast(PreTrainedModel, torch.nn.Module.to(model.requires_grad_(False), self.device).eval())
 
-    def _average(self, tensor: MergedTensor) -> Tensor:
-        row = self.rows[tensor.dense]
-        return self.source.average(self._matrices(tensor), self.alpha_LN[row], float(self.shared_L[row]))
+    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+        """The members' copies on the device, read from disk: the shared one if any, then the N others."""
+        return (matrix.to(self.device) for matrix in self.source.matrices(tensor))
 
-    def _matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
-        """The members' copies on the device: the shared one if any, then the N others."""
-        stream = (matrix.to(self.device).contiguous() for matrix in self.source.matrices(tensor))
-        if self._kept is None:
-            return stream
-        if tensor.dense not in self._kept:
-            self._kept[tensor.dense] = list(stream)
-        return iter(self._kept[tensor.dense])
+    def _weights(self, row: int) -> Tensor:
+        """Weight of each member, the shared one first if there is one."""
+        shared = self.shared_L[row]
+        routed = (1 - shared) * self.alpha_LN[row]
+        return torch.cat([shared[None], routed]) if self.source.has_shared else routed
+
+    @torch.no_grad()
+    def _average(self, tensor: MergedTensor) -> Tensor:
+        weights_M = self._weights(self.rows[tensor.dense])
+        parts = [piece.average(weights_M) for piece in self._pieces(tensor)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.to(self.source.dtype).view(tensor.shape)
 
     def _reducer(self, tensor: MergedTensor) -> Callable[[Tensor], None]:
         """A hook that adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
         row = self.rows[tensor.dense]
-        first = 0 if self.source.has_shared else 1
+        columns = slice(0 if self.source.has_shared else 1, None)
 
         @torch.no_grad()
         def reduce(parameter: Tensor) -> None:
+            if not self._last:
+                return
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            for column, matrix in enumerate(self._matrices(tensor), start=first):
-                away = matrix.to(parameter.dtype) - parameter
-                self._dots[row, column] += torch.vdot(gradient.flatten(), away.flatten())
+            dots_M = torch.zeros(len(self.source.member_names), dtype=torch.float64, device=self.device)
+            begin, gradient_X = 0, gradient.flatten()
+            for piece in self._pieces(tensor):
+                end = begin + len(piece.first_X)
+                dots_M += piece.dots(gradient_X[begin:end])
+                begin = end
+            self._dots[row, columns] += dots_M - self._weights(row).to(dots_M) @ dots_M
 
         return reduce
 
-    def _loss(self, pairs: Sequence[EncodedPair]) -> Tensor:
-        """Sum of -log sigmoid(chosen - rejected), float64."""
-        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        pad = self.model.config.get_text_config().pad_token_id
-        scores_B = self.model(**collate(texts, pad, False, self.device)).logits[:, 0].double()
-        return -logsigmoid(scores_B[: len(pairs)] - scores_B[len(pairs) :]).sum()
+    def _pieces(self, tensor: MergedTensor) -> Iterator[Piece]:
+        """The members' copies: as they lie in a mapped file, or kept, or piece by piece."""
+        if self._mapped:
+            yield _mapped_piece(self.source, tensor)
+        elif self._kept is not None:
+            if tensor.dense not in self._kept:
+                self._kept[tensor.dense] = _apart(list(self.matrices(tensor)), self.device)
+            yield self._kept[tensor.dense]
+        else:
+            size = CHUNK if self.device.type == "cpu" else CHUNK_ON_GPU
+            copies = [matrix.reshape(-1).split(size) for matrix in self.source.matrices(tensor)]
+            yield from (_apart(chunks, self.device) for chunks in zip(*copies, strict=True))
 
 
-@dataclass
-class PairObjective:
-    """The merged model's loss on preference pairs; see coefficients.Objective.
+@dataclass(frozen=True)
+class Piece:
+    """X numbers of a tensor in all M members: the first one's copy, and the others' or how far they are off.
 
-    Bradley-Terry without margins: margins in the data are left to training.
+    Differences of near numbers are exact, and what is computed of them (`apart`) rounds less.
     """
 
-    merged: MergedModel
-    tokenizer: PreTrainedTokenizerBase
-    train: Sequence[EncodedPair]
-    held_out: Sequence[EncodedPair]
-    micro_batch_size: int
+    first_X: Tensor
+    others_MX: Tensor
+    apart: bool
 
-    @property
-    def num_train(self) -> int:
-        """Number of training pairs."""
-        return len(self.train)
+    def average(self, weights_M: Tensor) -> Tensor:
+        """The sum of all copies with weights that sum to one."""
+        share = 1.0 if self.apart else float(weights_M[0])
+        return torch.addmv(self.first_X, self.others_MX.T, weights_M[1:].to(self.others_MX), beta=share)
 
-    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
-        """Loss and gradient over the training pairs number `rows`."""
-        self.merged.merge(alpha_LN, shared_L)
-        return self.merged.gradient([self.train[row] for row in rows], self.micro_batch_size)
+    def dots(self, gradient_X: Tensor) -> Tensor:
+        """<dW, W_i> of each member, less <dW, W_0> if the others are kept apart from the first; float64."""
+        gradient_X = gradient_X.to(self.others_MX.dtype)
+        first = gradient_X.new_zeros(()) if self.apart else torch.dot(gradient_X, self.first_X)
+        return torch.cat([first[None], torch.mv(self.others_MX, gradient_X)]).double()
 
-    def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: Literal["train", "held_out"]) -> Tensor:
-        """score(chosen) - score(rejected) of every pair of the split, float64 on CPU."""
-        self.merged.merge(alpha_LN, shared_L)
-        pairs = self.train if split == "train" else self.held_out
-        longest = max(len(text.ids) for pair in pairs for text in (pair.chosen, pair.rejected))
-        batch_tokens = 2 * self.micro_batch_size * longest
-        scores_P2 = score_pairs(self.merged.model, self.tokenizer, pairs, batch_tokens).double()
-        return scores_P2[:, 0] - scores_P2[:, 1]
+
+def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
+    wide = torch.promote_types(copies[0].dtype, torch.float32)
+    copies_MX = torch.stack([copy.reshape(-1) for copy in copies]).to(device, wide)
+    copies_MX[1:] -= copies_MX[0]
+    return Piece(copies_MX[0], copies_MX[1:], True)
+
+
+def _mapped_piece(source: MergeSource, tensor: MergedTensor) -> Piece:
+    stack = source.stack(tensor)
+    assert stack is not None
+    stack_NX = stack.flatten(1)
+    if source.has_shared:
+        return Piece(source.matrix(tensor, 0).flatten(), stack_NX, False)
+    return Piece(stack_NX[0], stack_NX[1:], False)
+
+
+@contextmanager
+def last_states(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[list[Tensor]]:
+    """While open, a forward pass adds what the reward head's last matrix is given of each text, [B, D]."""
+    found: list[Tensor] = []
+    heads = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
+    ]
+    last_B = mask_BT.sum(1) - 1
+
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0]
+        found.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), last_B])
+
+    handle = heads[-1].register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _mapped(source: MergeSource, device: torch.device) -> bool:
+    """Whether members can be used where they lie, in files that are mapped into memory."""
+    wide = source.dtype in (torch.float32, torch.float64)
+    return device.type == "cpu" and wide and source.stack(source.tensors[0]) is not None
 
 
 def _fits(source: MergeSource, device: torch.device) -> bool:

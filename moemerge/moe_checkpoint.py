@@ -118,6 +118,11 @@ class MoeCheckpoint(MergeSource):
             return self.weights.tensor(tensor.shared)
         return self.weights.expert(tensor, place - self.has_shared)
 
+    def stack(self, tensor: MergedTensor) -> Tensor | None:
+        """The routed experts' copies, a view of the file; None where they are stored transposed."""
+        assert isinstance(tensor, ExpertTensor)
+        return None if tensor.transposed else self.weights.experts(tensor)
+
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""
         wanted, tied = self.layout.moe, set(self.layout.tied)

@@ -17,6 +17,7 @@ from moemerge import recipe as options_of
 from moemerge import summary
 from moemerge.artifacts import Stage, read_manifest, why_stale, write_json
 from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
+from moemerge.coefficients import FINDS_SHARED
 from moemerge.errors import ArtifactError, Faults, OptionError, suggest
 from moemerge.options import Options, Run, TextFormat
 from moemerge.recipe import Recipe
@@ -239,7 +240,7 @@ class _Plan:
         """
         given = {"method": method, "model": self.moe, "routing": self.path("route")} | self.fitting()
         settings = self.recipe.fit.model_copy(update={"method": method})
-        if method != "learned" and settings.shared_weight == "learned":
+        if method not in FINDS_SHARED and settings.learns_shared:
             settings = settings.model_copy(update={"shared_weight": options_of.FitSettings().shared_weight})
         yield self.step(f"fit-{method}", "fit", settings, **self.format, **given)
         given = {"model": self.moe, "coefficients": self.path(f"fit-{method}")}

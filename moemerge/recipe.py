@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moemerge.fit_settings import FitSettings as FitSettings
 from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
@@ -174,48 +175,30 @@ class Route(RouteSettings, TextFormat, Run):
     pairs: Source = Field(description="preference pairs")
 
 
-class FitSettings(Options):
-    """Merge coefficients: one per layer and expert, and a weight for the shared expert."""
-
-    method: str = Field("learned", description="uniform, usage, learned, grid, ...")
-    initial: Literal["auto", "uniform", "usage"] = Field(
-        "auto", description="where learned and grid start; auto: usage if there is routing, else uniform"
-    )
-    grid: list[float] = Field(
-        default_factory=lambda: [step / 20 for step in range(21)],
-        description="method grid: the shared weights to try",
-    )
-    shared_weight: float | Literal["match", "learned"] = Field(
-        0.5, description="weight of the shared expert: a number in [0, 1], match (as in routing) or learned"
-    )
-    learning_rate: float = Field(0.05, gt=0, description="of the coefficient logits (Adam)")
-    max_epochs: int = Field(10, ge=1, description="most passes over the fitting pairs")
-    batch_size: int = Field(32, ge=1, description="pairs per step")
-    micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
-    kl: float = Field(0.0, ge=0, description="pull towards the initial coefficients")
-    patience: int = Field(3, ge=1, description="evaluations without progress before stopping")
-    evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch")
-    holdout: float = Field(
-        0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given"
-    )
-
-    @model_validator(mode="after")
-    def _weight_in_range(self) -> FitSettings:
-        if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
-            raise ValueError("shared_weight is outside [0, 1]")
-        if not self.grid or not all(0 <= value <= 1 for value in self.grid):
-            raise ValueError("grid needs values, all in [0, 1]")
-        return self
-
-
 class Fit(FitSettings, Members, TextFormat, Run):
     """Options of `moemerge fit`."""
 
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
-    pairs: Source | None = Field(None, description="fitting pairs; needed by learned")
+    pairs: Source | None = Field(None, description="fitting pairs; needed by all that looks at data")
     validation: Source | None = Field(
         None, description="held-out pairs (default: a share of the fitting pairs)"
     )
+    start: Source | None = Field(
+        None, description="coefficients of the same members to start from, in place of initial"
+    )
+    candidates: Source | None = Field(
+        None, description="robust_rounds: scored candidates, whose overrated answers become pairs"
+    )
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Fit:
+        if self.start and self.initial != "auto":
+            raise ValueError("start and initial say two things: give one of them")
+        if self.folds and self.validation:
+            raise ValueError("folds go over the fitting pairs: give no validation")
+        if self.candidates and not self.robust_rounds:
+            raise ValueError("candidates need robust_rounds")
+        return self
 
 
 class MergeSettings(Options):

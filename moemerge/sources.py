@@ -97,6 +97,10 @@ class MergeSource(ABC):
         """All copies of `tensor`, in the order of `member_names`."""
         return (self.matrix(tensor, place) for place in range(len(self.member_names)))
 
+    def stack(self, tensor: MergedTensor) -> Tensor | None:
+        """The N members' copies in one mapped [N, ...] tensor, if they lie so on disk in the dense layout."""
+        return None
+
     @abstractmethod
     def kept(self, name: str) -> Tensor:
         """The tensor `name` of the backbone."""

@@ -11,8 +11,18 @@ import torch
 import yaml
 from conftest import save_dense
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from moemerge.coefficients.base import MergeGradient
+from moemerge.data import encode_pairs, read_pairs
+from moemerge.fit_settings import FitSettings
+from moemerge.merged_model import MergedModel
+from moemerge.objectives.base import mixture
+from moemerge.options import TextFormat
+from moemerge.pair_objective import PairObjective
+from moemerge.scoring import load_tokenizer
+from moemerge.teachers import Lesson
+from moemerge.tokenise import EncodedPair
 from moemerge.upcycle import upcycle
 
 N, K = 3, 2
@@ -72,6 +82,39 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     """`rows` as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def objective_of(
+    merged: MergedModel, pairs: list[EncodedPair], size: int = 8, **settings: object
+) -> PairObjective:
+    """The objective with all pairs on both sides; `size` pairs per forward pass."""
+    tokenizer, wanted = merged.source.tokenizer(), FitSettings(**settings)
+    term = mixture(wanted.objectives, Lesson(merged, tokenizer, pairs, wanted))
+    numbers = list(range(len(pairs)))
+    return PairObjective(merged, tokenizer, pairs, numbers, numbers, term, size)
+
+
+def gradient_of(
+    merged: MergedModel, pairs: list[EncodedPair], size: int = 8, **settings: object
+) -> MergeGradient:
+    """Loss and gradient over all pairs at the coefficients that `merged` has now."""
+    alpha_LN, shared_L = merged.alpha_LN, merged.shared_L
+    return objective_of(merged, pairs, size, **settings).gradient(alpha_LN, shared_L, range(len(pairs)))
+
+
+def encode(moe: Path, rows: list[dict[str, str]], folder: Path) -> list[EncodedPair]:
+    pairs, report = read_pairs(str(write_rows(folder / "rows.jsonl", rows)), TextFormat())
+    return encode_pairs(load_tokenizer(str(moe)), pairs, TextFormat(), report)
+
+
+def widen_norms(model: nn.Module) -> None:
+    """RMSNorm in float64: transformers' runs in float32 whatever it is given, too coarse for differences."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                wide = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                wide.weight = child.weight
+                setattr(parent, name, wide)
 
 
 def stock_merge(config: Path, output: Path) -> Path:

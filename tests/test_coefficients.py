@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import Coefficients, FitProblem, MergeGradient
+from moemerge.coefficients.base import Coefficients, FitProblem, Measured, MergeGradient
 from moemerge.errors import CheckpointError
 from moemerge.recipe import FitSettings
 from moemerge.routing import RoutingStatistics, Sums
@@ -34,16 +34,33 @@ class Bowl:
     def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: str) -> Tensor:
         return (self.height - 10 * ((alpha_LN - self.best_LN) ** 2).sum()).expand(self.num_train)
 
-    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+    def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: str) -> Measured:
+        margins_P = self.margins(alpha_LN, shared_L, split)
+        return Measured(margins_P, -logsigmoid(margins_P))
+
+    def prompts(self, split: str) -> list[int]:
+        return list(range(self.num_train))
+
+    def gradient(
+        self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int], weights: Tensor | None = None
+    ) -> MergeGradient:
         self.seen.append(list(rows))
         alpha_LN = alpha_LN.clone().requires_grad_()
         loss = -logsigmoid(self.margins(alpha_LN, shared_L, "train")).mean()
         loss.backward()
         return MergeGradient(loss.item(), alpha_LN.grad, torch.zeros_like(shared_L))
 
+    def folds(self, number: int, seed: int) -> list[Bowl]:
+        return [self] * number
+
+    def hardened(self, alpha_LN: Tensor, shared_L: Tensor) -> Bowl:
+        return self
+
 
 def problem(objective: Bowl | None = None, seed: int = 0, **settings: Any) -> FitProblem:
-    wanted = FitSettings(**{"initial": "uniform", "batch_size": 8, "max_epochs": 40, **settings})
+    wanted = FitSettings(
+        **{"initial": "uniform", "optimizer": "adam", "batch_size": 8, "max_epochs": 40, **settings}
+    )
     make = None if objective is None else lambda: objective
     return FitProblem(["layers.0", "layers.1", "layers.2"], N, True, wanted, seed, objective=make)
 
@@ -62,11 +79,11 @@ def test_learned_finds_the_optimum() -> None:
 def test_the_start_is_kept_when_nothing_beats_it() -> None:
     uniform_LN = torch.full((3, N), 1 / N, dtype=torch.float64)
     bowl = Bowl(uniform_LN)
-    bowl.gradient = lambda alpha_LN, shared_L, rows: MergeGradient(1.0, ALPHA - 0.3, torch.zeros(3))
+    bowl.gradient = lambda alpha_LN, shared_L, rows, weights: MergeGradient(1.0, ALPHA - 0.3, torch.zeros(3))
     found = METHODS.get("learned")(problem(bowl, patience=2, evals_per_epoch=1))
     assert torch.equal(found.alpha_LN, uniform_LN)
     assert found.report["kept_initial"] and "kept" in found.report["verdict"]
-    assert found.report["steps"] == 2 * math.ceil(20 / 8), "two evaluations without progress, then stop"
+    assert found.report["passes"] == 2, "two evaluations without progress, then stop"
     assert found.report["held_out"]["before"] == found.report["held_out"]["after"]
 
 
@@ -88,7 +105,9 @@ def test_kl_pulls_towards_the_start() -> None:
 
 
 def test_a_learned_shared_weight_moves_and_others_do_not() -> None:
-    def towards_shared(alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
+    def towards_shared(
+        alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int], weights: Tensor | None
+    ) -> MergeGradient:
         return MergeGradient(1.0, torch.zeros_like(alpha_LN), -torch.ones_like(shared_L))
 
     for setting, moves in (("learned", True), (0.25, False)):

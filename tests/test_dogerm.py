@@ -161,8 +161,7 @@ def test_a_weight_per_layer_is_learned(tmp_path: Path) -> None:
     rm, lm = reward_model(tmp_path / "rm"), language_model(tmp_path / "lm")
     pairs = labelled_by(doge(rm, lm, tmp_path / "judge", 0.2), tmp_path)
     folder = fit_models(
-        [lm], pairs, tmp_path / "fit", base=rm, scope="body", shared_weight="learned", learning_rate=0.2,
-        max_epochs=3,
+        [lm], pairs, tmp_path / "fit", base=rm, scope="body", shared_weight="learned", level=1.0,
     )  # fmt: skip
     found = Coefficients.load(folder)
     assert len(set(found.shared_L.tolist())) == 4 and bool(

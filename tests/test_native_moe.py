@@ -212,7 +212,7 @@ def test_coefficients_are_fitted_on_pairs(tmp_path: Path) -> None:
     """Learned coefficients of Mixtral: the model that a fit sees is the one that merge writes."""
     folder = save(native("mixtral"), tmp_path / "moe")
     pairs = write_rows(tmp_path / "pairs.jsonl", random_pairs(24))
-    options = {"validation": str(pairs), "max_epochs": 3, "batch_size": 8, "learning_rate": 0.3}
+    options = {"validation": str(pairs), "max_epochs": 5, "level": 1.0}
     found = fit(model=str(folder), pairs=str(pairs), output=tmp_path / "fit", max_length=64, **options)
     report = json.loads((found / "report.json").read_text())
     assert report["train"]["after"]["loss"] < report["train"]["before"]["loss"]

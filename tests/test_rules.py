@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moemerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "registry", "options", "recipe", "artifacts", "layers"}
+GROUND = {"errors", "registry", "options", "fit_settings", "recipe", "artifacts", "layers"}
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
@@ -29,6 +29,7 @@ HOMES = {
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},
     "filelock": {"pipeline"},
+    "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
 }
 

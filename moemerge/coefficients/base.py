@@ -6,10 +6,9 @@ Shapes: L blocks (of tensors that share a row of coefficients; by default a laye
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,13 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts import write_json
-from moemerge.coefficients import METHODS
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.fit_settings import FitSettings
 from moemerge.provenance import package_version
-from moemerge.recipe import FitSettings
 
 if TYPE_CHECKING:
     from moemerge.routing import RoutingStatistics
@@ -139,7 +136,7 @@ def _fault(c: Coefficients) -> str | None:
 
 @dataclass(frozen=True)
 class MergeGradient:
-    """Mean Bradley-Terry loss of some pairs and its derivatives.
+    """Mean loss of some pairs and its derivatives.
 
     `alpha_LN` may be off by one constant per row, which a softmax over the row takes out again.
     """
@@ -147,6 +144,20 @@ class MergeGradient:
     loss: float
     alpha_LN: Tensor
     shared_L: Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the merged model makes of P pairs, float64 on CPU.
+
+    margins_P: score(chosen) - score(rejected). losses_P: the loss that is fitted.
+    """
+
+    margins_P: Tensor
+    losses_P: Tensor
+
+
+Split = Literal["train", "held_out"]
 
 
 class Objective(Protocol):
@@ -157,12 +168,26 @@ class Objective(Protocol):
         """Number of training pairs."""
         ...
 
-    def gradient(self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int]) -> MergeGradient:
-        """Loss and gradient over the training pairs number `rows`."""
+    def prompts(self, split: Split) -> list[int]:
+        """For each pair of the split a number that pairs of the same prompt share."""
         ...
 
-    def margins(self, alpha_LN: Tensor, shared_L: Tensor, split: Literal["train", "held_out"]) -> Tensor:
-        """score(chosen) - score(rejected) of every pair of the split, float64."""
+    def gradient(
+        self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int], weights: Tensor | None = None
+    ) -> MergeGradient:
+        """Loss and gradient over the training pairs number `rows`, each times its weight (default: 1)."""
+        ...
+
+    def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:
+        """Margin and loss of every pair of the split."""
+        ...
+
+    def folds(self, number: int, seed: int) -> list[Objective]:
+        """Objectives that hold out each of `number` parts of the training pairs in turn."""
+        ...
+
+    def hardened(self, alpha_LN: Tensor, shared_L: Tensor) -> Objective:
+        """The objective with further training pairs: a candidate that the merged model overrates, each."""
         ...
 
 
@@ -170,7 +195,9 @@ class Objective(Protocol):
 class FitProblem:
     """What a method may use. `statistics` are there only after routing, `objective` only if pairs were given.
 
-    `objective` is a function, so that only a method that needs the merged model pays for loading it.
+    `objective` and `moments` are functions, so that only a method that needs the merged model pays for
+    loading it. `start` are given coefficients to start from. `moments` gives the quadratic form of
+    least_squares for each block, [L, N + 1, N + 1].
     """
 
     blocks: list[str]
@@ -180,6 +207,8 @@ class FitProblem:
     seed: int = 0
     statistics: RoutingStatistics | None = None
     objective: Callable[[], Objective] | None = None
+    start: FitOutcome | None = None
+    moments: Callable[[FitOutcome], Tensor] | None = None
 
     def routing(self) -> RoutingStatistics:
         """The statistics; OptionError if there are none."""
@@ -196,16 +225,33 @@ class FitProblem:
         """For each block the place of its transformer layer among `layers`."""
         return [layers.index(int(block.split(".")[1])) for block in self.blocks]
 
+    def pooled(self, values: Tensor) -> Tensor:
+        """`values`, a row per block; where the settings want one row for all blocks, their mean in each."""
+        if self.settings.granularity != "global":
+            return values
+        return values.mean(0, keepdim=True).expand_as(values).clone()
+
     def data(self) -> Objective:
         """The objective; OptionError if there is none."""
         if self.objective is not None:
             return self.objective()
-        raise OptionError(
-            "this method needs preference pairs",
-            given="pairs: nothing",
-            expected="a file of preference pairs",
-            fix="give pairs, or choose method uniform or usage",
-        )
+        raise no_pairs()
+
+    def squares(self, start: FitOutcome) -> Tensor:
+        """What `moments` gives at `start`; OptionError without pairs."""
+        if self.moments is not None:
+            return self.moments(start)
+        raise no_pairs()
+
+
+def no_pairs() -> OptionError:
+    """The error of a method that has no data."""
+    return OptionError(
+        "this method needs preference pairs",
+        given="pairs: nothing",
+        expected="a file of preference pairs",
+        fix="give pairs, or choose method uniform or usage",
+    )
 
 
 @dataclass(frozen=True)
@@ -218,52 +264,3 @@ class FitOutcome:
 
 
 Method = Callable[[FitProblem], FitOutcome]
-START_SHARED = 0.5
-
-
-def start(problem: FitProblem) -> FitOutcome:
-    """Where methods that learn begin: settings.initial, with the shared weight of settings or 0.5 if learned.
-
-    `auto` is usage where there are routing statistics, else uniform.
-    """
-    settings = problem.settings
-    if settings.shared_weight == "learned":
-        settings = settings.model_copy(update={"shared_weight": START_SHARED})
-    auto = "uniform" if problem.statistics is None else "usage"
-    name = auto if settings.initial == "auto" else settings.initial
-    return METHODS.get(name)(replace(problem, settings=settings))
-
-
-def start_shared_L(problem: FitProblem) -> Tensor:
-    """The shared expert's weight per layer without learning, float64.
-
-    0 without a shared expert; a number is taken as it is; `match` is the mean shared weight seen in routing.
-    Raises OptionError for `learned`, which only a method that learns can do.
-    """
-    wanted = problem.settings.shared_weight
-    if not problem.has_shared:
-        return torch.zeros(len(problem.blocks), dtype=torch.float64)
-    if wanted == "match":
-        routing = problem.routing()
-        return routing.shared_mass_L()[problem.layer_rows(routing.layers)]
-    if wanted == "learned":
-        raise OptionError(
-            "shared_weight learned contradicts the method",
-            given=f"method {problem.settings.method}, shared_weight learned",
-            expected="a number in [0, 1] or match, unless the method is learned",
-            fix="choose method learned, or a number for shared_weight",
-        )
-    return torch.full((len(problem.blocks),), float(wanted), dtype=torch.float64)
-
-
-def measures(margins_P: Tensor) -> dict[str, float]:
-    """Mean Bradley-Terry loss in nats and accuracy (ties are errors) of score differences."""
-    loss = float(-logsigmoid(margins_P).mean())
-    return {"loss": loss, "accuracy": float((margins_P > 0).double().mean())}
-
-
-def gain(before_P: Tensor, after_P: Tensor) -> dict[str, float]:
-    """How much lower the loss got, per pair, with the standard error of that mean."""
-    gain_P = logsigmoid(after_P) - logsigmoid(before_P)
-    error = float(gain_P.std() / math.sqrt(len(gain_P))) if len(gain_P) > 1 else math.inf
-    return {"mean": float(gain_P.mean()), "standard_error": error}

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moemerge.coefficients.base import (
-    FitOutcome,
-    FitProblem,
-    Objective,
-    gain,
-    measures,
-    start,
-)
+from moemerge.coefficients.base import FitOutcome, FitProblem, Objective
+from moemerge.coefficients.significance import gain, measures
+from moemerge.coefficients.starts import start
 from moemerge.errors import OptionError
 
 
@@ -39,7 +34,7 @@ def grid(problem: FitProblem) -> FitOutcome:
     first, objective = start(problem), problem.data()
     tried = {}
     for weight in tqdm(problem.settings.grid, desc="fit", leave=False, disable=None):
-        tried[weight] = measures(objective.margins(first.alpha_LN, _all(weight, first), "train"))
+        tried[weight] = measures(objective.measure(first.alpha_LN, _all(weight, first), "train").margins_P)
     best = min(tried, key=lambda weight: tried[weight]["loss"])
     return FitOutcome(first.alpha_LN, _all(best, first), _report(objective, first, best, tried))
 
@@ -52,8 +47,10 @@ def _report(
     objective: Objective, first: FitOutcome, best: float, tried: dict[float, dict[str, float]]
 ) -> dict[str, object]:
     points = {"before": first.shared_L, "after": _all(best, first)}
-    held_P = {when: objective.margins(first.alpha_LN, at, "held_out") for when, at in points.items()}
-    train_P = {when: objective.margins(first.alpha_LN, at, "train") for when, at in points.items()}
+    held_P = {
+        when: objective.measure(first.alpha_LN, at, "held_out").margins_P for when, at in points.items()
+    }
+    train_P = {when: objective.measure(first.alpha_LN, at, "train").margins_P for when, at in points.items()}
     held_out = {when: measures(margins_P) for when, margins_P in held_P.items()}
     better = gain(held_P["before"], held_P["after"])
     verdict = (

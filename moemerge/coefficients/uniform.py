@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from moemerge.coefficients.base import FitOutcome, FitProblem, start_shared_L
+from moemerge.coefficients.base import FitOutcome, FitProblem
+from moemerge.coefficients.starts import start_shared_L
 
 
 def uniform(problem: FitProblem) -> FitOutcome:
-    """alpha = 1 / N in every layer; needs no data. OptionError if the shared weight is to be learned."""
+    """alpha = 1 / N in every block; needs no data. OptionError if the shared weight is to be learned."""
     shape = (len(problem.blocks), problem.num_experts)
     alpha_LN = torch.full(shape, 1 / problem.num_experts, dtype=torch.float64)
     verdict = "Every routed expert of a layer has the same weight; nothing was fitted."

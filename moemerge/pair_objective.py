@@ -1,0 +1,214 @@
+"""The merged model's loss on preference pairs, split into training and held-out ones; hard negatives.
+
+Shapes: P pairs, L blocks, N weighted members, B pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moemerge import distributed
+from moemerge.coefficients.base import Measured, MergeGradient, Objective, Split
+from moemerge.errors import DataError
+from moemerge.merged_model import Answers, MergedModel
+from moemerge.objectives.base import Term
+from moemerge.preferences import Pair
+from moemerge.scoring import score, score_pairs
+from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """See coefficients.base.Objective. `train` and `held_out` are numbers of `pairs`, which `term` knows.
+
+    With several processes each computes its share of every sum; all get the same result.
+    """
+
+    merged: MergedModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[EncodedPair]
+    train: Sequence[int]
+    held_out: Sequence[int]
+    term: Term
+    micro_batch_size: int
+    candidates: Sequence[EncodedCandidates] = ()
+
+    @property
+    def num_train(self) -> int:
+        """Number of training pairs."""
+        return len(self.train)
+
+    def prompts(self, split: Split) -> list[int]:
+        """For each pair of the split a number that pairs of the same prompt share."""
+        return prompt_numbers([self.pairs[number] for number in self._numbers(split)])
+
+    def gradient(
+        self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int], weights: Tensor | None = None
+    ) -> MergeGradient:
+        """Mean loss over the training pairs number `rows`, each times its weight, and its gradient."""
+        self.merged.merge(alpha_LN, shared_L)
+        weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        mine = distributed.share(len(rows))
+        numbers = [self.train[rows[place]] for place in mine]
+        scaled = weights[mine] / len(rows)
+        return self.merged.gradient(self._parts(numbers, scaled))
+
+    def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:
+        """Margin and loss of every pair of the split."""
+        self.merged.merge(alpha_LN, shared_L)
+        numbers = self._numbers(split)
+        mine = distributed.share(len(numbers))
+        margins_P, losses_P = self._measured([numbers[place] for place in mine])
+        return Measured(*(distributed.gathered(found, mine, len(numbers)) for found in (margins_P, losses_P)))
+
+    def folds(self, number: int, seed: int) -> list[Objective]:
+        """`number` objectives that hold out one part of all pairs each; pairs of one prompt stay together."""
+        numbers = [*self.train, *self.held_out]
+        parts = fold([self.pairs[n] for n in numbers], number, seed)
+        held = [[numbers[place] for place in part] for part in parts]
+        return [replace(self, train=_without(numbers, part), held_out=part) for part in held]
+
+    def hardened(self, alpha_LN: Tensor, shared_L: Tensor) -> Objective:
+        """With a pair more per candidate set: its best answer against the one that is overrated most.
+
+        Overrated: the model's score, standardised within the set, lies furthest above the gold score,
+        standardised alike. Sets whose best answer is that one, or that are of held-out prompts, give none.
+        """
+        if not self.candidates:
+            return self
+        self.merged.merge(alpha_LN, shared_L)
+        held = {_prompt_key(self.pairs[number]) for number in self.held_out}
+        texts = [answer for one in self.candidates for answer in one.answers]
+        scores = score(self.merged.model, self.tokenizer, texts, self._batch_tokens(texts)).double()
+        sizes = [len(one.answers) for one in self.candidates]
+        found = [
+            pair
+            for one, mine in zip(self.candidates, scores.split(sizes), strict=True)
+            if (pair := overrated(one, mine)) is not None and _prompt_key(pair) not in held
+        ]
+        numbers = range(len(self.pairs), len(self.pairs) + len(found))
+        return replace(self, pairs=[*self.pairs, *found], train=[*self.train, *numbers])
+
+    def _numbers(self, split: Split) -> Sequence[int]:
+        return self.train if split == "train" else self.held_out
+
+    def _parts(self, numbers: list[int], weights: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """The weighted sum of losses, a micro-batch at a time, the longest pairs first."""
+        order = sorted(range(len(numbers)), key=lambda place: -self._length(numbers[place]))
+        for start in range(0, len(order), self.micro_batch_size):
+            places = order[start : start + self.micro_batch_size]
+            yield self._part([numbers[place] for place in places], weights[places])
+
+    def _part(self, numbers: list[int], weights_B: Tensor) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            answers = self.merged.answers([self.pairs[n] for n in numbers], self.term.states)
+            losses_B = self.term.loss(answers, torch.tensor(numbers))
+            return (losses_B * weights_B.to(losses_B.device)).sum()
+
+        return loss
+
+    @torch.no_grad()
+    def _measured(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        if not numbers:
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        if self.term.states:
+            parts = [
+                self._looked(part.tolist()) for part in torch.tensor(numbers).split(self.micro_batch_size)
+            ]
+            margins_P, losses_P = (torch.cat(found) for found in zip(*parts, strict=True))
+            return margins_P, losses_P
+        pairs = [self.pairs[number] for number in numbers]
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        model, batch_tokens = self.merged.model, self._batch_tokens(texts)
+        scores_P2 = score_pairs(model, self.tokenizer, pairs, batch_tokens).double()
+        margins_P = scores_P2[:, 0] - scores_P2[:, 1]
+        return margins_P, self.term.loss(Answers(margins_P), torch.tensor(numbers))
+
+    def _looked(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        answers = self.merged.answers([self.pairs[n] for n in numbers], True)
+        return answers.margins_P.cpu(), self.term.loss(answers, torch.tensor(numbers)).cpu()
+
+    def _length(self, number: int) -> int:
+        return max(len(self.pairs[number].chosen.ids), len(self.pairs[number].rejected.ids))
+
+    def _batch_tokens(self, texts: Sequence[Encoded]) -> int:
+        return 2 * self.micro_batch_size * max(len(text.ids) for text in texts)
+
+
+def overrated(one: EncodedCandidates, scores_C: Tensor) -> EncodedPair | None:
+    """The best answer by gold against the most overrated one; None if these are of equal gold or the same."""
+    gold_C = torch.tensor(one.candidates.gold, dtype=torch.float64)
+    too_high_C = _standardised(scores_C) - _standardised(gold_C)
+    best, worst = int(gold_C.argmax()), int(too_high_C.argmax())
+    if gold_C[best] <= gold_C[worst]:
+        return None
+    c = one.candidates
+    pair = Pair(c.prompt, c.texts[best], c.texts[worst], c.subset, row=c.row)
+    return EncodedPair(one.answers[best], one.answers[worst], pair)
+
+
+def _standardised(values_C: Tensor) -> Tensor:
+    return (values_C - values_C.mean()) / values_C.std().clamp(min=1e-12)
+
+
+def prompt_numbers(pairs: Sequence[EncodedPair]) -> list[int]:
+    """Equal numbers for pairs of one prompt, counted from 0; without a prompt each pair stands alone."""
+    keys = [_prompt_key(pair) for pair in pairs]
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    return [places[key] for key in keys]
+
+
+def _prompt_key(pair: EncodedPair) -> str:
+    return json.dumps(pair.pair.prompt or (pair.pair.chosen, pair.pair.rejected), sort_keys=True)
+
+
+def _without(numbers: Sequence[int], part: Sequence[int]) -> list[int]:
+    left_out = set(part)
+    return [number for number in numbers if number not in left_out]
+
+
+def hold_out(pairs: Sequence[EncodedPair], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the pairs to train on, and of about `share` of them, at least one, to hold out.
+
+    Pairs of one prompt stay together. Raises DataError if there is only one prompt.
+    """
+    prompts = prompt_numbers(pairs)
+    order, sizes = _shuffled(prompts, 2, seed)
+    reached = accumulate(sizes[prompt] for prompt in order)
+    enough = next(number for number, size in enumerate(reached, start=1) if size >= share * len(pairs))
+    held = set(order[: min(enough, len(order) - 1)])
+    numbers = range(len(pairs))
+    return [n for n in numbers if prompts[n] not in held], [n for n in numbers if prompts[n] in held]
+
+
+def fold(pairs: Sequence[EncodedPair], number: int, seed: int) -> list[list[int]]:
+    """Numbers of the pairs in `number` parts of like size; pairs of one prompt stay together.
+
+    Raises DataError if there are fewer prompts than parts.
+    """
+    prompts = prompt_numbers(pairs)
+    order, _ = _shuffled(prompts, number, seed)
+    ends = [round(part * len(order) / number) for part in range(number + 1)]
+    parts = [set(order[start:end]) for start, end in pairwise(ends)]
+    return [[n for n, prompt in enumerate(prompts) if prompt in part] for part in parts]
+
+
+def _shuffled(prompts: list[int], least: int, seed: int) -> tuple[list[int], Counter[int]]:
+    sizes = Counter(prompts)
+    if len(sizes) < least:
+        raise DataError(
+            "no pairs can be held out",
+            given=f"{len(prompts)} pairs of {len(sizes)} prompt(s)",
+            expected=f"pairs of {least} prompts at least, as no prompt is on both sides",
+            fix="give validation pairs, or more pairs",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(sizes), generator=generator).tolist(), sizes
