@@ -3,8 +3,9 @@
 python benchmarks/merge.py [--hidden 640 --layers 6 --repeats 5]
 
 Every command is a fresh process, start-up included. Once everything is imported, "merge itself" is reading,
-averaging, the comparison with float64 sums, writing and flushing; "whole stage" also reads back and hashes. Times are taken with
-the files in the page cache; bytes in a last pass without, because reads through mmap show only there.
+averaging, the comparison with float64 sums, writing and flushing; "whole stage" also reads back and hashes.
+Times are taken with the files in the page cache; bytes in a last pass without, because reads through mmap
+show only there.
 Prints one row for benchmarks/README.md.
 """
 
@@ -234,7 +235,8 @@ def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) 
     peaks = {name: max(r[name].anonymous for r in rounds) for name in commands}
     listed = (f"{name} {peak / MB:.0f} MB ({peak / largest_shard:.2f})" for name, peak in peaks.items())
     rise = max(r["merge itself"].anonymous - told(r["merge itself"])[0] for r in rounds)
-    yield f"anonymous memory (in largest shards): {', '.join(listed)}, merging alone {rise / largest_shard:.2f}"
+    alone = f"merging alone {rise / largest_shard:.2f}"
+    yield f"anonymous memory (in largest shards): {', '.join(listed)}, {alone}"
     moved = (f"{n} {last[n].read / MB:.0f}, {last[n].written / MB:.0f}" for n in ("copy", *commands))
     yield f"MB from and to the disk, cold: {'; '.join(moved)}"
     yield f"largest difference to mergekit's result {difference:.1e}"
