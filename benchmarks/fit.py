@@ -47,6 +47,8 @@ SIZES: dict[str, dict[str, int]] = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152},
 }
 HEADS = {"toy": (4, 4), "17M": (6, 6), "135M": (9, 3)}
+# Micro-batches, pairs in each, tokens per text.
+STEPS = ((1, 1, 16), (4, 1, 16), (16, 1, 16), (4, 4, 32), (4, 4, 128))
 WAYS = ("xft", "resident", "mapped")
 
 
@@ -158,7 +160,7 @@ def steps(moe: Path, way: str, pairs: list[EncodedPair], size: int) -> Callable[
 def measure_times(moe: Path, size: str, repeats: int) -> None:
     """Seconds per step, in turn; ratios per repeat."""
     layers, vocabulary = SIZES[size]["num_hidden_layers"], SIZES[size]["vocab_size"]
-    for micro, per, tokens in ((1, 1, 16), (4, 1, 16), (16, 1, 16), (4, 4, 32), (4, 4, 128)):
+    for micro, per, tokens in STEPS:
         pairs = make_pairs(micro * per, tokens, vocabulary)
         ways = {way: steps(moe, way, pairs, per) for way in WAYS}
         draws = logits(layers)
@@ -243,9 +245,9 @@ def measure_optimisers(folder: Path, seeds: int) -> None:
     """Passes over the pairs until 90 and 99 % of the largest loss drop that any optimiser reaches."""
     ways: dict[str, dict[str, Any]] = {
         "lbfgs": {"optimizer": "lbfgs", "max_epochs": 100},
-        "adam 0.1": {"optimizer": "adam", "learning_rate": 0.1, "max_epochs": 150},
-        "adam 0.3": {"optimizer": "adam", "learning_rate": 0.3, "max_epochs": 150},
-        "cma": {"optimizer": "cma", "max_epochs": 80},
+        "adam 0.1": {"optimizer": "adam", "learning_rate": 0.1, "max_epochs": 100},
+        "adam 0.3": {"optimizer": "adam", "learning_rate": 0.3, "max_epochs": 100},
+        "cma": {"optimizer": "cma", "max_epochs": 40},
     }
     reached: dict[str, list[str]] = {way: [] for way in ways}
     for seed in range(seeds):
