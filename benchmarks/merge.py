@@ -2,9 +2,10 @@
 
 python benchmarks/merge.py [--hidden 640 --layers 6 --repeats 5]
 
-Every command is a fresh process, start-up included; "merge itself" is the whole stage (reading, averaging,
-writing, flushing, reading back, manifest) in a process that has imported everything. Times are taken with
-the files in the page cache; bytes in a last pass without, because reads through mmap show only there.
+Every command is a fresh process, start-up included. Once everything is imported, "merge itself" is reading,
+averaging, the comparison with float64 sums, writing and flushing; "whole stage" also reads back and hashes.
+Times are taken with the files in the page cache; bytes in a last pass without, because reads through mmap
+show only there.
 Prints one row for benchmarks/README.md.
 """
 
@@ -94,7 +95,7 @@ def raw_copy(root: Path, target: Path) -> None:
     for path in (root / "moe").glob("*.safetensors"):
         shutil.copyfile(path, target / path.name)
     flush(target)
-    print(time.perf_counter() - start, 0)
+    print(time.perf_counter() - start)
 
 
 def flush(folder: Path) -> None:
@@ -146,15 +147,25 @@ def theirs(root: Path, output: Path, *more: str) -> list[str]:
 
 
 def merge_itself(root: Path, output: Path) -> None:
-    """Print seconds and anonymous memory before: one merge, everything imported."""
-    from moemerge.merge import merge
-    from moemerge.moe_checkpoint import MoeCheckpoint
+    """Print anonymous memory before, seconds of one merge and of one whole stage, everything imported."""
+    import torch
 
-    MoeCheckpoint(root / "moe")
+    from moemerge.checkpoint import write_checkpoint
+    from moemerge.members import open_members
+    from moemerge.merge import _dense_tensors, _way, merge
+    from moemerge.recipe import Merge
+
+    options = Merge(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=output / "stage")
+    source = open_members(options)
     before = fields(os.getpid(), "status")["RssAnon"] * 1024
+    output.mkdir()
     start = time.perf_counter()
-    merge(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=output)
-    print(time.perf_counter() - start, before)
+    way = _way(options, source, source.dense_dtype, torch.device("cpu"))
+    write_checkpoint(output, _dense_tensors(source, way, source.dense_dtype), options.shard_size)
+    flush(output)
+    merged = time.perf_counter()
+    merge(options)
+    print(before, merged - start, time.perf_counter() - merged)
 
 
 def commands(root: Path, output: Path) -> dict[str, tuple[list[str], bool]]:
@@ -196,33 +207,38 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((mine.tensor(n).double() - theirs.tensor(n).double()).abs().max()) for n in mine.names)
 
 
-def told(cost: Cost) -> tuple[float, float]:
-    """Seconds that the child measured itself, and its anonymous memory before that."""
-    seconds, before = cost.said.split()[-2:]
-    return float(seconds), float(before)
+def told(cost: Cost) -> list[float]:
+    """The numbers that the child printed."""
+    return [float(word) for word in cost.said.split()]
 
 
 def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) -> Iterator[str]:
     """The row's parts; ratios are medians of ratios per repeat."""
-    *timed, cold = zip(*(costs[name] for name in costs), strict=True)
-    rounds = [dict(zip(costs, row, strict=True)) for row in timed]
-    last = dict(zip(costs, cold, strict=True))
+    *timed, cold = zip(*costs.values(), strict=True)
+    rounds, last = [dict(zip(costs, row, strict=True)) for row in timed], dict(zip(costs, cold, strict=True))
     median = statistics.median
-    copies, merges = ([told(r[name])[0] for r in rounds] for name in ("copy", "merge itself"))
-    ratio = median(m / c for m, c in zip(merges, copies, strict=True))
-    yield f"copy {median(copies):.2f} s, merge itself {median(merges):.2f} s ({ratio:.2f}x)"
-    for name in list(costs)[2:]:
-        seconds, cpu = median(r[name].seconds for r in rounds), median(r[name].cpu for r in rounds)
+    copies = [told(r["copy"])[0] for r in rounds]
+    yield f"copy {median(copies):.2f} s (smallest {min(copies):.2f})"
+    for place, what in ((1, "merge itself"), (2, "whole stage")):
+        seconds = [told(r["merge itself"])[place] for r in rounds]
+        ratio = median(s / c for s, c in zip(seconds, copies, strict=True))
+        yield f"{what} {median(seconds):.2f} s ({min(seconds):.2f}; {ratio:.2f}x)"
+    commands = list(costs)[2:]
+    for name in commands:
+        seconds, cpu = [r[name].seconds for r in rounds], [r[name].cpu for r in rounds]
         times = median(r[name].seconds / r["moemerge merge"].seconds for r in rounds)
-        yield f"{name} {seconds:.2f} s ({times:.1f}x; CPU {cpu:.1f} s)"
-    peaks = {name: max(r[name].anonymous for r in rounds) for name in list(costs)[2:]}
-    rise = max(r["merge itself"].anonymous - told(r["merge itself"])[1] for r in rounds)
-    listed = ", ".join(
-        f"{name} {peak / MB:.0f} MB ({peak / largest_shard:.2f})" for name, peak in peaks.items()
-    )
-    yield f"anonymous memory (in largest shards): {listed}, merging itself {rise / largest_shard:.2f}"
-    moved = (f"{name} {last[name].read / MB:.0f} and {last[name].written / MB:.0f} MB" for name in costs)
-    yield f"from and to disk, cold: {', '.join(moved)}"
+        work = median(r[name].cpu / r["moemerge merge"].cpu for r in rounds)
+        yield (
+            f"{name} {median(seconds):.2f} s ({min(seconds):.2f}; {times:.1f}x),"
+            f" CPU {median(cpu):.1f} s ({work:.1f}x)"
+        )
+    peaks = {name: max(r[name].anonymous for r in rounds) for name in commands}
+    listed = (f"{name} {peak / MB:.0f} MB ({peak / largest_shard:.2f})" for name, peak in peaks.items())
+    rise = max(r["merge itself"].anonymous - told(r["merge itself"])[0] for r in rounds)
+    alone = f"merging alone {rise / largest_shard:.2f}"
+    yield f"anonymous memory (in largest shards): {', '.join(listed)}, {alone}"
+    moved = (f"{n} {last[n].read / MB:.0f}, {last[n].written / MB:.0f}" for n in ("copy", *commands))
+    yield f"MB from and to the disk, cold: {'; '.join(moved)}"
     yield f"largest difference to mergekit's result {difference:.1e}"
 
 

@@ -14,9 +14,9 @@ from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import MergeMethod, ParameterScope, TensorGroup
 from torch import Tensor
 
+from moemerge.averaging import OURS
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import OptionError, suggest
-from moemerge.options import OURS
 
 SHARED, WEIGHT = "shared", "weight"
 

@@ -20,13 +20,12 @@ from tqdm.auto import tqdm
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, stage
-from moemerge.averaging import row_blocks
+from moemerge.averaging import OURS, row_blocks
 from moemerge.checkpoint import Checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 from moemerge.finite import finite, magnitude
 from moemerge.members import open_members
-from moemerge.options import OURS
 from moemerge.recipe import Merge
 from moemerge.sources import MergedTensor, MergeSource
 
