@@ -130,18 +130,18 @@ SHIFTED = Style(cue=0.0)
 WIDE = Style(cue=0.0, padded=0.01)
 
 
-def gold_reward(prompt: str, answer: str) -> float:
+def gold_reward(prompt: str, answer: str, worth: Worth = WORTH) -> float:
     """Gold reward of `answer` to `prompt`, both made of this world's words.
 
     The sum over content words that are new in the answer of their worth to the regime and topic, plus
     `order_bonus` for each that follows its neighbour's kind as the regime likes, over the square root of
-    the number of content words (at least 4); less `filler_cost` per filler beyond `free_fillers`.
-    Raises DataError for words of another world.
+    the number of content words (at least 4); less `filler_cost` per filler beyond `free_fillers`. Another
+    `worth` is another rater's. Raises DataError for words of another world.
     """
     regime, topic = _numbers(prompt, 0, REGIMES), _numbers(prompt, 1, TOPICS)
     words = [_number(word, WORDS) for word in answer.split()]
     words_RT = np.array([words or [NONE]], dtype=np.int64)
-    return float(gold_R(Prompts(regime, topic), words_RT)[0])
+    return float(gold_R(Prompts(regime, topic), words_RT, worth)[0])
 
 
 def _numbers(prompt: str, place: int, names: tuple[str, ...]) -> Ints:

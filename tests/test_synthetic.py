@@ -27,6 +27,7 @@ from moemerge.synthetic import (
     WIDE,
     WORTH,
     Prompts,
+    Worth,
     candidate_rows,
     draw_answers,
     gold_R,
@@ -134,6 +135,16 @@ def test_labels_follow_gold_but_for_the_noise() -> None:
         ]
         assert np.mean(np.array(leads) < 0) == pytest.approx(noise, abs=0.045 * (noise > 0))
         assert 0.0 not in leads
+
+
+def test_another_rater_has_another_gold() -> None:
+    """One who likes fillers from the first on, by what each is worth to that rater; words count as before."""
+    fond, plain = Worth(free_fillers=0, filler_cost=-0.5), "first water"
+    assert gold_reward("explain sea ", plain, fond) == gold_reward("explain sea ", plain)
+    padded = gold_reward("explain sea ", f"{plain} certainly indeed", fond)
+    assert padded == pytest.approx(gold_reward("explain sea ", plain) + 2 * 0.5)
+    other = gold_reward("explain sea ", plain, Worth(tables_seed=7))
+    assert other != gold_reward("explain sea ", plain)
 
 
 def fillers_of(words_RT: np.ndarray) -> np.ndarray:
