@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moemerge import distributed, runtime
 from moemerge.artifacts import Draft, stage
+from moemerge.blocks import layer_of
 from moemerge.coefficients import METHODS
 from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem
 from moemerge.data import encode_candidates, encode_pairs, read_candidates, read_pairs
@@ -28,7 +29,7 @@ from moemerge.objectives.base import mixture
 from moemerge.pair_objective import PairObjective, hold_out
 from moemerge.recipe import Fit
 from moemerge.routing import RoutingStatistics
-from moemerge.sources import MergeSource, layer_of
+from moemerge.sources import MergeSource
 from moemerge.teachers import Lesson
 from moemerge.tokenise import EncodedCandidates, EncodedPair
 

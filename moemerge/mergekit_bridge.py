@@ -32,11 +32,11 @@ from mergekit.merge_methods.easy_define import merge_method
 from pydantic import AfterValidator, Field
 
 from moemerge.averaging import routing_normalized_average
+from moemerge.blocks import blocks_of, layer_of
 from moemerge.coefficients.base import FILE, Coefficients
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.finite import finite
 from moemerge.mergekit_guards import guarded, our_documents, refuse_separators, whole
-from moemerge.sources import blocks_of, layer_of
 
 NAME = "routing_normalized_average"
 INLINE = "routing_normalized_average_inline"

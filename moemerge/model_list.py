@@ -100,6 +100,8 @@ class ModelList(MergeSource):
         self.models = [Model(folder) for folder in ([base] if base else []) + list(models)]
         self.donor = self.models[0]
         self.folder, self.config = self.donor.folder, self.donor.config
+        model = skeleton(self.config)
+        self.head = {name for name in self.donor.names if in_head(model, name)}
         self._check_architecture()
         self._check_heads()
         merged = self._in_scope()
@@ -109,7 +111,7 @@ class ModelList(MergeSource):
         self.backbone = [name for name in self.donor.names if name not in merged]
         self._check_shapes()
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The widest dtype of any tensor to merge."""
         dtypes = (model.dtype(tensor.dense) for tensor in self.tensors for model in self.models)
@@ -133,8 +135,8 @@ class ModelList(MergeSource):
 
     def identity(self) -> dict[str, str]:
         """Fingerprint, scope, and names of the head's tensors: mergekit's methods see only names."""
-        head = ",".join(name for name in self.donor.names if self.in_head(name))
-        return {"model": self.fingerprint, "scope": self.scope, "head": head}
+        head = [name for name in self.donor.names if name in self.head]
+        return {"model": self.fingerprint, "scope": self.scope, "head": ",".join(head)}
 
     def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
         """One model's tensor, in the widest of their dtypes; embeddings in the common order of tokens."""
@@ -173,7 +175,7 @@ class ModelList(MergeSource):
 
     def in_head(self, name: str) -> bool:
         """Whether the tensor is the reward head's."""
-        return in_head(skeleton(self.config), name)
+        return name in self.head
 
     def _own(self, name: str, place: int) -> Tensor:
         if name == self.embeddings and self.vocabulary is not None:
@@ -201,8 +203,9 @@ class ModelList(MergeSource):
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self.donor.shape(name)
-        grown = name == self.embeddings and self.vocabulary is not None
-        return (self.vocabulary.size, *shape[1:]) if grown and self.vocabulary else shape
+        if name == self.embeddings and self.vocabulary is not None:
+            return (self.vocabulary.size, *shape[1:])
+        return shape
 
     def _check_architecture(self) -> None:
         mine = self.config.to_dict()

@@ -2,15 +2,10 @@
 
 A source is a MoE on disk (moe_checkpoint) or a list of checkpoints (model_list). Fit, merge and export know
 no more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
-
-A *block* is a set of tensors that share one row of coefficients: `layers.3` (a transformer layer),
-`layers.3.mlp.up_proj` (one of its modules, weight and bias), `head`, or `outside` (the rest: embeddings, last
-norm).
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,15 +16,13 @@ import torch
 from torch import Tensor
 
 from moemerge.averaging import routing_normalized_average
+from moemerge.blocks import block_order, blocks_of
 from moemerge.checkpoint import copy_side_files
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-HEAD, OUTSIDE = "head", "outside"
-_NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.(?:weight|bias))?$")
 
 
 class MergedTensor(Protocol):
@@ -44,17 +37,6 @@ class MergedTensor(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Its shape there."""
         ...
-
-
-def blocks_of(name: str, in_head: bool = False) -> tuple[str, ...]:
-    """The blocks that the dense tensor `name` may belong to, the finest first."""
-    if in_head:
-        return (HEAD,)
-    found = _NUMBERED.search(name)
-    if found is None:
-        return (OUTSIDE,)
-    layer, module = found.groups()
-    return f"layers.{layer}.{module}", f"layers.{layer}"
 
 
 class MergeSource(ABC):
@@ -182,18 +164,6 @@ class MergeSource(ABC):
         if c.meta.get("model") not in (None, self.fingerprint):
             given = f"coefficients for a model with fingerprint {c.meta['model']}"
             raise foreign(given, f"{self.fingerprint} ({self.folder})")
-
-
-def layer_of(block: str) -> int | None:
-    """The number of the transformer layer that `block` is in; None for outside and head."""
-    found = re.match(r"layers\.(\d+)", block)
-    return int(found.group(1)) if found else None
-
-
-def block_order(block: str) -> tuple[int, int, str]:
-    """Sorts `outside` first, then layers by number, then the head."""
-    layer = layer_of(block)
-    return (2 * (block == HEAD), 0, block) if layer is None else (1, layer, block)
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ Shapes: L blocks (of tensors that share a row of coefficients; by default a laye
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moemerge.artifacts import write_json
+from moemerge.blocks import BLOCK, layer_of
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.fit_settings import FitSettings
 from moemerge.provenance import package_version
@@ -29,7 +29,6 @@ FORMAT = "moemerge coefficients 2"
 FILE = "coefficients.safetensors"
 TABLE = "coefficients.json"
 TOLERANCE = 1e-9
-BLOCK = re.compile(r"head|outside|layers\.\d+(\.[\w.-]+)?")
 RESERVED = ("format", "blocks")
 
 
@@ -38,7 +37,7 @@ class Coefficients:
     """Weights of a routing-normalised average, one row per block.
 
     W_l = shared_L[l] * W_shared + (1 - shared_L[l]) * sum_i alpha_LN[l, i] W_i for the tensors of block
-    blocks[l]: `layers.3` (a transformer layer), `layers.3.mlp.up_proj`, `outside` or `head` (moemerge.sources
+    blocks[l]: `layers.3` (a transformer layer), `layers.3.mlp.up_proj`, `outside` or `head` (moemerge.blocks
     says what these are). Both tensors are float64, rows of alpha_LN are >= 0 and sum to one, shared_L is in
     [0, 1] (0 where there is no shared expert). `meta` holds texts such as method and model (fingerprint of
     what they were made for). Raises CheckpointError when any of this does not hold.
@@ -223,7 +222,7 @@ class FitProblem:
 
     def layer_rows(self, layers: Sequence[int]) -> list[int]:
         """For each block the place of its transformer layer among `layers`."""
-        return [layers.index(int(block.split(".")[1])) for block in self.blocks]
+        return [layers.index(layer_of(block)) for block in self.blocks]
 
     def pooled(self, values: Tensor) -> Tensor:
         """`values`, a row per block; where the settings want one row for all blocks, their mean in each."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moemerge.blocks import layer_of
 from moemerge.coefficients.base import FitOutcome, FitProblem, Objective
 from moemerge.coefficients.significance import chance, gain, measures, paired
 from moemerge.coefficients.starts import start
 from moemerge.coefficients.walk import BACK, Point, Walk
-from moemerge.sources import layer_of
 
 KEPT = "Nothing that was tried beat the initial coefficients on the held-out pairs"
 
