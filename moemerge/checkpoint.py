@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +112,24 @@ class Checkpoint:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor, one at a time."""
         return ((name, self.tensor(name)) for name in self.names)
+
+    def differences(
+        self,
+        wanted: Mapping[str, tuple[int, ...]],
+        may_lack: Set[str] = frozenset(),
+        may_add: Callable[[str], bool] = lambda name: False,
+    ) -> dict[str, list[str]]:
+        """Names that are missing, left over or misshapen against `wanted` shapes, by kind; no empty lists.
+
+        Those in `may_lack` may be missing, those for which `may_add` holds may be there besides.
+        """
+        held = set(self.names)
+        found = {
+            "missing": sorted(wanted.keys() - held - may_lack),
+            "left over": sorted(name for name in held - wanted.keys() if not may_add(name)),
+            "misshapen": sorted(name for name in held & wanted.keys() if self.shape(name) != wanted[name]),
+        }
+        return {kind: names for kind, names in found.items() if names}
 
     def expert(self, tensor: ExpertTensor, index: int) -> torch.Tensor:
         """Routed expert number `index`'s copy of a dense MLP tensor, in the dense layout: a view."""

@@ -88,14 +88,9 @@ def check_tensors(weights: Checkpoint, config: PretrainedConfig) -> None:
     model = skeleton(config)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    held = {name for name in weights.names if name in wanted or not old_buffer(model, name)}
-    faults = {
-        "missing": sorted(wanted.keys() - held - tied),
-        "left over": sorted(held - wanted.keys()),
-        "misshapen": sorted(name for name in held & wanted.keys() if weights.shape(name) != wanted[name]),
-    }
-    given = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
-    if given:
+    faults = weights.differences(wanted, tied, lambda name: old_buffer(model, name))
+    if faults:
+        given = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items())
         raise CheckpointError(
             f"{weights.folder} does not fit its own config",
             given=given,

@@ -17,18 +17,15 @@ from moemerge.checkpoint import Checkpoint
 from moemerge.errors import CheckpointError
 from moemerge.families.base import ExpertTensor
 from moemerge.layout import Layout, read_layout
-from moemerge.provenance import model_fingerprint
-from moemerge.sources import MergedTensor, MergeSource
+from moemerge.sources import ExpertSource, MergedTensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
     from moemerge.moe import MoeSettings
 
-SHARED = "shared"
 
-
-class MoeCheckpoint(MergeSource):
+class MoeCheckpoint(ExpertSource):
     """The folder of a MoE reward model, checked against its own config before anything is read.
 
     `tensors` are the dense MLP's tensors and where their copies stand; `backbone` the names of everything
@@ -74,27 +71,11 @@ class MoeCheckpoint(MergeSource):
         """dtype of the dense model that the MoE was made from."""
         return cast(torch.dtype, getattr(torch, self.weights.config["moemerge"]["dense_dtype"]))
 
-    @property
-    def member_names(self) -> list[str]:
-        """shared, if there is a shared expert, then expert-0 ... expert-{N-1}."""
-        return [SHARED] * self.has_shared + [f"expert-{i}" for i in range(self.num_members)]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over weights and config."""
-        return model_fingerprint(self.folder)
-
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense model, a new object."""
         from moemerge.families.dense import dense_config
 
         return dense_config(self.config)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The MoE's own."""
-        from moemerge.scoring import load_tokenizer
-
-        return load_tokenizer(str(self.folder))
 
     def names(self) -> list[str]:
         """All tensors of the merged model, in the order of its class."""
@@ -106,10 +87,6 @@ class MoeCheckpoint(MergeSource):
         values = {**self.layout.dense_config, "dtype": str(dtype).removeprefix("torch.")}
         text = json.dumps(values, indent=2, sort_keys=True)
         (target / "config.json").write_text(text + "\n", encoding="utf-8")
-
-    def kept(self, name: str) -> Tensor:
-        """The tensor `name` of the backbone."""
-        return self.weights.tensor(name)
 
     def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
         """The copy that one expert has; the shared one, if there is one, is number 0."""
@@ -125,21 +102,13 @@ class MoeCheckpoint(MergeSource):
 
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""
-        wanted, tied = self.layout.moe, set(self.layout.tied)
-        held = set(self.weights.names)
-        faults = {
-            "missing": sorted(wanted.keys() - held - tied),
-            "left over": sorted(held - wanted.keys()),
-            "misshapen": sorted(n for n in held & wanted.keys() if self.weights.shape(n) != wanted[n]),
-        }
-        for kind, names in faults.items():
-            if names:
-                raise CheckpointError(
-                    f"{self.folder} does not fit its own config",
-                    given=f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}",
-                    expected=f"exactly the tensors of {self.layout.class_name}",
-                    fix="make the folder again, or copy it again whole",
-                )
+        for kind, names in self.weights.differences(self.layout.moe, set(self.layout.tied)).items():
+            raise CheckpointError(
+                f"{self.folder} does not fit its own config",
+                given=f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}",
+                expected=f"exactly the tensors of {self.layout.class_name}",
+                fix="make the folder again, or copy it again whole",
+            )
 
 
 def _layout_of(config: PreTrainedConfig) -> Layout:

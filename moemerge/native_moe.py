@@ -14,13 +14,12 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moemerge.artifacts import read_manifest
@@ -30,11 +29,9 @@ from moemerge.families import family_called
 from moemerge.families.base import ExpertTensor
 from moemerge.families.dense import dense_class, shared_values, skeleton
 from moemerge.families.siblings import SIBLINGS, Sibling
-from moemerge.provenance import model_fingerprint
-from moemerge.scoring import load_tokenizer, spare_head
-from moemerge.sources import MergedTensor, MergeSource
+from moemerge.scoring import spare_head
+from moemerge.sources import ExpertSource, MergedTensor
 
-SHARED = "shared"
 # Where checkpoints keep an expert's matrices, one tensor each: module of the experts, names of the matrices.
 LAYOUTS = (
     ("mlp.experts", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
@@ -58,7 +55,7 @@ GATED = (
 log = logging.getLogger(__name__)
 
 
-class NativeMoe(MergeSource):
+class NativeMoe(ExpertSource):
     """The folder of a native MoE reward model whose model_type has a dense sibling.
 
     Experts are read one matrix at a time, whether the checkpoint holds them one by one or stacked. A shared
@@ -84,7 +81,7 @@ class NativeMoe(MergeSource):
         self.backbone = [name for name in self._shapes if name not in merged]
         held = set(self.weights.names)
         self._copies = {tensor.dense: self._names(tensor, held) for tensor in self.tensors}
-        self._check_tensors(held)
+        self._check_tensors()
         self.caveats = list(self._caveats())
         for caveat in self.caveats:
             log.warning("%s: %s", self.folder, caveat)
@@ -99,16 +96,6 @@ class NativeMoe(MergeSource):
         """dtype of the experts."""
         return self.dtype
 
-    @property
-    def member_names(self) -> list[str]:
-        """shared, if the shared expert takes part, then expert-0 ... expert-{N-1}."""
-        return [SHARED] * self.has_shared + [f"expert-{i}" for i in range(self.num_members)]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over weights and config."""
-        return model_fingerprint(self.folder)
-
     def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
         """The copy that one expert has; the shared one, if it takes part, is number 0."""
         assert isinstance(tensor, ExpertTensor)
@@ -117,14 +104,6 @@ class NativeMoe(MergeSource):
         found = self.weights.expert(tensor, place - self.has_shared) if stacked else self.weights.tensor(name)
         total = self.sibling.total or 1.0
         return found * total if tensor.matrix == "down" and total != 1 else found
-
-    def kept(self, name: str) -> Tensor:
-        """The tensor `name` of the backbone."""
-        return self.weights.tensor(name)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The MoE's own."""
-        return load_tokenizer(str(self.folder))
 
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense sibling, a new object; every value of it is the MoE's, none a class default."""
@@ -181,22 +160,19 @@ class NativeMoe(MergeSource):
             for name in dict.fromkeys(self._copies[tensor.dense]):
                 yield name, stack if name == tensor.stacked else tensor.shape
 
-    def _check_tensors(self, held: set[str]) -> None:
+    def _check_tensors(self) -> None:
         """The checkpoint holds the backbone, every expert, routers and nothing else, in the right shapes."""
-        wanted = dict(self._wanted())
-        idle = f".{self.sibling.shared}." if self.sibling.shared and not self.has_shared else None
-        needless = [n for n in held if ROUTER.search(n) or spare_head(n) or (idle and idle in n)]
-        faults = {
-            "missing": sorted(wanted.keys() - held),
-            "left over": sorted(held - wanted.keys() - set(needless)),
-            "misshapen": sorted(n for n in held & wanted.keys() if self.weights.shape(n) != wanted[n]),
-        }
+        faults = self.weights.differences(dict(self._wanted()), may_add=self._needless)
         for kind, names in faults.items():
-            if names:
-                given = f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}"
-                raise self._fault(given, f"the tensors of a reward model of type {self.config.model_type}")
+            given = f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}"
+            raise self._fault(given, f"the tensors of a reward model of type {self.config.model_type}")
         if self.config.num_labels != 1:
             raise self._fault(f"{self.config.num_labels} outputs", "a reward model, with one output")
+
+    def _needless(self, name: str) -> bool:
+        """Whether the tensor has no place in a dense reward model: a router, a spare head, an idle expert."""
+        idle = bool(self.sibling.shared) and not self.has_shared and f".{self.sibling.shared}." in name
+        return bool(ROUTER.search(name)) or spare_head(name) or idle
 
     def _fault(self, given: str, expected: str) -> CheckpointError:
         return CheckpointError(

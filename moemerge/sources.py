@@ -17,12 +17,15 @@ from torch import Tensor
 
 from moemerge.averaging import routing_normalized_average
 from moemerge.blocks import block_order, blocks_of
-from moemerge.checkpoint import copy_side_files
+from moemerge.checkpoint import Checkpoint, copy_side_files
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
+from moemerge.provenance import model_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+SHARED = "shared"
 
 
 class MergedTensor(Protocol):
@@ -164,6 +167,32 @@ class MergeSource(ABC):
         if c.meta.get("model") not in (None, self.fingerprint):
             given = f"coefficients for a model with fingerprint {c.meta['model']}"
             raise foreign(given, f"{self.fingerprint} ({self.folder})")
+
+
+class ExpertSource(MergeSource):
+    """The experts of a MoE on disk, whose `weights` also hold all that is kept."""
+
+    weights: Checkpoint
+
+    @property
+    def member_names(self) -> list[str]:
+        """shared, if a shared expert takes part, then expert-0 ... expert-{N-1}."""
+        return [SHARED] * self.has_shared + [f"expert-{i}" for i in range(self.num_members)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over weights and config."""
+        return model_fingerprint(self.folder)
+
+    def kept(self, name: str) -> Tensor:
+        """The tensor `name` of the backbone."""
+        return self.weights.tensor(name)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The MoE's own."""
+        from moemerge.scoring import load_tokenizer
+
+        return load_tokenizer(str(self.folder))
 
 
 def shortened(names: Sequence[str]) -> str:
