@@ -51,6 +51,18 @@ def routing_normalized_average(
     return total.to(dtype)
 
 
+def as_average(weights_M: Tensor, has_shared: bool) -> tuple[Tensor, float]:
+    """alpha_N and the shared weight of members that count in proportion to `weights_M`, the shared one first.
+
+    If the shared one has all the weight, the others have equal alpha.
+    """
+    routed_N = weights_M[1:] if has_shared else weights_M
+    shared = 1 - float(routed_N.sum() / weights_M.sum())
+    if not float(routed_N.sum()):
+        return torch.full_like(routed_N, 1 / len(routed_N)), shared
+    return routed_N / routed_N.sum(), shared
+
+
 def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Views of `matrix`, blocks of its rows, of about 2**16 elements; equal shapes have equal blocks.
 

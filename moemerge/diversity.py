@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moemerge.averaging import as_average
 from moemerge.merged_model import MergedModel
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.scoring import bradley_terry
-from moemerge.tokenise import EncodedPair
+from moemerge.tokenise import EncodedPair, texts_of
 from moemerge.uncertainty import Point, score_points
 
 CHUNK = 2**20
@@ -101,7 +102,7 @@ def score_pairs_at(
     batch_tokens: int,
 ) -> Tensor:
     """Scores of chosen and rejected answers by the merge at each point, [points, P, 2]."""
-    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    texts = texts_of(pairs)
     return score_points(merged, tokenizer, texts, points, batch_tokens).unflatten(1, (len(pairs), 2))
 
 
@@ -135,9 +136,5 @@ def line_point(merged: MergedModel, one: int, other: int, t: float) -> Point:
     weight_M = torch.zeros(merged.alpha_LN.shape[1] + has_shared, dtype=torch.float64)
     weight_M[one] += 1 - t
     weight_M[other] += t
-    shared = weight_M[0] if has_shared else torch.tensor(0.0, dtype=torch.float64)
-    routed_N = weight_M[1:] if has_shared else weight_M
-    alpha_N = (
-        routed_N / routed_N.sum() if routed_N.sum() > 0 else torch.full_like(routed_N, 1 / len(routed_N))
-    )
-    return alpha_N.expand_as(merged.alpha_LN), shared.expand_as(merged.shared_L)
+    alpha_N, shared = as_average(weight_M, has_shared)
+    return alpha_N.expand_as(merged.alpha_LN), torch.full_like(merged.shared_L, shared)

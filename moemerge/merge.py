@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, stage
-from moemerge.averaging import OURS, row_blocks
+from moemerge.averaging import OURS, as_average, row_blocks
 from moemerge.checkpoint import Checkpoint, write_checkpoint
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
@@ -115,11 +115,7 @@ def _coefficients(options: Merge, source: MergeSource) -> Coefficients | None:
 def _constant(weights: Sequence[float], source: MergeSource) -> Coefficients:
     """Coefficients that are the same in every block, in proportion to `weights`."""
     blocks, values = source.blocks(), torch.tensor(weights, dtype=torch.float64)
-    routed_N = values[1:] if source.has_shared else values
-    shared = 1 - float(routed_N.sum() / values.sum())
-    alpha_N = (
-        routed_N / routed_N.sum() if float(routed_N.sum()) else torch.full_like(routed_N, 1 / len(routed_N))
-    )
+    alpha_N, shared = as_average(values, source.has_shared)
     shared_L = torch.full((len(blocks),), shared, dtype=torch.float64)
     return Coefficients(blocks, alpha_N.repeat(len(blocks), 1), shared_L, {"method": "given"})
 

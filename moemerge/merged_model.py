@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import distributed
 from moemerge.coefficients.base import MergeGradient
 from moemerge.families.dense import dense_class
-from moemerge.scoring import collate, in_head
+from moemerge.scoring import collate, in_head, score_pairs
 from moemerge.sources import MergedTensor, MergeSource
-
-if TYPE_CHECKING:
-    from moemerge.tokenise import EncodedPair
+from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 KEPT_ON_CPU = 2**30
 # Numbers handled at a time: what a core's cache holds of all that takes part.
@@ -38,6 +36,23 @@ class Answers:
 
     margins_P: Tensor
     states_2PD: Tensor | None = None
+
+
+def batch_tokens(texts: Sequence[Encoded], micro_batch_size: int) -> int:
+    """Tokens of a batch of so many pairs, all as long as the longest text."""
+    return 2 * micro_batch_size * max(len(text.ids) for text in texts)
+
+
+def margins(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    micro_batch_size: int,
+) -> Tensor:
+    """score(chosen) - score(rejected) of each pair, float64 on CPU, without gradients."""
+    size = batch_tokens(texts_of(pairs), micro_batch_size)
+    scores_P2 = score_pairs(model, tokenizer, pairs, size).double()
+    return scores_P2[:, 0] - scores_P2[:, 1]
 
 
 class MergedModel:

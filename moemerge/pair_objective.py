@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from moemerge import distributed
 from moemerge.coefficients.base import Measured, MergeGradient, Objective, Split
 from moemerge.errors import DataError
-from moemerge.merged_model import Answers, MergedModel
+from moemerge.merged_model import Answers, MergedModel, batch_tokens, margins
 from moemerge.objectives.base import Term
 from moemerge.preferences import Pair
-from moemerge.scoring import score, score_pairs
-from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair
+from moemerge.scoring import score
+from moemerge.tokenise import EncodedCandidates, EncodedPair
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class PairObjective:
         self.merged.merge(alpha_LN, shared_L)
         held = {_prompt_key(self.pairs[number]) for number in self.held_out}
         texts = [answer for one in self.candidates for answer in one.answers]
-        scores = score(self.merged.model, self.tokenizer, texts, self._batch_tokens(texts)).double()
+        size = batch_tokens(texts, self.micro_batch_size)
+        scores = score(self.merged.model, self.tokenizer, texts, size).double()
         sizes = [len(one.answers) for one in self.candidates]
         found = [
             pair
@@ -126,10 +127,7 @@ class PairObjective:
             margins_P, losses_P = (torch.cat(found) for found in zip(*parts, strict=True))
             return margins_P, losses_P
         pairs = [self.pairs[number] for number in numbers]
-        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-        model, batch_tokens = self.merged.model, self._batch_tokens(texts)
-        scores_P2 = score_pairs(model, self.tokenizer, pairs, batch_tokens).double()
-        margins_P = scores_P2[:, 0] - scores_P2[:, 1]
+        margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size)
         return margins_P, self.term.loss(Answers(margins_P), torch.tensor(numbers))
 
     def _looked(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
@@ -138,9 +136,6 @@ class PairObjective:
 
     def _length(self, number: int) -> int:
         return max(len(self.pairs[number].chosen.ids), len(self.pairs[number].rejected.ids))
-
-    def _batch_tokens(self, texts: Sequence[Encoded]) -> int:
-        return 2 * self.micro_batch_size * max(len(text.ids) for text in texts)
 
 
 def overrated(one: EncodedCandidates, scores_C: Tensor) -> EncodedPair | None:

@@ -1,27 +1,28 @@
 """Routing statistics of a MoE: sums over tokens, per layer and expert, by subset and side of the pair.
 
-Shapes: G groups (subset, side), L layers with experts, N routed experts, K of them per token, T tokens.
+Shapes: G groups (subset, side), L layers with experts, N routed experts, K of them per token, T tokens (in
+gate_mass: texts).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.errors import CheckpointError, DataError
+from moemerge.moe import Gating, MoELayer, MoeSettings, moe_layers
 from moemerge.provenance import package_version
-
-if TYPE_CHECKING:
-    from moemerge.moe import Gating, MoELayer
+from moemerge.scoring import batches, score
+from moemerge.tokenise import Encoded
 
 FORMAT = "moemerge routing statistics 1"
 FILE = "statistics.safetensors"
@@ -204,3 +205,35 @@ def _unpack(header: dict[str, str], tensors: dict[str, Tensor]) -> RoutingStatis
     found = {group: Sums(**{n: tensors[n][g].clone() for n in shapes}) for g, group in enumerate(groups)}
     meta = {key: text for key, text in header.items() if key not in RESERVED}
     return RoutingStatistics(layers, experts, int(header["num_experts_per_tok"]), found, meta)
+
+
+def gate_mass(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Encoded], batch_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Scores of a MoE, [T] float32, and its routed gate weights summed over each text's tokens, [T, L, N]."""
+    layers = moe_layers(model)
+    scores_T = torch.empty(len(texts))
+    experts = MoeSettings.read(model.config.moemerge).num_routed_experts
+    mass_TLN = torch.zeros(len(texts), len(layers), experts, dtype=torch.float64)
+    try:
+        for rows in batches([len(text.ids) for text in texts], batch_tokens):
+            for place, layer in enumerate(layers.values()):
+                layer.observer = _summing(mass_TLN, rows, place)
+            # These rows are one batch, longest first: score takes them as they are.
+            scores_T[rows] = score(model, tokenizer, [texts[row] for row in rows], batch_tokens)
+    finally:
+        for layer in layers.values():
+            layer.observer = None
+    return scores_T, mass_TLN
+
+
+def _summing(mass_TLN: Tensor, rows: list[int], place: int) -> Callable[[Gating], None]:
+    """An observer that writes each sequence's gate weights of one layer, padding left out, to its row."""
+
+    def add(gating: Gating) -> None:
+        weights_TK = gating.weights_TK.double() * gating.mask_T[:, None]
+        gate_TN = torch.zeros_like(gating.probabilities_TN, dtype=torch.float64)
+        gate_TN.scatter_(1, gating.index_TK, weights_TK)
+        mass_TLN[rows, place] = gate_TN.unflatten(0, (len(rows), -1)).sum(1).cpu()
+
+    return add

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +30,7 @@ from transformers.utils import logging as hf_logging
 from moemerge.checkpoint import Checkpoint
 from moemerge.errors import CheckpointError, DataError
 from moemerge.model_guards import refuse_own_class
-
-if TYPE_CHECKING:
-    from moemerge.tokenise import Encoded, EncodedPair
+from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +356,7 @@ def score_pairs(
     progress: str = "",
 ) -> Tensor:
     """Scores of pairs, [len(pairs), 2]: chosen, rejected. As `score`, over both sides at once."""
-    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    texts = texts_of(pairs)
     return score(model, tokenizer, texts, batch_tokens, progress).view(-1, 2)
 
 

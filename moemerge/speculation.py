@@ -1,26 +1,23 @@
 """Speculative experts (UMM-RM, arXiv 2512.00724): those that are sent wrong answers which look good.
 
-Shapes: L layers with experts, N routed experts, K of them per token, P pairs, T texts (in Gating: tokens),
-R resamples, X columns.
+Shapes: L layers with experts, N routed experts, P pairs, T texts, R resamples, X columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.errors import DataError
-from moemerge.moe import Gating, MoeSettings, moe_layers
+from moemerge.moe import MoeSettings
 from moemerge.probes.base import Floats
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval
-from moemerge.scoring import batches, score
-from moemerge.tokenise import Encoded, EncodedPair
+from moemerge.routing import gate_mass
+from moemerge.tokenise import EncodedPair, texts_of
 
 LEAST_PAIRS = 8
 HIGH_SHARE = 0.25
@@ -75,7 +72,7 @@ def speculation(
             expected=f"{LEAST_PAIRS} at least",
             fix="give more pairs, or set diversity to weights in route",
         )
-    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    texts = texts_of(pairs)
     scores_T, mass_TLN = gate_mass(model, tokenizer, texts, batch_tokens)
     tokens_P2 = np.array([len(text.ids) for text in texts], dtype=float).reshape(-1, 2)
     mass_P2LN = mass_TLN.numpy().reshape(len(pairs), 2, *mass_TLN.shape[1:])
@@ -110,37 +107,3 @@ def _over_rejected(sums_RX: Floats) -> Floats:
 def _over_chosen(sums_RX: Floats) -> Floats:
     high_RX, _, chosen_RX = np.split(sums_RX[:, :-3], 3, axis=1)
     return (high_RX / sums_RX[:, -3:-2]) / (chosen_RX / sums_RX[:, -1:])
-
-
-def gate_mass(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Encoded], batch_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Scores of a MoE, [T] float32, and its routed gate weights summed over each text's tokens, [T, L, N]."""
-    layers = moe_layers(model)
-    scores_T = torch.empty(len(texts))
-    mass_TLN = torch.zeros(
-        len(texts), len(layers), MoeSettings.read(model.config.moemerge).num_routed_experts
-    )
-    mass_TLN = mass_TLN.double()
-    try:
-        for rows in batches([len(text.ids) for text in texts], batch_tokens):
-            for place, layer in enumerate(layers.values()):
-                layer.observer = _summing(mass_TLN, rows, place)
-            # These rows are one batch, longest first: score takes them as they are.
-            scores_T[rows] = score(model, tokenizer, [texts[row] for row in rows], batch_tokens)
-    finally:
-        for layer in layers.values():
-            layer.observer = None
-    return scores_T, mass_TLN
-
-
-def _summing(mass_TLN: Tensor, rows: list[int], place: int) -> Callable[[Gating], None]:
-    """An observer that writes each sequence's gate weights of one layer, padding left out, to its row."""
-
-    def add(gating: Gating) -> None:
-        weights_TK = gating.weights_TK.double() * gating.mask_T[:, None]
-        gate_TN = torch.zeros_like(gating.probabilities_TN, dtype=torch.float64)
-        gate_TN.scatter_(1, gating.index_TK, weights_TK)
-        mass_TLN[rows, place] = gate_TN.unflatten(0, (len(rows), -1)).sum(1).cpu()
-
-    return add

@@ -1,11 +1,11 @@
 """What objectives learn from besides labels: the MoE's scores, the members' answers, whose inputs pairs are.
 
-Shapes: P pairs, B texts, T tokens, N weighted members, K experts per token, D width of the last state.
+Shapes: P pairs, B of them at a time, T texts, L layers, N weighted members, D width of the last state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moemerge.errors import OptionError
 from moemerge.families.dense import is_moe
 from moemerge.fit_settings import FitSettings
-from moemerge.merged_model import Answers, MergedModel
+from moemerge.merged_model import Answers, MergedModel, batch_tokens, margins
 from moemerge.modelling import load_moe
-from moemerge.moe import Gating, moe_layers
-from moemerge.scoring import collate, score_pairs
-from moemerge.tokenise import EncodedPair
+from moemerge.routing import gate_mass
+from moemerge.tokenise import EncodedPair, texts_of
 
 
 @dataclass
@@ -42,8 +41,7 @@ class Lesson:
         if not is_moe(source.config):
             members = range(source.num_members)
             return torch.stack([self._margins(member) for member in members]).mean(0)
-        scores_P2 = score_pairs(self._moe(), self.tokenizer, self.pairs, self._batch_tokens).double()
-        return scores_P2[:, 0] - scores_P2[:, 1]
+        return margins(self._moe(), self.tokenizer, self.pairs, self.settings.micro_batch_size)
 
     @cached_property
     def owners_PN(self) -> Tensor:
@@ -57,7 +55,7 @@ class Lesson:
             return torch.stack([self._owner_N(pair.pair.subset, count) for pair in self.pairs])
         if not is_moe(self.merged.source.config):
             return torch.full((len(self.pairs), count), 1 / count, dtype=torch.float64)
-        mass_PN = gate_mass(self._moe(), self.pairs, self.settings.micro_batch_size)
+        mass_PN = pair_gate_mass(self._moe(), self.tokenizer, self.pairs, self.settings.micro_batch_size)
         winner_P = (mass_PN / mass_PN.mean(0).clamp(min=1e-12)).argmax(1)
         return torch.nn.functional.one_hot(winner_P, count).double()
 
@@ -96,13 +94,7 @@ class Lesson:
 
     def _margins(self, member: int) -> Tensor:
         self._become(member)
-        scores_P2 = score_pairs(self.merged.model, self.tokenizer, self.pairs, self._batch_tokens).double()
-        return scores_P2[:, 0] - scores_P2[:, 1]
-
-    @property
-    def _batch_tokens(self) -> int:
-        longest = max(len(text.ids) for pair in self.pairs for text in (pair.chosen, pair.rejected))
-        return 2 * self.settings.micro_batch_size * longest
+        return margins(self.merged.model, self.tokenizer, self.pairs, self.settings.micro_batch_size)
 
     def _moe(self) -> PreTrainedModel:
         return load_moe(self.merged.source.folder, str(self.merged.device))
@@ -119,31 +111,14 @@ class Lesson:
         )
 
 
-@torch.no_grad()
-def gate_mass(model: PreTrainedModel, pairs: Sequence[EncodedPair], batch_size: int) -> Tensor:
-    """Mean routed gate mass of each expert over each pair's tokens and all layers of a MoE, [P, N]."""
-    layers = moe_layers(model)
-    found = []
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        texts = [text for pair in batch for text in (pair.chosen, pair.rejected)]
-        sums: list[Tensor] = []
-        for layer in layers.values():
-            layer.observer = _adder(sums, len(texts))
-        inputs = collate(texts, model.config.get_text_config().pad_token_id, True, model.device)
-        model(**inputs)
-        found.append(torch.stack(sums).sum(0).view(len(batch), 2, -1).sum(1))
-    mass_PN = torch.cat(found)
+def pair_gate_mass(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    micro_batch_size: int,
+) -> Tensor:
+    """Each expert's share of a MoE's routed gate mass on each pair, over all layers, [P, N]."""
+    texts = texts_of(pairs)
+    _, mass_TLN = gate_mass(model, tokenizer, texts, batch_tokens(texts, micro_batch_size))
+    mass_PN = mass_TLN.sum(1).unflatten(0, (len(pairs), 2)).sum(1)
     return mass_PN / mass_PN.sum(1, keepdim=True)
-
-
-def _adder(sums: list[Tensor], count: int) -> Callable[[Gating], None]:
-    """An observer that adds each text's routed gate mass, [B, N]."""
-
-    def add(gating: Gating) -> None:
-        weights_TN = torch.zeros_like(gating.probabilities_TN)
-        weights_TN.scatter_(1, gating.index_TK, gating.weights_TK.to(weights_TN.dtype))
-        weights_TN *= gating.mask_T[:, None]
-        sums.append(weights_TN.view(count, -1, weights_TN.shape[1]).sum(1).double().cpu())
-
-    return add

@@ -31,6 +31,11 @@ class EncodedPair:
     pair: Pair
 
 
+def texts_of(pairs: Sequence[EncodedPair]) -> list[Encoded]:
+    """Chosen and rejected answer of each pair, in turns."""
+    return [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+
+
 @dataclass(frozen=True)
 class EncodedCandidates:
     """A candidate set and the tokens of each answer."""

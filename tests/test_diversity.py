@@ -30,8 +30,9 @@ from moemerge.moe import gate_weights, moe_layers
 from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.options import TextFormat
 from moemerge.route import route
+from moemerge.routing import gate_mass
 from moemerge.scoring import load_reward_model, load_tokenizer
-from moemerge.speculation import gate_mass, speculation
+from moemerge.speculation import speculation
 from moemerge.uncertainty import SpreadScores, member_points, score_with_spread
 from moemerge.upcycle import upcycle
 

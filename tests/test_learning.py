@@ -44,7 +44,7 @@ from moemerge.moments import moments
 from moemerge.objectives.base import Term
 from moemerge.pair_objective import PairObjective, fold, overrated
 from moemerge.preferences import CandidateSet
-from moemerge.teachers import Lesson, gate_mass
+from moemerge.teachers import Lesson, pair_gate_mass
 from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair
 
 L = 3
@@ -478,7 +478,7 @@ def test_the_teacher_is_the_moe_and_gate_mass_is_a_recount(moe: Path, tmp_path: 
                     for expert, weight in zip(gating.index_TK[token], gating.weights_TK[token], strict=True):
                         mass_N[int(expert)] += float(weight.detach())
         assert float(lesson.teacher_P[number]) == pytest.approx(scores[0] - scores[1], rel=1e-4)
-        found_N = gate_mass(load_moe(moe), pairs, 2)[number]
+        found_N = pair_gate_mass(load_moe(moe), source.tokenizer(), pairs, 2)[number]
         torch.testing.assert_close(found_N, mass_N / mass_N.sum(), rtol=1e-5, atol=1e-6)
     owners = lesson.owners_PN
     assert owners.sum(1).tolist() == [1.0] * 5 and set(owners.flatten().tolist()) == {0.0, 1.0}

@@ -50,7 +50,7 @@ def _report(
     held_P = {
         when: objective.measure(first.alpha_LN, at, "held_out").margins_P for when, at in points.items()
     }
-    train_P = {when: objective.measure(first.alpha_LN, at, "train").margins_P for when, at in points.items()}
+    before_P = objective.measure(first.alpha_LN, first.shared_L, "train").margins_P
     held_out = {when: measures(margins_P) for when, margins_P in held_P.items()}
     better = gain(held_P["before"], held_P["after"])
     verdict = (
@@ -60,8 +60,8 @@ def _report(
     )
     return {
         "verdict": verdict,
-        "pairs": {"train": len(train_P["before"]), "held_out": len(held_P["before"])},
-        "train": {when: measures(margins_P) for when, margins_P in train_P.items()},
+        "pairs": {"train": objective.num_train, "held_out": len(held_P["before"])},
+        "train": {"before": measures(before_P), "after": tried[best]},
         "held_out": {**held_out, "gain": better},
         "grid": [{"shared_weight": weight, **found} for weight, found in tried.items()],
     }
