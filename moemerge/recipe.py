@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
 from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
 
@@ -265,18 +266,6 @@ class Export(Members, Run):
         if self.form != "dense" and (self.models or self.coefficients):
             raise ValueError(f"form {self.form} goes with a MoE as model, and without coefficients")
         return self
-
-
-class EvaluateSettings(Options):
-    """Accuracy and over-optimisation of several models on the same data."""
-
-    probes: list[str] = Field(
-        default_factory=lambda: ["accuracy", "best_of_n"], description="what to measure"
-    )
-    baseline: str | None = Field(None, description="model that the others are compared with, pair by pair")
-    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
 
 
 class Evaluate(EvaluateSettings, TextFormat, Run):

@@ -15,7 +15,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moemerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "registry", "options", "fit_settings", "recipe", "artifacts", "layers"}
+GROUND = {
+    "errors",
+    "registry",
+    "options",
+    "fit_settings",
+    "evaluate_settings",
+    "recipe",
+    "artifacts",
+    "layers",
+}
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
