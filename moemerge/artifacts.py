@@ -134,7 +134,8 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - clock, 3),
         }
-        write_json(draft.folder / MANIFEST, manifest)
+        manifest = json.loads(json.dumps(manifest, default=str))
+        write_json(draft.folder / MANIFEST, manifest | {"sha256": own_digest(manifest)})
         _seal(draft.folder, output)
     finally:
         shutil.rmtree(draft.folder, ignore_errors=True)
@@ -182,6 +183,12 @@ def flush(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, keys in given order, numbers exact."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def own_digest(manifest: dict[str, Any]) -> str:
+    """sha256 over a manifest's values, its own digest left out."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -241,13 +248,29 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, An
 
     A file whose size and mtime equal those in `known` is taken to have the checksum recorded there.
     """
-    root = path if path.is_dir() else path.parent
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    names = [(str(p.relative_to(root)), p) for p in found]
-    kept = [(n, p) for n, p in names if n != MANIFEST and not any(s.startswith(".") for s in Path(n).parts)]
-    files = {name: _file_record(p, (known or {}).get(name)) for name, p in kept}
+    files = {name: _file_record(p, (known or {}).get(name)) for name, p in artifact_files(path).items()}
     digest = hashlib.sha256("".join(f"{n}\0{r['sha256']}\n" for n, r in files.items()).encode())
-    return {"path": str(path), "sha256": digest.hexdigest(), "files": files}
+    return {"path": os.path.abspath(path), "sha256": digest.hexdigest(), "files": files}
+
+
+def artifact_files(path: Path) -> dict[str, Path]:
+    """The files at `path` that count, by name: a file, or those in a folder but manifests and hidden ones."""
+    if not path.is_dir():
+        return {path.name: path}
+    named = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
+    return {n: p for n, p in named.items() if n != MANIFEST and not _is_hidden(n)}
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def flat_inputs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A manifest's inputs by name; those of a mapping under NAME.KEY."""
+    flat: dict[str, dict[str, Any]] = {}
+    for name, given in manifest["inputs"].items():
+        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
+    return flat
 
 
 def _file_record(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -255,11 +278,16 @@ def _file_record(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
     record = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     if known and all(known[k] == record[k] for k in record):
         return known
+    return {**record, "sha256": file_digest(path)}
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
-    return {**record, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _fingerprints(value: Any, known: Any = None) -> Any:

@@ -24,6 +24,7 @@ GROUND = {
     "recipe",
     "artifacts",
     "layers",
+    "weight_files",
 }
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
