@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moemerge.artifacts import MANIFEST, artifact_files, file_digest, flat_inputs, own_digest, read_manifest
+from moemerge.artifacts import flat_inputs, holds_manifest, own_digest, read_manifest
 from moemerge.errors import ArtifactError
+from moemerge.fingerprints import MANIFEST, artifact_files, file_digest
 from moemerge.weight_files import Fault, weight_faults
 
 __all__ = ["Fault", "Verification", "verify", "verify_folder"]
@@ -77,15 +78,9 @@ class _Chain:
             return
         root = path if path.is_dir() else path.parent
         self.found.faults += [_under(root, one) for one in _file_faults(path, record["files"])]
-        home = next((p for p in (root, root.parent) if _holds_manifest(p)), None)
+        home = next((p for p in (root, root.parent) if holds_manifest(p)), None)
         if home is not None:
             self.visit(home, inputs=True)
-
-
-def _holds_manifest(folder: Path) -> bool:
-    """Whether there is a manifest of ours, and not some other tool's file of that name."""
-    path = folder / MANIFEST
-    return path.is_file() and b'"stage"' in path.read_bytes()
 
 
 def _under(folder: Path, fault: Fault) -> Fault:
