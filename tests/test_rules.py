@@ -24,6 +24,12 @@ GROUND = {
     "recipe",
     "artifacts",
     "layers",
+    "weight_files",
+    "disk",
+    "locks",
+    "fingerprints",
+    "environment",
+    "redaction",
 }
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
@@ -37,7 +43,6 @@ HOMES = {
     "datasets": {"rows", "train", "trainer"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},
-    "filelock": {"pipeline"},
     "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
 }
