@@ -13,6 +13,7 @@ PROBES: Registry[Probe] = Registry(
     "probe",
     {
         "accuracy": "moemerge.probes.accuracy:PROBE",
+        "calibration": "moemerge.probes.calibration:PROBE",
         "best_of_n": "moemerge.probes.best_of_n:PROBE",
     },
 )
