@@ -34,10 +34,14 @@ O = TypeVar("O", bound=Run)  # noqa: E741
 
 @dataclass
 class Draft:
-    """An artifact in the making: write files into `folder`, put what is worth telling into `results`."""
+    """An artifact in the making: write files into `folder`, put what is worth telling into `results`.
+
+    provenance: what its manifest will say of stage, options, inputs, versions and hardware.
+    """
 
     folder: Path
     results: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,18 +124,21 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
     inputs = {key: _fingerprints(value) for key, value in input_fields(options).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Draft(Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent)))
+    draft.provenance = {
+        "stage": name,
+        "options": json.loads(options.model_dump_json()),
+        "inputs": inputs,
+        "versions": _versions(),
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()},
+        "started": started.isoformat(timespec="seconds"),
+    }
     try:
         yield draft
         manifest = {
             "schema": SCHEMA,
-            "stage": name,
-            "options": json.loads(options.model_dump_json()),
-            "inputs": inputs,
+            **draft.provenance,
             "results": draft.results,
             "files": fingerprint(draft.folder)["files"],
-            "versions": _versions(),
-            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()},
-            "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - clock, 3),
         }
         write_json(draft.folder / MANIFEST, manifest)

@@ -26,7 +26,7 @@ GROUND = {
     "layers",
 }
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
-TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
+TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
     "click": {"cli"},
     "trl": {"train", "trainer"},
@@ -40,6 +40,7 @@ HOMES = {
     "filelock": {"pipeline"},
     "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
+    "jinja2": {"html_report"},
 }
 
 
