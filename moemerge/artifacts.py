@@ -37,11 +37,15 @@ O = TypeVar("O", bound=Run)  # noqa: E741
 
 @dataclass
 class Draft:
-    """An artifact in the making: write files into `folder`, put what is worth telling into `results`."""
+    """An artifact in the making: write files into `folder`, put what is worth telling into `results`.
+
+    provenance: what its manifest will say of stage, options and inputs.
+    """
 
     folder: Path
     output: Path
     results: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     needed: int | None = None
 
     def reserve(self, size: int) -> None:
@@ -143,9 +147,9 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
             )
             try:
                 with draft.disk_faults():
-                    manifest = _beginning(name, options)
+                    draft.provenance = _beginning(name, options)
                     yield draft
-                    _seal(draft, manifest, options)
+                    _seal(draft, options)
                     put_in_place(draft.folder, output)
             finally:
                 remove(draft.folder)
@@ -220,8 +224,9 @@ def plain_options(options: Options) -> dict[str, Any]:
     return dict(redacted(json.loads(options.model_dump_json())))
 
 
-def _seal(draft: Draft, manifest: dict[str, Any], options: Run) -> None:
+def _seal(draft: Draft, options: Run) -> None:
     """Flush the draft, read it back from the disk, check it, and write the manifest of what was read."""
+    manifest = draft.provenance
     flush_tree(draft.folder)
     files = fingerprint(draft.folder)["files"]
     for fault in weight_faults(draft.folder, list(files)):

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,11 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import data, runtime
 from moemerge.artifacts import Draft, stage, write_json
+from moemerge.environment import hardware, versions
 from moemerge.errors import OptionError, suggest
+from moemerge.evaluation_page import evaluation_sections
+from moemerge.html_report import write_report
 from moemerge.moe import moe_layers
 from moemerge.probes import PROBES, expand
-from moemerge.probes.base import CandidateScores, EditScores, PairScores, Probe, Table
+from moemerge.probes.base import CandidateScores, EditScores, PairScores, Probe
 from moemerge.probes.edits import EncodedEdit, encode_edits, make_edits, some_pairs
+from moemerge.provenance_page import provenance_section
 from moemerge.recipe import Evaluate
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 
@@ -34,7 +37,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     """Score every model on every set, once, and run the probes on the scores.
 
     One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
-    so that comparisons stay paired. Writes scores.safetensors, report.json, report.md and plots.
+    so that comparisons stay paired. Writes scores.safetensors, report.json, report.html, report.md and plots.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
     probes = _probes(options)
@@ -265,32 +268,21 @@ def _write(
     models: Mapping[str, dict[str, Any]],
     sets: Sequence[_Set],
 ) -> None:
-    plots = [plot for name, probe in probes.items() for plot in probe.plot(results[name], draft.folder)]
-    tables = [table for name, probe in probes.items() for table in probe.tables(results[name])]
+    plots = {name: probe.plot(results[name], draft.folder) for name, probe in probes.items()}
     rows = {f"{one.kind}/{one.name}": one.report for one in sets}
     report = {
         "models": models,
         "baseline": options.baseline or next(iter(models)),
         "rows": rows,
         "probes": results,
-        "plots": plots,
+        "plots": [plot for names in plots.values() for plot in names],
+        "plots_by_probe": plots,
     }
     write_json(draft.folder / "report.json", report)
-    _write_markdown(draft.folder / "report.md", [_model_table(models), *tables], plots)
+    made = {**draft.provenance, "versions": versions(), "hardware": hardware()}
+    sections = [*evaluation_sections(report, draft.folder), provenance_section({"evaluate": made})]
+    write_report(draft.folder, "Evaluation", sections)
     draft.results |= {"models": models, "rows": rows, "main": _main_numbers(results)}
-
-
-def _model_table(models: Mapping[str, dict[str, Any]]) -> Table:
-    rows = [
-        [name, facts["class"], f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]
-        for name, facts in models.items()
-    ]
-    return Table("Models", ["model", "class", "parameters", "used per token"], rows)
-
-
-def _write_markdown(path: Path, tables: Sequence[Table], plots: Sequence[str]) -> None:
-    parts = ["# Evaluation\n", *(table.markdown() for table in tables), *(f"![{p}]({p})\n" for p in plots)]
-    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

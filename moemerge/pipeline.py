@@ -6,7 +6,7 @@ import importlib.resources
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from moemerge import recipe as options_of
 from moemerge import summary
-from moemerge.artifacts import Stage, plain_options, read_manifest, why_stale
+from moemerge.artifacts import MANIFEST, Stage, plain_options, read_manifest, why_stale
 from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
 from moemerge.coefficients import FINDS_SHARED
 from moemerge.disk import disk_faults, leftovers, recover, write_whole
@@ -77,13 +77,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished run: folder, what became of each step, final table, pictures, the merged model's folder."""
+    """A finished run: folder, what became of each step, final table, pictures and page, the merged model."""
 
     output: Path
     steps: list[StepReport]
     table: str
     verdict: str
     pictures: list[Path]
+    page: Path
     merged: Path
 
 
@@ -132,7 +133,19 @@ def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     table, verdict = summary.table(report), summary.verdict(report, learned)
     write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{verdict}\n")
     pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
-    return RunReport(recipe.output, reports, table, verdict, pictures, recipe.output / learned)
+    page = _page(recipe.output, [one.name for one in reports], learned)
+    return RunReport(recipe.output, reports, table, verdict, pictures, page, recipe.output / learned)
+
+
+def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
+    """The run's page, written again when it is older than a step."""
+    from moemerge.run_page import PAGE, write_run_page
+
+    page = run / PAGE
+    newest = max((run / step / MANIFEST).stat().st_mtime_ns for step in steps)
+    if page.exists() and page.stat().st_mtime_ns > newest:
+        return page
+    return write_run_page(run, steps, learned)
 
 
 @contextmanager

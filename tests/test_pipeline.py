@@ -85,6 +85,7 @@ def _contents(value: Any) -> Any:
 def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     fake = FakeStages()
     monkeypatch.setattr(pipeline, "STAGES", fake)
+    monkeypatch.setattr(pipeline, "_page", lambda run, steps, learned: run / "report.html")
     return fake
 
 

@@ -32,7 +32,7 @@ GROUND = {
     "redaction",
 }
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
-TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
+TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
     "click": {"cli"},
     "trl": {"train", "trainer"},
@@ -45,6 +45,7 @@ HOMES = {
     "matplotlib": {"plotting"},
     "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
+    "jinja2": {"html_report", "tokenise"},  # pages; the faults of chat templates
 }
 
 

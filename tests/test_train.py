@@ -531,7 +531,8 @@ def test_output_is_quiet_complete_and_alone(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        *("history.json", "history.png", "manifest.json", "moemerge_layout.json", "moemerge_shim.py"),
+        *("history.json", "history.png", "history.plot.json"),
+        *("manifest.json", "moemerge_layout.json", "moemerge_shim.py"),
     }
     assert results["rows"]["pairs"]["kept"] == 48 and results["rows"]["validation"]["kept"] == 13
     lengths = [

@@ -21,6 +21,7 @@ from moemerge.rows import Text
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Interval = tuple[float, float]
+LONG_TEXT = 60
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,31 @@ class Table:
 
     def markdown(self) -> str:
         """The table as GitHub markdown, headed by its title; columns of numbers keep to the right."""
-        rule = ["---:" if all(map(_is_number, column)) else "---" for column in zip(*self.rows, strict=True)]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in self.rows]
-        body = ["| " + " | ".join(row) + " |" for row in [self.header, rule, *cells]]
-        return "\n".join([f"### {self.title}", "", *body, *(["", self.note] if self.note else [])]) + "\n"
+        rule = ["---:" if numeric else "---" for numeric in self.numeric()]
+        cells = [[_markdown_cell(cell) for cell in row] for row in [self.header, rule, *self.rows]]
+        body = ["| " + " | ".join(row) + " |" for row in cells]
+        note = ["", inert_markdown(self.note)] if self.note else []
+        return "\n".join([f"### {inert_markdown(self.title)}", "", *body, *note]) + "\n"
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers only."""
+        return [all(map(_is_number, column)) for column in self._columns()]
+
+    def prose(self) -> list[bool]:
+        """Which columns hold text that needs room to be read."""
+        return [max(map(len, column), default=0) > LONG_TEXT for column in self._columns()]
+
+    def _columns(self) -> list[list[str]]:
+        return [[row[place] for row in self.rows] for place in range(len(self.header))]
+
+
+def inert_markdown(text: str) -> str:
+    """`text` so that markdown finds no HTML, image or link in it."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(").replace("![", "!\\[")
+
+
+def _markdown_cell(text: str) -> str:
+    return inert_markdown(text).replace("|", "\\|").replace("\n", " ")
 
 
 def _is_number(cell: str) -> bool:
