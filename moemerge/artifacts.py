@@ -25,6 +25,7 @@ from moemerge.options import Options, Run, input_fields
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 PACKAGES = ("moemerge", "torch", "transformers", "trl", "mergekit", "peft", "safetensors")
 UNCOMPARED = {"output", "overwrite", "threads"}
 

@@ -21,11 +21,12 @@ GROUND = {
     "options",
     "fit_settings",
     "evaluate_settings",
+    "comparison_settings",
     "recipe",
     "artifacts",
     "layers",
 }
-STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
+STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish", "compare"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
     "click": {"cli"},
