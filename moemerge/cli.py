@@ -62,6 +62,11 @@ class StageCommand(click.Command):
             self.params = [*flags(str(self.name)), *self.params]
         return super().get_params(ctx)
 
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """As click does, with the arguments that may stand without a flag."""
+        leading = [f"[{LEADING[self.name][2:].upper()}]..."] if self.name in LEADING else []
+        return [*leading, *super().collect_usage_pieces(ctx)]
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag that may be repeated takes several values at once, too."""
         if self.name in LEADING and args and not args[0].startswith("-"):

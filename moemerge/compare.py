@@ -39,7 +39,12 @@ def compare(options: Compare, draft: Draft) -> None:
     measure lacks a seed; OptionError if the baseline is no model.
     """
     groups = [_compare_group(title, runs, options) for title, runs in _groups(map(_read, options.runs))]
-    plots = [name for place, group in enumerate(groups, 1) for name in _plot(group, place, draft.folder)]
+    plots = [
+        name
+        for place, group in enumerate(groups, 1)
+        for plot in (_plot_differences, _plot_costs)
+        for name in plot(group, place, draft.folder)
+    ]
     write_json(
         draft.folder / "compare.json", {"confidence": options.confidence, "groups": groups, "plots": plots}
     )
@@ -251,7 +256,7 @@ def _cells(numbers: Mapping[str, Any] | None) -> list[str]:
     return [f"{numbers['mean']:.4f}", f"{numbers['difference']:+.4f}{interval}"]
 
 
-def _plot(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+def _plot_differences(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
     """compare.png (compare-2.png, ...): difference to the baseline and its interval, a panel per measure."""
     baseline, name = group["baseline"], "compare.png" if place == 1 else f"compare-{place}.png"
     panels = {
@@ -262,6 +267,29 @@ def _plot(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
     if not panels:
         return []
     plotting.dots(panels, folder / name, f"difference to {baseline}", baseline)
+    return [name]
+
+
+def _plot_costs(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+    """cost.png (cost-2.png, ...): a measure's mean against FLOPs per token, a panel per measure."""
+    flops = {
+        model: costs["flops_per_token"]
+        for model, costs in group["costs"].items()
+        if "flops_per_token" in costs
+    }
+    panels = [
+        plotting.Panel(
+            what,
+            {m: plotting.Line([flops[m]], [found["mean"]]) for m, found in measured.items() if m in flops},
+            "FLOPs per token",
+            what,
+        )
+        for what, measured in group["measures"].items()
+    ]
+    if not flops or not panels:
+        return []
+    name = "cost.png" if place == 1 else f"cost-{place}.png"
+    plotting.panels(panels, folder / name, group["title"], log_x=True)
     return [name]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#777777"
 MARKERS = "osD^vPX"
+STROKES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (1, 1)))  # of the first seven lines, the next seven, ...
 CELLS_WITH_NUMBERS = 240
 
 
@@ -139,8 +140,10 @@ def _styles(plots: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     for number, name in enumerate(n for n in names if n in grey):
         found[name] = {"color": GREY, "linestyle": dashes[number % 3], "linewidth": 1.2}
     for number, name in enumerate(n for n in names if n not in grey):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        found[name] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+        round, place = divmod(number, len(COLOURS))
+        marker, stroke = MARKERS[(place + 2 * round) % len(MARKERS)], STROKES[round % len(STROKES)]
+        look = {"color": COLOURS[place], "marker": marker, "linestyle": stroke}
+        found[name] = {**look, "markersize": 4, "linewidth": 1.6}
     return found
 
 
