@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moemerge.artifacts import parse_options
+from moemerge import baselines
+from moemerge.artifacts import RECIPE_COPY, parse_options
 from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
 from moemerge.families import FAMILIES, family_called
 from moemerge.layers import parse_layers
@@ -20,7 +21,6 @@ from moemerge.recipe_file import Tree, apply_overrides, read_yaml
 
 MAX_ROUNDS = 20
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-RECIPE_COPY = "recipe.json"
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
@@ -122,9 +122,12 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
             "data.test_share",
             "data.candidates",
             "control",
+            "baselines",
+            "evaluate.ensembles",
             "also_merge",
         },
         _check_publish: {"publish.repo"},
+        baselines.faults: {"control", "baselines", "seeds"},
         _check_output: set(),
     }
     sound = [check for check, keys in checks.items() if not keys & set(dropped)]
@@ -318,7 +321,14 @@ def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeErro
 def model_names(recipe: Recipe) -> list[str]:
     """The models that a run compares, by their names in the report."""
     merges = [f"merge-{method}" for method in [*recipe.also_merge, recipe.fit.method]]
-    return ["dense", *(["control"] if recipe.control else []), "moe", *merges]
+    dense = ["dense", *(["control"] if recipe.control else []), *baselines.models(recipe)]
+    return [*dense, "moe", *merges]
+
+
+def scored_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, and their ensembles."""
+    evaluated = recipe.evaluate.model_copy(update={"ensembles": baselines.ensembles(recipe)})
+    return [*model_names(recipe), *evaluated.combinations()]
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
@@ -327,7 +337,10 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
     for probe in expand(recipe.evaluate.probes):
         yield from _unknown("evaluate.probes", probe, PROBES)
     if recipe.evaluate.baseline is not None:
-        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, model_names(recipe))
+        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
+    for name, members in recipe.evaluate.ensembles.items():
+        for member in members:
+            yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
     if recipe.synthetic is None and data and not (data.tests or data.test_share or data.candidates):
         yield _fault(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,11 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import data, runtime
 from moemerge.artifacts import Draft, stage, write_json
+from moemerge.cost import cost
+from moemerge.ensembles import check_ensembles, ensemble_facts, ensemble_scores
 from moemerge.environment import hardware, versions
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation_page import evaluation_sections
 from moemerge.html_report import write_report
-from moemerge.moe import moe_layers
 from moemerge.probes import PROBES, expand
 from moemerge.probes.base import CandidateScores, EditScores, PairScores, Probe
 from moemerge.probes.edits import EncodedEdit, encode_edits, make_edits, some_pairs
@@ -40,6 +42,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     so that comparisons stay paired. Writes scores.safetensors, report.json, report.html, report.md and plots.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
+    check_ensembles(options)
     probes = _probes(options)
     device = runtime.use(options)
     tokenizers = {
@@ -50,10 +53,15 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     scores, models = {}, {}
     for name, path in options.models.items():
         model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
-        models[name] = {"source": path, "class": type(model).__name__, **parameters(model)}
+        models[name] = {"source": path, "class": type(model).__name__, **cost(model)}
+        started = time.perf_counter()
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
+        models[name]["seconds"] = time.perf_counter() - started
+        models[name]["tokens"] = sum(len(text.ids) for one in sets for text in one.texts[name])
         del model
         _free_memory()
+    scores |= ensemble_scores(options, scores)
+    models |= ensemble_facts(options, models)
     results = _measure(probes, sets, scores, options)
     _write(draft, options, probes, results, models, sets)
     save_file(_tensors(sets, scores), draft.folder / "scores.safetensors")
@@ -72,12 +80,13 @@ class _Set:
 
 def _probes(options: Evaluate) -> dict[str, Probe]:
     """The probes asked for that have data; faults in the options are found here, before any work."""
-    if options.baseline is not None and options.baseline not in options.models:
+    known = [*options.models, *options.combinations()]
+    if options.baseline is not None and options.baseline not in known:
         raise OptionError(
             "the baseline is none of the models",
             given=options.baseline,
-            expected=f"one of: {', '.join(options.models)}",
-            fix=suggest(options.baseline, options.models),
+            expected=f"one of: {', '.join(known)}",
+            fix=suggest(options.baseline, known),
         )
     asked = {name: PROBES.get(name) for name in expand(options.probes)}
     probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
@@ -91,15 +100,6 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
             fix="give models, pairs and candidates as name=path",
         )
     return probes
-
-
-def parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Weights in `model`, and those that one token uses: without the routed experts it is not sent to."""
-    total = sum(weight.numel() for weight in model.parameters())
-    routed = sum(w.numel() for layer in moe_layers(model).values() for w in layer.experts.parameters())
-    moe = getattr(model.config, "moemerge", None) or {}
-    idle = routed - routed * moe["num_experts_per_tok"] // moe["num_routed_experts"] if routed else 0
-    return {"parameters": total, "active_parameters": total - idle}
 
 
 def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[_Set]:
@@ -270,8 +270,9 @@ def _write(
 ) -> None:
     plots = {name: probe.plot(results[name], draft.folder) for name, probe in probes.items()}
     rows = {f"{one.kind}/{one.name}": one.report for one in sets}
+    timeless = {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()}
     report = {
-        "models": models,
+        "models": timeless,  # evaluated again, the same models give the same report
         "baseline": options.baseline or next(iter(models)),
         "rows": rows,
         "probes": results,

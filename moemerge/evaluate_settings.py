@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moemerge.options import Options
@@ -23,3 +25,16 @@ class EvaluateSettings(Options):
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
     bias_pairs: int = Field(500, ge=1, description="bias probes edit at most so many pairs per test set")
+    ensembles: dict[str, list[str]] = Field(
+        default_factory=dict, description="name: models whose scores are combined, as ensemble_by says"
+    )
+    ensemble_by: list[Literal["mean", "worst", "variance"]] = Field(
+        default_factory=lambda: ["mean", "worst", "variance"],  # type: ignore[arg-type]
+        description="mean; worst: the lowest of the members' (WCO); variance: mean - penalty * theirs (UWO)",
+    )
+    variance_penalty: float = Field(0.5, ge=0, description="of ensemble_by variance (arXiv 2310.02743)")
+
+    def combinations(self) -> dict[str, tuple[list[str], str]]:
+        """Every ensemble's name in the report, NAME-HOW: its members, and how their scores are combined."""
+        ways = [(name, members, how) for name, members in self.ensembles.items() for how in self.ensemble_by]
+        return {f"{name}-{how}": (members, how) for name, members, how in ways}
