@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from moemerge.synthetic import write_world as write_world
     from moemerge.train import train as train
     from moemerge.upcycle import upcycle as upcycle
+    from moemerge.verify import verify as verify
+    from moemerge.verify import verify_folder as verify_folder
 
     __version__: str
 
@@ -60,6 +62,8 @@ _HOMES = {
     "check_recipe": "pipeline",
     "load_recipe": "pipeline",
     "load_moe": "modelling",
+    "verify": "verify",
+    "verify_folder": "verify",
     "RoutingStatistics": "routing",
     "Coefficients": "coefficients.base",
     "MoemergeError": "errors",

@@ -16,9 +16,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from moemerge import recipe
-from moemerge.artifacts import MANIFEST, expect_stage, fingerprint, read_manifest
+from moemerge.artifacts import expect_stage, read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError
+from moemerge.fingerprints import MANIFEST, fingerprint
 from moemerge.options import Run, input_fields
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table

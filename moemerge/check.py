@@ -322,9 +322,9 @@ def model_names(recipe: Recipe) -> list[str]:
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
-    from moemerge.probes import PROBES
+    from moemerge.probes import PROBES, expand
 
-    for probe in recipe.evaluate.probes:
+    for probe in expand(recipe.evaluate.probes):
         yield from _unknown("evaluate.probes", probe, PROBES)
     if recipe.evaluate.baseline is not None:
         yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, model_names(recipe))

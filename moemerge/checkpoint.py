@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moemerge.artifacts import flush
+from moemerge.disk import flush
 from moemerge.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -275,7 +275,7 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
 
     report = run_recipe(recipe, overrides, output, tell=_tell_step)
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
-    click.echo(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}")
+    click.echo(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
     click.echo(f"Load the merged model:\n{_loading_lines(report.merged)}")
 
 

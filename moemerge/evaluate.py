@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,10 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import data, runtime
 from moemerge.artifacts import Draft, stage, write_json
+from moemerge.environment import hardware, versions
 from moemerge.errors import OptionError, suggest
+from moemerge.evaluation_page import evaluation_sections
+from moemerge.html_report import write_report
 from moemerge.moe import moe_layers
-from moemerge.probes import PROBES
-from moemerge.probes.base import CandidateScores, PairScores, Probe, Table
+from moemerge.probes import PROBES, expand
+from moemerge.probes.base import CandidateScores, EditScores, PairScores, Probe
+from moemerge.probes.edits import EncodedEdit, encode_edits, make_edits, some_pairs
+from moemerge.provenance_page import provenance_section
 from moemerge.recipe import Evaluate
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 
@@ -33,7 +37,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     """Score every model on every set, once, and run the probes on the scores.
 
     One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
-    so that comparisons stay paired. Writes scores.safetensors, report.json, report.md and plots.
+    so that comparisons stay paired. Writes scores.safetensors, report.json, report.html, report.md and plots.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
     probes = _probes(options)
@@ -42,6 +46,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
     }
     sets = _read_sets(options, tokenizers)
+    sets += _edited_sets(options, tokenizers, probes, sets)
     scores, models = {}, {}
     for name, path in options.models.items():
         model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
@@ -56,7 +61,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
 
 @dataclass(frozen=True)
 class _Set:
-    """One test or candidate set: its usable items, and their texts' tokens per tokenizer."""
+    """One test or candidate set, or one edit of a test set: its usable items, their tokens by model."""
 
     kind: str
     name: str
@@ -74,7 +79,7 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
             expected=f"one of: {', '.join(options.models)}",
             fix=suggest(options.baseline, options.models),
         )
-    asked = {name: PROBES.get(name) for name in options.probes}
+    asked = {name: PROBES.get(name) for name in expand(options.probes)}
     probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
     for name in asked.keys() - probes.keys():
         log.warning("%s is left out: no %s are given", name, asked[name].needs)
@@ -109,6 +114,25 @@ def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBa
     return found
 
 
+def _edited_sets(
+    options: Evaluate,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    probes: Mapping[str, Probe],
+    sets: Sequence[_Set],
+) -> list[_Set]:
+    """The edited answers that the probes ask for, one set per test set, probe and edit."""
+    found = []
+    for one in sets:
+        places = some_pairs(one.items, options.bias_pairs, options.seed)
+        for name, probe in probes.items():
+            if one.kind == "pairs" and probe.edits is not None:
+                made = make_edits(one.items, places, probe.edits, one.name, options.seed)
+                for edit, (items, report) in made.items():
+                    kept, texts = _encode("edits", items, report, tokenizers, options)
+                    found.append(_Set("edits", f"{one.name}/{name}/{edit}", kept, texts, report.summary()))
+    return found
+
+
 def _encode(
     kind: str,
     items: Sequence[Any],
@@ -117,13 +141,17 @@ def _encode(
     options: Evaluate,
 ) -> tuple[Sequence[Any], dict[str, list[data.Encoded]]]:
     """The items that every tokenizer can encode, and their texts by model; equal tokenizers work once."""
-    encoders: dict[str, Any] = {"pairs": data.encode_pairs, "candidates": data.encode_candidates}
+    encoders: dict[str, Any] = {
+        "pairs": data.encode_pairs,
+        "candidates": data.encode_candidates,
+        "edits": encode_edits,
+    }
     done: dict[str, dict[int, list[data.Encoded]]] = {}
     keys = {model: _identity(tokenizer) for model, tokenizer in tokenizers.items()}
     for model, key in keys.items():
         if key not in done:
             encoded = encoders[kind](tokenizers[model], items, options, report)
-            items = [one.pair if kind == "pairs" else one.candidates for one in encoded]
+            items = [_item(one) for one in encoded]
             done[key] = {item.row: _texts(one) for item, one in zip(items, encoded, strict=True)}
     texts = {model: [text for item in items for text in done[key][item.row]] for model, key in keys.items()}
     return items, texts
@@ -136,8 +164,16 @@ def _identity(tokenizer: Any) -> str:
     return json.dumps([core, str(tokenizer.chat_template), str(tokenizer.eos_token)])
 
 
-def _texts(one: data.EncodedPair | data.EncodedCandidates) -> list[data.Encoded]:
-    return [one.chosen, one.rejected] if isinstance(one, data.EncodedPair) else one.answers
+def _item(one: data.EncodedPair | data.EncodedCandidates | EncodedEdit) -> Any:
+    if isinstance(one, data.EncodedPair):
+        return one.pair
+    return one.edited if isinstance(one, EncodedEdit) else one.candidates
+
+
+def _texts(one: data.EncodedPair | data.EncodedCandidates | EncodedEdit) -> list[data.Encoded]:
+    if isinstance(one, data.EncodedPair):
+        return [one.chosen, one.rejected]
+    return [one.answer] if isinstance(one, EncodedEdit) else one.answers
 
 
 def _score_sets(
@@ -166,8 +202,13 @@ def _measure(
     inputs: dict[str, dict[str, Any]] = {"pairs": {}, "candidates": {}}
     for place, one in enumerate(sets):
         values = {model: found[place].double().numpy() for model, found in scores.items()}
-        gather = _pair_scores if one.kind == "pairs" else _candidate_scores
-        inputs[one.kind][one.name] = gather(one.items, values)
+        if one.kind == "edits":
+            owner, probe, edit = one.name.rsplit("/", 2)
+            pairs = inputs["pairs"][owner]
+            inputs["pairs"][owner] = pairs.with_edit(f"{probe}/{edit}", _edit_scores(one, values))
+        else:
+            gather = _pair_scores if one.kind == "pairs" else _candidate_scores
+            inputs[one.kind][one.name] = gather(one.items, values)
     return {name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()}
 
 
@@ -182,6 +223,11 @@ def _pair_scores(pairs: Sequence[data.Pair], values: Mapping[str, Any]) -> PairS
         prompts=np.array(prompts),
         lengths=np.array(lengths),
     )
+
+
+def _edit_scores(edit: _Set, values: Mapping[str, Any]) -> EditScores:
+    left_out = {why: bad["count"] for why, bad in edit.report["bad"].items()}
+    return EditScores(list(edit.items), dict(values), left_out)
 
 
 def _candidate_scores(sets: Sequence[data.CandidateSet], values: Mapping[str, Any]) -> CandidateScores:
@@ -201,14 +247,17 @@ def _tensors(sets: Sequence[_Set], scores: Mapping[str, list[Tensor]]) -> dict[s
     """What scores.safetensors holds: KIND/SET/rows, source rows by text, and KIND/SET/model/MODEL, scores."""
     found = {}
     for place, one in enumerate(sets):
-        counts = [2 if one.kind == "pairs" else len(item.texts) for item in one.items]
-        rows = torch.tensor([item.row for item in one.items])
-        found[f"{one.kind}/{one.name}/rows"] = rows.repeat_interleave(torch.tensor(counts))
+        rows = [item.row for item in one.items for _ in range(_texts_of(one.kind, item))]
+        found[f"{one.kind}/{one.name}/rows"] = torch.tensor(rows, dtype=torch.long)
         for model, values in scores.items():
             found[f"{one.kind}/{one.name}/model/{model}"] = values[place]
         if one.kind == "candidates":
             found[f"{one.kind}/{one.name}/gold"] = torch.tensor([g for item in one.items for g in item.gold])
     return found
+
+
+def _texts_of(kind: str, item: Any) -> int:
+    return {"pairs": 2, "edits": 1}.get(kind) or len(item.texts)
 
 
 def _write(
@@ -219,32 +268,21 @@ def _write(
     models: Mapping[str, dict[str, Any]],
     sets: Sequence[_Set],
 ) -> None:
-    plots = [plot for name, probe in probes.items() for plot in probe.plot(results[name], draft.folder)]
-    tables = [table for name, probe in probes.items() for table in probe.tables(results[name])]
+    plots = {name: probe.plot(results[name], draft.folder) for name, probe in probes.items()}
     rows = {f"{one.kind}/{one.name}": one.report for one in sets}
     report = {
         "models": models,
         "baseline": options.baseline or next(iter(models)),
         "rows": rows,
         "probes": results,
-        "plots": plots,
+        "plots": [plot for names in plots.values() for plot in names],
+        "plots_by_probe": plots,
     }
     write_json(draft.folder / "report.json", report)
-    _write_markdown(draft.folder / "report.md", [_model_table(models), *tables], plots)
+    made = {**draft.provenance, "versions": versions(), "hardware": hardware()}
+    sections = [*evaluation_sections(report, draft.folder), provenance_section({"evaluate": made})]
+    write_report(draft.folder, "Evaluation", sections)
     draft.results |= {"models": models, "rows": rows, "main": _main_numbers(results)}
-
-
-def _model_table(models: Mapping[str, dict[str, Any]]) -> Table:
-    rows = [
-        [name, facts["class"], f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]
-        for name, facts in models.items()
-    ]
-    return Table("Models", ["model", "class", "parameters", "used per token"], rows)
-
-
-def _write_markdown(path: Path, tables: Sequence[Table], plots: Sequence[str]) -> None:
-    parts = ["# Evaluation\n", *(table.markdown() for table in tables), *(f"![{p}]({p})\n" for p in plots)]
-    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -11,9 +11,15 @@ class EvaluateSettings(Options):
     """Accuracy and over-optimisation of several models on the same data."""
 
     probes: list[str] = Field(
-        default_factory=lambda: ["accuracy", "best_of_n"], description="what to measure"
+        default_factory=lambda: ["accuracy", "calibration", "best_of_n"],
+        description="what to measure; biases stands for all bias probes",
     )
     baseline: str | None = Field(None, description="model that the others are compared with, pair by pair")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
+    sections: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="groups of subsets to give an accuracy for, section=subset,subset",
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    bias_pairs: int = Field(500, ge=1, description="bias probes edit at most so many pairs per test set")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.resources
 import json
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any
 
 from moemerge import recipe as options_of
 from moemerge import summary
-from moemerge.artifacts import Stage, read_manifest, why_stale, write_json
+from moemerge.artifacts import MANIFEST, Stage, plain_options, read_manifest, why_stale
 from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
 from moemerge.coefficients import FINDS_SHARED
-from moemerge.errors import ArtifactError, Faults, OptionError, suggest
+from moemerge.disk import disk_faults, leftovers, recover, write_whole
+from moemerge.errors import Faults, OptionError, suggest
+from moemerge.locks import hold, lock_of
 from moemerge.options import Options, Run, TextFormat
 from moemerge.recipe import Recipe
 from moemerge.registry import Registry
@@ -76,13 +77,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished run: folder, what became of each step, final table, pictures, the merged model's folder."""
+    """A finished run: folder, what became of each step, final table, pictures and page, the merged model."""
 
     output: Path
     steps: list[StepReport]
     table: str
     verdict: str
     pictures: list[Path]
+    page: Path
     merged: Path
 
 
@@ -104,8 +106,9 @@ def run_recipe(
         raise Faults("recipe", list(faults))
     steps = plan(recipe)
     with _alone(recipe.output):
-        _remove_leftovers(recipe.output, steps)
-        write_json(recipe.output / RECIPE_COPY, json.loads(recipe.model_dump_json()))
+        _recover(steps)
+        text = json.dumps(plain_options(recipe), indent=1, ensure_ascii=False)
+        write_whole(recipe.output / RECIPE_COPY, text + "\n")
         reports = []
         for step in steps:
             reports.append(_run_step(step))
@@ -128,33 +131,38 @@ def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     report = json.loads((recipe.output / "evaluate" / "report.json").read_text(encoding="utf-8"))
     learned = f"merge-{recipe.fit.method}"
     table, verdict = summary.table(report), summary.verdict(report, learned)
-    (recipe.output / SUMMARY).write_text(f"# Results\n\n{table}\n\n{verdict}\n", encoding="utf-8")
+    write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{verdict}\n")
     pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
-    return RunReport(recipe.output, reports, table, verdict, pictures, recipe.output / learned)
+    page = _page(recipe.output, [one.name for one in reports], learned)
+    return RunReport(recipe.output, reports, table, verdict, pictures, page, recipe.output / learned)
+
+
+def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
+    """The run's page, written again when it is older than a step."""
+    from moemerge.run_page import PAGE, write_run_page
+
+    page = run / PAGE
+    newest = max((run / step / MANIFEST).stat().st_mtime_ns for step in steps)
+    if page.exists() and page.stat().st_mtime_ns > newest:
+        return page
+    return write_run_page(run, steps, learned)
 
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Hold the run's folder; the lock goes with the process, however it ends."""
-    from filelock import FileLock, Timeout
-
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / LOCK, timeout=0):
+    """Hold the run's folder; a full or broken disk becomes an ArtifactError."""
+    with disk_faults(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with hold(output / LOCK, output):
             yield
-    except Timeout as error:
-        raise ArtifactError(
-            "another run is at work in this folder",
-            given=str(output),
-            expected="one run per folder at a time",
-            fix="wait for it, or choose another output",
-        ) from error
 
 
-def _remove_leftovers(output: Path, steps: Iterable[Step]) -> None:
-    for step in steps:
-        for leftover in output.glob(f".{step.name}.*.tmp"):
-            shutil.rmtree(leftover)
+def _recover(steps: Iterable[Step]) -> None:
+    """Clear away what a killed run left of steps, and refuse to run while another process makes one."""
+    for output in (step.options.output for step in steps):
+        if leftovers(output):
+            with hold(lock_of(output), output):
+                recover(output)
 
 
 def plan(recipe: Recipe) -> list[Step]:

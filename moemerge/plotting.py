@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from moemerge.figures import Curves, Dots, HeatMap, Plot, save_plot
+from moemerge.figures import Line as Line
+from moemerge.figures import Panel as Panel
+
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; black comes last.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GREY = "#777777"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
+GREY, GRID, INK = "#777777", "#dddddd", "#24292f"
 MARKERS = "osD^vPX"
 CELLS_WITH_NUMBERS = 240
+# What these become on a dark page.
+ON_DARK = {
+    **{"#0072b2": "#4c9be8", "#d55e00": "#f0793a", "#009e73": "#2fbf94", "#56b4e9": "#9bd7f7"},
+    **{"#111111": "#f2f2f2", GREY: "#9aa0a6", GRID: "#3a4048", INK: "#d5dae0"},
+}
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
+SVG_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moemerge",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **{"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5},
+}
+SVG_WIDTH = 4.3
+LONGEST_NAME = 32
+UNDRAWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve: `y` over `x`, with an optional band; `reference` lines are grey and dashed."""
+def _plainly(draw: Callable[P, R]) -> Callable[P, R]:
+    """Dollars in names are dollars, not formulas."""
 
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    reference: bool = False
+    @wraps(draw)
+    def drawn(*given: P.args, **options: P.kwargs) -> R:
+        import matplotlib
 
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return draw(*given, **options)
 
-@dataclass(frozen=True)
-class Panel:
-    """One plot of a row of plots: named curves over a common axis."""
-
-    title: str
-    lines: Mapping[str, Line]
-    x_label: str
-    y_label: str
+    return drawn
 
 
+@_plainly
 def heat_map(
     matrix: Any,
     path: Path,
@@ -49,16 +66,15 @@ def heat_map(
 ) -> Path:
     """Draw `matrix` [rows, columns] as a PNG with a colour bar; small ones carry their numbers."""
     values = np.asarray(matrix, dtype=float)
+    names = [
+        [str(name) for name in (range(count) if ticks is None else ticks)]
+        for count, ticks in zip(values.shape, (y_ticks, x_ticks), strict=True)
+    ]
+    plot = HeatMap(values.tolist(), title.replace("\n", " "), x_label, y_label, names[1], names[0])
     rows, columns = values.shape
     figure, axes = _figure(min(14.0, 2.5 + 0.55 * columns), min(16.0, 1.8 + 0.34 * rows))
-    image = axes.imshow(values, aspect="auto", cmap="cividis")
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    _ticks(axes.xaxis, columns, x_ticks)
-    _ticks(axes.yaxis, rows, y_ticks)
-    if values.size <= CELLS_WITH_NUMBERS:
-        _write_numbers(axes, values)
-    figure.colorbar(image, ax=axes)
-    return _save(figure, path)
+    figure.colorbar(_draw_heat_map(axes, plot, title), ax=axes)
+    return _save(figure, path, plot)
 
 
 def lines(
@@ -68,6 +84,7 @@ def lines(
     return panels([Panel(title, series, x_label, y_label)], path, log_x=log_x)
 
 
+@_plainly
 def panels(
     plots: Sequence[Panel], path: Path, title: str = "", log_x: bool = False, columns: int = 2
 ) -> Path:
@@ -82,11 +99,13 @@ def panels(
     for cell in cells[len(plots) :]:
         cell.remove()
     if title:
-        figure.suptitle(title)
+        figure.suptitle(_drawn(title))
     _legend(figure, cells[: len(plots)])
-    return _save(figure, path)
+    name = title or (plots[0].title if len(plots) == 1 else "")
+    return _save(figure, path, Curves(name, plots, log_x))
 
 
+@_plainly
 def dots(
     groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, x_label: str, reference: str
 ) -> Path:
@@ -94,30 +113,113 @@ def dots(
 
     A dashed line marks the value of `reference`.
     """
+    plot = Dots(x_label, groups, x_label, reference)
     most = max(len(rows) for rows in groups.values())
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure, grid = _figure(1.0 + 4.2 * columns, rows * (1.0 + 0.36 * most), rows, columns)
     cells = np.atleast_1d(grid).flatten()
-    for cell, (title, group) in zip(cells, groups.items(), strict=False):
-        _draw_dots(cell, title, group, x_label)
-        cell.axvline(group[reference][0], color=GREY, linestyle="--", linewidth=1)
+    for cell, title in zip(cells, groups, strict=False):
+        _draw_dots(cell, title, plot)
     for cell in cells[len(groups) :]:
         cell.remove()
-    return _save(figure, path)
+    return _save(figure, path, plot)
 
 
-def _draw_dots(axes: Any, title: str, group: Mapping[str, tuple[float, float, float]], x_label: str) -> None:
+@_plainly
+def svgs(plot: Plot) -> list[str]:
+    """`plot` as SVG images, one per panel: as wide as a phone, no background, following light and dark."""
+    import matplotlib
+
+    with matplotlib.rc_context(SVG_STYLE):
+        return [_svg(figure) for figure in _narrow_figures(plot)]
+
+
+def _narrow_figures(plot: Plot) -> Iterator[Any]:
+    """One figure per panel, group or matrix."""
+    if isinstance(plot, HeatMap):
+        yield _narrow_heat_map(plot)
+    elif isinstance(plot, Dots):
+        for title, rows in plot.groups.items():
+            figure, axes = _figure(SVG_WIDTH, 0.9 + 0.3 * len(rows))
+            _draw_dots(axes, title, plot)
+            yield figure
+    else:
+        styles = _styles(plot.panels)
+        for panel in plot.panels:
+            figure, axes = _figure(SVG_WIDTH, 2.8 + 0.19 * math.ceil(len(panel.lines) / 3))
+            _draw(axes, panel, styles, plot.log_x)
+            _legend(figure, [axes], 3)
+            yield figure
+
+
+def _narrow_heat_map(plot: HeatMap) -> Any:
+    rows, columns = len(plot.y_ticks), len(plot.x_ticks)
+    figure, axes = _figure(max(3.2, 1.2 + 0.46 * columns), min(16.0, 1.1 + 0.3 * rows))
+    image = _draw_heat_map(axes, plot, "")
+    if rows * columns > CELLS_WITH_NUMBERS:
+        figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    # With a layout engine, matplotlib draws everything once more than it needs to.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue())
+
+
+def _themed(svg: str) -> str:
+    """The SVG with its colours as variables that a dark page changes, and the reader's own font."""
+    names = {colour: f"--c{number}" for number, colour in enumerate(ON_DARK)}
+    light = ";".join(f"{names[colour]}:{colour}" for colour in ON_DARK)
+    dark = ";".join(f"{names[colour]}:{other}" for colour, other in ON_DARK.items())
+    style = (
+        f"<style>svg{{{light}}}text{{font-family:{FONT}!important}}"
+        f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    )
+    colours = re.compile(r"(?<=[:\s])(" + "|".join(ON_DARK) + r")(?=[;\"])")
+    body = colours.sub(lambda found: f"var({names[found.group(1)]})", svg[svg.index("<svg") :])
+    root, rest = body.split(">", 1)
+    return f"{root}>{style}{rest}"
+
+
+def _draw_heat_map(axes: Any, plot: HeatMap, title: str) -> Any:
+    values = np.asarray(plot.matrix, dtype=float)
+    image = axes.imshow(values, aspect="auto", cmap="cividis")
+    axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylabel=_drawn(plot.y_label))
+    _ticks(axes.xaxis, plot.x_ticks)
+    _ticks(axes.yaxis, plot.y_ticks)
+    if values.size <= CELLS_WITH_NUMBERS:
+        _write_numbers(axes, values)
+    return image
+
+
+def _draw_dots(axes: Any, title: str, plot: Dots) -> None:
+    group = {name: np.asarray(one, dtype=float) for name, one in plot.groups[title].items()}
     for place, (value, low, high) in enumerate(group.values()):
         axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
-    axes.set(title=title, xlabel=x_label, ylim=(len(group) - 0.5, -0.5))
-    axes.set_yticks(range(len(group)), list(group))
+    axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylim=(len(group) - 0.5, -0.5))
+    axes.set_yticks(range(len(group)), [_short(name) for name in group])
+    axes.axvline(group[plot.reference][0], color=GREY, linestyle="--", linewidth=1)
     _tidy(axes)
 
 
+def _drawn(text: str) -> str:
+    """Without what neither fonts nor XML have."""
+    return UNDRAWABLE.sub("\ufffd", text)
+
+
+def _short(name: str) -> str:
+    half = LONGEST_NAME // 2
+    return _drawn(name if len(name) <= LONGEST_NAME else f"{name[:half]} … {name[-half:]}")
+
+
 def _tidy(axes: Any) -> None:
-    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -146,32 +248,32 @@ def _styles(plots: Sequence[Panel]) -> dict[str, dict[str, Any]]:
 
 def _draw(axes: Any, plot: Panel, styles: dict[str, dict[str, Any]], log_x: bool) -> None:
     for name, line in plot.lines.items():
-        axes.plot(line.x, line.y, label=name, **styles[name])
+        x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
+        axes.plot(x, y, label=_short(name), **styles[name])
         if line.low is not None and line.high is not None:
-            axes.fill_between(
-                line.x, line.low, line.high, color=styles[name]["color"], alpha=0.13, linewidth=0
-            )
-    axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+            low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
+            axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.13, linewidth=0)
+    axes.set(title=_drawn(plot.title), xlabel=_drawn(plot.x_label), ylabel=_drawn(plot.y_label))
     if log_x:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     _tidy(axes)
 
 
-def _legend(figure: Any, cells: Any) -> None:
+def _legend(figure: Any, cells: Any, columns: int = 4) -> None:
     handles: dict[str, Any] = {}
     for axes in cells:
         found, names = axes.get_legend_handles_labels()
         handles |= {name: handle for name, handle in zip(names, found, strict=True) if name not in handles}
     if handles:
-        figure.legend(
-            handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False
-        )
+        columns = min(columns, len(handles))
+        place = "outside lower center"
+        figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
 
 
-def _ticks(axis: Any, count: int, names: Sequence[Any] | None) -> None:
-    step = max(1, math.ceil(count / 32))
-    places = list(range(0, count, step))
-    axis.set_ticks(places, [str(names[p] if names is not None else p) for p in places])
+def _ticks(axis: Any, names: Sequence[str]) -> None:
+    places = list(range(0, len(names), max(1, math.ceil(len(names) / 32))))
+    axis.set_ticks(places, [_short(names[place]) for place in places])
 
 
 def _write_numbers(axes: Any, values: Any) -> None:
@@ -181,7 +283,8 @@ def _write_numbers(axes: Any, values: Any) -> None:
         axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path, plot: Plot) -> Path:
     # Without matplotlib's version in its metadata the same figure gives the same bytes.
     figure.savefig(path, metadata={"Software": None})
+    save_plot(plot, path)
     return path

@@ -174,7 +174,7 @@ def _group_table(statistics: RoutingStatistics) -> Table:
         mine_LN = statistics.gate_mass_LN(subset, side)
         tokens = int(statistics.total(subset, side).tokens_L[0])
         away = _total_variation(mine_LN, whole_LN)
-        rows.append([subset.replace("|", "\\|") or "(all)", side, str(tokens), f"{away:.4f}"])
+        rows.append([subset or "(all)", side, str(tokens), f"{away:.4f}"])
     note = "distance: half the L1 distance of this group's shares from those of all pairs, mean over layers."
     return Table("Subsets and sides", ["subset", "side", "tokens", "distance"], rows, note)
 

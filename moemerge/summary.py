@@ -122,11 +122,64 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def main_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table to see first: one row per model, every measure beside its difference to
+    the baseline; of best-of-n the largest n.
+    """
+    columns = [("model", {name: name for name in report["models"]})]
+    for title, cells in [*_accuracy(report), *_last_gold(report)]:
+        versus = {m: dict(_verdicts(report, m)).get(title, "") for m in report["models"]}
+        columns += [(title, cells), (f"minus {report['baseline']}", versus)]
+    used = {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()}
+    columns.append(("parameters used", used))
+    rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
+    return [title for title, _ in columns], rows
+
+
+def _last_gold(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, measured in _sets(report, "best_of_n").items():
+        cells = {model: f"{curve['gold'][-1]:.2f}" for model, curve in measured["models"].items()}
+        yield f"gold {name} at n={measured['n'][-1]}", cells
+
+
+def _verdicts(report: Report, model: str) -> Iterator[tuple[str, str]]:
+    """What is compared, and difference and interval to the baseline."""
+    if model != report["baseline"]:
+        for what, difference, low, high in _differences(report, model):
+            yield what, f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def standing(report: Report) -> str:
+    """How the models stand against the baseline, in words; models about which the same is true share a
+    sentence.
+    """
+    groups: dict[str, list[str]] = {}
+    for model in report["models"]:
+        if model != report["baseline"]:
+            groups.setdefault(_in_words(_differences(report, model)), []).append(model)
+    told = " ".join(f"{', '.join(models)}: {words}." for words, models in groups.items())
+    return f"Against {report['baseline']}: {told}" if told else ""
+
+
+def _in_words(differences: Iterator[tuple[str, float, float, float]]) -> str:
+    found: dict[str, list[str]] = {BETTER: [], BELOW: []}
+    for what, _, low, high in differences:
+        if low > 0 or high < 0:
+            found[BETTER if low > 0 else BELOW].append(what)
+    clear = [f"{word} in {', '.join(where)}" for word, where in found.items() if where]
+    return "; ".join(clear) or SAME
+
+
 def verdict(report: Report, model: str) -> str:
     """Whether `model` is better than the report's baseline, in words, set by set, by the paired intervals."""
+    return " ".join(verdict_sentences(report, model)).strip()
+
+
+def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
+    """The verdict in a sentence, and what it stands on; "" if there is nothing to compare."""
     baseline = report["baseline"]
     if model == baseline:
-        return f"Did merging help here? {model} is the baseline itself; nothing to compare."
+        return f"Did merging help here? {model} is the baseline itself; nothing to compare.", ""
     found = [(what, *_judge(*numbers)) for what, *numbers in _differences(report, model)]
     words = {word for _, word, _ in found}
     clear = sorted(words - {SAME})
@@ -134,11 +187,12 @@ def verdict(report: Report, model: str) -> str:
         len(clear), "helped in one place, made it worse in another"
     )
     parts = "; ".join(f"{what}: {word} ({numbers})" for what, word, numbers in found)
-    return f"Did merging help here? {model} against {baseline}: {head}. {parts}."
+    return f"Did merging help here? {model} against {baseline}: {head}.", f"{parts}."
 
 
 HELPED, WORSE, SAME = "helped", "made it worse", "no difference beyond the interval"
 EQUAL = "no difference at all"
+BETTER, BELOW = "better", "worse"
 
 
 def _differences(report: Report, model: str) -> Iterator[tuple[str, float, float, float]]:

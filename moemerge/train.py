@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from moemerge import runtime
 from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
+from moemerge.disk import write_whole
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.layers import parse_layers
@@ -137,10 +138,8 @@ def _compete(bench: _Bench, trials: list[Train], folder: Path) -> list[dict[str,
 
 
 def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    from moemerge.trainer import write_whole
-
     if not path.exists():
-        write_whole(path, make())
+        write_whole(path, json.dumps(make()))
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

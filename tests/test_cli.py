@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -255,10 +257,29 @@ def test_the_printed_lines_load_the_merged_model(small_run: tuple[Path, str]) ->
     assert names["model"].config.num_labels == 1 and names["tokenizer"].pad_token is not None
 
 
+def test_the_run_has_a_page_of_everything(small_run: tuple[Path, str]) -> None:
+    root, out = small_run
+    assert f"Report: {root / 'out/report.html'}" in out.splitlines()
+    page, text = ((root / f"out/report.{end}").read_text() for end in ("html", "md"))
+    titles = re.findall(r"^## (.*)$", text, re.M)
+    wanted = ["Summary", "Accuracy", "Best of n", "Training curves", "Routing", "Merge coefficients"]
+    assert titles[0] == "Summary" and [title for title in titles if title in wanted] == wanted
+    assert titles[-3:] == ["Models and data", "Steps", "Provenance"]
+    assert [html.unescape(title) for title in re.findall(r"<h2[^>]*>(.*?)</h2>", page)] == titles
+    for step in ("base", "control", "train", "fit-uniform", "fit-learned"):
+        assert f">{step}: " in page
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (root / "out" / picture).is_file()
+    model = read_manifest(root / "out/evaluate")["inputs"]["models"]["moe"]
+    assert model["sha256"][:16] in page and str(root) not in page + text
+
+
 def test_python_finds_everything_valid_that_the_command_line_made(small_run: tuple[Path, str]) -> None:
     root, _ = small_run
+    page = (root / "out/report.html").stat().st_mtime_ns
     report = moemerge.run_recipe(root / "recipe.yml")
     assert [step.reason for step in report.steps] == [None] * len(report.steps)
+    assert report.page.stat().st_mtime_ns == page
 
 
 def test_killed_run_goes_on_and_ends_with_the_same_model(small_run: tuple[Path, str]) -> None:

@@ -376,7 +376,8 @@ def test_stage_with_weights_only_scores_nothing_more(moe: Path, tmp_path: Path) 
     assert held.keys() == {"layers", "cosine", "distance", "size"}
     without = route(**given, output=tmp_path / "none")
     names = {path.name for path in folder.iterdir()} - {path.name for path in without.iterdir()}
-    assert names == {"diversity.json", "update_cosine.png", "update_distance.png"}
+    maps = {f"{name}{end}" for name in ("update_cosine", "update_distance") for end in (".png", ".plot.json")}
+    assert names == {"diversity.json", *maps}
     report = (without / "routing.md").read_text()
     tables = report.removesuffix("![gate mass](gate_mass.png)\n")
     assert tables and (folder / "routing.md").read_text().startswith(tables)

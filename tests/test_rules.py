@@ -24,9 +24,15 @@ GROUND = {
     "recipe",
     "artifacts",
     "layers",
+    "weight_files",
+    "disk",
+    "locks",
+    "fingerprints",
+    "environment",
+    "redaction",
 }
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
-TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
+TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
     "click": {"cli"},
     "trl": {"train", "trainer"},
@@ -37,9 +43,9 @@ HOMES = {
     "datasets": {"rows", "train", "trainer"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},
-    "filelock": {"pipeline"},
     "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
+    "jinja2": {"html_report", "tokenise"},  # pages; the faults of chat templates
 }
 
 

@@ -1,0 +1,82 @@
+"""What the page of an evaluation says, in sections; the page of a run takes the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moemerge import summary
+from moemerge.figures import Figure
+from moemerge.html_report import Section
+from moemerge.probes import PROBES
+from moemerge.probes.base import Table
+
+
+def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section]:
+    """Summary, one section per probe, worst cases to read, models and data, from what evaluate wrote.
+
+    `report` is its report.json, `folder` where the plots are. A table with a column of prose is one to read.
+    """
+    results, plots = report["probes"], report.get("plots_by_probe", {})
+    sections, to_read = [_summary(report)], []
+    for name, result in results.items():
+        tables = PROBES.get(name).tables(result)
+        to_read += [table for table in tables if any(table.prose())]
+        numbers = [table for table in tables if not any(table.prose())]
+        figures = [Figure.load(folder / plot) for plot in plots.get(name, [])]
+        sections.append(Section(_title(name), tables=numbers, figures=figures))
+    if to_read:
+        sections.append(Section("Worst cases to read", tables=to_read))
+    return [*sections, Section("Models and data", tables=[model_table(report["models"]), row_table(report)])]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _summary(report: Mapping[str, Any]) -> Section:
+    header, rows = summary.main_table(dict(report))
+    known = [result["confidence"] for result in report["probes"].values() if "confidence" in result]
+    note = f"In brackets: {known[0]:.0%} intervals." if known else ""
+    table = Table("Main numbers", header, rows, note)
+    return Section("Summary", [_compared(report)], [table], lead=summary.standing(dict(report)))
+
+
+def _compared(report: Mapping[str, Any]) -> str:
+    """What was compared on what."""
+    sets: dict[str, list[str]] = {}
+    for place in report["rows"]:
+        kind, _, name = place.partition("/")
+        sets.setdefault(kind, []).append(name)
+    names = {"pairs": "preference pairs", "candidates": "scored candidates"}
+    on = " and ".join(f"{names.get(kind, kind)} ({', '.join(found)})" for kind, found in sets.items())
+    models = ", ".join(report["models"])
+    return (
+        f"{models}, compared on {on}. All models scored the same rows; differences to {report['baseline']} "
+        "are paired, row by row."
+    )
+
+
+def model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Class and size of every model."""
+    rows = [
+        [name, facts["class"], f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]
+        for name, facts in models.items()
+    ]
+    return Table("Models", ["model", "class", "parameters", "used per token"], rows)
+
+
+def row_table(report: Mapping[str, Any]) -> Table:
+    """How many rows of each file were used, and why the others were not; `report` has them under "rows"."""
+    rows = []
+    for name, one in report["rows"].items():
+        why = [f"{reason}: {bad['count']} ({_numbers(bad)})" for reason, bad in one["bad"].items()]
+        left = one["total"] - one["kept"]
+        rows.append([name, str(one["total"]), str(one["kept"]), str(left), "; ".join(why)])
+    return Table("Data rows", ["set", "rows", "used", "left out", "why"], rows)
+
+
+def _numbers(bad: Mapping[str, Any]) -> str:
+    shown = ", ".join(map(str, bad["rows"]))
+    return f"row {shown}{', ...' if bad['count'] > len(bad['rows']) else ''}"

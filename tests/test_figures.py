@@ -1,0 +1,101 @@
+"""Figures as values: what is drawn is kept, and told in words and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moemerge import plotting
+from moemerge.figures import Curves, Dots, Figure, HeatMap, Line, Panel
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def curves() -> Curves:
+    """One curve that rises and falls, one that falls and rises with a gap, one that stays, one of nothing."""
+    x = [0.0, 1.0, 2.0, 3.0]
+    lines = {
+        "hill": Line(x, [1.0, 4.0, 3.0, 2.0], low=[0.5, 3.5, 2.5, 1.5], high=[1.5, 4.5, 3.5, 2.5]),
+        "dale": Line(x, [1.0, math.nan, 0.25, 2.0]),
+        "flat": Line(x, [1.0] * 4, reference=True),
+        "none": Line([], []),
+    }
+    return Curves("Best of n", [Panel("gold score", lines, "KL (nats)", "gold score")])
+
+
+def test_words_tell_ends_and_extremes(curves: Curves) -> None:
+    assert curves.words() == [
+        "Best of n. gold score against KL (nats) from 0 to 3: hill goes from 1 to 2, highest 4 at 1; "
+        "dale goes from 1 to 2, lowest 0.25 at 2; flat stays at 1; none has no values."
+    ]
+    groups = {"test": {"a": (0.8125, 0.75, 0.875), "b": (0.5, None, None)}}
+    assert Dots("accuracy", groups, "accuracy", "a").words() == [
+        "accuracy on test, with intervals: a 0.8125 (0.75 to 0.875); b 0.5 ( to ). a is the reference."
+    ]
+    matrix = HeatMap([[0.25, math.nan], [0.75, 0.5]], "Gate mass", "expert", "layer", ["0", "1"], ["4", "9"])
+    assert matrix.words() == [
+        "Gate mass: 2 rows (layer) by 2 columns (expert); lowest 0.25 at layer 4, expert 0, "
+        "highest 0.75 at layer 9, expert 0."
+    ]
+
+
+def test_tables_hold_every_number(curves: Curves) -> None:
+    (table,) = curves.tables()
+    assert table.header == ["KL (nats)", "hill", "dale", "flat", "none"]
+    assert table.rows[1] == ["1", "4 (3.5 to 4.5)", "", "1", ""]
+    assert [row[2] for row in table.rows] == ["1", "", "0.25", "2"]
+    (matrix,) = HeatMap([[0.25, 0.123456]], "m", "expert", "layer", ["0", "1"], ["4"]).tables()
+    assert matrix.rows == [["4", "0.25", "0.1235"]]
+
+
+def test_a_figure_on_disk_is_what_was_drawn(tmp_path: Path, curves: Curves) -> None:
+    plotting.panels(curves.panels, tmp_path / "c.png", "Best of n")
+    plotting.dots({"t": {"a": (np.float32(0.5), 0, 1)}}, tmp_path / "d.png", "accuracy", "a")
+    plotting.heat_map(np.array([[0.5, math.nan]]), tmp_path / "h.png", "two\nlines", "x", "y", y_ticks=[7])
+    found = Figure.load(tmp_path / "c.png")
+    assert found.title == "Best of n" and found.alt == curves.words()[0]
+    assert found.tables == curves.tables()
+    assert Figure.load(tmp_path / "d.png").plot == Dots(
+        "accuracy", {"t": {"a": (0.5, 0, 1)}}, "accuracy", "a"
+    )
+    drawn = HeatMap([[0.5, None]], "two lines", "x", "y", ["0", "1"], ["7"])
+    assert Figure.load(tmp_path / "h.png").plot == drawn
+    for path in tmp_path.glob("*.plot.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_foreign_picture_is_told_by_its_name(tmp_path: Path) -> None:
+    found = Figure.load(tmp_path / "loss_by_step.png")
+    assert (found.title, found.alt, found.tables) == ("loss by step", "loss by step", [])
+
+
+def test_svgs_are_one_per_panel_with_text_and_two_themes(curves: Curves) -> None:
+    twice = Curves("t", [*curves.panels, Panel("other", curves.panels[0].lines, "x", "y")])
+    images = plotting.svgs(twice)
+    assert len(images) == len(twice.words()) == 2 and images == plotting.svgs(twice)
+    for image, title in zip(images, ("gold score", "other"), strict=True):
+        root = ElementTree.fromstring(image)
+        texts = {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
+        assert {title, "hill", "dale", "flat"} <= texts
+        assert "prefers-color-scheme:dark" in image
+        for colour in (plotting.INK, plotting.COLOURS[0], plotting.GRID):
+            assert image.count(colour) == 1, "once, where the theme defines it"
+
+
+def test_hostile_names_are_text_in_pictures(tmp_path: Path) -> None:
+    names = ["<script>alert(1)</script>", "$\\frac{1", "a\x00\x1b\ud800b", "]]>", "x" * 500, "评分 🎉"]
+    lines = {name: Line([0, 1], [number, 1]) for number, name in enumerate(names)}
+    plotting.panels([Panel("$x_$ <b>", lines, "x & y", "y")], tmp_path / "p.png", "$$")
+    figure = Figure.load(tmp_path / "p.png")
+    assert figure.plot is not None
+    (image,) = plotting.svgs(figure.plot)
+    root = ElementTree.fromstring(image)
+    texts = {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
+    assert {names[0], names[1], "$x_$ <b>", "x & y", "a\ufffd\ufffd\ufffdb"} <= texts
+    assert not list(root.iter(f"{SVG}script"))
