@@ -326,9 +326,9 @@ class _Plan:
         return self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense")
 
     def publish(self) -> tuple[str, str, Run]:
-        """The merged model's card, and the push if the recipe asks for it."""
+        """The merged model's card, and the push if the recipe asks for it: push: true there is its yes."""
         given = {"model": self.path(f"merge-{self.recipe.fit.method}"), "evaluation": self.path("evaluate")}
-        return self.step("publish", "publish", self.recipe.publish, **given)
+        return self.step("publish", "publish", self.recipe.publish, **given, yes=self.recipe.publish.push)
 
 
 def _under(folder: Path, names: Any) -> Any:

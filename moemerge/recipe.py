@@ -286,7 +286,7 @@ class PublishSettings(Options):
     """Model card and push to the Hugging Face Hub."""
 
     repo: str | None = Field(None, description="owner/name on the hub; without it only the card is written")
-    push: bool = Field(False, description="really push; otherwise only show what would be pushed")
+    push: bool = Field(False, description="push; otherwise only write and show what would be pushed")
     public: bool = Field(False, description="make the repository public")
     license: str | None = Field(
         None, description="licence id for the card (default: taken from the dense model)"
@@ -298,9 +298,10 @@ class PublishSettings(Options):
 class Publish(PublishSettings, Run):
     """Options of `moemerge publish`."""
 
-    model: Source = Field(description="merged (or MoE) folder to publish")
+    model: Source = Field(description="folder with a model, written by merge, train, upcycle or export")
     evaluation: Source | None = Field(None, description="folder written by evaluate, for the card")
     endpoint: str | None = Field(None, description="another hub's address (default: huggingface.co)")
+    yes: bool = Field(False, description="confirm the push; without it, push shows what would be sent")
 
 
 class SyntheticSettings(Options):
