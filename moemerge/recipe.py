@@ -7,14 +7,24 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
-from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
+from moemerge.options import (
+    MAX_SEED,
+    OURS,
+    Layers,
+    Members,
+    Options,
+    Output,
+    Run,
+    Source,
+    Sources,
+    TextFormat,
+)
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -349,8 +359,8 @@ class Data(DataSettings, Run):
 class Recipe(Options):
     """A whole run. Sections are the stages' settings; `model` and `data` may come from `synthetic`."""
 
-    output: Path = Field(description="folder of the run; one subfolder per step")
-    seed: int = Field(0, ge=0, description="seed of every stage")
+    output: Output = Field(description="folder of the run; one subfolder per step")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of every stage")
     threads: int | None = Field(None, ge=1, description="CPU threads")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
