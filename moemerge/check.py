@@ -14,6 +14,7 @@ from moemerge import baselines
 from moemerge.artifacts import RECIPE_COPY, parse_options
 from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
 from moemerge.families import FAMILIES, family_called
+from moemerge.json_file import LAYERS, read_config
 from moemerge.layers import parse_layers
 from moemerge.options import input_fields
 from moemerge.recipe import Recipe
@@ -21,7 +22,6 @@ from moemerge.recipe_file import Tree, apply_overrides, read_yaml
 
 MAX_ROUNDS = 20
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 
@@ -175,18 +175,26 @@ def _reads_like_path(source: str) -> bool:
 
 def local_config(recipe: Recipe) -> Tree | None:
     """The config.json of the recipe's model, if it is a folder with a readable one."""
+    return None if _fault_of_config(recipe) else read_config(Path(recipe.model or ""))
+
+
+def _fault_of_config(recipe: Recipe) -> str | None:
+    """Why there is no local config; None if there is one."""
     try:
-        config = json.loads((Path(recipe.model or "") / "config.json").read_text(encoding="utf-8"))
-        return config if recipe.model and isinstance(config, dict) else None
-    except (OSError, ValueError):
-        return None
+        read_config(Path(recipe.model)) if recipe.model else None
+        return None if recipe.model else "no model"
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
     config = local_config(recipe)
     if recipe.model and Path(recipe.model).is_dir() and config is None:
         yield _fault(
-            "model is not a model folder", recipe.model, "a folder with config.json", "correct model"
+            "model is not a model folder",
+            f"{recipe.model}: {_fault_of_config(recipe)}",
+            "a folder with config.json",
+            "correct model",
         )
     known = config or {}
     if "model_type" in known:
@@ -195,7 +203,7 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
         except UnsupportedError as fault:
             yield fault
     layers = next(
-        (known[name] for name in LAYERS if name in known),
+        (known[name] for name in LAYERS if known.get(name)),
         recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
     )
     sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}

@@ -7,7 +7,6 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -16,7 +15,18 @@ from moemerge.comparison_settings import BaselineSettings as BaselineSettings
 from moemerge.comparison_settings import Compare as Compare
 from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
-from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
+from moemerge.options import (
+    MAX_SEED,
+    OURS,
+    Layers,
+    Members,
+    Options,
+    Output,
+    Run,
+    Source,
+    Sources,
+    TextFormat,
+)
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -355,8 +365,8 @@ class Data(DataSettings, Run):
 class Recipe(Options):
     """A whole run. Sections are the stages' settings; `model` and `data` may come from `synthetic`."""
 
-    output: Path = Field(description="folder of the run; one subfolder per step")
-    seed: int = Field(0, ge=0, description="seed of every stage")
+    output: Output = Field(description="folder of the run; one subfolder per step")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of every stage")
     seeds: list[int] = Field(
         default_factory=list,
         description="a whole run for each of these, in place of seed, and their comparison",
