@@ -16,16 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moemerge import data, runtime
+from moemerge import data, protocol, runtime
 from moemerge.artifacts import Draft, stage, write_json
 from moemerge.errors import OptionError, suggest
 from moemerge.moe import moe_layers
 from moemerge.probes import PROBES
-from moemerge.probes.base import CandidateScores, PairScores, Probe, Table
+from moemerge.probes.accuracy import check_sections
+from moemerge.probes.base import CandidateScores, ChoiceScores, PairScores, Probe, Table
 from moemerge.recipe import Evaluate
+from moemerge.rewardbench import Choice, EncodedChoice, encode_choices, read_choices
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 
 log = logging.getLogger(__name__)
+_Encoded = data.EncodedPair | data.EncodedCandidates | EncodedChoice
 
 
 @stage("evaluate", Evaluate)
@@ -42,6 +45,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
     }
     sets = _read_sets(options, tokenizers)
+    check_sections(options, {item.subset for one in sets if one.kind == "pairs" for item in one.items})
     scores, models = {}, {}
     for name, path in options.models.items():
         model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
@@ -50,13 +54,13 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         del model
         _free_memory()
     results = _measure(probes, sets, scores, options)
-    _write(draft, options, probes, results, models, sets)
+    _write(draft, options, probes, results, models, sets, protocol.describe(options, tokenizers, sets))
     save_file(_tensors(sets, scores), draft.folder / "scores.safetensors")
 
 
 @dataclass(frozen=True)
 class _Set:
-    """One test or candidate set: its usable items, and their texts' tokens per tokenizer."""
+    """One test or candidate set or benchmark: its usable items, and their texts' tokens per tokenizer."""
 
     kind: str
     name: str
@@ -76,14 +80,14 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
         )
     asked = {name: PROBES.get(name) for name in options.probes}
     probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
-    for name in asked.keys() - probes.keys():
+    for name in asked.keys() - probes.keys() if "probes" in options.model_fields_set else ():
         log.warning("%s is left out: no %s are given", name, asked[name].needs)
     if not probes or not options.models:
         raise OptionError(
             "nothing to evaluate",
             given=f"{len(options.models)} models; probes {', '.join(asked) or 'none'} without data",
-            expected="models, and pairs or candidates that a probe needs",
-            fix="give models, pairs and candidates as name=path",
+            expected="models, and pairs, candidates or rewardbench, whatever a probe needs",
+            fix="give models, pairs, candidates and rewardbench as name=path",
         )
     return probes
 
@@ -98,7 +102,11 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[_Set]:
-    read: dict[str, Any] = {"pairs": data.read_pairs, "candidates": data.read_candidates}
+    read: dict[str, Any] = {
+        "pairs": data.read_pairs,
+        "candidates": data.read_candidates,
+        "rewardbench": read_choices,
+    }
     found = []
     for kind, reader in read.items():
         for name, source in getattr(options, kind).items():
@@ -117,13 +125,17 @@ def _encode(
     options: Evaluate,
 ) -> tuple[Sequence[Any], dict[str, list[data.Encoded]]]:
     """The items that every tokenizer can encode, and their texts by model; equal tokenizers work once."""
-    encoders: dict[str, Any] = {"pairs": data.encode_pairs, "candidates": data.encode_candidates}
+    encoders: dict[str, Any] = {
+        "pairs": data.encode_pairs,
+        "candidates": data.encode_candidates,
+        "rewardbench": encode_choices,
+    }
     done: dict[str, dict[int, list[data.Encoded]]] = {}
     keys = {model: _identity(tokenizer) for model, tokenizer in tokenizers.items()}
     for model, key in keys.items():
         if key not in done:
             encoded = encoders[kind](tokenizers[model], items, options, report)
-            items = [one.pair if kind == "pairs" else one.candidates for one in encoded]
+            items = [_item(one) for one in encoded]
             done[key] = {item.row: _texts(one) for item, one in zip(items, encoded, strict=True)}
     texts = {model: [text for item in items for text in done[key][item.row]] for model, key in keys.items()}
     return items, texts
@@ -136,7 +148,13 @@ def _identity(tokenizer: Any) -> str:
     return json.dumps([core, str(tokenizer.chat_template), str(tokenizer.eos_token)])
 
 
-def _texts(one: data.EncodedPair | data.EncodedCandidates) -> list[data.Encoded]:
+def _item(one: _Encoded) -> data.Pair | data.CandidateSet | Choice:
+    if isinstance(one, data.EncodedPair):
+        return one.pair
+    return one.candidates if isinstance(one, data.EncodedCandidates) else one.choice
+
+
+def _texts(one: _Encoded) -> list[data.Encoded]:
     return [one.chosen, one.rejected] if isinstance(one, data.EncodedPair) else one.answers
 
 
@@ -163,24 +181,44 @@ def _free_memory() -> None:
 def _measure(
     probes: Mapping[str, Probe], sets: Sequence[_Set], scores: Mapping[str, list[Tensor]], options: Evaluate
 ) -> dict[str, dict[str, Any]]:
-    inputs: dict[str, dict[str, Any]] = {"pairs": {}, "candidates": {}}
+    inputs: dict[str, dict[str, Any]] = {"pairs": {}, "candidates": {}, "rewardbench": {}}
+    gather: dict[str, Any] = {
+        "pairs": _pair_scores,
+        "candidates": _candidate_scores,
+        "rewardbench": _choice_scores,
+    }
     for place, one in enumerate(sets):
         values = {model: found[place].double().numpy() for model, found in scores.items()}
-        gather = _pair_scores if one.kind == "pairs" else _candidate_scores
-        inputs[one.kind][one.name] = gather(one.items, values)
+        inputs[one.kind][one.name] = gather[one.kind](one.items, values)
     return {name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()}
 
 
 def _pair_scores(pairs: Sequence[data.Pair], values: Mapping[str, Any]) -> PairScores:
-    numbers: dict[str, int] = {}
-    keys = [json.dumps(pair.prompt) if pair.prompt else f"row {pair.row}" for pair in pairs]
-    prompts = [numbers.setdefault(key, len(numbers)) for key in keys]
+    prompts = _numbered([json.dumps(pair.prompt) if pair.prompt else f"row {pair.row}" for pair in pairs])
     lengths = [[_characters(pair.chosen), _characters(pair.rejected)] for pair in pairs]
     return PairScores(
         scores={model: found.reshape(-1, 2) for model, found in values.items()},
         subsets=np.array([pair.subset for pair in pairs], dtype=np.str_),
         prompts=np.array(prompts),
         lengths=np.array(lengths),
+    )
+
+
+def _numbered(keys: Sequence[str]) -> list[int]:
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _choice_scores(choices: Sequence[Choice], values: Mapping[str, Any]) -> ChoiceScores:
+    return ChoiceScores(
+        version=choices[0].version,
+        scores=dict(values),
+        lengths=np.array([len(text) for one in choices for text in one.texts]),
+        sizes=np.array([len(one.texts) for one in choices]),
+        num_correct=np.array([one.num_correct for one in choices]),
+        subsets=np.array([one.subset for one in choices], dtype=np.str_),
+        ids=np.array([one.id for one in choices], dtype=np.str_),
+        prompts=np.array(_numbered([json.dumps(one.turns) for one in choices])),
     )
 
 
@@ -218,6 +256,7 @@ def _write(
     results: Mapping[str, dict[str, Any]],
     models: Mapping[str, dict[str, Any]],
     sets: Sequence[_Set],
+    read: dict[str, Any],
 ) -> None:
     plots = [plot for name, probe in probes.items() for plot in probe.plot(results[name], draft.folder)]
     tables = [table for name, probe in probes.items() for table in probe.tables(results[name])]
@@ -226,11 +265,14 @@ def _write(
         "models": models,
         "baseline": options.baseline or next(iter(models)),
         "rows": rows,
+        "protocol": read,
         "probes": results,
         "plots": plots,
     }
     write_json(draft.folder / "report.json", report)
-    _write_markdown(draft.folder / "report.md", [_model_table(models), *tables], plots)
+    _write_markdown(
+        draft.folder / "report.md", [_model_table(models), *protocol.tables(read), *tables], plots
+    )
     draft.results |= {"models": models, "rows": rows, "main": _main_numbers(results)}
 
 
@@ -248,7 +290,7 @@ def _write_markdown(path: Path, tables: Sequence[Table], plots: Sequence[str]) -
 
 
 def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy by set and model, gold score at the largest n by set and model."""
+    """Accuracy, gold score at the largest n, and overall scores of RewardBench, by set and model."""
     found: dict[str, Any] = {}
     for name, measured in results.get("accuracy", {}).get("sets", {}).items():
         models = cast(dict[str, Any], measured["all"]["models"])
@@ -256,4 +298,8 @@ def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     for name, measured in results.get("best_of_n", {}).get("sets", {}).items():
         last = {model: curve["gold"][-1] for model, curve in measured["models"].items()}
         found.setdefault("best_of_n_gold", {})[name] = {"n": measured["n"][-1], **last}
+    for name, measured in results.get("rewardbench", {}).get("sets", {}).items():
+        for part, numbers in measured["overall"].items():
+            values = {model: of_model["score"] for model, of_model in numbers["models"].items()}
+            found.setdefault("rewardbench", {}).setdefault(name, {})[part] = values
     return found

@@ -106,7 +106,7 @@ def test_an_upcycled_model_is_measured_like_its_dense_model(evaluated: Path) -> 
 
 def test_files_and_manifest(evaluated: Path) -> None:
     report = json.loads((evaluated / "report.json").read_text())
-    assert report["plots"] == ["accuracy.png", "best_of_n_bon.png"]
+    assert report["plots"] == ["accuracy.png", "calibration.png", "best_of_n_bon.png"]
     assert all((evaluated / plot).stat().st_size > 1000 for plot in report["plots"])
     text = (evaluated / "report.md").read_text()
     assert "### Accuracy on test" in text and "### Gold score of the best of n on bon" in text
