@@ -20,23 +20,32 @@ PLAIN, CHAT = "plain text: prompt + answer + EOS", "chat template, without a gen
 LINES = "plain text: turns joined by newlines + EOS"
 
 
-class TestSet(Protocol):
-    """What is told of: a set's kind (an option's name) and name, its items, each model's texts, its rows."""
+class ReadSet(Protocol):
+    """What is told of: one set as evaluate read it."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """The option that named it."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name there."""
+
     @property
-    def items(self) -> Sequence[Any]: ...
+    def items(self) -> Sequence[Any]:
+        """Its usable rows."""
+
     @property
-    def texts(self) -> Mapping[str, Sequence[Encoded]]: ...
+    def texts(self) -> Mapping[str, Sequence[Encoded]]:
+        """Their tokens, by model."""
+
     @property
-    def report(self) -> Mapping[str, Any]: ...
+    def report(self) -> Mapping[str, Any]:
+        """What became of all rows: RowReport.summary()."""
 
 
 def describe(
-    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], sets: Sequence[TestSet]
+    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], sets: Sequence[ReadSet]
 ) -> dict[str, Any]:
     """Per set, form, limits and what became of long rows; per model, its template and special tokens."""
     return {
@@ -46,7 +55,7 @@ def describe(
 
 
 def _of_set(
-    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], one: TestSet
+    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], one: ReadSet
 ) -> dict[str, Any]:
     lengths = [len(text.ids) for texts in one.texts.values() for text in texts]
     facts = {
@@ -86,7 +95,7 @@ def tables(protocol: Mapping[str, Any]) -> list[Table]:
     rows = []
     for name, facts in protocol["sets"].items():
         bad = [f"{count} {reason}" for reason, count in facts["bad"].items()]
-        cut = [f"{count} texts cut for {m}" for m, count in facts.get("cut_texts", {}).items() if count]
+        cut = [f"{count} cut for {m}" for m, count in facts.get("cut_texts", {}).items() if count]
         used = f"{facts['used']} of {facts['rows']}"
         limits = [str(facts["longest"]), str(facts["max_length"]), facts["truncation"]]
         rows.append([name, used, facts["text"], *limits, "; ".join([*bad, *cut]) or "none"])

@@ -18,6 +18,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from moemerge.artifacts import read_manifest
+from moemerge.check import check_recipe, load_recipe
 from moemerge.errors import DataError
 from moemerge.evaluate import evaluate
 from moemerge.probes import PROBES
@@ -539,7 +540,7 @@ def test_protocol_is_printed(evaluated: Path) -> None:
     assert report["sets"]["rewardbench/v1"]["truncation"] == "left"
     assert report["models"]["rm0"]["chat_template"].startswith("sha256 ")
     text = (evaluated / "report.md").read_text()
-    assert "### How the texts were read" in text and "1 texts cut for rm0" in text
+    assert "### How the texts were read" in text and "1 cut for rm0" in text
     for title in (
         "RewardBench 1 on v1",
         "RewardBench 2 on v2",
@@ -547,3 +548,14 @@ def test_protocol_is_printed(evaluated: Path) -> None:
         "Tokenizers",
     ):
         assert f"### {title}" in text
+
+
+def test_a_recipe_takes_files_beside_it_and_tells_which_are_missing(tmp_path: Path) -> None:
+    write(tmp_path / "v1.jsonl", [V1])
+    recipe = tmp_path / "recipe.yml"
+    lines = "output: run\nsynthetic: {}\nevaluate: {rewardbench: {one: v1.jsonl, two: ./v2.parquet}}\n"
+    recipe.write_text(lines)
+    [fault] = check_recipe(recipe)
+    assert fault.what == "evaluate.rewardbench.two does not exist"
+    recipe.write_text(lines.replace(", two: ./v2.parquet", ""))
+    assert load_recipe(recipe).evaluate.rewardbench == {"one": str(tmp_path / "v1.jsonl")}
