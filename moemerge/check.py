@@ -99,7 +99,7 @@ def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
         return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
 
     data = resolved(recipe.data) if recipe.data else None
-    return resolved(recipe).model_copy(update={"data": data})
+    return resolved(recipe).model_copy(update={"data": data, "evaluate": resolved(recipe.evaluate)})
 
 
 # What is wrong with a recipe whose form is right. Each check yields the faults it finds.
@@ -158,6 +158,7 @@ def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
     for key, value in (input_fields(recipe.data) if recipe.data else {}).items():
         named = value if isinstance(value, dict) else {"": value}
         given |= {f"data.{key}" + (f".{name}" if name else ""): source for name, source in named.items()}
+    given |= {f"evaluate.{key}": source for key, source in input_fields(recipe.evaluate).items()}
     for key, source in given.items():
         if not Path(source).expanduser().exists() and _reads_like_path(source):
             fix = f"correct {key}, or override it: --set {key}=PATH"

@@ -59,10 +59,15 @@ def read_pairs(source: str, format: TextFormat) -> tuple[list[Pair], RowReport]:
     return _collect(source, rows, format, partial(parse_pair, has_prompt=has_prompt), PAIR_ROWS)
 
 
-def read_candidates(source: str, format: TextFormat) -> tuple[list[CandidateSet], RowReport]:
-    """All usable candidate sets of `source`, and a report on the other rows. Raises as read_pairs does."""
+def read_candidates(
+    source: str, format: TextFormat, scored: bool = True
+) -> tuple[list[CandidateSet], RowReport]:
+    """All usable candidate sets of `source`, and a report on the other rows. Raises as read_pairs does.
+
+    Unless `scored`, sets without gold scores are taken too.
+    """
     rows = list(read_rows(source))
-    return _collect(source, rows, format, parse_candidates, CANDIDATE_ROWS)
+    return _collect(source, rows, format, partial(parse_candidates, scored=scored), CANDIDATE_ROWS)
 
 
 def _collect(
@@ -182,7 +187,7 @@ class _Reader:
 
     def candidates(self, name: str, source: str) -> list[CandidateSet]:
         """One set of candidate sets, capped."""
-        sets, report = read_candidates(source, self.options)
+        sets, report = read_candidates(source, self.options, self.options.scored)
         self.reports[name] = report
         if self.tokenizer is not None:
             sets = [e.candidates for e in encode_candidates(self.tokenizer, sets, self.options, report)]

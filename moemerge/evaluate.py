@@ -6,7 +6,8 @@ import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moemerge import data, runtime
+from moemerge import data, gold, runtime
 from moemerge.artifacts import Draft, stage, write_json
 from moemerge.errors import OptionError, suggest
 from moemerge.moe import moe_layers
@@ -33,7 +34,8 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     """Score every model on every set, once, and run the probes on the scores.
 
     One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
-    so that comparisons stay paired. Writes scores.safetensors, report.json, report.md and plots.
+    so that comparisons stay paired. Candidates' gold scores are those of the file, or of `gold_model` or
+    `gold_function`. Writes scores.safetensors, report.json, report.md and plots.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
     probes = _probes(options)
@@ -41,7 +43,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     tokenizers = {
         name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
     }
-    sets = _read_sets(options, tokenizers)
+    sets = _regraded(_read_sets(options, tokenizers), options, device)
     scores, models = {}, {}
     for name, path in options.models.items():
         model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
@@ -98,7 +100,8 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[_Set]:
-    read: dict[str, Any] = {"pairs": data.read_pairs, "candidates": data.read_candidates}
+    candidates = partial(data.read_candidates, scored=not options.has_gold)
+    read: dict[str, Any] = {"pairs": data.read_pairs, "candidates": candidates}
     found = []
     for kind, reader in read.items():
         for name, source in getattr(options, kind).items():
@@ -107,6 +110,20 @@ def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBa
             log.info("%s %s: %d of %d rows usable by every model", kind, name, len(kept), report.total)
             found.append(_Set(kind, name, kept, texts, report.summary()))
     return found
+
+
+def _regraded(sets: list[_Set], options: Evaluate, device: torch.device) -> list[_Set]:
+    """The sets; if gold scores are not read but made, candidates have those."""
+    judge = gold.judge(options, device, options, options.trust_remote_code) if options.candidates else None
+    if judge is None:
+        return sets
+    regraded = [
+        replace(one, items=gold.regrade(one.items, judge)) if one.kind == "candidates" else one
+        for one in sets
+    ]
+    del judge
+    _free_memory()
+    return regraded
 
 
 def _encode(
@@ -187,7 +204,7 @@ def _pair_scores(pairs: Sequence[data.Pair], values: Mapping[str, Any]) -> PairS
 def _candidate_scores(sets: Sequence[data.CandidateSet], values: Mapping[str, Any]) -> CandidateScores:
     return CandidateScores(
         scores=dict(values),
-        gold=np.array([gold for one in sets for gold in one.gold], dtype=np.float64),
+        gold=np.array([score for one in sets for score in one.gold], dtype=np.float64),
         lengths=np.array([_characters(text) for one in sets for text in one.texts]),
         sizes=np.array([len(one.texts) for one in sets]),
     )
@@ -225,6 +242,7 @@ def _write(
     report = {
         "models": models,
         "baseline": options.baseline or next(iter(models)),
+        "gold": gold.told(options),
         "rows": rows,
         "probes": results,
         "plots": plots,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from moemerge.options import Options
+from moemerge.policy_settings import GoldSource
 
 
-class EvaluateSettings(Options):
+class EvaluateSettings(GoldSource):
     """Accuracy and over-optimisation of several models on the same data."""
 
     probes: list[str] = Field(

@@ -213,7 +213,7 @@ class _Plan:
         recipe = self.recipe
         if recipe.synthetic:
             yield self.step("synthetic", "synthetic", recipe.synthetic)
-        yield self.step("data", "data", self.data, tokenizer=self.source)
+        yield self.step("data", "data", self.data, tokenizer=self.source, scored=not recipe.evaluate.has_gold)
         if recipe.base:
             yield self.train("base", recipe.base, self.source)
         if recipe.control:

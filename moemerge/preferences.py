@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """Several answers to one prompt with the gold score of each."""
+    """Several answers to one prompt with the gold score of each; without scores `gold` is empty."""
 
     prompt: Text
     texts: list[Text]
@@ -46,7 +46,9 @@ class CandidateSet:
 
     def plain(self) -> Row:
         """The set as a row with plain field names."""
-        answers = [{"text": text, "score": score} for text, score in zip(self.texts, self.gold, strict=True)]
+        answers: list[Row] = [{"text": text} for text in self.texts]
+        if self.gold:
+            answers = [row | {"score": score} for row, score in zip(answers, self.gold, strict=True)]
         row: Row = {"prompt": self.prompt, "candidates": answers}
         return row | ({"subset": self.subset} if self.subset else {})
 
@@ -95,8 +97,8 @@ def _answer(prompt: Text, answer: Text) -> Text:
     return answer
 
 
-def parse_candidates(row: Row, number: int, format: TextFormat) -> CandidateSet:
-    """The candidate set that `row` holds. Raises BadRow."""
+def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = True) -> CandidateSet:
+    """The candidate set that `row` holds; unless `scored`, answers may lack scores. Raises BadRow."""
     _refuse_unsupported(row)
     prompt = _text(value_of(row, "prompt", format), "prompt")
     answers = value_of(row, "candidates", format)
@@ -111,7 +113,8 @@ def parse_candidates(row: Row, number: int, format: TextFormat) -> CandidateSet:
         raise BadRow("prompt and text are of different kinds")
     if any(map(_blank, texts)):
         raise BadRow("empty answer")
-    gold = [_number(value_of(answer, "score", format), "score") for answer in answers]
+    found = [value_of(answer, "score", format) for answer in answers]
+    gold = [_number(score, "score") for score in found] if scored or None not in found else []
     return CandidateSet(prompt, texts, gold, _subset(row, format), number)
 
 

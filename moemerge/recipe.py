@@ -344,6 +344,7 @@ class Data(DataSettings, Run):
     """Options of `moemerge.data.prepare`."""
 
     tokenizer: Source | None = Field(None, description="model whose tokenizer measures max_length")
+    scored: bool = Field(True, description="whether candidates must have gold scores")
 
 
 class Recipe(Options):

@@ -21,6 +21,7 @@ GROUND = {
     "options",
     "fit_settings",
     "evaluate_settings",
+    "policy_settings",
     "recipe",
     "artifacts",
     "layers",
