@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         models[name] = {"source": path, "class": type(model).__name__, **parameters(model)}
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
         del model
-        _free_memory()
+        runtime.free_memory()
     results = _measure(probes, sets, scores, options)
     _write(draft, options, probes, results, models, sets)
     save_file(_tensors(sets, scores), draft.folder / "scores.safetensors")
@@ -122,7 +121,7 @@ def _regraded(sets: list[_Set], options: Evaluate, device: torch.device) -> list
         for one in sets
     ]
     del judge
-    _free_memory()
+    runtime.free_memory()
     return regraded
 
 
@@ -169,12 +168,6 @@ def _score_sets(
     for one in sets:
         found.append(score(model, tokenizer, one.texts[name], batch_tokens, f"{name} on {one.name}"))
     return found
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _measure(

@@ -37,6 +37,8 @@ STAGES: Registry[Stage[Any]] = Registry(
         "fit": "moemerge.fit:fit",
         "merge": "moemerge.merge:merge",
         "export": "moemerge.export:export",
+        "sample": "moemerge.sample:sample",
+        "optimise": "moemerge.optimise:optimise",
         "evaluate": "moemerge.evaluate:evaluate",
         "publish": "moemerge.publish:publish",
     },

@@ -78,7 +78,7 @@ def parse_pair(row: Row, number: int, format: TextFormat, has_prompt: bool) -> P
 def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Prompt and answers apart; a text prompt beside chats must be the last message that they share."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        first, second = (_answer(prompt or "", text) for text in (chosen, rejected))
+        first, second = (as_answer(prompt or "", text) for text in (chosen, rejected))
         return prompt or "", first, second
     if isinstance(prompt, list):
         return prompt, chosen, rejected
@@ -91,10 +91,20 @@ def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Te
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _answer(prompt: Text, answer: Text) -> Text:
+def as_answer(prompt: Text, answer: Text) -> Text:
+    """`answer` as the same kind as its prompt: text after a chat is the assistant's message."""
     if isinstance(prompt, list) and isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     return answer
+
+
+def parse_prompt(row: Row, number: int, format: TextFormat) -> CandidateSet:
+    """The prompt that `row` holds, without answers. Raises BadRow."""
+    _refuse_unsupported(row)
+    prompt = _text(value_of(row, "prompt", format), "prompt")
+    if _blank(prompt):
+        raise BadRow("empty prompt")
+    return CandidateSet(prompt, [], [], _subset(row, format), number)
 
 
 def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = True) -> CandidateSet:
@@ -108,7 +118,7 @@ def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = T
         raise BadRow("candidates is not a list of objects")
     if len(answers) < 2:
         raise BadRow("fewer than 2 candidates")
-    texts = [_answer(prompt, _text(value_of(answer, "text", format), "text")) for answer in answers]
+    texts = [as_answer(prompt, _text(value_of(answer, "text", format), "text")) for answer in answers]
     if any(type(text) is not type(prompt) for text in texts):
         raise BadRow("prompt and text are of different kinds")
     if any(map(_blank, texts)):

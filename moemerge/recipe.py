@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
 from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
+from moemerge.policy_settings import Optimise as Optimise
+from moemerge.policy_settings import Sample as Sample
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 

@@ -26,16 +26,16 @@ GROUND = {
     "artifacts",
     "layers",
 }
-STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
+STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "sample", "optimise", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
     "click": {"cli"},
-    "trl": {"train", "trainer"},
+    "trl": {"train", "trainer", "policy_gradient"},
     "accelerate": {"train", "trainer"},
     "peft": {"train", "trainer"},
     # host_methods calls mergekit's methods; the bridge, which mergekit imports, must stay apart from it.
     "mergekit": {"mergekit_bridge", "host_methods"},
-    "datasets": {"rows", "train", "trainer"},
+    "datasets": {"rows", "train", "trainer", "policy_gradient"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},
     "filelock": {"pipeline"},
