@@ -29,7 +29,13 @@ def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section
         sections.append(Section(_title(name), tables=numbers, figures=figures))
     if to_read:
         sections.append(Section("Worst cases to read", tables=to_read))
-    return [*sections, Section("Models and data", tables=[model_table(report["models"]), *protocol.tables(report["protocol"]), row_table(report)])]
+    return [
+        *sections,
+        Section(
+            "Models and data",
+            tables=[model_table(report["models"]), *protocol.tables(report["protocol"]), row_table(report)],
+        ),
+    ]
 
 
 def _title(name: str) -> str:
