@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
+    from moemerge.attack import attack as attack
     from moemerge.coefficients.base import Coefficients as Coefficients
     from moemerge.data import prepare as prepare
     from moemerge.errors import ArtifactError as ArtifactError
@@ -53,6 +54,7 @@ _HOMES = {
     "merge_models": "merge",
     "export": "export",
     "evaluate": "evaluate",
+    "attack": "attack",
     "publish": "publish",
     "prepare": "data",
     "write_world": "synthetic",

@@ -33,6 +33,7 @@ STAGE_COMMANDS = {
     "merge": "Merge a MoE into one dense reward model.",
     "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
     "evaluate": "Compare reward models.",
+    "attack": "Search for edited answers that a reward model overrates; write them as training pairs.",
     "publish": "Write the model card; push to the hub.",
 }
 

@@ -38,6 +38,7 @@ STAGES: Registry[Stage[Any]] = Registry(
         "merge": "moemerge.merge:merge",
         "export": "moemerge.export:export",
         "evaluate": "moemerge.evaluate:evaluate",
+        "attack": "moemerge.attack:attack",
         "publish": "moemerge.publish:publish",
     },
 )

@@ -107,6 +107,40 @@ def dots(
     return _save(figure, path)
 
 
+def effects(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], path: Path, x_label: str
+) -> Path:
+    """Draw value, low and high per panel, row and name, names side by side in their colours, as a PNG.
+
+    A dashed line marks zero; the panels share their axis.
+    """
+    names = list(dict.fromkeys(name for rows in panels.values() for row in rows.values() for name in row))
+    most = max(len(rows) for rows in panels.values())
+    height = 0.9 + most * (0.25 + 0.16 * len(names))
+    figure, grid = _figure(2.0 + 4.2 * len(panels), height + 0.5, 1, len(panels))
+    cells = np.atleast_1d(grid).flatten()
+    for cell in cells[1:]:
+        cell.sharex(cells[0])
+    for cell, (title, rows) in zip(cells, panels.items(), strict=True):
+        cell.axvline(0, color=GREY, linestyle="--", linewidth=1)
+        for number, name in enumerate(names):
+            places = [place + 0.7 * ((number + 0.5) / len(names) - 0.5) for place in range(len(rows))]
+            _draw_effects(cell, name, number, places, [row.get(name) for row in rows.values()])
+        cell.set(title=title, xlabel=x_label, ylim=(len(rows) - 0.5, -0.5))
+        cell.set_yticks(range(len(rows)), list(rows))
+        _tidy(cell)
+    _legend(figure, cells)
+    return _save(figure, path)
+
+
+def _draw_effects(axes: Any, name: str, number: int, places: list[float], values: list[Any]) -> None:
+    known = [(place, *value) for place, value in zip(places, values, strict=True) if value is not None]
+    place, value, low, high = zip(*known, strict=True) if known else [()] * 4
+    style = {"color": COLOURS[number % len(COLOURS)]}
+    axes.hlines(place, low, high, linewidth=2, **style)
+    axes.plot(value, place, MARKERS[number % len(MARKERS)], markersize=5, label=name, **style)
+
+
 def _draw_dots(axes: Any, title: str, group: Mapping[str, tuple[float, float, float]], x_label: str) -> None:
     for place, (value, low, high) in enumerate(group.values()):
         axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moemerge.attack_settings import AttackSettings as AttackSettings
 from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
 from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
@@ -274,6 +275,14 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
     models: Sources = Field(description="name=folder or hub name, one per model")
     pairs: Sources = Field(default_factory=dict, description="name=file, preference pairs")
     candidates: Sources = Field(default_factory=dict, description="name=file, prompts with scored candidates")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class Attack(AttackSettings, TextFormat, Run):
+    """Options of `moemerge attack`."""
+
+    model: Source = Field(description="reward model: folder or hub name")
+    pairs: Source = Field(description="preference pairs whose rejected answers are edited")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 

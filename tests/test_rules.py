@@ -21,11 +21,12 @@ GROUND = {
     "options",
     "fit_settings",
     "evaluate_settings",
+    "attack_settings",
     "recipe",
     "artifacts",
     "layers",
 }
-STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
+STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "attack", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
 HOMES = {
     "click": {"cli"},

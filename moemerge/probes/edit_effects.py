@@ -243,17 +243,20 @@ def _worst_cases(probe: str, name: str, edits: dict[str, Any]) -> Table:
 
 
 def plot(probe: str, result: dict[str, Any], folder: Path) -> list[str]:
-    """PROBE.png: shift and interval of every model, one panel per set and edit; nothing without edits."""
+    """PROBE.png: shift and interval of every edit and model, one panel per set; nothing without edits."""
     panels = {
-        f"{edit} on {name}": {
-            model: (numbers["shift"], *numbers["shift_interval"]) for model, numbers in one["models"].items()
+        name: {
+            edit: {
+                model: (numbers["shift"], *numbers["shift_interval"])
+                for model, numbers in one["models"].items()
+            }
+            for edit, one in measured["edits"].items()
+            if one["pairs"]
         }
         for name, measured in result["sets"].items()
-        for edit, one in measured["edits"].items()
-        if one["pairs"]
     }
-    if not panels:
+    if not any(panels.values()):
         return []
-    baseline = next(iter(result["sets"].values()))["baseline"]
-    plotting.dots(panels, folder / f"{probe}.png", "shift in score (SD)", baseline)
+    label = f"{probe}: shift of the {result['side']} answer's score (SD)"
+    plotting.effects(panels, folder / f"{probe}.png", label)
     return [f"{probe}.png"]
