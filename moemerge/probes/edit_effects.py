@@ -60,7 +60,12 @@ def measure(
 def _measure_edit(
     pairs: PairScores, edit: EditScores, side: str, settings: EvaluateSettings, seed: int
 ) -> dict[str, Any]:
-    measured = {"pairs": len(edit.items), "prompts": 0, "left_out": edit.left_out, "models": {}}
+    measured: dict[str, Any] = {
+        "pairs": len(edit.items),
+        "prompts": 0,
+        "left_out": edit.left_out,
+        "models": {},
+    }
     if not edit.items:
         return measured
     models = list(pairs.scores)
@@ -199,7 +204,8 @@ def _effects(probe: str, name: str, measured: dict[str, Any], result: dict[str, 
     header = ["edit", "model", "shift (SD)", "minus baseline", "flipped", "minus baseline", "pairs"]
     side, verdict = result["side"], "of pairs judged rightly before, share in which the edited answer wins"
     if side == "chosen":
-        verdict = "share of pairs in which the edited answer scores above the chosen one itself"
+        verdict = "share of pairs in which the edited answer scores above the chosen one itself; "
+        verdict += "half, with a shift of 0, where a model does not see the difference"
     note = (
         f"Edits of the {side} answer. Shift: what the edit adds to its score, in standard deviations of the "
     )
