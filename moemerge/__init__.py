@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
+    from moemerge.attack import attack as attack
     from moemerge.coefficients.base import Coefficients as Coefficients
     from moemerge.compare import compare as compare
     from moemerge.data import prepare as prepare
@@ -60,6 +61,7 @@ _HOMES = {
     "sample": "sample",
     "optimise": "optimise",
     "evaluate": "evaluate",
+    "attack": "attack",
     "publish": "publish",
     "compare": "compare",
     "prepare": "data",

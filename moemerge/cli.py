@@ -35,6 +35,7 @@ STAGE_COMMANDS = {
     "sample": "Sample a policy: candidate answers for evaluate.",
     "optimise": "Optimise a policy against reward models; gold and proxy reward over steps.",
     "evaluate": "Compare reward models.",
+    "attack": "Search for edited answers that a reward model overrates; write them as training pairs.",
     "publish": "Write the model card; push to the hub.",
     "compare": "Compare runs over seeds: means, paired differences, cost.",
 }

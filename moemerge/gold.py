@@ -5,26 +5,23 @@ C answers.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moemerge.errors import DataError, MoemergeError, OptionError, suggest
+from moemerge.errors import DataError, MoemergeError
 from moemerge.options import TextFormat
 from moemerge.policy_settings import GoldSource
 from moemerge.preferences import CandidateSet
 from moemerge.rows import BadRow, Text
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 from moemerge.tokenise import Encoded, Item, encode_all
+from moemerge.user_function import load_function
 
 Floats = NDArray[np.float64]
 Judge = Callable[[Sequence[Item]], Floats]
@@ -85,7 +82,7 @@ def function_judge(named: str | Callable[[Text, Text], float]) -> Judge:
     `named` is the function, FILE.py:NAME or MODULE:NAME. The judge raises DataError if the function raises,
     or if it gives no finite number. Raises OptionError if there is no such function.
     """
-    function: Any = _function(named) if isinstance(named, str) else named
+    function: Any = load_function(named) if isinstance(named, str) else named
 
     def scores(items: Sequence[Item]) -> Floats:
         return np.array([_call(function, *item) for item in items], dtype=np.float64)
@@ -111,36 +108,4 @@ def _useless(given: str, answer: Text) -> DataError:
         given=f"{given[:300]}, for the answer {str(answer)[:100]!r}",
         expected="a finite number for every prompt and answer of the data",
         fix="mend the function",
-    )
-
-
-def _function(named: str) -> Any:
-    home, colon, name = named.rpartition(":")
-    if not colon or not home or not name:
-        raise _no_function(named, "neither FILE.py:NAME nor MODULE:NAME", "name the file, then the function")
-    try:
-        module = _open(Path(home)) if home.endswith(".py") else importlib.import_module(home)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:300]
-        raise _no_function(named, reason, "correct the name of the file or module, or mend it") from error
-    if not callable(getattr(module, name, None)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise _no_function(named, f"{home} has no function {name}", suggest(name, known))
-    return getattr(module, name)
-
-
-def _open(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _no_function(named: str, given: str, fix: str) -> OptionError:
-    return OptionError(
-        f"there is no gold function {named}",
-        given=given,
-        expected="a function of prompt and answer in a Python file or an installed module",
-        fix=fix,
     )

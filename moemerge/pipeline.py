@@ -42,6 +42,7 @@ STAGES: Registry[Stage[Any]] = Registry(
         "sample": "moemerge.sample:sample",
         "optimise": "moemerge.optimise:optimise",
         "evaluate": "moemerge.evaluate:evaluate",
+        "attack": "moemerge.attack:attack",
         "publish": "moemerge.publish:publish",
         "compare": "moemerge.compare:compare",
     },

@@ -108,11 +108,14 @@ def panels(
 
 @_plainly
 def dots(
-    groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, x_label: str, reference: str
+    groups: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    path: Path,
+    x_label: str,
+    reference: str | None = None,
 ) -> Path:
     """Draw value, low and high of every name as a dot with its interval, one plot per group, as a PNG.
 
-    A dashed line marks the value of `reference`.
+    A dashed line marks the value of `reference`, or zero without one.
     """
     plot = Dots(x_label, groups, x_label, reference)
     most = max(len(rows) for rows in groups.values())
@@ -205,7 +208,8 @@ def _draw_dots(axes: Any, title: str, plot: Dots) -> None:
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
     axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylim=(len(group) - 0.5, -0.5))
     axes.set_yticks(range(len(group)), [_short(name) for name in group])
-    axes.axvline(group[plot.reference][0], color=GREY, linestyle="--", linewidth=1)
+    mark = group[plot.reference][0] if plot.reference else 0
+    axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
     _tidy(axes)
 
 

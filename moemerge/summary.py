@@ -55,6 +55,12 @@ def _merge(results: Report) -> str:
     return f"largest difference to what was meant {results['largest_difference']:.1e}"
 
 
+def _attack(results: Report) -> str:
+    low, high = results["interval"]
+    share = f"{results['success_rate']:.1%} ({low:.1%} to {high:.1%})"
+    return f"{results['succeeded']} of {results['attacked']} pairs fell: {share}"
+
+
 def _publish(results: Report) -> str:
     state = "pushed" if results["pushed"] else "staged, not pushed"
     return f"{len(results['files'])} files, {results['bytes'] / 1e6:.1f} MB, {state}"
@@ -69,6 +75,7 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
     "fit": lambda results: str(results["verdict"]),
     "merge": _merge,
     "evaluate": lambda results: f"{len(results['models'])} models",
+    "attack": _attack,
     "publish": _publish,
     "compare": lambda results: f"{results['models']} models, {results['seeds']} seeds",
 }

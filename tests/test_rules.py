@@ -23,6 +23,8 @@ GROUND = {
     "evaluate_settings",
     "comparison_settings",
     "policy_settings",
+    "data_settings",
+    "attack_settings",
     "recipe",
     "artifacts",
     "layers",
@@ -35,7 +37,7 @@ GROUND = {
 }
 STAGES = {
     *("upcycle", "train", "route", "fit", "merge", "export", "evaluate", "compare", "publish"),
-    *("sample", "optimise"),
+    *("sample", "optimise", "attack"),
 }
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
