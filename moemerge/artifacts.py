@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from moemerge.confined import refuse_foreign
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
 from moemerge.options import Options, Run, input_fields
 
@@ -271,6 +272,7 @@ def _fingerprints(value: Any, known: Any = None) -> Any:
     path = Path(value)
     if not path.exists():
         return {"hub": value, "sha256": value}
+    refuse_foreign(path)
     files = (known or {}).get("files")
     if files is None and (path / MANIFEST).exists():
         files = read_manifest(path)["files"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache
 from pathlib import Path
 
@@ -25,13 +26,21 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
             read_config(Path(source))
         if trust_remote_code:
             tell_of_code(str(source))
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        _check_pad(config.get_text_config())
+        return config
     except MoemergeError:
         raise
     except Exception as error:  # a config's class may raise anything at values that it does not expect
         raise unloadable(
             "the model's config cannot be read", source, error, "a model folder or hub name"
         ) from error
+
+
+def _check_pad(config: PreTrainedConfig) -> None:
+    pad, size = config.pad_token_id, getattr(config, "vocab_size", None)
+    if pad is not None and not 0 <= pad < (size or math.inf):
+        raise ValueError(f"pad_token_id {pad} is no token of a vocabulary of {size}")
 
 
 @cache

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moemerge.checkpoint import Checkpoint
+from moemerge.configs import load_config
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families.dense import PREFIX, skeleton
 from moemerge.finite import finite
@@ -39,7 +40,7 @@ def check_reward_model(source: str | Path) -> Checkpoint:
         )
     refuse_own_class(weights.config.get("architectures"), source)
     _refuse_other_kinds(weights.config, source)
-    config = AutoConfig.from_pretrained(weights.folder)
+    config = load_config(weights.folder)
     if config.num_labels != 1:
         raise CheckpointError(
             f"{source} is not a reward model",

@@ -27,6 +27,7 @@ from moemerge.tokenise import Encoded
 FORMAT = "moemerge routing statistics 1"
 FILE = "statistics.safetensors"
 SIDES = ("chosen", "rejected")
+MAX_SUMS = 100_000_000  # numbers per group
 RESERVED = ("format", "layers", "groups", "num_experts", "num_experts_per_tok")
 Group = tuple[str, str]
 
@@ -162,7 +163,7 @@ class RoutingStatistics:
             if header.get("format") == FORMAT:
                 return _unpack(header, tensors)
             given = f"format {header.get('format')!r}"
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
             given = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"routing statistics cannot be read: {path}",
@@ -198,6 +199,8 @@ def _observer(sums: Sums, row: int) -> Callable[[Gating], None]:
 def _unpack(header: dict[str, str], tensors: dict[str, Tensor]) -> RoutingStatistics:
     groups = [(str(subset), str(side)) for subset, side in json.loads(header["groups"])]
     layers, experts = json.loads(header["layers"]), int(header["num_experts"])
+    if not 0 < len(layers) * experts * experts <= MAX_SUMS or sorted({*map(int, layers)}) != layers:
+        raise ValueError(f"layers {layers} of {experts} experts"[:200])
     shapes = {name: value.shape for name, value in vars(Sums.zeros(len(layers), experts)).items()}
     for name, shape in shapes.items() if groups else ():
         if tensors[name].shape != (len(groups), *shape) or not bool(tensors[name].isfinite().all()):

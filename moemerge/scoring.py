@@ -8,17 +8,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,12 +27,15 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from moemerge.checkpoint import Checkpoint
-from moemerge.errors import CheckpointError, DataError
+from moemerge.configs import load_config, tell_of_code, unloadable
+from moemerge.confined import refuse_foreign
+from moemerge.errors import CheckpointError, DataError, MoemergeError
 from moemerge.model_guards import refuse_own_class
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
 
+SPARE = 10_000_000  # numbers that a config may ask for beyond twice those in the weights: buffers, a head
 # Heads of language models: left over, rightly, when a base model becomes a reward model.
 LANGUAGE_HEADS = (
     "lm_head",
@@ -59,9 +61,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     token before it. Raises CheckpointError if there is no tokenizer, or neither token.
     """
     try:
+        if Path(path).exists():
+            refuse_foreign(Path(path))
+        if trust_remote_code:
+            tell_of_code(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(
+    except MoemergeError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        raise unloadable(
             "the tokenizer cannot be loaded", path, error, "a folder or hub name with one"
         ) from error
     if tokenizer.pad_token is None:
@@ -95,15 +103,15 @@ def load_reward_model(
     _register_moe()
     device = torch.device(device)
     _refuse_pickle(path)
-    if Path(path).is_dir():
-        Checkpoint(path)
-    config = _load_config(path, trust_remote_code)
+    config = load_config(path, trust_remote_code)
     if not (trust_remote_code and has_own_code(config)):
         refuse_own_class(config.architectures, path)
     if claims_head(config):
         fresh_head_seed = None
     if fresh_head_seed is not None:
         config.num_labels = 1
+    if Path(path).is_dir():
+        _refuse_larger(Checkpoint(path), config)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     model, loading = _load_weights(path, config, wanted, trust_remote_code)
     _check_loading(path, model, loading, fresh_head_seed)
@@ -136,13 +144,26 @@ def _refuse_pickle(path: str) -> None:
         )
 
 
-def _load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+def _refuse_larger(weights: Checkpoint, config: PreTrainedConfig) -> None:
+    """A config that asks for far more than is there: loading would fill the memory with what is missing."""
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        return
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(
-            "the model's config cannot be read", path, error, "a model folder or hub name"
-        ) from error
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # see load_config
+        expected = "the config of a model that can be built"
+        raise unloadable("the model cannot be made", weights.folder, error, expected) from error
+    wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
+    weights.refuse_quantised(model.state_dict().keys() & set(weights.names))
+    held = sum(math.prod(weights.shape(name)) for name in weights.names)
+    if wanted > 2 * held + SPARE:
+        raise CheckpointError(
+            f"{weights.folder} does not hold the model that its config asks for",
+            given=f"{held:,} numbers in the weights, {wanted:,} asked for",
+            expected="weights that agree with config.json",
+            fix="copy the model again whole",
+        )
 
 
 def claims_head(config: PreTrainedConfig) -> bool:
@@ -169,9 +190,9 @@ def _load_weights(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # see load_config
         expected = "safetensors of a sequence classifier that agree with config.json"
-        raise _unloadable("the model cannot be loaded", path, error, expected) from error
+        raise unloadable("the model cannot be loaded", path, error, expected) from error
     return model, loading
 
 
@@ -187,16 +208,6 @@ def _quiet_loading() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _unloadable(what: str, path: str, error: Exception, expected: str) -> CheckpointError:
-    reason = " ".join(str(error).split())
-    return CheckpointError(
-        f"{what}: {path}",
-        given=f"{type(error).__name__}: {reason[:500]}",
-        expected=expected,
-        fix="check the path and that every file of the model is there and whole",
-    )
 
 
 def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], seed: int | None) -> None:
