@@ -311,5 +311,10 @@ def workspace(options: Run) -> Iterator[Path]:
         if other != folder:
             shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if not any(path.is_file() for path in folder.rglob("*")):  # nothing that a later run could use
+            shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)

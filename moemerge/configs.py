@@ -10,7 +10,9 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from moemerge.errors import CheckpointError, MoemergeError
+from moemerge.families.dense import PREFIX
 from moemerge.json_file import read_config
+from moemerge.moe import MoeSettings
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +20,8 @@ log = logging.getLogger(__name__)
 def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of the model in the folder, or under the hub name, `source`.
 
-    Code that comes with a model runs only with `trust_remote_code`, and that is logged. Raises CheckpointError
-    for a config that is missing, or that its own class refuses.
+    Code that comes with a model runs only with `trust_remote_code`, and that is logged. Raises
+    CheckpointError for a config that is missing, or that its own class refuses.
     """
     try:
         if Path(source).is_dir():
@@ -28,6 +30,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
             tell_of_code(str(source))
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         _check_pad(config.get_text_config())
+        _check_layers(config)
         return config
     except MoemergeError:
         raise
@@ -41,6 +44,18 @@ def _check_pad(config: PreTrainedConfig) -> None:
     pad, size = config.pad_token_id, getattr(config, "vocab_size", None)
     if pad is not None and not 0 <= pad < (size or math.inf):
         raise ValueError(f"pad_token_id {pad} is no token of a vocabulary of {size}")
+
+
+def _check_layers(config: PreTrainedConfig) -> None:
+    """The layers of a MoE are layers of its model."""
+    values = getattr(config, "moemerge", None)
+    if not config.model_type.startswith(PREFIX) and values is None:
+        return
+    if not isinstance(values, dict):
+        raise ValueError("no field moemerge in a MoE's config")
+    layers, count = MoeSettings.read(values).layers, config.num_hidden_layers
+    if max(layers) >= count:
+        raise ValueError(f"experts in layer {max(layers)} of a model of {count} layers")
 
 
 @cache

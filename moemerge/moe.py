@@ -21,6 +21,7 @@ from moemerge.expert_schedule import FREE, by_token
 
 LOAD_NOISE_STD = 1.0
 EPSILON = 1e-10
+GATES, ROUTERS, BALANCE_LOSSES = ("xft", "topk", "prompt"), ("linear", "mlp"), ("cv", "switch")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class MoeSettings:
             and all(type(value) is int and value >= 0 for value in whole)
             and 1 <= self.num_experts_per_tok <= self.num_routed_experts
             and type(self.shared_expert) is bool
-            and hasattr(torch, self.dense_dtype)
+            and self.gate in GATES
+            and self.router in ROUTERS
+            and self.balance_loss in BALANCE_LOSSES
+            and isinstance(getattr(torch, self.dense_dtype, None), torch.dtype)
         )
         if not sound:
             raise CheckpointError(

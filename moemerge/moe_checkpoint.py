@@ -107,7 +107,12 @@ class MoeCheckpoint(ExpertSource):
         stacks = {self.layout.moe[tensor.stacked][0] for tensor in self.layout.experts}
         known = {tensor.shared in self.layout.moe for tensor in self.layout.experts}
         dtype = getattr(torch, str(values.get("dense_dtype")), None)
-        if type(number) is not int or stacks != {number} or known != {shared} or type(dtype) is not torch.dtype:
+        if (
+            type(number) is not int
+            or stacks != {number}
+            or known != {shared}
+            or type(dtype) is not torch.dtype
+        ):
             raise CheckpointError(
                 f"{self.folder} does not fit its own config",
                 given=f"{number} routed experts, shared_expert {shared}, dense_dtype {dtype}",

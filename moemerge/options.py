@@ -40,9 +40,7 @@ MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 INPUT = _Input()
 Named = Annotated[str, AfterValidator(_nameable)]
 Source = Annotated[str, INPUT, AfterValidator(_nameable)]
-Sources = Annotated[
-    dict[Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)], Named], INPUT
-]
+Sources = Annotated[dict[Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)], Named], INPUT]
 SourceList = Annotated[list[Named], INPUT]
 Output = Annotated[Path, AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers

@@ -7,6 +7,7 @@ gate_mass: texts).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,15 +200,19 @@ def _observer(sums: Sums, row: int) -> Callable[[Gating], None]:
 def _unpack(header: dict[str, str], tensors: dict[str, Tensor]) -> RoutingStatistics:
     groups = [(str(subset), str(side)) for subset, side in json.loads(header["groups"])]
     layers, experts = json.loads(header["layers"]), int(header["num_experts"])
-    if not 0 < len(layers) * experts * experts <= MAX_SUMS or sorted({*map(int, layers)}) != layers:
+    size = len(layers) * experts * experts
+    if experts < 1 or not 0 < size <= MAX_SUMS or sorted({*map(int, layers)}) != layers:
         raise ValueError(f"layers {layers} of {experts} experts"[:200])
     shapes = {name: value.shape for name, value in vars(Sums.zeros(len(layers), experts)).items()}
     for name, shape in shapes.items() if groups else ():
-        if tensors[name].shape != (len(groups), *shape) or not bool(tensors[name].isfinite().all()):
-            raise ValueError(f"tensor {name} of shape {list(tensors[name].shape)}, or not finite")
-    found = {group: Sums(**{n: tensors[n][g].clone() for n in shapes}) for g, group in enumerate(groups)}
+        found = tensors[name]
+        sound = found.shape == (len(groups), *shape) and found.dtype == torch.float64
+        least = -math.inf if name == "entropy_L" else 0.0  # rounding may bring an entropy below 0
+        if not sound or not bool(((found >= least) & found.isfinite()).all()):
+            raise ValueError(f"tensor {name}: {found.dtype} {list(found.shape)}, below 0 or not finite")
+    sums = {group: Sums(**{n: tensors[n][g].clone() for n in shapes}) for g, group in enumerate(groups)}
     meta = {key: text for key, text in header.items() if key not in RESERVED}
-    return RoutingStatistics(layers, experts, int(header["num_experts_per_tok"]), found, meta)
+    return RoutingStatistics(layers, experts, int(header["num_experts_per_tok"]), sums, meta)
 
 
 def gate_mass(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +29,12 @@ from moemerge.checkpoint import Checkpoint
 from moemerge.configs import load_config, tell_of_code, unloadable
 from moemerge.confined import refuse_foreign
 from moemerge.errors import CheckpointError, DataError, MoemergeError
-from moemerge.model_guards import refuse_own_class
+from moemerge.model_guards import refuse_larger, refuse_own_class
+from moemerge.token_limits import check_texts
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
 
-SPARE = 10_000_000  # numbers that a config may ask for beyond twice those in the weights: buffers, a head
 # Heads of language models: left over, rightly, when a base model becomes a reward model.
 LANGUAGE_HEADS = (
     "lm_head",
@@ -66,6 +65,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         if trust_remote_code:
             tell_of_code(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer(["a"])
     except MoemergeError:
         raise
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
@@ -111,7 +111,7 @@ def load_reward_model(
     if fresh_head_seed is not None:
         config.num_labels = 1
     if Path(path).is_dir():
-        _refuse_larger(Checkpoint(path), config)
+        refuse_larger(Checkpoint(path), config)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     model, loading = _load_weights(path, config, wanted, trust_remote_code)
     _check_loading(path, model, loading, fresh_head_seed)
@@ -141,28 +141,6 @@ def _refuse_pickle(path: str) -> None:
             given=", ".join(pickled[:3]),
             expected="safetensors: pickle files can run code when they are opened",
             fix="if you trust it, load it with transformers and save_pretrained it to another folder",
-        )
-
-
-def _refuse_larger(weights: Checkpoint, config: PreTrainedConfig) -> None:
-    """A config that asks for far more than is there: loading would fill the memory with what is missing."""
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        return
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
-    except Exception as error:  # see load_config
-        expected = "the config of a model that can be built"
-        raise unloadable("the model cannot be made", weights.folder, error, expected) from error
-    wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
-    weights.refuse_quantised(model.state_dict().keys() & set(weights.names))
-    held = sum(math.prod(weights.shape(name)) for name in weights.names)
-    if wanted > 2 * held + SPARE:
-        raise CheckpointError(
-            f"{weights.folder} does not hold the model that its config asks for",
-            given=f"{held:,} numbers in the weights, {wanted:,} asked for",
-            expected="weights that agree with config.json",
-            fix="copy the model again whole",
         )
 
 
@@ -288,6 +266,7 @@ def score(
     Raises DataError for a text without tokens, CheckpointError if a score is not finite.
     """
     _refuse_empty(encoded)
+    check_texts(model, encoded)
     scores = torch.empty(len(encoded))
     if not encoded:
         return scores

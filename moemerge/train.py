@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
+from moemerge.configs import load_config
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.families import family_of
@@ -35,6 +36,8 @@ from moemerge.moe import moe_layers
 from moemerge.plotting import Line, Panel, panels
 from moemerge.recipe import Train
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer
+from moemerge.token_limits import check_config
+from moemerge.tokenise import texts_of
 
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 DONE = "done.json"
@@ -96,6 +99,7 @@ def _read(
         return []
     pairs, report = read_pairs(source, options)
     encoded = encode_pairs(tokenizer, pairs, options, report)
+    check_config(load_config(options.model, options.trust_remote_code), texts_of(encoded))
     draft.results.setdefault("rows", {})[name] = report.summary()
     return encoded
 

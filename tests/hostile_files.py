@@ -1,4 +1,4 @@
-"""Broken and hostile files, made in code: what test_hostile.py feeds the command line, and fuzz.py starts from."""
+"""Broken and hostile files, made in code, for test_hostile.py and the fuzzer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def _line(row: Any) -> str:
 def pairs(count: int) -> list[dict[str, str]]:
     """`count` good pairs, with prompts that differ."""
     words = [f"w{5 + i % 50}" for i in range(count)]
-    return [{"prompt": f"{w} w{i % 40}", "chosen": f"{w} w1", "rejected": f"{w} w2"} for i, w in enumerate(words)]
+    return [
+        {"prompt": f"{w} w{i % 40}", "chosen": f"{w} w1", "rejected": f"{w} w2"} for i, w in enumerate(words)
+    ]
 
 
 def raw_safetensors(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -69,7 +71,9 @@ def shard(folder: Path, **named: str) -> dict[str, str]:
     names = sorted(tensors)
     files = {name: f"model-{1 + (i % 2):05d}-of-00002.safetensors" for i, name in enumerate(names)}
     for file in set(files.values()):
-        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"}
+        )
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files | named}))
     return files
 

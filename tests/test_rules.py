@@ -24,6 +24,8 @@ GROUND = {
     "recipe",
     "artifacts",
     "layers",
+    "confined",
+    "json_file",
 }
 STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file", "summary"}
