@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from moemerge.confined import refuse_foreign
 from moemerge.disk import disk_faults, exists, flush_tree, put_in_place, recover, remove, require_space
 from moemerge.environment import hardware, versions
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
@@ -350,6 +351,7 @@ def _fingerprints(value: Any, known: Any = None) -> Any:
     path = Path(value)
     if not path.exists():
         return {"hub": redact(value), "sha256": redact(value)}
+    refuse_foreign(path)
     files = (known or {}).get("files")
     if files is None and (path / MANIFEST).exists():
         files = read_manifest(path)["files"]
@@ -379,5 +381,10 @@ def workspace(options: Run) -> Iterator[Path]:
         if work.fullmatch(other.name) and other != folder:
             remove(other)
     folder.mkdir(exist_ok=True)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if not any(path.is_file() for path in folder.rglob("*")):  # nothing that a later run could use
+            shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moemerge.confined import refuse_links_out
+from moemerge.confined import refuse_foreign
 from moemerge.disk import flush
 from moemerge.errors import CheckpointError
 from moemerge.json_file import read_config, read_object
@@ -80,7 +80,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = local_folder(folder)
-        refuse_links_out(self.folder)
+        refuse_foreign(self.folder)
         self._files = self._weight_files()
         self._open: dict[str, Any] = {}
 
@@ -107,6 +107,12 @@ class Checkpoint:
         if kind not in DTYPES:
             raise self._fault("a tensor is quantised", f"{name} in {kind}", ", ".join(DTYPES))
         return DTYPES[kind]
+
+    def refuse_quantised(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError unless all these tensors hold floating-point numbers that a merge can use."""
+        for name in names:
+            if not self.dtype(name).is_floating_point:
+                raise self._fault("a tensor is quantised", f"{name} in {self.dtype(name)}", "floating point")
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU, as stored."""
@@ -158,6 +164,9 @@ class Checkpoint:
         return self._open[file]
 
     def _weight_files(self) -> dict[str, str]:
+        if (self.folder / "adapter_config.json").exists():
+            # transformers would load the model that this file names, from wherever that is
+            raise self._adapter_fault()
         if (self.folder / INDEX).exists():
             files = self._indexed_files()
             self._refuse_leftovers(set(files.values()))
@@ -165,8 +174,6 @@ class Checkpoint:
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
         found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
-        if (self.folder / "adapter_config.json").exists():
-            raise self._adapter_fault(", ".join(found))
         raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
 
     def _refuse_leftovers(self, shards: set[str]) -> None:
@@ -179,7 +186,8 @@ class Checkpoint:
                 fix="remove what is left of the older model",
             )
 
-    def _adapter_fault(self, found: str) -> CheckpointError:
+    def _adapter_fault(self) -> CheckpointError:
+        found = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS)))
         return CheckpointError(
             f"{self.folder} is an adapter (LoRA), not a whole model",
             given=f"adapter_config.json, {found or 'no weights'}",

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moemerge.configs import unloadable
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.policy_settings import Optimise, Sample
 from moemerge.preferences import CandidateSet
 from moemerge.rows import RowReport, Text
-from moemerge.scoring import load_tokenizer, quiet_loading, refuse_pickle, unloadable
+from moemerge.scoring import load_tokenizer, quiet_loading, refuse_pickle
 
 SHORT_PROMPTS = "prompts that leave room for max_new_tokens within max_length"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from moemerge.options import TextFormat
 from moemerge.rows import BadRow, Row, Text
 
-LARGEST = sys.float_info.max
+LARGEST = 1e100  # its square is a number still
 UNSUPPORTED = ("tools", "chat_template_kwargs")
 
 
@@ -167,9 +166,11 @@ def _blank(text: Text) -> bool:
 def _number(value: Any, name: str) -> float:
     if value is None:
         raise BadRow(f"missing {name}")
-    if not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= LARGEST:
-        return float(value)
-    raise BadRow(f"{name} is not a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise BadRow(f"{name} is not a finite number")
+    if abs(value) > LARGEST:
+        raise BadRow(f"{name} is not a finite number of at most {LARGEST:.0e}")
+    return float(value)
 
 
 def _subset(row: Row, format: TextFormat) -> str:

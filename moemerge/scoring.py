@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,8 +26,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from moemerge.checkpoint import Checkpoint
-from moemerge.errors import CheckpointError, DataError
-from moemerge.model_guards import refuse_own_class
+from moemerge.configs import load_config, tell_of_code, unloadable
+from moemerge.confined import refuse_foreign
+from moemerge.errors import CheckpointError, DataError, MoemergeError
+from moemerge.model_guards import refuse_larger, refuse_own_class
+from moemerge.token_limits import check_texts
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     token before it. Raises CheckpointError if there is no tokenizer, or neither token.
     """
     try:
+        if Path(path).exists():
+            refuse_foreign(Path(path))
+        if trust_remote_code:
+            tell_of_code(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer(["a"])
+    except MoemergeError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
         raise unloadable(
             "the tokenizer cannot be loaded", path, error, "a folder or hub name with one"
         ) from error
@@ -95,8 +103,6 @@ def load_reward_model(
     _register_moe()
     device = torch.device(device)
     refuse_pickle(path)
-    if Path(path).is_dir():
-        Checkpoint(path)
     config = load_config(path, trust_remote_code)
     if not (trust_remote_code and has_own_code(config)):
         refuse_own_class(config.architectures, path)
@@ -104,6 +110,8 @@ def load_reward_model(
         fresh_head_seed = None
     if fresh_head_seed is not None:
         config.num_labels = 1
+    if Path(path).is_dir():
+        refuse_larger(Checkpoint(path), config)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     model, loading = _load_weights(path, config, wanted, trust_remote_code)
     _check_loading(path, model, loading, fresh_head_seed)
@@ -137,16 +145,6 @@ def refuse_pickle(path: str) -> None:
         )
 
 
-def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model. Raises CheckpointError if it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise unloadable(
-            "the model's config cannot be read", path, error, "a model folder or hub name"
-        ) from error
-
-
 def claims_head(config: PreTrainedConfig) -> bool:
     """Whether a config says that its model has a reward head."""
     return any("SequenceClassification" in name for name in config.architectures or [])
@@ -171,7 +169,7 @@ def _load_weights(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # see load_config
         expected = "safetensors of a sequence classifier that agree with config.json"
         raise unloadable("the model cannot be loaded", path, error, expected) from error
     return model, loading
@@ -189,17 +187,6 @@ def quiet_loading() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def unloadable(what: str, path: str, error: Exception, expected: str) -> CheckpointError:
-    """A CheckpointError that tells why transformers could not load what is at `path`."""
-    reason = " ".join(str(error).split())
-    return CheckpointError(
-        f"{what}: {path}",
-        given=f"{type(error).__name__}: {reason[:500]}",
-        expected=expected,
-        fix="check the path and that every file of the model is there and whole",
-    )
 
 
 def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], seed: int | None) -> None:
@@ -280,6 +267,7 @@ def score(
     Raises DataError for a text without tokens, CheckpointError if a score is not finite.
     """
     _refuse_empty(encoded)
+    check_texts(model, encoded)
     scores = torch.empty(len(encoded))
     if not encoded:
         return scores

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from moemerge import runtime
 from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
 from moemerge.budget import scaled
+from moemerge.configs import load_config
 from moemerge.cost import flops_ratio
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.disk import write_whole
@@ -38,6 +39,8 @@ from moemerge.moe import moe_layers
 from moemerge.plotting import Line, Panel, panels
 from moemerge.recipe import Train
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer
+from moemerge.token_limits import check_config
+from moemerge.tokenise import texts_of
 
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 DONE = "done.json"
@@ -109,6 +112,7 @@ def _read(
         return []
     pairs, report = read_pairs(source, options)
     encoded = encode_pairs(tokenizer, pairs, options, report)
+    check_config(load_config(options.model, options.trust_remote_code), texts_of(encoded))
     draft.results.setdefault("rows", {})[name] = report.summary()
     return encoded
 

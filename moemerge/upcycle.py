@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from moemerge import runtime
 from moemerge.alike import largest_difference, probe_batch, probe_scores, require_alike
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import Checkpoint, copy_side_files, write_checkpoint
+from moemerge.configs import load_config
 from moemerge.dense_checkpoint import source_names
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
@@ -58,7 +59,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
 
 
 def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=options.trust_remote_code)
+    config = load_config(source.folder, options.trust_remote_code)
     if is_moe(config):
         raise UnsupportedError(
             "the model is a MoE already",

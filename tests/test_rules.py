@@ -34,6 +34,8 @@ GROUND = {
     "fingerprints",
     "environment",
     "redaction",
+    "confined",
+    "json_file",
 }
 STAGES = {
     *("upcycle", "train", "route", "fit", "merge", "export", "evaluate", "compare", "publish"),
