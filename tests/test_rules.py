@@ -40,7 +40,7 @@ HOMES = {
     "filelock": {"pipeline"},
     "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
-    "jinja2": {"html_report"},
+    "jinja2": {"html_report", "tokenise"},
 }
 
 
