@@ -22,8 +22,8 @@ def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section
     sections, to_read = [_summary(report)], []
     for name, result in results.items():
         tables = PROBES.get(name).tables(result)
-        to_read += [table for table in tables if any(table.prose())]
-        numbers = [table for table in tables if not any(table.prose())]
+        to_read += [table for table in tables if any(table.prose()[1:])]
+        numbers = [table for table in tables if not any(table.prose()[1:])]
         figures = [Figure.load(folder / plot) for plot in plots.get(name, [])]
         sections.append(Section(_title(name), tables=numbers, figures=figures))
     if to_read:

@@ -113,7 +113,7 @@ def dots(
 
     A dashed line marks the value of `reference`.
     """
-    plot = Dots(x_label, groups, x_label, reference)
+    plot = Dots(x_label[:1].upper() + x_label[1:], groups, x_label, reference)
     most = max(len(rows) for rows in groups.values())
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)

@@ -38,17 +38,16 @@ def write_run_page(run: Path, steps: Sequence[str], learned: str) -> Path:
         _steps(manifests),
         provenance_section(manifests),
     ]
-    return write_report(run, f"{run.resolve().name}: report of a run", sections)
+    return write_report(run, f"Run {run.resolve().name}", sections)
 
 
 def _is_to_read(section: Section) -> bool:
-    return any(any(table.prose()) for table in section.tables)
+    return any(any(table.prose()[1:]) for table in section.tables)
 
 
 def _with_verdict(first: Section, report: Mapping[str, Any], learned: str) -> Section:
-    verdict, grounds = summary.verdict_sentences(dict(report), learned)
-    text = [part for part in (grounds, first.lead, *first.text) if part]
-    return replace(first, lead=verdict, text=text)
+    text = [part for part in (first.lead, *first.text) if part]
+    return replace(first, lead=summary.verdict_sentences(dict(report), learned)[0], text=text)
 
 
 def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
