@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from moemerge.coefficients.base import Coefficients as Coefficients
+    from moemerge.compare import compare as compare
     from moemerge.data import prepare as prepare
     from moemerge.errors import ArtifactError as ArtifactError
     from moemerge.errors import CheckpointError as CheckpointError
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from moemerge.synthetic import write_world as write_world
     from moemerge.train import train as train
     from moemerge.upcycle import upcycle as upcycle
+    from moemerge.verify import verify as verify
+    from moemerge.verify import verify_folder as verify_folder
 
     __version__: str
 
@@ -54,12 +57,15 @@ _HOMES = {
     "export": "export",
     "evaluate": "evaluate",
     "publish": "publish",
+    "compare": "compare",
     "prepare": "data",
     "write_world": "synthetic",
     "run_recipe": "pipeline",
     "check_recipe": "pipeline",
     "load_recipe": "pipeline",
     "load_moe": "modelling",
+    "verify": "verify",
+    "verify_folder": "verify",
     "RoutingStatistics": "routing",
     "Coefficients": "coefficients.base",
     "MoemergeError": "errors",

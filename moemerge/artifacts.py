@@ -6,26 +6,30 @@ import hashlib
 import json
 import logging
 import os
-import platform
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from moemerge.disk import disk_faults, exists, flush_tree, put_in_place, recover, remove, require_space
+from moemerge.environment import hardware, versions
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
+from moemerge.fingerprints import MANIFEST, fingerprint, sums
+from moemerge.locks import hold, lock_of
 from moemerge.options import Options, Run, input_fields
+from moemerge.redaction import redact, redacted
+from moemerge.weight_files import weight_faults
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-PACKAGES = ("moemerge", "torch", "transformers", "trl", "mergekit", "peft", "safetensors")
+RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 UNCOMPARED = {"output", "overwrite", "threads"}
 
 log = logging.getLogger(__name__)
@@ -36,12 +40,23 @@ O = TypeVar("O", bound=Run)  # noqa: E741
 class Draft:
     """An artifact in the making: write files into `folder`, put what is worth telling into `results`.
 
-    provenance: what its manifest will say of stage, options, inputs, versions and hardware.
+    provenance: what its manifest will say of stage, options and inputs.
     """
 
     folder: Path
+    output: Path
     results: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    needed: int | None = None
+
+    def reserve(self, size: int) -> None:
+        """Before long work: raise ArtifactError unless the disk has room for `size` bytes in all."""
+        self.needed = size
+        require_space(self.folder, size)
+
+    def disk_faults(self) -> AbstractContextManager[None]:
+        """A full or broken disk becomes an ArtifactError."""
+        return disk_faults(self.output, self.folder, lambda: self.needed)
 
 
 @dataclass(frozen=True)
@@ -112,39 +127,33 @@ def _known_names(kind: type[Options], path: tuple[str | int, ...]) -> list[str]:
 def artifact(name: str, options: Run) -> Iterator[Draft]:
     """Make one artifact: yields a draft in a temporary folder, seals it with a manifest, renames it.
 
-    Of several processes that torchrun started, only the first one's is kept.
+    The output is locked, what a killed process left of it is cleared away, and inputs must be at the end what
+    they were at the start. Of several processes that torchrun started, only the first one's is kept.
     """
     output = options.output
     _refuse_existing(output, options.overwrite)
+    _refuse_overlap(options)
     if not leads():
         with tempfile.TemporaryDirectory() as folder:
-            yield Draft(Path(folder))
+            yield Draft(Path(folder), output)
         return
-    started, clock = datetime.now(timezone.utc), time.perf_counter()
-    inputs = {key: _fingerprints(value) for key, value in input_fields(options).items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Draft(Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent)))
-    draft.provenance = {
-        "stage": name,
-        "options": json.loads(options.model_dump_json()),
-        "inputs": inputs,
-        "versions": _versions(),
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()},
-        "started": started.isoformat(timespec="seconds"),
-    }
-    try:
-        yield draft
-        manifest = {
-            "schema": SCHEMA,
-            **draft.provenance,
-            "results": draft.results,
-            "files": fingerprint(draft.folder)["files"],
-            "seconds": round(time.perf_counter() - clock, 3),
-        }
-        write_json(draft.folder / MANIFEST, manifest)
-        _seal(draft.folder, output)
-    finally:
-        shutil.rmtree(draft.folder, ignore_errors=True)
+    clock = time.perf_counter()
+    with disk_faults(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with hold(lock_of(output), output):
+            recover(output)
+            _refuse_existing(output, options.overwrite)
+            draft = Draft(
+                Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent)), output
+            )
+            try:
+                with draft.disk_faults():
+                    draft.provenance = _beginning(name, options)
+                    yield draft
+                    _seal(draft, options)
+                    put_in_place(draft.folder, output)
+            finally:
+                remove(draft.folder)
     log.info("%s: wrote %s in %.1f s", name, output, time.perf_counter() - clock)
 
 
@@ -154,41 +163,120 @@ def leads() -> bool:
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
-    if (output.exists() or output.is_symlink()) and not overwrite:
+    if exists(output) and not overwrite:
         raise ArtifactError(
             "output exists already",
             given=str(output),
             expected="a folder that does not exist yet",
             fix="choose another output, or ask for overwrite",
         )
+    if exists(output) and not holds_manifest(output) and not _is_empty(output):
+        raise ArtifactError(
+            "output exists already and is no earlier result",
+            given=f"{output}, without {MANIFEST} of moemerge",
+            expected="a folder that does not exist yet, or one that moemerge wrote",
+            fix="choose another output, or move away what is there",
+        )
 
 
-def _seal(folder: Path, output: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            flush(path)
-    folder.chmod(0o755)
-    old = None
-    if output.exists() or output.is_symlink():
-        old = output.with_name(f".{output.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    folder.rename(output)
-    if old is not None and old.is_symlink():
-        old.unlink()
-    elif old is not None:
-        shutil.rmtree(old)
+def holds_manifest(folder: Path) -> bool:
+    """Whether there is a manifest of ours, damaged or not, and not some other tool's file of that name."""
+    path = folder / MANIFEST
+    return path.is_file() and b'"stage"' in path.read_bytes()
 
 
-def flush(path: Path) -> None:
-    """Wait until the file at `path` is on the disk."""
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _refuse_overlap(options: Run) -> None:
+    """Inputs stay as they are: the output can be neither one of them, nor in one, nor around one."""
+    place = options.output.parent.resolve() / options.output.name
+    for name, path in _local_inputs(options):
+        inside = path.is_dir() and path.resolve() in place.parents
+        if inside or place in (path.resolve(), *path.resolve().parents):
+            raise ArtifactError(
+                "the output would change an input",
+                given=f"output {options.output}, {name} {path}",
+                expected="an output beside its inputs",
+                fix="choose another output",
+            )
+
+
+def _local_inputs(options: Run) -> Iterator[tuple[str, Path]]:
+    for name, value in input_fields(options).items():
+        several = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+        yield from ((name, Path(one)) for one in several if Path(one).exists())
+
+
+def _beginning(name: str, options: Run) -> dict[str, Any]:
+    """What a manifest can tell before the work begins."""
+    return {
+        "schema": SCHEMA,
+        "stage": name,
+        "options": plain_options(options),
+        "inputs": {key: _fingerprints(value) for key, value in input_fields(options).items()},
+        "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+    }
+
+
+def plain_options(options: Options) -> dict[str, Any]:
+    """Options as JSON values, without secrets."""
+    return dict(redacted(json.loads(options.model_dump_json())))
+
+
+def _seal(draft: Draft, options: Run) -> None:
+    """Flush the draft, read it back from the disk, check it, and write the manifest of what was read."""
+    manifest = draft.provenance
+    flush_tree(draft.folder)
+    files = fingerprint(draft.folder)["files"]
+    for fault in weight_faults(draft.folder, list(files)):
+        raise _damaged(draft, f"{fault.file} {fault.what}: {fault.found}")
+    for name, value in input_fields(options).items():
+        if _digests(_fingerprints(value, manifest["inputs"][name])) != _digests(manifest["inputs"][name]):
+            raise _changed_input(name, value)
+    begun = datetime.fromisoformat(manifest["started"])
+    seconds = round((datetime.now(timezone.utc) - begun).total_seconds(), 3)
+    whole = {
+        "results": redacted(draft.results),
+        "files": files,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    manifest = json.loads(json.dumps({**manifest, **whole, "seconds": seconds}, default=str))
+    write_json(draft.folder / MANIFEST, manifest | {"sha256": own_digest(manifest)})
+    flush_tree(draft.folder)
+    if own_digest(read_manifest(draft.folder)) != own_digest(manifest):
+        raise _damaged(draft, f"{MANIFEST} does not hold what was written")
+
+
+def _damaged(draft: Draft, given: str) -> ArtifactError:
+    return ArtifactError(
+        f"{draft.output} was not written as meant",
+        given=given,
+        expected="to read back what was written",
+        fix="check the disk, then run the same command again; nothing was left that looks complete",
+    )
+
+
+def _changed_input(name: str, value: Any) -> ArtifactError:
+    return ArtifactError(
+        "an input changed while it was used",
+        given=f"{name}: {value}",
+        expected="inputs that stay as they are until the stage is done",
+        fix="run the same command again once nothing writes there any more",
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, keys in given order, numbers exact."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def own_digest(manifest: dict[str, Any]) -> str:
+    """sha256 over a manifest's values, its own digest left out."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -230,12 +318,14 @@ def why_stale(name: str, options: Run) -> str | None:
         manifest = expect_stage(options.output, name)
     except ArtifactError as error:
         return error.given
-    wanted = json.loads(options.model_dump_json())
+    wanted = plain_options(options)
     changed = [k for k in wanted if k not in UNCOMPARED and wanted[k] != manifest["options"].get(k)]
     if changed:
         return f"changed: {', '.join(changed)}"
-    if fingerprint(options.output, manifest["files"])["files"].keys() != manifest["files"].keys():
-        return "files are missing or were added"
+    if own_digest(manifest) != manifest.get("sha256"):
+        return "its manifest was changed"
+    if sums(fingerprint(options.output, manifest["files"])["files"]) != sums(manifest["files"]):
+        return "files are missing, were changed or added"
     for key, value in input_fields(options).items():
         known = manifest["inputs"].get(key, {})
         if _digests(_fingerprints(value, known)) != _digests(known):
@@ -243,30 +333,12 @@ def why_stale(name: str, options: Run) -> str | None:
     return None
 
 
-def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """sha256 over all files at `path` (a file or folder, without manifests and hidden files).
-
-    A file whose size and mtime equal those in `known` is taken to have the checksum recorded there.
-    """
-    root = path if path.is_dir() else path.parent
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    names = [(str(p.relative_to(root)), p) for p in found]
-    kept = [(n, p) for n, p in names if n != MANIFEST and not any(s.startswith(".") for s in Path(n).parts)]
-    files = {name: _file_record(p, (known or {}).get(name)) for name, p in kept}
-    digest = hashlib.sha256("".join(f"{n}\0{r['sha256']}\n" for n, r in files.items()).encode())
-    return {"path": str(path), "sha256": digest.hexdigest(), "files": files}
-
-
-def _file_record(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    status = path.stat()
-    record = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    if known and all(known[k] == record[k] for k in record):
-        return known
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return {**record, "sha256": digest.hexdigest()}
+def flat_inputs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A manifest's inputs by name; those of a mapping under NAME.KEY."""
+    flat: dict[str, dict[str, Any]] = {}
+    for name, given in manifest["inputs"].items():
+        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
+    return flat
 
 
 def _fingerprints(value: Any, known: Any = None) -> Any:
@@ -277,7 +349,7 @@ def _fingerprints(value: Any, known: Any = None) -> Any:
         return {k: _fingerprints(v, (known or {}).get(k)) for k, v in value.items()}
     path = Path(value)
     if not path.exists():
-        return {"hub": value, "sha256": value}
+        return {"hub": redact(value), "sha256": redact(value)}
     files = (known or {}).get("files")
     if files is None and (path / MANIFEST).exists():
         files = read_manifest(path)["files"]
@@ -290,16 +362,6 @@ def _digests(record: Any) -> Any:
     return {k: _digests(v) for k, v in record.items()}
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 @contextmanager
 def workspace(options: Run) -> Iterator[Path]:
     """A folder for long work that survives a kill: found again by equal options and inputs.
@@ -308,13 +370,14 @@ def workspace(options: Run) -> Iterator[Path]:
     """
     output = options.output
     output.parent.mkdir(parents=True, exist_ok=True)
-    given = {k: v for k, v in json.loads(options.model_dump_json()).items() if k not in UNCOMPARED}
+    given = {k: v for k, v in plain_options(options).items() if k not in UNCOMPARED}
     inputs = {key: _digests(_fingerprints(value)) for key, value in input_fields(options).items()}
     key = hashlib.sha256(json.dumps([given, inputs], sort_keys=True).encode()).hexdigest()[:16]
     folder = output.parent / f".{output.name}.{key}.work"
-    for other in output.parent.glob(f".{output.name}.*.work"):
-        if other != folder:
-            shutil.rmtree(other)
+    work = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{16}}\.work")
+    for other in output.parent.iterdir():
+        if work.fullmatch(other.name) and other != folder:
+            remove(other)
     folder.mkdir(exist_ok=True)
     yield folder
     shutil.rmtree(folder)

@@ -6,6 +6,7 @@ No local path gets into a card: files and folders appear by name and checksum.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,19 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from moemerge import recipe
-from moemerge.artifacts import MANIFEST, expect_stage, fingerprint, read_manifest
+from moemerge.artifacts import expect_stage, read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError
+from moemerge.fingerprints import MANIFEST, fingerprint
 from moemerge.options import Run, input_fields
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
 from moemerge.recipe import Publish
 
 SHORT = 12
+LICENCE = ("license", "license_name", "license_link")
+MODEL_STAGES = ("merge", "train", "upcycle", "export")
+MIXTURES = ("moemerge_", "qwen2_moe")
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
@@ -40,8 +45,17 @@ moemerge. It has the architecture and the cost of one of them. Its one output is
 answer together."""
 AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
 [UMM-RM](https://arxiv.org/abs/2512.00724)"""
+MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
+Its one output is the reward of prompt and answer together."""
+STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
+gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
+and answer together."""
+UPCYCLED = """A mixture-of-experts reward model, upcycled with moemerge from a dense one and not yet trained:
+it computes the same rewards. Its one output is the reward of prompt and answer together."""
 TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
 and answer together."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,18 +70,43 @@ class Evaluation:
 def make_card(options: Publish) -> ModelCard:
     """The card of `options.model`, from its manifest and those of everything that it came from.
 
-    Raises ArtifactError if the model is no merged or trained one, or the evaluation does not hold it.
+    Raises ArtifactError if no stage wrote the folder as a model, or the evaluation does not hold it.
     """
     folder = Path(options.model)
-    manifest = expect_stage(folder, "merge", "train")
+    home = home_of(folder)
+    manifest = expect_stage(home, *MODEL_STAGES)
+    _require_one_model(folder, manifest)
     evaluation = find_evaluation(folder, options.evaluation) if options.evaluation else None
-    chain = list(ancestors(folder))
+    chain = list(ancestors(home))
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
-    parts = [f"# {title}", _kind(manifest), _loading(title, folder)]
+    parts = [f"# {title}", _kind(manifest, folder), _loading(title, folder)]
     parts += ["## Made from", _made_from(chain), *_coefficients(manifest)]
     parts += _evaluation(evaluation) if evaluation else []
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def home_of(model: Path) -> Path:
+    """The artifact that `model` is, or, if export wrote it, is a member of."""
+    above = model.resolve().parent
+    if not (model / MANIFEST).is_file() and (above / MANIFEST).is_file():
+        expect_stage(above, "export")
+        return above
+    return model
+
+
+def _require_one_model(folder: Path, manifest: dict[str, Any]) -> None:
+    if (folder / "config.json").is_file():
+        return
+    members = manifest["results"].get("models", [])
+    raise ArtifactError(
+        f"{folder} is not one model",
+        given=f"the {len(members)} models that export wrote there" if members else "no config.json",
+        expected="a folder with one model",
+        fix=f"publish one of them: {', '.join(str(folder / name) for name in members[:3])}"
+        if members
+        else "give the folder that merge, train, upcycle or export wrote",
+    )
 
 
 def find_evaluation(model: Path, folder: str) -> Evaluation:
@@ -130,13 +169,17 @@ def _card_data(
 ) -> ModelCardData:
     base = options.base_model or _hub_base(chain)
     merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
+    mixture = ["mixture-of-experts"] if _model_type(Path(options.model)).startswith(MIXTURES) else []
+    licence = {"license": options.license} if options.license else _inherited_license(base, chain)
+    if not licence:
+        log.warning("the card names no licence: no card of the dense model is on this machine; set license")
     return ModelCardData(
         base_model=base,
-        license=options.license or _inherited_license(base, chain),
+        **licence,
         datasets=options.datasets or None,
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=[*merged, "moemerge", "reward-model"],
+        tags=[*merged, *mixture, "moemerge", "reward-model"],
         model_name=title,
         eval_results=list(_eval_results(evaluation)) if evaluation else None,
     )
@@ -157,17 +200,17 @@ def _hub_base(chain: list[dict[str, Any]]) -> str | None:
     return next((given["hub"] for given in _origins(chain) if "hub" in given), None)
 
 
-def _inherited_license(base: str | None, chain: list[dict[str, Any]]) -> str | None:
-    """The licence that the dense model's own card names, if that is on this machine."""
+def _inherited_license(base: str | None, chain: list[dict[str, Any]]) -> dict[str, str]:
+    """What the dense model's own card says about its licence, if that card is on this machine."""
     cached = try_to_load_from_cache(base, "README.md") if base and base.count("/") == 1 else None
     cards = [cached] if isinstance(cached, str) else []
     cards += [str(Path(given["path"]) / "README.md") for given in _origins(chain) if "path" in given]
     for card in cards:
         if Path(card).is_file():
-            stated = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-            if stated:
-                return str(stated)
-    return None
+            stated = ModelCard.load(card, ignore_metadata_errors=True).data
+            if stated.get("license"):
+                return {key: str(stated.get(key)) for key in LICENCE if stated.get(key)}
+    return {}
 
 
 def _eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:
@@ -193,10 +236,13 @@ def _eval_result(name: str, metric: str, title: str, value: float) -> EvalResult
 
 
 def _loading(name: str, folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    mixture = config["model_type"].startswith("moemerge_")
+    mixture = _model_type(folder).startswith("moemerge_")
     code = LOADING.format(name=name, extra="\nimport moemerge  # knows the model type" if mixture else "")
     return f"```python\n{code}\n```"
+
+
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
 
 
 def _made_from(chain: list[dict[str, Any]]) -> str:
@@ -240,10 +286,18 @@ def _brief(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
-def _kind(manifest: dict[str, Any]) -> str:
+def _kind(manifest: dict[str, Any], folder: Path) -> str:
     """What sort of model this is, in a few sentences."""
+    if manifest["stage"] == "export":
+        if manifest["options"].get("form") == "qwen2_moe":
+            return STOCK
+        experts = manifest["options"].get("model") is not None
+        what = (
+            "one expert of a mixture-of-experts reward model" if experts else "made to be merged with others"
+        )
+        return MEMBER.format(member=folder.resolve().name, what=what)
     if manifest["stage"] != "merge":
-        return TRAINED
+        return UPCYCLED if manifest["stage"] == "upcycle" else TRAINED
     host = _host_method(manifest)
     way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
     models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]

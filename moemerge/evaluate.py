@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,12 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import data, runtime
 from moemerge.artifacts import Draft, stage, write_json
+from moemerge.cost import cost
+from moemerge.ensembles import check_ensembles, ensemble_facts, ensemble_scores
+from moemerge.environment import hardware, versions
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation_page import evaluation_sections
 from moemerge.html_report import write_report
-from moemerge.moe import moe_layers
-from moemerge.probes import PROBES
-from moemerge.probes.base import CandidateScores, PairScores, Probe
+from moemerge.probes import PROBES, expand
+from moemerge.probes.base import CandidateScores, EditScores, PairScores, Probe
+from moemerge.probes.edits import EncodedEdit, encode_edits, make_edits, some_pairs
 from moemerge.provenance_page import provenance_section
 from moemerge.recipe import Evaluate
 from moemerge.scoring import load_reward_model, load_tokenizer, score
@@ -38,19 +42,26 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     so that comparisons stay paired. Writes scores.safetensors, report.json, report.html, report.md and plots.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
+    check_ensembles(options)
     probes = _probes(options)
     device = runtime.use(options)
     tokenizers = {
         name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
     }
     sets = _read_sets(options, tokenizers)
+    sets += _edited_sets(options, tokenizers, probes, sets)
     scores, models = {}, {}
     for name, path in options.models.items():
         model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
-        models[name] = {"source": path, "class": type(model).__name__, **parameters(model)}
+        models[name] = {"source": path, "class": type(model).__name__, **cost(model)}
+        started = time.perf_counter()
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
+        models[name]["seconds"] = time.perf_counter() - started
+        models[name]["tokens"] = sum(len(text.ids) for one in sets for text in one.texts[name])
         del model
         _free_memory()
+    scores |= ensemble_scores(options, scores)
+    models |= ensemble_facts(options, models)
     results = _measure(probes, sets, scores, options)
     _write(draft, options, probes, results, models, sets)
     save_file(_tensors(sets, scores), draft.folder / "scores.safetensors")
@@ -58,7 +69,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
 
 @dataclass(frozen=True)
 class _Set:
-    """One test or candidate set: its usable items, and their texts' tokens per tokenizer."""
+    """One test or candidate set, or one edit of a test set: its usable items, their tokens by model."""
 
     kind: str
     name: str
@@ -69,14 +80,15 @@ class _Set:
 
 def _probes(options: Evaluate) -> dict[str, Probe]:
     """The probes asked for that have data; faults in the options are found here, before any work."""
-    if options.baseline is not None and options.baseline not in options.models:
+    known = [*options.models, *options.combinations()]
+    if options.baseline is not None and options.baseline not in known:
         raise OptionError(
             "the baseline is none of the models",
             given=options.baseline,
-            expected=f"one of: {', '.join(options.models)}",
-            fix=suggest(options.baseline, options.models),
+            expected=f"one of: {', '.join(known)}",
+            fix=suggest(options.baseline, known),
         )
-    asked = {name: PROBES.get(name) for name in options.probes}
+    asked = {name: PROBES.get(name) for name in expand(options.probes)}
     probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
     for name in asked.keys() - probes.keys():
         log.warning("%s is left out: no %s are given", name, asked[name].needs)
@@ -88,15 +100,6 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
             fix="give models, pairs and candidates as name=path",
         )
     return probes
-
-
-def parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Weights in `model`, and those that one token uses: without the routed experts it is not sent to."""
-    total = sum(weight.numel() for weight in model.parameters())
-    routed = sum(w.numel() for layer in moe_layers(model).values() for w in layer.experts.parameters())
-    moe = getattr(model.config, "moemerge", None) or {}
-    idle = routed - routed * moe["num_experts_per_tok"] // moe["num_routed_experts"] if routed else 0
-    return {"parameters": total, "active_parameters": total - idle}
 
 
 def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[_Set]:
@@ -111,6 +114,25 @@ def _read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBa
     return found
 
 
+def _edited_sets(
+    options: Evaluate,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    probes: Mapping[str, Probe],
+    sets: Sequence[_Set],
+) -> list[_Set]:
+    """The edited answers that the probes ask for, one set per test set, probe and edit."""
+    found = []
+    for one in sets:
+        places = some_pairs(one.items, options.bias_pairs, options.seed)
+        for name, probe in probes.items():
+            if one.kind == "pairs" and probe.edits is not None:
+                made = make_edits(one.items, places, probe.edits, one.name, options.seed)
+                for edit, (items, report) in made.items():
+                    kept, texts = _encode("edits", items, report, tokenizers, options)
+                    found.append(_Set("edits", f"{one.name}/{name}/{edit}", kept, texts, report.summary()))
+    return found
+
+
 def _encode(
     kind: str,
     items: Sequence[Any],
@@ -119,13 +141,17 @@ def _encode(
     options: Evaluate,
 ) -> tuple[Sequence[Any], dict[str, list[data.Encoded]]]:
     """The items that every tokenizer can encode, and their texts by model; equal tokenizers work once."""
-    encoders: dict[str, Any] = {"pairs": data.encode_pairs, "candidates": data.encode_candidates}
+    encoders: dict[str, Any] = {
+        "pairs": data.encode_pairs,
+        "candidates": data.encode_candidates,
+        "edits": encode_edits,
+    }
     done: dict[str, dict[int, list[data.Encoded]]] = {}
     keys = {model: _identity(tokenizer) for model, tokenizer in tokenizers.items()}
     for model, key in keys.items():
         if key not in done:
             encoded = encoders[kind](tokenizers[model], items, options, report)
-            items = [one.pair if kind == "pairs" else one.candidates for one in encoded]
+            items = [_item(one) for one in encoded]
             done[key] = {item.row: _texts(one) for item, one in zip(items, encoded, strict=True)}
     texts = {model: [text for item in items for text in done[key][item.row]] for model, key in keys.items()}
     return items, texts
@@ -138,8 +164,16 @@ def _identity(tokenizer: Any) -> str:
     return json.dumps([core, str(tokenizer.chat_template), str(tokenizer.eos_token)])
 
 
-def _texts(one: data.EncodedPair | data.EncodedCandidates) -> list[data.Encoded]:
-    return [one.chosen, one.rejected] if isinstance(one, data.EncodedPair) else one.answers
+def _item(one: data.EncodedPair | data.EncodedCandidates | EncodedEdit) -> Any:
+    if isinstance(one, data.EncodedPair):
+        return one.pair
+    return one.edited if isinstance(one, EncodedEdit) else one.candidates
+
+
+def _texts(one: data.EncodedPair | data.EncodedCandidates | EncodedEdit) -> list[data.Encoded]:
+    if isinstance(one, data.EncodedPair):
+        return [one.chosen, one.rejected]
+    return [one.answer] if isinstance(one, EncodedEdit) else one.answers
 
 
 def _score_sets(
@@ -168,8 +202,13 @@ def _measure(
     inputs: dict[str, dict[str, Any]] = {"pairs": {}, "candidates": {}}
     for place, one in enumerate(sets):
         values = {model: found[place].double().numpy() for model, found in scores.items()}
-        gather = _pair_scores if one.kind == "pairs" else _candidate_scores
-        inputs[one.kind][one.name] = gather(one.items, values)
+        if one.kind == "edits":
+            owner, probe, edit = one.name.rsplit("/", 2)
+            pairs = inputs["pairs"][owner]
+            inputs["pairs"][owner] = pairs.with_edit(f"{probe}/{edit}", _edit_scores(one, values))
+        else:
+            gather = _pair_scores if one.kind == "pairs" else _candidate_scores
+            inputs[one.kind][one.name] = gather(one.items, values)
     return {name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()}
 
 
@@ -184,6 +223,11 @@ def _pair_scores(pairs: Sequence[data.Pair], values: Mapping[str, Any]) -> PairS
         prompts=np.array(prompts),
         lengths=np.array(lengths),
     )
+
+
+def _edit_scores(edit: _Set, values: Mapping[str, Any]) -> EditScores:
+    left_out = {why: bad["count"] for why, bad in edit.report["bad"].items()}
+    return EditScores(list(edit.items), dict(values), left_out)
 
 
 def _candidate_scores(sets: Sequence[data.CandidateSet], values: Mapping[str, Any]) -> CandidateScores:
@@ -203,14 +247,17 @@ def _tensors(sets: Sequence[_Set], scores: Mapping[str, list[Tensor]]) -> dict[s
     """What scores.safetensors holds: KIND/SET/rows, source rows by text, and KIND/SET/model/MODEL, scores."""
     found = {}
     for place, one in enumerate(sets):
-        counts = [2 if one.kind == "pairs" else len(item.texts) for item in one.items]
-        rows = torch.tensor([item.row for item in one.items])
-        found[f"{one.kind}/{one.name}/rows"] = rows.repeat_interleave(torch.tensor(counts))
+        rows = [item.row for item in one.items for _ in range(_texts_of(one.kind, item))]
+        found[f"{one.kind}/{one.name}/rows"] = torch.tensor(rows, dtype=torch.long)
         for model, values in scores.items():
             found[f"{one.kind}/{one.name}/model/{model}"] = values[place]
         if one.kind == "candidates":
             found[f"{one.kind}/{one.name}/gold"] = torch.tensor([g for item in one.items for g in item.gold])
     return found
+
+
+def _texts_of(kind: str, item: Any) -> int:
+    return {"pairs": 2, "edits": 1}.get(kind) or len(item.texts)
 
 
 def _write(
@@ -223,8 +270,9 @@ def _write(
 ) -> None:
     plots = {name: probe.plot(results[name], draft.folder) for name, probe in probes.items()}
     rows = {f"{one.kind}/{one.name}": one.report for one in sets}
+    timeless = {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()}
     report = {
-        "models": models,
+        "models": timeless,  # evaluated again, the same models give the same report
         "baseline": options.baseline or next(iter(models)),
         "rows": rows,
         "probes": results,
@@ -232,10 +280,8 @@ def _write(
         "plots_by_probe": plots,
     }
     write_json(draft.folder / "report.json", report)
-    sections = [
-        *evaluation_sections(report, draft.folder),
-        provenance_section({"evaluate": draft.provenance}),
-    ]
+    made = {**draft.provenance, "versions": versions(), "hardware": hardware()}
+    sections = [*evaluation_sections(report, draft.folder), provenance_section({"evaluate": made})]
     write_report(draft.folder, "Evaluation", sections)
     draft.results |= {"models": models, "rows": rows, "main": _main_numbers(results)}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge import summary
+from moemerge.cost import COSTS
 from moemerge.figures import Figure
 from moemerge.html_report import Section
 from moemerge.probes import PROBES
@@ -59,12 +60,9 @@ def _compared(report: Mapping[str, Any]) -> str:
 
 
 def model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Class and size of every model."""
-    rows = [
-        [name, facts["class"], f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]
-        for name, facts in models.items()
-    ]
-    return Table("Models", ["model", "class", "parameters", "used per token"], rows)
+    """Class and cost of every model."""
+    rows = [[name, facts["class"], *(f"{facts[key]:,}" for key in COSTS)] for name, facts in models.items()]
+    return Table("Models", ["model", "class", *COSTS.values()], rows)
 
 
 def row_table(report: Mapping[str, Any]) -> Table:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib.resources
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moemerge import baselines, summary
 from moemerge import recipe as options_of
-from moemerge import summary
-from moemerge.artifacts import MANIFEST, Stage, read_manifest, why_stale, write_json
-from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
+from moemerge.artifacts import MANIFEST, RECIPE_COPY, Stage, plain_options, read_manifest, why_stale
+from moemerge.budget import shortfalls
+from moemerge.check import check_recipe, find_faults, load_recipe, model_names
 from moemerge.coefficients import FINDS_SHARED
-from moemerge.errors import ArtifactError, Faults, OptionError, suggest
+from moemerge.disk import disk_faults, leftovers, recover, write_whole
+from moemerge.errors import Faults, OptionError, suggest
+from moemerge.locks import hold, lock_of
 from moemerge.options import Options, Run, TextFormat
 from moemerge.recipe import Recipe
 from moemerge.registry import Registry
@@ -39,6 +41,7 @@ STAGES: Registry[Stage[Any]] = Registry(
         "export": "moemerge.export:export",
         "evaluate": "moemerge.evaluate:evaluate",
         "publish": "moemerge.publish:publish",
+        "compare": "moemerge.compare:compare",
     },
 )
 # What the synthetic world writes, as a recipe's section data names it.
@@ -103,10 +106,15 @@ def run_recipe(
         recipe = load_recipe(recipe, overrides, output)
     elif faults := find_faults(recipe):
         raise Faults("recipe", list(faults))
+    for shortfall in shortfalls(recipe):
+        log.warning("%s", shortfall)
     steps = plan(recipe)
     with _alone(recipe.output):
-        _remove_leftovers(recipe.output, steps)
-        write_json(recipe.output / RECIPE_COPY, json.loads(recipe.model_dump_json()))
+        _recover(steps)
+        for one in [recipe, *by_seed(recipe)]:
+            one.output.mkdir(exist_ok=True)
+            text = json.dumps(plain_options(one), indent=1, ensure_ascii=False)
+            write_whole(one.output / RECIPE_COPY, text + "\n")
         reports = []
         for step in steps:
             reports.append(_run_step(step))
@@ -126,12 +134,26 @@ def _run_step(step: Step) -> StepReport:
 
 
 def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+    """The last word on a run; on runs with several seeds their comparison has it."""
+    if not recipe.seeds:
+        return _last_word(recipe, reports)
+    runs = [_last_word(one, reports) for one in by_seed(recipe)]
+    folder = recipe.output / "compare"
+    table = (folder / "compare.md").read_text(encoding="utf-8").strip()
+    report = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    verdict = summary.verdict_over_seeds(report["groups"][0], f"merge-{recipe.fit.method}")
+    pictures = [folder / name for name in report["plots"]]
+    page = folder / "report.html"
+    return RunReport(recipe.output, reports, table, verdict, pictures, page, runs[0].merged)
+
+
+def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     report = json.loads((recipe.output / "evaluate" / "report.json").read_text(encoding="utf-8"))
     learned = f"merge-{recipe.fit.method}"
     table, verdict = summary.table(report), summary.verdict(report, learned)
-    (recipe.output / SUMMARY).write_text(f"# Results\n\n{table}\n\n{verdict}\n", encoding="utf-8")
+    write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{verdict}\n")
     pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
-    page = _page(recipe.output, [one.name for one in reports], learned)
+    page = _page(recipe.output, [step.name for step in plan(recipe)], learned)
     return RunReport(recipe.output, reports, table, verdict, pictures, page, recipe.output / learned)
 
 
@@ -148,31 +170,40 @@ def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """Hold the run's folder; the lock goes with the process, however it ends."""
-    from filelock import FileLock, Timeout
-
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / LOCK, timeout=0):
+    """Hold the run's folder; a full or broken disk becomes an ArtifactError."""
+    with disk_faults(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with hold(output / LOCK, output):
             yield
-    except Timeout as error:
-        raise ArtifactError(
-            "another run is at work in this folder",
-            given=str(output),
-            expected="one run per folder at a time",
-            fix="wait for it, or choose another output",
-        ) from error
 
 
-def _remove_leftovers(output: Path, steps: Iterable[Step]) -> None:
-    for step in steps:
-        for leftover in output.glob(f".{step.name}.*.tmp"):
-            shutil.rmtree(leftover)
+def _recover(steps: Iterable[Step]) -> None:
+    """Clear away what a killed run left of steps, and refuse to run while another process makes one."""
+    for output in (step.options.output for step in steps):
+        if leftovers(output):
+            with hold(lock_of(output), output):
+                recover(output)
 
 
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a recipe in order. Reads nothing, so the recipe must be free of faults."""
-    return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
+    if not recipe.seeds:
+        return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
+    runs = by_seed(recipe)
+    steps = [replace(step, name=f"{run.output.name}/{step.name}") for run in runs for step in plan(run)]
+    comparison = options_of.Compare(
+        runs=[str(run.output / "evaluate") for run in runs],
+        baseline=_Plan(recipe).baseline(),
+        confidence=recipe.evaluate.confidence,
+        output=recipe.output / "compare",
+    )
+    return [*steps, Step("compare", "compare", comparison)]
+
+
+def by_seed(recipe: Recipe) -> list[Recipe]:
+    """The recipes of the runs that a recipe with `seeds` stands for, one folder in its output per seed."""
+    changes = [{"seed": seed, "seeds": [], "output": recipe.output / f"seed-{seed}"} for seed in recipe.seeds]
+    return [recipe.model_copy(update=change) for change in changes]
 
 
 class _Plan:
@@ -232,6 +263,7 @@ class _Plan:
         if recipe.control:
             yield self.train("control", recipe.control, self.dense)
         yield self.step("upcycle", "upcycle", recipe.upcycle, model=self.dense, **self.trust)
+        yield from self.baselines()
         yield self.train("train", recipe.train, self.path("upcycle"))
         yield self.step(
             "route", "route", recipe.route, **self.format, model=self.moe, pairs=self.pairs("train")
@@ -241,10 +273,21 @@ class _Plan:
         yield self.evaluate()
         yield self.publish()
 
-    def train(self, name: str, section: options_of.TrainSettings, model: str) -> tuple[str, str, Run]:
+    def train(
+        self, name: str, section: options_of.TrainSettings, model: str, **given: Any
+    ) -> tuple[str, str, Run]:
         """Training of a dense model or a MoE."""
-        data = {"pairs": self.pairs("train"), "validation": self.validation}
-        return self.step(name, "train", section, **self.format, **self.trust, **data, model=model)
+        given |= {"pairs": self.pairs("train"), "validation": self.validation}
+        return self.step(name, "train", section, **self.format, **self.trust, **given, model=model)
+
+    def baselines(self) -> Iterator[tuple[str, str, Run]]:
+        """What the MoE is measured against besides the control."""
+        for name, section, given in baselines.trainings(self.recipe, self.path("upcycle")):
+            yield self.train(name, section, self.dense, **given)
+        if baselines.is_averaged(self.recipe):
+            settings = options_of.MergeSettings(dtype=self.recipe.merge.dtype)
+            members = [self.path(name) for name in baselines.fine_tunes(self.recipe)]
+            yield self.step(baselines.WARM, "merge", settings, models=members)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.
@@ -274,13 +317,18 @@ class _Plan:
             models=models,
             pairs={name: self.pairs(f"tests/{name}") for name in tests},
             candidates=candidates,
-            baseline=self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense"),
+            baseline=self.baseline(),
+            ensembles=baselines.ensembles(self.recipe),
         )
 
+    def baseline(self) -> str:
+        """The model that the others are compared with."""
+        return self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense")
+
     def publish(self) -> tuple[str, str, Run]:
-        """The merged model's card, and the push if the recipe asks for it."""
+        """The merged model's card, and the push if the recipe asks for it: push: true there is its yes."""
         given = {"model": self.path(f"merge-{self.recipe.fit.method}"), "evaluation": self.path("evaluate")}
-        return self.step("publish", "publish", self.recipe.publish, **given)
+        return self.step("publish", "publish", self.recipe.publish, **given, yes=self.recipe.publish.push)
 
 
 def _under(folder: Path, names: Any) -> Any:

@@ -7,8 +7,9 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from moemerge.artifacts import fingerprint, read_manifest
+from moemerge.artifacts import read_manifest
 from moemerge.errors import ArtifactError
+from moemerge.fingerprints import fingerprint
 
 
 def model_fingerprint(folder: str | Path) -> str:

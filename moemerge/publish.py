@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from moemerge.artifacts import Draft, stage
-from moemerge.card import find_evaluation, make_card
-from moemerge.errors import MoemergeError, OptionError
+from moemerge.artifacts import Draft, fingerprint, read_manifest, stage
+from moemerge.card import find_evaluation, home_of, make_card
+from moemerge.errors import ArtifactError, MoemergeError, OptionError
 from moemerge.recipe import Publish
 
 T = TypeVar("T")
@@ -35,9 +37,14 @@ MODEL_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
     "*.py",
+    "LICENSE*",
+    "NOTICE*",
 )
 # What an earlier push may have left behind and the new model must not be mixed with.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "plots/*"]
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "plots/*")
+# Where a server's message, quoted in an error, may hold a signature or a token.
+QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
+TOKEN = re.compile(r"\bhf_\w+|(?<=Bearer )\S+")
 
 log = logging.getLogger(__name__)
 
@@ -50,41 +57,73 @@ class HubError(MoemergeError):
 def publish(options: Publish, draft: Draft) -> None:
     """Write the repository: model files (linked, not copied, where the disk allows), card and plots.
 
-    Without `push` nothing is sent: results say what would be. With it the repository is made if there is
-    none, private unless `public`, and the files go up in one commit. Raises OptionError for a bad or missing
-    repo name and for a public repository that was to be private, ArtifactError for a folder that is no
-    merged or trained model, HubError for what the hub refuses.
+    Without `push` nothing is sent: results say what would be. With `push` and `yes` the repository is made if
+    there is none, private unless `public`, and the files go up in one commit; with `push` alone nothing is
+    sent or written, and the error says what would have been. Raises OptionError for that, for a bad or
+    missing repo name, an endpoint with a password in it, and a public repository that was to be private;
+    ArtifactError for a folder that no stage wrote as a model or that is not as it was written; HubError for
+    what the hub refuses.
     """
-    _check_repo(options)
-    make_card(options).save(draft.folder / "README.md")
+    _check_target(options)
+    _refuse_damaged(home_of(Path(options.model)))
+    card = make_card(options)
+    card.save(draft.folder / "README.md")
     _stage_model(Path(options.model), draft.folder)
     if options.evaluation:
         _stage_plots(Path(options.model), options.evaluation, draft.folder)
     sizes = {
-        str(p.relative_to(draft.folder)): p.stat().st_size
+        p.relative_to(draft.folder).as_posix(): p.stat().st_size
         for p in sorted(draft.folder.rglob("*"))
         if p.is_file()
     }
     draft.results |= {
         "repo": options.repo,
-        "visibility": "public" if options.public else "private",
+        "visibility": _visibility(options),
         "files": sizes,
         "bytes": sum(sizes.values()),
         "pushed": options.push,
     }
+    shown = _shown(options, sizes, card)
+    _ask_for_yes(options, shown)
+    log.info("%s:\n%s", "pushing" if options.push else "nothing is sent; push would send", shown)
     if options.push:
         draft.results["url"] = push_folder(draft.folder, str(options.repo), options.public, options.endpoint)
-    log.info(
-        "%s %d files, %.1f MB, to %s (%s)",
-        "pushed" if options.push else "nothing sent; with push: true would push",
-        len(sizes),
-        sum(sizes.values()) / 1e6,
-        options.repo or "a repository still to be named",
-        draft.results["visibility"],
+        log.info("pushed to %s", draft.results["url"])
+
+
+def _shown(options: Publish, sizes: dict[str, int], card: ModelCard) -> str:
+    """What is to be pushed where: target, visibility, files with sizes, and the card's metadata."""
+    where = (
+        f"{options.repo or 'a repository still to be named'} ({'public' if options.public else 'private'})"
     )
+    files = [f"{size / 1e6:12,.3f} MB  {name}" for name, size in sizes.items()]
+    total = f"{sum(sizes.values()) / 1e6:12,.3f} MB  in {len(sizes)} files"
+    metadata = [f"  {line}" for line in card.data.to_yaml().splitlines()]
+    return "\n".join([f"to {where}", *files, total, "card:", *metadata])
 
 
-def _check_repo(options: Publish) -> None:
+def _visibility(options: Publish) -> str:
+    return "public" if options.public else "private"
+
+
+def _ask_for_yes(options: Publish, shown: str) -> None:
+    if options.push and not options.yes:
+        raise OptionError(
+            "not pushed: this push is not confirmed",
+            given=f"push without yes, {shown}",
+            expected="yes, once you have seen what would be pushed",
+            fix="add --yes (yes=True) to push this; leave push out to only write it, card included",
+        )
+
+
+def _check_target(options: Publish) -> None:
+    if options.endpoint and urlsplit(options.endpoint).username is not None:
+        raise OptionError(
+            "the endpoint holds a user name or password",
+            given="an address with @, not repeated here",
+            expected="https://HOST, because options are written into manifests",
+            fix="leave it out of the endpoint: the hub's token belongs into HF_TOKEN",
+        )
     try:
         if options.repo is not None:
             validate_repo_id(options.repo)
@@ -99,6 +138,20 @@ def _check_repo(options: Publish) -> None:
         expected="owner/name",
         fix="set repo to the name that the model should have on the hub",
     )
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Read every file of an artifact again and compare it with the manifest, without the fast path."""
+    wanted, found = read_manifest(folder)["files"], fingerprint(folder)["files"]
+    digests = [{name: record["sha256"] for name, record in files.items()} for files in (wanted, found)]
+    differing = sorted({name for name, _ in digests[0].items() ^ digests[1].items()})
+    if differing:
+        raise ArtifactError(
+            f"{folder} is not as it was written",
+            given=f"missing, added or changed: {', '.join(differing[:5])}",
+            expected="the files of its manifest, with the checksums that stand there",
+            fix="remove what was added, or run the stage that wrote the folder again",
+        )
 
 
 def _stage_model(model: Path, folder: Path) -> None:
@@ -126,12 +179,15 @@ def _stage_plots(model: Path, evaluation: str, folder: Path) -> None:
 def push_folder(folder: Path, repo: str, public: bool, endpoint: str | None = None) -> str:
     """Upload all of `folder` to the model repository `repo`, making it if needed; returns its address.
 
-    Weights and plots of an earlier push that are not in `folder` are deleted there. A repository that
-    exists keeps its visibility: a public one is refused unless `public`. Raises OptionError, HubError.
+    All is sent before one commit shows it. What a broken push has sent already is not sent again. Weights and
+    plots of an earlier push that are not in `folder` are deleted by the commit. A repository that exists
+    keeps its visibility: a public one is refused unless `public`; one that someone else writes to meanwhile
+    is left as it is. Raises OptionError, HubError.
     """
     api = HfApi(endpoint=endpoint)
     url = _ask(repo, api.endpoint, lambda: api.create_repo(repo, private=not public, exist_ok=True))
-    if not public and not _ask(repo, api.endpoint, lambda: api.model_info(repo)).private:
+    there = _ask(repo, api.endpoint, lambda: api.model_info(repo))
+    if not public and not there.private:
         raise OptionError(
             "the repository is public already",
             given=repo,
@@ -141,30 +197,44 @@ def push_folder(folder: Path, repo: str, public: bool, endpoint: str | None = No
     _ask(
         repo,
         api.endpoint,
-        lambda: api.upload_folder(
-            repo_id=repo, folder_path=folder, delete_patterns=REPLACED, commit_message="Publish with moemerge"
+        lambda: api.create_commit(
+            repo,
+            _operations(folder, [file.rfilename for file in there.siblings or []]),
+            commit_message="Publish with moemerge",
+            parent_commit=there.sha,
         ),
     )
     return str(url)
+
+
+def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Add every file of `folder`; delete what is `there` of an earlier model and not replaced."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    old = [name for name in there if name not in files and any(fnmatch(name, one) for one in REPLACED)]
+    adds = [CommitOperationAdd(name, path) for name, path in files.items()]
+    return [*adds, *(CommitOperationDelete(name) for name in old)]
 
 
 def _ask(repo: str, endpoint: str, request: Callable[[], T]) -> T:
     """Make one request; whatever goes wrong becomes a HubError with a remedy."""
     try:
         return request()
-    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        reason = f"HTTP status {status}" if status else type(cause).__name__
         raise HubError(
             f"the push to {repo} failed",
-            given=_reason(error, status),
+            given=f"{reason}: {_without_secrets(str(cause))}",
             expected=f"the hub at {endpoint} to take it",
             fix=_remedy(status),
-        ) from error
+        ) from None
 
 
-def _reason(error: Exception, status: int | None) -> str:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return f"HTTP status {status}: {text}" if status else f"{type(error).__name__}: {text}"
+def _without_secrets(text: str) -> str:
+    """A server's message on one line, cut to 300 characters, without tokens and signed addresses."""
+    text = TOKEN.sub("[token]", text.replace(get_token() or "\n", "[token]"))
+    return " ".join(QUERY.sub(r"\1", text).split())[:300]
 
 
 def _remedy(status: Any) -> str:
@@ -173,7 +243,10 @@ def _remedy(status: Any) -> str:
         403: "use a token that may write to this owner's repositories",
         404: "check the owner's name, and that your token may see the repository",
         409: "choose another repo, or try again when no one else is writing to it",
-        429: "wait: the hub limits how often it is asked",
+        412: "someone else wrote to the repository meanwhile: look at it, then run publish again",
+        429: "wait: the hub limits how often it is asked; then run publish again, what was sent stays sent",
     }.get(
-        status, "check the network, the endpoint and that HF_HUB_OFFLINE is not set, then run publish again"
+        status,
+        "check the network, the endpoint and that HF_HUB_OFFLINE is not set, then run publish again: "
+        "what was sent stays sent",
     )

@@ -25,6 +25,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from moemerge.data import EncodedPair
+from moemerge.disk import flush_tree, write_whole
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.expert_schedule import FREE, ExpertSchedule, assign_experts
 from moemerge.moe import moe_layers
@@ -33,7 +34,7 @@ from moemerge.scoring import bradley_terry, score_pairs
 
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
-COMPLETE = (WEIGHTS, "optimizer.pt", "scheduler.pt")
+WHOLE = "whole"
 EVAL_TOKENS = 8192
 EVALUATIONS = 10
 LOGS_PER_EVALUATION = 10
@@ -157,6 +158,13 @@ class PairTrainer(RewardTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
         save_file(trained, folder / WEIGHTS)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As ever; then the checkpoint is flushed, and only then marked as whole."""
+        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        flush_tree(folder)
+        write_whole(folder / WHOLE, "flushed\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
@@ -328,11 +336,11 @@ def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete trainer checkpoint in `folder`, or None; incomplete ones are removed.
 
-    The state file is written last, so one that parses shows that the others are whole. Its path of the best
+    A complete one bears a mark that was written when all else was on the disk. Its path of the best
     checkpoint is renewed in case the folder was moved.
     """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if _is_whole(path)]
+    whole = [path for path in found if (path / WHOLE).exists()]
     for path in set(found) - set(whole):
         shutil.rmtree(path)
     if not whole:
@@ -340,24 +348,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     state = read_state(whole[-1])
     if state["best_model_checkpoint"]:
         state["best_model_checkpoint"] = str(folder.resolve() / Path(state["best_model_checkpoint"]).name)
-        write_whole(whole[-1] / STATE, state)
+        write_whole(whole[-1] / STATE, json.dumps(state))
     return whole[-1]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(read_state(checkpoint)) and all((checkpoint / name).exists() for name in COMPLETE)
-    except (OSError, ValueError):
-        return False
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state as saved in `checkpoint`."""
     return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either its old content or all of the new."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value), encoding="utf-8")
-    new.replace(path)

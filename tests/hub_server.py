@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,16 +32,51 @@ class Repo:
         return hashlib.sha1(str(self.commits).encode()).hexdigest()
 
 
+def object_id(path: str, data: bytes) -> str:
+    """What the hub calls a file's oid: sha256 of a large one, git's sha1 of another."""
+    if fnmatch(path, LARGE):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@dataclass
+class Trouble:
+    """What becomes of calls "METHOD /path" that match `calls`: a status, or a connection cut midway (None).
+
+    The first `after` of them go well, the next `times` do not. The message repeats the caller's token, as a
+    careless server might.
+    """
+
+    calls: str
+    status: int | None = None
+    times: int = 1_000_000
+    after: int = 0
+
+    def strikes(self, call: str) -> bool:
+        if not re.fullmatch(self.calls, call):
+            return False
+        self.after -= 1
+        self.times -= self.after < 0
+        return self.after < 0 <= self.times
+
+
 @dataclass
 class Hub:
-    """What the server holds and what it was asked; `refuse` answers every call with that status."""
+    """What the server holds, what it was asked, what came whole into its store, and what goes wrong."""
 
     token: str
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
-    refuse: int | None = None
+    stored: list[str] = field(default_factory=list)
+    troubles: list[Trouble] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def trouble(self, call: str) -> Trouble | None:
+        with self.lock:
+            self.calls.append(call)
+            return next((one for one in self.troubles if one.strikes(call)), None)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,10 +90,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.calls.append(f"{self.command} {path}")
-        if self.hub.refuse:
-            return self._json({"error": "refused"}, self.hub.refuse)
+        length = int(self.headers.get("Content-Length") or 0)
+        trouble = self.hub.trouble(f"{self.command} {path}")
+        if trouble and trouble.status is None:
+            return self._cut(length)
+        body = self.rfile.read(length)
+        if trouble:
+            text = (
+                f"refused: {self.headers.get('Authorization')} for http://store/x?signature={self.hub.token}"
+            )
+            return self._json({"error": text}, trouble.status)
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}" and not path.startswith("/lfs/"):
             return self._json({"error": "Invalid username or password."}, 401)
         for method, pattern, answer in ROUTES:
@@ -79,6 +121,11 @@ class Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any, status: int = 200, **headers: str) -> None:
         self._send(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
 
+    def _cut(self, length: int) -> None:
+        self.rfile.read(length // 2)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def _missing(self, code: str) -> None:
         self._json({"error": code}, 404, X_Error_Code=code)
 
@@ -93,35 +140,38 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"url": url})
 
     def preupload(self, body: bytes, name: str) -> None:
+        there = self.hub.repos[name].files
         modes = [
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if fnmatch(file["path"], LARGE) else "regular",
                 "shouldIgnore": False,
+                **({"oid": object_id(file["path"], there[file["path"]])} if file["path"] in there else {}),
             }
             for file in json.loads(body)["files"]
         ]
         self._json({"files": modes})
 
     def batch(self, body: bytes, name: str) -> None:
-        objects = [
-            {
-                **{key: one[key] for key in ("oid", "size")},
-                "actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}},
-            }
-            for one in json.loads(body)["objects"]
-        ]
+        objects = [{key: one[key] for key in ("oid", "size")} for one in json.loads(body)["objects"]]
+        for one in objects:
+            if one["oid"] not in self.hub.blobs:
+                one["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}
         self._json({"transfer": "basic", "objects": objects})
 
     def put_blob(self, body: bytes, oid: str) -> None:
         assert hashlib.sha256(body).hexdigest() == oid
-        self.hub.blobs[oid] = body
+        with self.hub.lock:
+            self.hub.blobs[oid] = body
+            self.hub.stored.append(oid)
         self._send(b"")
 
     def commit(self, body: bytes, name: str) -> None:
         repo = self.hub.repos[name]
-        for line in body.splitlines():
-            entry = json.loads(line)
+        entries = [json.loads(line) for line in body.splitlines()]
+        if entries[0]["value"].get("parentCommit", repo.head) != repo.head:
+            return self._json({"error": "A commit has happened since. Please refresh and try again."}, 412)
+        for entry in entries:
             value = entry["value"]
             if entry["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
@@ -143,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, body: bytes, name: str) -> None:
         files = self.hub.repos[name].files.items()
         found = [
-            {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            {"type": "file", "path": path, "size": len(data), "oid": object_id(path, data)}
             for path, data in files
         ]
         self._json(found)

@@ -14,9 +14,10 @@ from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 
 from moemerge.artifacts import read_manifest
+from moemerge.cost import parameters
 from moemerge.data import Pair, encode, read_pairs
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluate import _pair_scores, evaluate, parameters
+from moemerge.evaluate import _pair_scores, evaluate
 from moemerge.options import TextFormat
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle
@@ -106,7 +107,7 @@ def test_an_upcycled_model_is_measured_like_its_dense_model(evaluated: Path) -> 
 
 def test_files_and_manifest(evaluated: Path) -> None:
     report = json.loads((evaluated / "report.json").read_text())
-    assert report["plots"] == ["accuracy.png", "best_of_n_bon.png"]
+    assert report["plots"] == ["accuracy.png", "calibration.png", "best_of_n_bon.png"]
     assert all((evaluated / plot).stat().st_size > 1000 for plot in report["plots"])
     text = (evaluated / "report.md").read_text()
     assert "### Accuracy on test" in text and "### Gold score of the best of n on bon" in text

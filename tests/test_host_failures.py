@@ -179,6 +179,26 @@ def test_a_language_model_as_the_base_takes_the_head_away(tmp_path: Path) -> Non
         refused(UnsupportedError, "does not say that it is a reward model", tmp_path / "ours", order)
 
 
+def test_a_language_model_and_a_reward_model_of_llama_are_taken_for_either(tmp_path: Path) -> None:
+    """With --allow-crimes, mergekit takes the class of whichever model comes first out of a set."""
+    reward, language = save_dense(tmp_path / "reward"), tmp_path / "language"
+    config = AutoConfig.from_pretrained(reward)
+    AutoModelForCausalLM.from_config(config).save_pretrained(language)
+    tiny_tokenizer().save_pretrained(language)
+    pair = [language, reward]
+    with pytest.raises(RuntimeError, match="allow-crimes"):
+        stock(tmp_path / "careful", pair)
+    try:
+        written = Checkpoint(stock(tmp_path / "stock", pair, options={"allow_crimes": True})).names
+    except Exception as error:
+        assert HEAD in str(error)
+    else:
+        assert HEAD not in written
+    for order in (pair, pair[::-1]):
+        match = "does not say that it is a reward model"
+        refused(UnsupportedError, match, tmp_path / "ours", order, "--allow-crimes")
+
+
 def test_a_lost_head_is_drawn_at_random(dense_folder: Path, tmp_path: Path) -> None:
     """What transformers does with a model whose head a merge has dropped."""
     folder = shutil.copytree(dense_folder, tmp_path / "headless")

@@ -186,7 +186,7 @@ def test_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
     stages.kill_in = killed_in
     with pytest.raises(Killed):
         pipeline.run_recipe("recipe.yml")
-    leftover = folder / "again" / f".{killed_in}.abc.tmp"
+    leftover = folder / "again" / f".{killed_in}.abcdefgh.tmp"
     leftover.mkdir()
     stages.kill_in = ""
     pipeline.run_recipe("recipe.yml")

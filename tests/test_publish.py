@@ -1,65 +1,30 @@
-"""Publishing: what is staged, what the card says, and a push to a stand-in of the hub."""
+"""Publishing without a push: what is staged, what the card says, what is refused."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from conftest import save_dense
-from hub_server import Hub, serve
 from huggingface_hub import ModelCard
+from small_chain import make_chain
+from small_moe import make_moe
 
 from moemerge.artifacts import artifact, read_manifest
-from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.evaluate import evaluate
-from moemerge.publish import HubError, publish
-from moemerge.recipe import Fit, Merge, Train
-
-TOKEN = "hf_secretsecretsecret"
+from moemerge.export import export
+from moemerge.publish import publish
+from moemerge.recipe import Train
+from moemerge.upcycle import upcycle
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A chain of artifacts as the stages leave it: train -> fit -> merge -> evaluate."""
-    root = tmp_path_factory.mktemp("run")
-    pairs = root / "pairs.jsonl"
-    rows = [{"prompt": f"w{i}", "chosen": f" w{i + 1} w3", "rejected": f" w{i + 2}"} for i in range(20)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with artifact(
-        "train", Train(model="org/dense-rm", pairs=str(pairs), output=root / "train", epochs=2)
-    ) as draft:
-        save_dense(draft.folder)
-        (draft.folder / "history.json").write_text("[]")
-    with artifact("fit", Fit(model=str(root / "train"), method="uniform", output=root / "fit")) as draft:
-        alpha_LN = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64)
-        Coefficients.of_layers([0, 1], alpha_LN, torch.full((2,), 0.5, dtype=torch.float64)).save(
-            draft.folder
-        )
-    merge = Merge(model=str(root / "train"), coefficients=str(root / "fit"), output=root / "merged")
-    with artifact("merge", merge) as draft:
-        save_dense(draft.folder, seed=1)
-    models = {"trained": str(root / "train"), "ours": str(root / "merged")}
-    evaluate(models=models, pairs={"hh": str(pairs)}, resamples=100, output=root / "evaluation")
-    return {name: root / name for name in ("train", "fit", "merged", "evaluation")}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with serve(TOKEN) as running:
-        yield running
+    return make_chain(tmp_path_factory.mktemp("run"))
 
 
 def test_staged_folder_is_a_model_with_a_card(run: dict[str, Path], tmp_path: Path) -> None:
@@ -136,7 +101,7 @@ def test_faults(run: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not a moemerge artifact"):
         publish(model=str(save_dense(tmp_path / "plain")), output=tmp_path / "p")
     with pytest.raises(OptionError, match="no repository"):
-        publish(model=str(run["merged"]), push=True, output=tmp_path / "p")
+        publish(model=str(run["merged"]), push=True, yes=True, output=tmp_path / "p")
     with pytest.raises(OptionError, match="no repository"):
         publish(model=str(run["merged"]), repo="a/b/c", output=tmp_path / "p")
     assert not (tmp_path / "p").exists()
@@ -151,85 +116,80 @@ def test_an_evaluation_of_other_models_is_refused(run: dict[str, Path], tmp_path
         publish(model=str(run["merged"]), evaluation=str(other), output=tmp_path / "p")
 
 
-def test_without_push_nothing_is_sent(run: dict[str, Path], hub: Hub, tmp_path: Path) -> None:
-    publish(model=str(run["merged"]), repo="me/ours", endpoint=hub.url, output=tmp_path / "p")
-    assert hub.calls == []
+def test_a_licence_that_needs_a_name_comes_with_it(tmp_path: Path) -> None:
+    dense = save_dense(tmp_path / "dense")
+    terms = "license: other\nlicense_name: own-terms\nlicense_link: https://example.org/terms"
+    (dense / "README.md").write_text(f"---\n{terms}\n---\nA model.\n")
+    with artifact("train", Train(model=str(dense), pairs="org/pairs", output=tmp_path / "t")) as draft:
+        save_dense(draft.folder)
+        (draft.folder / "LICENSE").write_text("terms")
+    out = publish(model=str(tmp_path / "t"), output=tmp_path / "p")
+    data = ModelCard.load(out / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == (
+        "other",
+        "own-terms",
+        "https://example.org/terms",
+    )
+    assert (out / "LICENSE").read_text() == "terms"
 
 
-def test_push_is_private_and_comes_back_whole(run: dict[str, Path], hub: Hub, tmp_path: Path) -> None:
-    options = {"model": str(run["merged"]), "repo": "me/ours", "endpoint": hub.url, "push": True}
-    out = publish(**options, evaluation=str(run["evaluation"]), output=tmp_path / "p")
-    repo = hub.repos["me/ours"]
-    assert repo.private and repo.commits == 1
-    results = read_manifest(out)["results"]
-    assert results["pushed"] and results["url"] == f"{hub.url}/me/ours"
-    assert {name for name in repo.files if name != ".gitattributes"} == set(results["files"])
-    assert all(repo.files[name] == (out / name).read_bytes() for name in results["files"])
-    code = f"""
-import torch
-from huggingface_hub import snapshot_download
-from transformers import AutoModelForSequenceClassification as Auto, AutoTokenizer
-folder = snapshot_download("me/ours")
-back, ours = Auto.from_pretrained("me/ours"), Auto.from_pretrained({str(run["merged"])!r})
-ids = AutoTokenizer.from_pretrained("me/ours")("w1 w2 w3", return_tensors="pt")["input_ids"]
-assert torch.equal(back(ids).logits, ours(ids).logits)
-"""
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": TOKEN,
-    }
-    environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True)
+@pytest.mark.parametrize("harm", ["changed", "missing", "added"])
+def test_a_folder_that_does_not_verify_is_refused(harm: str, run: dict[str, Path], tmp_path: Path) -> None:
+    with artifact("train", Train(model="org/d", pairs="org/p", output=tmp_path / "t")) as draft:
+        save_dense(draft.folder)
+    weights = tmp_path / "t" / "model.safetensors"
+    if harm == "changed":  # with size and time as they were
+        status, data = weights.stat(), bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif harm == "missing":
+        weights.unlink()
+    else:
+        weights.with_name("tokenizer_extra.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="not as it was written"):
+        publish(model=str(tmp_path / "t"), output=tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
-def test_a_second_push_replaces_weights_and_leaves_other_files(
-    run: dict[str, Path], hub: Hub, tmp_path: Path
+def test_exported_members_and_the_stock_form_have_cards(tmp_path: Path) -> None:
+    moe = make_moe(tmp_path / "moe", gate="topk")
+    members = export(model=str(moe), output=tmp_path / "members")
+    stock = export(model=str(moe), form="qwen2_moe", output=tmp_path / "stock")
+    one = publish(model=str(members / "expert-1"), repo="me/one", output=tmp_path / "a")
+    assert {"config.json", "model.safetensors.index.json"} < {p.name for p in one.iterdir()}
+    text = (one / "README.md").read_text()
+    assert "`expert-1`, one expert of a mixture" in text and "import moemerge" not in text
+    assert "| upcycle |" in text and "| export |" in text
+    card = ModelCard.load(publish(model=str(stock), repo="me/moe", output=tmp_path / "b") / "README.md")
+    assert "Qwen2-MoE" in card.text and "import moemerge" not in card.text
+    assert "mixture-of-experts" in card.data.tags
+    with pytest.raises(ArtifactError, match="not one model") as caught:
+        publish(model=str(members), output=tmp_path / "c")
+    assert str(members / "shared") in caught.value.fix
+
+
+def test_an_upcycled_moe_has_a_card(tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense")
+    moe = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe", num_experts_per_tok=2)
+    card = ModelCard.load(publish(model=str(moe), repo="me/moe", output=tmp_path / "a") / "README.md")
+    assert "import moemerge" in card.text and "not yet trained" in card.text
+    assert "merge" not in card.data.tags and "mixture-of-experts" in card.data.tags
+
+
+def test_what_would_be_pushed_is_shown(
+    run: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"model": str(run["merged"]), "repo": "me/ours", "endpoint": hub.url, "push": True}
-    publish(**options, output=tmp_path / "a")
-    files = hub.repos["me/ours"].files
-    files |= {"model-00001-of-00002.safetensors": b"old", "NOTES.md": b"by hand"}
-    publish(**options, output=tmp_path / "b")
-    assert "model-00001-of-00002.safetensors" not in files and files["NOTES.md"] == b"by hand"
-    assert files["model.safetensors"] == (run["merged"] / "model.safetensors").read_bytes()
+    with caplog.at_level(logging.INFO, "moemerge"):
+        publish(model=str(run["merged"]), repo="me/ours", public=True, output=tmp_path / "p")
+    size = (run["merged"] / "model.safetensors").stat().st_size / 1e6
+    shown = ["nothing is sent", "to me/ours (public)", f"{size:.3f} MB  model.safetensors", "- reward-model"]
+    assert [part for part in shown if part not in caplog.text] == []
 
 
-def test_visibility(run: dict[str, Path], hub: Hub, tmp_path: Path) -> None:
-    options = {"model": str(run["merged"]), "repo": "me/open", "endpoint": hub.url, "push": True}
-    publish(**options, public=True, output=tmp_path / "a")
-    assert not hub.repos["me/open"].private
-    with pytest.raises(OptionError, match="public already"):
-        publish(**options, output=tmp_path / "b")
-    assert hub.repos["me/open"].commits == 1 and not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize(
-    ("status", "remedy"),
-    [(401, "log in"), (403, "may write"), (404, "owner's name"), (400, "run publish again")],
-)
-def test_refusals_come_with_a_remedy_and_without_the_token(
-    status: int, remedy: str, run: dict[str, Path], hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    hub.refuse = status
-    with pytest.raises(HubError, match=str(status)) as caught:
-        publish(model=str(run["merged"]), repo="me/ours", endpoint=hub.url, push=True, output=tmp_path / "p")
-    assert remedy in caught.value.fix
-    assert TOKEN not in str(caught.value) + caplog.text and not (tmp_path / "p").exists()
-
-
-def test_a_wrong_token_and_no_server(
-    run: dict[str, Path], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {
-        "model": str(run["merged"]),
-        "repo": "me/ours",
-        "push": True,
-        "output": tmp_path / "p",
-    }
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(HubError, match="401"):
-        publish(**options, endpoint=hub.url)
-    with pytest.raises(HubError, match="check the network"):
-        publish(**options, endpoint="http://127.0.0.1:9")
+def test_push_without_yes_shows_all_and_writes_nothing(run: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="not confirmed") as caught:
+        publish(model=str(run["merged"]), repo="me/ours", push=True, output=tmp_path / "p")
+    shown = ["to me/ours (private)", "MB  model.safetensors", "base_model: org/dense-rm"]
+    assert [part for part in shown if part not in caught.value.given] == []
+    assert "--yes" in caught.value.fix and list(tmp_path.iterdir()) == []

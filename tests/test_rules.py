@@ -21,11 +21,18 @@ GROUND = {
     "options",
     "fit_settings",
     "evaluate_settings",
+    "comparison_settings",
     "recipe",
     "artifacts",
     "layers",
+    "weight_files",
+    "disk",
+    "locks",
+    "fingerprints",
+    "environment",
+    "redaction",
 }
-STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
+STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish", "compare"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
     "click": {"cli"},
@@ -37,10 +44,9 @@ HOMES = {
     "datasets": {"rows", "train", "trainer"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},
-    "filelock": {"pipeline"},
     "cma": {"optimisers.evolution"},
     "wrapt": {"__init__"},
-    "jinja2": {"html_report", "tokenise"},
+    "jinja2": {"html_report", "tokenise"},  # pages; the faults of chat templates
 }
 
 

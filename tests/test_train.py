@@ -371,7 +371,7 @@ def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: P
             (home,) = tmp_path.glob(".killed.*.work/trial-0")
             assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
         process.stdin.close()
-    assert not (home / "checkpoint-9" / "trainer_state.json").exists()
+    assert not (home / "checkpoint-9" / "whole").exists()
     resumed = run(world, tmp_path / "killed", **resumable())
     assert not moved(tmp_path / "straight", tmp_path / "killed")
     assert history(tmp_path / "straight") == history(tmp_path / "killed")
@@ -575,21 +575,20 @@ def test_encoded_pairs_with_and_without_margin_mix(world: Path) -> None:
 
 
 def test_last_checkpoint_skips_torn_ones_and_follows_a_moved_folder(tmp_path: Path) -> None:
-    from moemerge.trainer import COMPLETE, last_checkpoint, read_state
+    from moemerge.trainer import WHOLE, last_checkpoint, read_state
 
     for step in (9, 10, 11):
         home = tmp_path / f"checkpoint-{step}"
         home.mkdir()
-        for name in COMPLETE:
-            (home / name).write_bytes(b"x")
         (home / "trainer_state.json").write_text('{"best_model_checkpoint": "/gone/checkpoint-9"}')
-    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"best_model')
+        (home / WHOLE).touch()
+    (tmp_path / "checkpoint-11" / WHOLE).unlink()
     last = last_checkpoint(tmp_path)
     assert last == tmp_path / "checkpoint-10" and not (tmp_path / "checkpoint-11").exists()
     assert read_state(last)["best_model_checkpoint"] == str((tmp_path / "checkpoint-9").resolve())
     assert last_checkpoint(tmp_path / "nothing") is None
-    (last / "optimizer.pt").unlink()
-    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    (last / WHOLE).unlink()
+    (tmp_path / "checkpoint-9" / WHOLE).unlink()
     assert last_checkpoint(tmp_path) is None
 
 

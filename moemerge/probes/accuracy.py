@@ -1,11 +1,13 @@
-"""Accuracy on preference pairs, with intervals and paired comparison to a baseline.
+"""Accuracy on preference pairs, with intervals, against the baseline and of every model against every other.
 
 A pair counts as right if the chosen answer scores strictly higher; ties are errors, and counted.
+
+M models, P pairs, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,35 @@ import numpy as np
 from scipy.special import log_expit
 
 from moemerge import plotting
-from moemerge.probes.base import Floats, Interval, PairScores, Probe, Table
-from moemerge.probes.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
+from moemerge.errors import OptionError, suggest
+from moemerge.probes import comparisons
+from moemerge.probes.base import Floats, PairScores, Probe, Table
+from moemerge.probes.statistics import bootstrap_means, cluster_sums, share_interval
 from moemerge.recipe import EvaluateSettings
+
+NO_SUBSET = "(none)"
+
+
+def check_sections(settings: EvaluateSettings, subsets: Iterable[str]) -> None:
+    """Raise OptionError if a section of `settings` names a subset that is none of `subsets`."""
+    known = {subset or NO_SUBSET for subset in subsets}
+    for section, names in settings.sections.items():
+        for name in names:
+            if name not in known:
+                raise OptionError(
+                    f"section {section} names a subset that no test set has",
+                    given=name,
+                    expected=f"one of: {', '.join(sorted(known))}",
+                    fix=suggest(name, known),
+                )
 
 
 def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
-    """Accuracy of every model per test set: `all` pairs, and `subsets` where there are several.
+    """Accuracy of every model per test set: `all` pairs, the `sections` asked for, `subsets` if several.
 
-    Intervals are Wilson's, or from a bootstrap over prompts where prompts repeat (`interval_kind`). Against
-    the baseline: difference with a paired bootstrap interval, and McNemar's exact p (pairs as independent).
+    Intervals are Wilson's, or from a bootstrap over prompts where prompts repeat (`interval_kind`).
+    `comparisons`: every two models on the same pairs, with Holm's p over all of a set; over all its sections;
+    over all its subsets. A section's accuracy is the mean over its pairs.
     """
     found = {name: _measure_set(scores, settings, seed) for name, scores in sets.items()}
     return {"confidence": settings.confidence, "sets": found}
@@ -30,11 +51,25 @@ def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: in
 
 def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
     names = sorted(set(pairs.subsets.tolist()))
-    parts = {name: pairs.part(pairs.subsets == name) for name in names} if len(names) > 1 else {}
+    groups = {name or NO_SUBSET: [name] for name in names} if len(names) > 1 else {}
     return {
-        "all": _measure_part(pairs, settings, seed),
-        "subsets": {name or "(none)": _measure_part(part, settings, seed) for name, part in parts.items()},
+        "all": _measure_parts(pairs, {"all": names}, settings, seed)["all"],
+        "sections": _measure_parts(pairs, settings.sections, settings, seed),
+        "subsets": _measure_parts(pairs, groups, settings, seed),
     }
+
+
+def _measure_parts(
+    pairs: PairScores, groups: Mapping[str, list[str]], settings: EvaluateSettings, seed: int
+) -> dict[str, Any]:
+    """Each group of subsets that has pairs here; their comparisons make one family."""
+    named = np.where(pairs.subsets == "", NO_SUBSET, pairs.subsets)
+    rows = {name: np.isin(named, [one or NO_SUBSET for one in group]) for name, group in groups.items()}
+    parts = {
+        name: _measure_part(pairs.part(some), settings, seed) for name, some in rows.items() if some.any()
+    }
+    comparisons.adjust(one for part in parts.values() for one in part["comparisons"])
+    return parts
 
 
 def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
@@ -42,24 +77,33 @@ def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> d
     right_PM = np.column_stack([scores[:, 0] > scores[:, 1] for scores in pairs.scores.values()])
     sums = cluster_sums(right_PM.astype(np.float64), pairs.prompts)
     draws_RM = bootstrap_means(sums, settings.resamples, seed)
-    repeated = len(sums) < len(right_PM)
     baseline = models.index(settings.baseline or models[0])
     measured = {}
     for number, model in enumerate(models):
-        interval = _interval(right_PM[:, number], draws_RM[:, number], repeated, settings.confidence)
+        right_P = right_PM[:, number].astype(np.float64)
+        interval = share_interval(right_P, draws_RM[:, number], len(sums), settings.confidence)
         measured[model] = {**_plain_numbers(pairs.scores[model]), "interval": interval}
         if number != baseline:
-            difference = _difference(right_PM, draws_RM, number, baseline, settings.confidence)
-            measured[model]["vs_baseline"] = difference
+            both = [number, baseline]
+            versus = comparisons.difference(
+                right_PM[:, both], draws_RM[:, both], pairs.prompts, settings.confidence
+            )
+            measured[model]["vs_baseline"] = _renamed(versus)
     return {
         "pairs": len(right_PM),
         "prompts": len(sums),
-        "interval_kind": "bootstrap over prompts" if repeated else "wilson",
+        "interval_kind": "bootstrap over prompts" if len(sums) < len(right_PM) else "wilson",
         "baseline": models[baseline],
         "models": measured,
+        "comparisons": comparisons.all_pairs(models, right_PM, draws_RM, pairs.prompts, settings.confidence),
         "always_longer": float((pairs.lengths[:, 0] > pairs.lengths[:, 1]).mean()),
         "always_shorter": float((pairs.lengths[:, 0] < pairs.lengths[:, 1]).mean()),
     }
+
+
+def _renamed(versus: comparisons.Comparison) -> dict[str, Any]:
+    names = {"first_alone": "right_alone", "second_alone": "baseline_right_alone"}
+    return {names.get(key, key): value for key, value in versus.items()}
 
 
 def _plain_numbers(scores_P2: Floats) -> dict[str, Any]:
@@ -71,35 +115,15 @@ def _plain_numbers(scores_P2: Floats) -> dict[str, Any]:
     }
 
 
-def _interval(right_P: Any, draws_R: Floats, repeated: bool, confidence: float) -> Interval:
-    if not repeated:
-        return wilson(int(right_P.sum()), len(right_P), confidence)
-    low, high = percentile_interval(draws_R[:, None], confidence)
-    return float(low[0]), float(high[0])
-
-
-def _difference(
-    right_PM: Any, draws_RM: Floats, model: int, baseline: int, confidence: float
-) -> dict[str, Any]:
-    ours_P, theirs_P = right_PM[:, model], right_PM[:, baseline]
-    ours, theirs = int((ours_P & ~theirs_P).sum()), int((theirs_P & ~ours_P).sum())
-    low, high = percentile_interval(draws_RM[:, [model]] - draws_RM[:, [baseline]], confidence)
-    return {
-        "difference": (ours - theirs) / len(right_PM),
-        "interval": (float(low[0]), float(high[0])),
-        "right_alone": ours,
-        "baseline_right_alone": theirs,
-        "p": mcnemar(ours, theirs),
-    }
-
-
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One table per test set with every model, and one per set with subsets."""
-    found = []
+    """Per test set: every model; every two of three or more; sections and subsets, and their differences."""
+    found, confidence = [], result["confidence"]
     for name, measured in result["sets"].items():
-        found.append(_set_table(name, measured["all"], result["confidence"]))
-        if measured["subsets"]:
-            found.append(_subset_table(name, measured["subsets"]))
+        found.append(_set_table(name, measured["all"], confidence))
+        if len(measured["all"]["models"]) > 2:
+            found.append(comparisons.table(name, measured["all"]["comparisons"], confidence))
+        for kind in ("section", "subset"):
+            found += _part_tables(f"{name}, by {kind}", kind, measured[f"{kind}s"], confidence)
     return found
 
 
@@ -114,7 +138,8 @@ def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
     for rule in ("always_longer", "always_shorter"):
         rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", "", "", "", "", ""])
     note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {part['interval_kind']}. "
-    note += f"Baseline: {part['baseline']}; p: exact McNemar test over pairs."
+    units = "prompts" if part["prompts"] < part["pairs"] else "pairs"
+    note += f"A tie is an error. Baseline: {part['baseline']}; p: exact McNemar test over {units}."
     return Table(f"Accuracy on {name}", header, rows, note)
 
 
@@ -125,17 +150,26 @@ def _versus(difference: dict[str, Any] | None) -> list[str]:
     return [f"{difference['difference']:+.4f} ({low:+.4f} to {high:+.4f})", f"{difference['p']:.3g}"]
 
 
-def _subset_table(name: str, subsets: dict[str, Any]) -> Table:
-    models = list(next(iter(subsets.values()))["models"])
+def _part_tables(title: str, kind: str, parts: dict[str, Any], confidence: float) -> list[Table]:
+    if not parts:
+        return []
+    models = list(next(iter(parts.values()))["models"])
     rows = []
-    for subset, part in subsets.items():
-        rows.append([subset, str(part["pairs"]), *(_with_interval(part["models"][m]) for m in models)])
-    return Table(f"Accuracy on {name}, by subset", ["subset", "pairs", *models], rows)
+    for name, part in parts.items():
+        cells = [_with_interval(part["models"][m]) for m in models]
+        rules = [f"{part[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
+        rows.append([name, str(part["pairs"]), *cells, *rules])
+    note = f"{confidence:.0%} intervals, each by itself. A tie is an error."
+    header = [kind, "pairs", *models, "always longer", "always shorter"]
+    found = [Table(f"Accuracy on {title}", header, rows, note)]
+    baseline = next(iter(parts.values()))["baseline"]
+    return found + ([comparisons.against(title, parts, baseline, confidence)] if len(models) > 1 else [])
 
 
 def _with_interval(numbers: dict[str, Any]) -> str:
     low, high = numbers["interval"]
-    return f"{numbers['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+    ties = f", {numbers['ties']} tied" if numbers["ties"] else ""
+    return f"{numbers['accuracy']:.3f} ({low:.3f} to {high:.3f}{ties})"
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[str]:

@@ -3,7 +3,8 @@
 The estimator is unbiased and uses all N candidates of a prompt (arXiv 2112.09332, appendix I): the one of
 rank i, worst first, is the best of n drawn without replacement with probability C(i-1, n-1) / C(N, n).
 
-Q prompts, N candidates of one prompt, C of all, S values of n, M models, R resamples, X measured values.
+Q prompts, N candidates of one prompt, G groups of equal scores, C candidates of all prompts, S values of n,
+M models and lines to compare with, R resamples (in a result the values themselves come first), X values.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
-from scipy.stats import rankdata
 
 from moemerge import plotting
-from moemerge.probes.base import CandidateScores, Floats, Probe, Table
+from moemerge.probes import over_optimisation
+from moemerge.probes.base import CandidateScores, Floats, Integers, Probe, Table
 from moemerge.probes.statistics import bootstrap_means, percentile_interval
 from moemerge.recipe import EvaluateSettings
 
 log = logging.getLogger(__name__)
 REFERENCES = ("random", "longest", "best possible")
+COSTS = ("peak_n", "drop", "gap_area", "regret_area", "alpha", "beta")
+STEPS_PER_DOUBLING = 4
 
 
 def kl(n: int) -> float:
@@ -37,6 +40,13 @@ def kl(n: int) -> float:
 def sample_sizes(candidates: int) -> list[int]:
     """1, 2, 4, ... up to and including `candidates`."""
     return sorted({2**power for power in range(candidates.bit_length())} | {candidates})
+
+
+def grid_sizes(candidates: int) -> list[int]:
+    """Four sizes per doubling, `sample_sizes` among them: areas, peaks and fits are taken over these."""
+    doublings = np.arange(0, math.log2(candidates) + 1e-9, 1 / STEPS_PER_DOUBLING)
+    between = {round(2**power) for power in doublings}
+    return sorted({*sample_sizes(candidates), *between})
 
 
 @cache
@@ -53,16 +63,16 @@ def _log_choose(total: Any, chosen: Any) -> Any:
     return gammaln(total + 1) - gammaln(chosen + 1) - gammaln(total - chosen + 1)
 
 
-def selection(proxy_N: NDArray[Any], sizes: Sequence[int]) -> Floats:
-    """Probability that each candidate is the one with the highest `proxy_N` of n; [len(sizes), N].
+def best_of(proxy_N: NDArray[Any], values_NX: NDArray[Any], sizes: Sequence[int]) -> Floats:
+    """Expected values of the candidate with the highest `proxy_N` of n, for every n in `sizes`; [S, X].
 
-    Candidates with equal scores share their chance evenly. Each row sums to one.
+    Candidates with equal scores share their chance evenly.
     """
-    weights_SN = rank_weights(len(proxy_N), tuple(sizes))
-    below_SN = np.concatenate([np.zeros((len(sizes), 1)), np.cumsum(weights_SN, axis=1)], axis=1)
-    low_N = rankdata(proxy_N, method="min").astype(np.int64) - 1
-    high_N = rankdata(proxy_N, method="max").astype(np.int64)
-    return (below_SN[:, high_N] - below_SN[:, low_N]) / (high_N - low_N)
+    _, group_N, sizes_G = np.unique(proxy_N, return_inverse=True, return_counts=True)
+    sums_GX = np.zeros((len(sizes_G), values_NX.shape[1]))
+    np.add.at(sums_GX, group_N, values_NX)
+    shared_NX = np.repeat(sums_GX / sizes_G[:, None], sizes_G, axis=0)
+    return rank_weights(len(proxy_N), tuple(sizes)) @ shared_NX
 
 
 def measure(sets: Mapping[str, CandidateScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
@@ -70,8 +80,15 @@ def measure(sets: Mapping[str, CandidateScores], settings: EvaluateSettings, see
 
     n goes up to the smallest number of candidates that a prompt has; every prompt is estimated from all of
     its own. Proxy scores are standardised per model over all candidates. The bootstrap resamples prompts,
-    and is paired in differences to the baseline. `drop` is gold at its peak minus gold at the last n; its
-    interval takes the peak's n as given.
+    and is paired in differences to the baseline. Per model, each with `_low`, `_high`, and `_minus_baseline`:
+
+    * `drop`: gold at its peak minus gold at the last n; its interval takes the peak's n as given.
+    * `gap_area`: over-optimisation, between what the proxy promises and gold (over_optimisation.gap_area).
+    * `regret_area`: between the best possible line and gold. Both areas are over KL, gold's unit times nats.
+    * `alpha`, `beta`: gold gain = d (alpha - beta d), d = sqrt(KL), and `fit_error`; from 3 candidates on.
+
+    `peak_n` has the interval of the peak's n over resamples, and `peak_n_over_baseline` its ratio to that of
+    the baseline.
     """
     found = {name: _measure_set(name, scores, settings, seed) for name, scores in sets.items()}
     return {"confidence": settings.confidence, "sets": found}
@@ -81,111 +98,156 @@ def _measure_set(name: str, scores: CandidateScores, settings: EvaluateSettings,
     fewest, most = int(scores.sizes.min()), int(scores.sizes.max())
     if fewest < most:
         log.warning("%s: prompts have %d to %d candidates; curves end at n = %d", name, fewest, most, fewest)
-    sizes = sample_sizes(fewest)
-    curves = {model: _curves(scores, values, sizes) for model, values in scores.scores.items()}
-    gold_QMS = np.stack([gold for gold, _ in curves.values()], axis=1)
-    proxy_QMS = np.stack([proxy for _, proxy in curves.values()], axis=1)
-    draws = _resample(np.stack([gold_QMS, proxy_QMS]), settings.resamples, seed)
-    models = list(curves)
-    baseline = models.index(settings.baseline or models[0])
+    grid, sizes = grid_sizes(fewest), sample_sizes(fewest)
+    lines = {**scores.scores, **_references(scores)}
+    curves_2QMS = np.stack([_curves(scores, values, grid) for values in lines.values()], axis=2)
+    found_2MRS = _with_draws(curves_2QMS, settings.resamples, seed)
+    gold, proxy = (dict(zip(lines, found_MRS, strict=True)) for found_MRS in found_2MRS)
+    best_RS = gold[REFERENCES[-1]]
+    values = {model: _values(grid, gold[model], proxy[model], best_RS) for model in scores.scores}
+    shown = np.searchsorted(grid, sizes)
+    baseline = settings.baseline or next(iter(scores.scores))
     return {
         "prompts": len(scores.sizes),
         "candidates": [fewest, most],
         "n": sizes,
         "kl": [kl(n) for n in sizes],
-        "baseline": models[baseline],
-        "references": _references(scores, sizes),
+        "baseline": baseline,
+        "references": {reference: gold[reference][0, shown].tolist() for reference in REFERENCES},
         "models": {
-            model: _summary(gold_QMS, proxy_QMS, draws, number, baseline, sizes, settings.confidence)
-            for number, model in enumerate(models)
+            model: _curve(gold[model][:, shown], proxy[model][:, shown], settings.confidence)
+            | _numbers(values[model], settings.confidence)
+            | _versus(gold, values, model, baseline, shown, settings.confidence)
+            for model in scores.scores
         },
     }
 
 
-def _curves(scores: CandidateScores, proxy_C: NDArray[Any], sizes: Sequence[int]) -> tuple[Floats, Floats]:
-    """Expected gold and standardised proxy of the chosen answer, per prompt and n; [Q, S] each."""
+def _references(scores: CandidateScores) -> dict[str, NDArray[Any]]:
+    """What ranks the candidates of each line to compare with: nothing, their length, their gold score."""
+    ranks = (np.zeros(len(scores.gold)), scores.lengths, scores.gold)
+    return dict(zip(REFERENCES, ranks, strict=True))
+
+
+def _curves(scores: CandidateScores, proxy_C: NDArray[Any], grid: Sequence[int]) -> Floats:
+    """Expected gold and standardised proxy of the chosen answer, per prompt and n; [2, Q, S]."""
     proxy_C = np.asarray(proxy_C, dtype=np.float64)
     standard_C = (proxy_C - proxy_C.mean()) / (proxy_C.std() or 1.0)
-    gold, proxy = [], []
-    both = zip(scores.by_prompt(standard_C), scores.by_prompt(scores.gold), strict=True)
-    for proxy_N, gold_N in both:
-        chosen_SN = selection(proxy_N, sizes)
-        gold.append(chosen_SN @ gold_N)
-        proxy.append(chosen_SN @ proxy_N)
-    return np.stack(gold), np.stack(proxy)
+    both_C2 = np.stack([scores.gold, standard_C], axis=1)
+    parts = zip(scores.by_prompt(standard_C), scores.by_prompt(both_C2), strict=True)
+    curves_QS2 = np.stack([best_of(proxy_N, both_N2, grid) for proxy_N, both_N2 in parts])
+    return np.moveaxis(curves_QS2, -1, 0)
 
 
-def _references(scores: CandidateScores, sizes: Sequence[int]) -> dict[str, list[float]]:
-    random = float(np.mean([gold_N.mean() for gold_N in scores.by_prompt(scores.gold)]))
-    longest, _ = _curves(scores, scores.lengths, sizes)
-    best, _ = _curves(scores, scores.gold, sizes)
-    means = ([random] * len(sizes), longest.mean(axis=0).tolist(), best.mean(axis=0).tolist())
-    return dict(zip(REFERENCES, means, strict=True))
-
-
-def _resample(curves_2QMS: Floats, resamples: int, seed: int) -> Floats:
-    """Means of gold and proxy curves over resampled prompts; [R, 2, M, S]."""
-    kinds, prompts, models, sizes = curves_2QMS.shape
-    values_QX = curves_2QMS.transpose(1, 0, 2, 3).reshape(prompts, -1)
+def _with_draws(curves_2QMS: Floats, resamples: int, seed: int) -> Floats:
+    """Means over prompts, first of all and then of each resample; [2, M, 1 + R, S]."""
+    kinds, prompts, lines, places = curves_2QMS.shape
+    values_QX = np.moveaxis(curves_2QMS, 1, 0).reshape(prompts, -1)
     draws_RX = bootstrap_means(np.column_stack([values_QX, np.ones(prompts)]), resamples, seed)
-    return draws_RX.reshape(-1, kinds, models, sizes)
+    found_RX = np.concatenate([values_QX.mean(axis=0, keepdims=True), draws_RX])
+    return np.moveaxis(found_RX.reshape(-1, kinds, lines, places), 0, 2)
 
 
-def _summary(
-    gold_QMS: Floats,
-    proxy_QMS: Floats,
-    draws_R2MS: Floats,
-    model: int,
-    baseline: int,
-    sizes: list[int],
+def _values(grid: Sequence[int], gold_RS: Floats, proxy_RS: Floats, best_RS: Floats) -> dict[str, Floats]:
+    """The numbers of one model, each as its value and those of the resamples, [1 + R]."""
+    kl_S, gain_RS = np.array([kl(n) for n in grid]), gold_RS - gold_RS[:, :1]
+    peak_R, terms_S2 = over_optimisation.peak(gold_RS), over_optimisation.best_of_n_terms(kl_S)
+    found = {
+        "peak_n": np.asarray(grid)[peak_R],
+        "drop": gold_RS[:, peak_R[0]] - gold_RS[:, -1],
+        "gap_area": over_optimisation.gap_area(kl_S, gold_RS, proxy_RS),
+        "regret_area": over_optimisation.area(kl_S, best_RS - gold_RS),
+    }
+    if over_optimisation.can_fit(terms_S2):
+        fit_R2, error_R = over_optimisation.fit(terms_S2, gain_RS)
+        found |= {"alpha": fit_R2[:, 0], "beta": fit_R2[:, 1], "fit_error": error_R}
+    return found
+
+
+def _curve(gold_RS: Floats, proxy_RS: Floats, confidence: float) -> dict[str, Any]:
+    gap_RS = over_optimisation.implied(gold_RS, proxy_RS) - gold_RS
+    curves = {"gold": gold_RS, "proxy": proxy_RS, "gap": gap_RS}
+    return {k: v for name, values in curves.items() for k, v in _banded(name, values, confidence).items()}
+
+
+def _numbers(values: Mapping[str, Floats], confidence: float) -> dict[str, Any]:
+    return {k: v for name, found_R in values.items() for k, v in _banded(name, found_R, confidence).items()}
+
+
+def _versus(
+    gold: Mapping[str, Floats],
+    values: Mapping[str, Mapping[str, Floats]],
+    model: str,
+    baseline: str,
+    shown: Integers,
     confidence: float,
 ) -> dict[str, Any]:
-    gold_S = gold_QMS[:, model].mean(axis=0)
-    draws_RS = draws_R2MS[:, 0, model]
-    peak = int(gold_S.argmax())
-    summary = {
-        **_banded("gold", gold_S, draws_RS, confidence),
-        **_banded("proxy", proxy_QMS[:, model].mean(axis=0), draws_R2MS[:, 1, model], confidence),
-        "peak_n": sizes[peak],
-        **_banded("drop", gold_S[[peak]] - gold_S[[-1]], draws_RS[:, [peak]] - draws_RS[:, [-1]], confidence),
-    }
-    if model != baseline:
-        difference_S = gold_S - gold_QMS[:, baseline].mean(axis=0)
-        summary |= _banded("minus_baseline", difference_S, draws_RS - draws_R2MS[:, 0, baseline], confidence)
-    return summary
+    """Paired differences to the baseline; of the peak's n, the ratio."""
+    if model == baseline:
+        return {}
+    mine, theirs = values[model], values[baseline]
+    found = {"minus_baseline": (gold[model] - gold[baseline])[:, shown]}
+    found["peak_n_over_baseline"] = mine["peak_n"] / theirs["peak_n"]
+    others = mine.keys() - {"peak_n", "fit_error"}
+    found |= {f"{name}_minus_baseline": mine[name] - theirs[name] for name in mine if name in others}
+    return _numbers(found, confidence)
 
 
-def _banded(name: str, values_X: Floats, draws_RX: Floats, confidence: float) -> dict[str, Any]:
-    low, high = percentile_interval(draws_RX, confidence)
-    return {name: values_X.tolist(), f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
+def _banded(name: str, values_RX: Floats, confidence: float) -> dict[str, Any]:
+    """The value, which comes first, and its percentile interval over the resamples that follow."""
+    low, high = percentile_interval(values_RX[1:], confidence)
+    return {name: values_RX[0].tolist(), f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One table of gold scores by n per candidate set."""
-    return [_table(name, measured, result["confidence"]) for name, measured in result["sets"].items()]
+    """Per candidate set a table of gold scores by n, and one of what over-optimisation costs."""
+    sets = result["sets"].items()
+    kinds = (_gold_table, _cost_table)
+    return [table(name, measured, result["confidence"]) for name, measured in sets for table in kinds]
 
 
-def _table(name: str, measured: dict[str, Any], confidence: float) -> Table:
-    shown = [place for place, _ in enumerate(measured["n"])]
-    header = [
-        "model",
-        *(f"n={measured['n'][s]}" for s in shown),
-        "minus baseline at the last n",
-        "peak n",
-        "drop",
+def _gold_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+    header = ["model", *(f"n={n}" for n in measured["n"]), "minus baseline at the last n"]
+    rows = [
+        [model, *(f"{gold:.3f}" for gold in curve["gold"]), _last_difference(curve)]
+        for model, curve in measured["models"].items()
     ]
-    rows = []
-    for model, curve in measured["models"].items():
-        row = [model, *(f"{gold:.3f}" for gold in curve["gold"]), _last_difference(curve)]
-        drop, low, high = curve["drop"][0], curve["drop_low"][0], curve["drop_high"][0]
-        rows.append([*row, str(curve["peak_n"]), f"{drop:.3f} ({low:.3f} to {high:.3f})"])
     for reference, values in measured["references"].items():
-        rows.append([reference, *(f"{value:.3f}" for value in values), "", "", ""])
+        rows.append([reference, *(f"{value:.3f}" for value in values), ""])
     candidates = " to ".join(str(count) for count in sorted(set(measured["candidates"])))
     note = f"{measured['prompts']} prompts with {candidates} candidates; "
-    note += f"{confidence:.0%} intervals over prompts. Baseline: {measured['baseline']}. "
-    note += "Drop: gold score at its peak minus that at the last n."
+    note += f"{confidence:.0%} intervals over prompts. Baseline: {measured['baseline']}."
     return Table(f"Gold score of the best of n on {name}", header, rows, note)
+
+
+def _cost_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+    """One row per model, and one of paired differences under each but the baseline."""
+    rows = []
+    for model, curve in measured["models"].items():
+        rows.append([model, *(_cell(curve, column) for column in COSTS)])
+        if model != measured["baseline"]:
+            differences = (f"{column}_minus_baseline" for column in COSTS[1:])
+            cells = [_cell(curve, "peak_n_over_baseline", "x"), *(_cell(curve, d, "+") for d in differences)]
+            rows.append([f"{model} against {measured['baseline']}", *cells])
+    note = (
+        f"{confidence:.0%} intervals over prompts. Drop: gold score at its peak minus that at the last n. "
+        "Gap: area over KL between the gold score that the model's own score promises, going on as from "
+        "n = 1 to 2, and the real one. Regret: area between the best possible line and the real one. alpha, "
+        "beta: gold gain = d (alpha - beta d), d = sqrt(KL). Against the baseline: ratio of peak n, else "
+        "differences."
+    )
+    header = ["model", "peak n", "drop", "gap", "regret", "alpha", "beta"]
+    return Table(f"Over-optimisation on {name}", header, rows, note)
+
+
+def _cell(curve: Mapping[str, Any], name: str, kind: str = "") -> str:
+    """A value and its interval; `kind` x is a ratio, + a difference, "" a value as it stands."""
+    if name not in curve:
+        return ""
+    sign = "+" if kind == "+" else ""
+    form = ".0f" if name == "peak_n" else f"{sign}.3f" if kind != "x" else ".2g"
+    value, low, high = (format(curve[name + end], form) for end in ("", "_low", "_high"))
+    return f"{'x' if kind == 'x' else ''}{value} ({low} to {high})"
 
 
 def _last_difference(curve: dict[str, Any]) -> str:
@@ -196,15 +258,16 @@ def _last_difference(curve: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[str]:
-    """best_of_n_SET.png per candidate set: gold and proxy score against KL, every model in both."""
+    """best_of_n_SET.png per candidate set: gold, proxy and their gap against KL, every model in each."""
     names = []
     for name, measured in result["sets"].items():
         names.append(f"best_of_n_{_file_name(name)}.png")
-        both = [
+        three = [
             _panel(measured, "gold", "gold score"),
             _panel(measured, "proxy", "model's own score (standardised)"),
+            _panel(measured, "gap", "gold score promised minus real"),
         ]
-        plotting.panels(both, folder / names[-1], title=f"Best of n on {name}")
+        plotting.panels(three, folder / names[-1], title=f"Best of n on {name}", columns=3)
     return names
 
 

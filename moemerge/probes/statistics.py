@@ -1,4 +1,4 @@
-"""Intervals and tests that the probes share. K clusters, R resamples, X measured values."""
+"""Intervals and tests that the probes share. K clusters, P rows, R resamples, X measured values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,33 @@ from moemerge.probes.base import Floats, Integers, Interval
 BLOCK = 4_000_000
 
 
-def wilson(successes: int, trials: int, confidence: float) -> Interval:
+def wilson(successes: float, trials: int, confidence: float) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
-    interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    low, high = wilson_band(np.array([successes / trials]), np.array([trials]), confidence)
+    return float(low[0]), float(high[0])
+
+
+def wilson_band(share_X: Floats, trials_X: Integers, confidence: float) -> tuple[Floats, Floats]:
+    """`wilson` for many proportions at once: lower and upper ends, [X] each."""
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    centre_X = (share_X + z**2 / (2 * trials_X)) / (1 + z**2 / trials_X)
+    spread_X = np.sqrt(share_X * (1 - share_X) / trials_X + (z / (2 * trials_X)) ** 2)
+    half_X = z * spread_X / (1 + z**2 / trials_X)
+    return np.clip(centre_X - half_X, 0, share_X), np.clip(centre_X + half_X, share_X, 1)
+
+
+def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: float) -> Interval:
+    """Interval of the mean of `right_P`: Wilson's, or the bootstrap's (`draws_R`) if prompts repeat.
+
+    Where all rows agree a resample cannot differ: then each of the `prompts` counts as one observation. The
+    bootstrap also serves rows that are neither 0 nor 1.
+    """
+    share = float(right_P.mean())
+    unanimous, whole = share in (0.0, 1.0), bool(np.isin(right_P, (0, 1)).all())
+    if unanimous or (whole and prompts == len(right_P)):
+        return wilson(share * prompts, prompts, confidence)
+    low, high = percentile_interval(draws_R[:, None], confidence)
+    return float(low[0]), float(high[0])
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -25,6 +48,32 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """
     disagreements = only_first + only_second
     return float(stats.binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
+
+
+def clustered_mcnemar(differences_K: Integers) -> float:
+    """McNemar's exact test where pairs share prompts: two-sided p, 1 without any disagreement.
+
+    `differences_K`: per prompt, pairs that only the first model has right minus those that only the second
+    has. Under the hypothesis their signs are fair coins; p is the chance of a sum as far from zero, over all
+    signs. With one pair per prompt this is `mcnemar`.
+    """
+    sizes, counts = np.unique(np.abs(differences_K[differences_K != 0]), return_counts=True)
+    chances = np.ones(1)  # of the sums -(len - 1) / 2 ... (len - 1) / 2
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        spaced = np.zeros(2 * size * count + 1)
+        spaced[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, spaced)
+    sums = np.abs(np.arange(len(chances)) - len(chances) // 2)
+    return min(1.0, float(chances[sums >= abs(int(differences_K.sum()))].sum()))
+
+
+def holm(p_X: Floats) -> Floats:
+    """p-values adjusted for the number of tests (Holm 1979): reject where below the level, in their order."""
+    order = np.argsort(p_X)
+    steps_X = p_X[order] * np.arange(len(p_X), 0, -1)
+    adjusted_X = np.empty(len(p_X))
+    adjusted_X[order] = np.minimum(np.maximum.accumulate(steps_X), 1)
+    return adjusted_X
 
 
 def cluster_sums(values_PX: Floats, clusters: Integers) -> Floats:

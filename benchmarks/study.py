@@ -1,0 +1,107 @@
+"""What the studies share: stages that run once, measures of models, tables of differences over seeds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, TypeAlias
+
+import numpy as np
+from safetensors.numpy import load_file
+from scipy.stats import t
+
+from moemerge import evaluate
+
+Measures: TypeAlias = dict[str, float]
+Row: TypeAlias = dict[str, Any]
+Scores: TypeAlias = dict[str, Any]
+
+ONE = {"threads": 1, "device": "cpu"}
+MEASURES = ("accuracy", "accuracy, shifted", "gold of best of 256")
+
+
+def once(folder: Path, make: Callable[..., Any], **options: Any) -> str:
+    """`folder`, made by `make` unless it exists; stages write whole folders or none."""
+    if not folder.exists():
+        make(output=folder, **options, **ONE)
+    return str(folder)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a .jsonl.gz file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write(folder: Path, rows: Mapping[str, list[Row]]) -> Path:
+    """`folder`, with NAME.jsonl for every list of rows."""
+    folder.mkdir(exist_ok=True)
+    for name, some in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def scored(home: Path, models: Mapping[str, str]) -> dict[str, Scores]:
+    """Scores of every model on the synthetic world of `home`, by name and set, with its gold and rows."""
+    data = home / "world/data"
+    pairs = {name: f"{data}/tests/{name}.jsonl.gz" for name in ("in_distribution", "out_of_distribution")}
+    pairs |= {"validation": f"{data}/validation.jsonl.gz"}
+    sets = {"pairs": pairs, "candidates": {"wide": f"{data}/candidates/wide.jsonl.gz"}}
+    once(home / "evaluation", evaluate, models=dict(models), **sets, resamples=100)
+    tensors = load_file(home / "evaluation/scores.safetensors")
+    truth = {name: tensors[f"candidates/wide/{name}"] for name in ("rows", "gold")}
+    found = {key.split("/model/")[0] for key in tensors if "/model/" in key}
+    return {
+        name: {one: tensors[f"{one}/model/{name}"].astype(np.float64) for one in found} | truth
+        for name in models
+    }
+
+
+def measures(scores: Scores) -> Measures:
+    """Accuracy in and out of distribution, and mean gold of the answers with the highest score."""
+    accuracies = [accuracy(scores[f"pairs/{name}"]) for name in ("in_distribution", "out_of_distribution")]
+    prompts = [np.flatnonzero(scores["rows"] == row) for row in np.unique(scores["rows"])]
+    best = [scores["gold"][places[scores["candidates/wide"][places].argmax()]] for places in prompts]
+    return dict(zip(MEASURES, (*accuracies, float(np.mean(best))), strict=True))
+
+
+def accuracy(scores: Any) -> float:
+    """Share of pairs whose chosen answer, first of the two, scores higher."""
+    return float((scores[0::2] > scores[1::2]).mean())
+
+
+def done(home: Path, measured: Callable[[], dict[str, Measures]]) -> dict[str, Measures]:
+    """The measures of a seed, from measures.json if that is there."""
+    path = home / "measures.json"
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], baseline: str, confidence: float) -> str:
+    """Markdown: the mean of each measure over seeds, and the paired difference to the baseline."""
+    numbers = ", ".join(map(str, seeds))
+    lines = [f"### {name}: seeds {numbers}; t-intervals of {confidence:.1%} over seeds", ""]
+    lines += ["| model | " + " | ".join(f"{m} | minus {baseline}" for m in MEASURES) + " |"]
+    lines += ["| --- |" + " ---: |" * (2 * len(MEASURES))]
+    for model in next(iter(seeds.values())):
+        cells = []
+        for measure in MEASURES:
+            pairs = [(of[model][measure], of[baseline][measure]) for of in seeds.values()]
+            cells.append(f"{fmean(value for value, _ in pairs):.3f}")
+            cells.append(interval([x - y for x, y in pairs], confidence) if model != baseline else "")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def interval(values: list[float], confidence: float) -> str:
+    """Mean with its t-interval."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}"
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f"{fmean(values):+.3f} ± {half:.3f}"

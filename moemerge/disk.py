@@ -1,0 +1,215 @@
+"""Putting files on the disk so that a kill, a power cut or a full disk leaves the old or the new, whole."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moemerge.errors import ArtifactError, MoemergeError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+DRAFT = r"\.{name}\.[a-z0-9_]{{8}}\.tmp"  # as tempfile.mkdtemp makes them
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EFBIG: "the file system takes no file of this size",
+    errno.EIO: "the disk does not work as it should",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is missing",
+    errno.EPERM: "permission is missing",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EEXIST: "a file is where a folder should be",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+TOLD_BY_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF}
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or the folder's list of names is on the disk, where the system can say so."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NOT_FOR_FOLDERS):
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush everything in `folder`, and have its files read from the disk when they are read next."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            flush(path)
+        if path.is_file():
+            _forget(path)
+    flush(folder)
+
+
+def _forget(path: Path) -> None:
+    """Drop the system's copy in memory of a file that has been flushed."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    flush(new)
+    new.replace(path)
+    flush(path.parent)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at `path`, a dangling link included."""
+    return os.path.lexists(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, file or link; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(folder: Path, output: Path) -> None:
+    """Give `folder`, flushed before, the name `output`. What was there is kept until then, and removed after.
+
+    The two are exchanged in one step where the system can. Elsewhere the old one steps aside first; if the
+    process dies between, `recover` puts it back.
+    """
+    folder.chmod(0o755)
+    aside = _aside(output)
+    if not exists(output):
+        folder.rename(output)
+    elif not _exchange(folder, output):
+        output.rename(aside)
+        folder.rename(output)
+    flush(output.parent)
+    remove(folder)
+    remove(aside)
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old.tmp")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def recover(output: Path) -> None:
+    """Undo what a killed process left: an old output goes back to its place, drafts are removed.
+
+    For whoever holds the output's lock.
+    """
+    aside = _aside(output)
+    if exists(aside) and not exists(output):
+        aside.rename(output)
+    for path in leftovers(output):
+        remove(path)
+
+
+def leftovers(output: Path) -> list[Path]:
+    """Drafts, and an old output that stepped aside, which a killed process left beside `output`."""
+    draft = re.compile(DRAFT.format(name=re.escape(output.name)))
+    found = output.parent.iterdir() if output.parent.is_dir() else ()
+    return [path for path in found if path == _aside(output) or draft.fullmatch(path.name)]
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise ArtifactError unless the disk of `folder` has room for `needed` bytes."""
+    free = free_space(folder)
+    if free < needed:
+        raise ArtifactError(
+            "not enough space on the disk",
+            given=f"{in_words(free)} free for {folder}",
+            expected=f"{in_words(needed)}",
+            fix=f"free {in_words(needed - free)}, or choose an output on another disk",
+        )
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk where `folder` is or is to be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def in_words(size: int) -> str:
+    """`size` bytes as GB, MB or kB."""
+    unit, factor = next((u for u in (("GB", 10**9), ("MB", 10**6)) if size >= u[1]), ("kB", 1000))
+    return f"{size / factor:.1f} {unit}"
+
+
+@contextmanager
+def disk_faults(
+    output: Path, folder: Path | None = None, needed: Callable[[], int | None] = lambda: None
+) -> Iterator[None]:
+    """Tell in four parts what keeps `output` from being written; `folder` is its draft, if there is one."""
+    try:
+        yield
+    except MoemergeError:
+        raise
+    except Exception as error:
+        code = _errno(error)
+        if code is None:
+            raise
+        written = size_of(folder) if folder is not None and folder.is_dir() else 0
+        raise ArtifactError(
+            f"{output} cannot be made: {REASONS[code]}",
+            given=f"{_line(error)}; {in_words(written)} written, {in_words(free_space(output))} left free",
+            expected=_expected(code, output, written, needed()),
+            fix="mend that or choose another output, then run the same command again; nothing was left "
+            "that looks complete",
+        ) from error
+
+
+def _expected(code: int, output: Path, written: int, needed: int | None) -> str:
+    if code not in (errno.ENOSPC, errno.EDQUOT):
+        return f"files that can be read, and a disk that can be written, at {output.parent}"
+    return f"room for {in_words(needed)}" if needed else f"room for more than {in_words(written)}"
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's error behind `error`: its own, or one that a library wrapped or put into words."""
+    if isinstance(error, OSError) and error.errno in REASONS:
+        return error.errno
+    found: BaseException | None = error
+    while found is not None:
+        code = found.errno if isinstance(found, OSError) else _told(str(found))
+        if code in TOLD_BY_OTHERS:
+            return code
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def _told(text: str) -> int | None:
+    """safetensors tells the number; torch tells only that its writer failed."""
+    number = re.search(r"\(os error (\d+)\)", text)
+    if number:
+        return int(number.group(1))
+    return errno.ENOSPC if "PytorchStreamWriter failed" in text or "No space left" in text else None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

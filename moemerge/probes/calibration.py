@@ -1,0 +1,206 @@
+"""Calibration: is sigmoid(score difference) the chance that the answer is the better one?
+
+The label of a pair is always "chosen first", so each pair counts in both orders: with p = sigmoid(d) and
+label 1, and with 1 - p and label 0. That is the same as asking how often the answer with the higher score is
+the chosen one, given the confidence max(p, 1 - p) in [1/2, 1]; a tie has confidence 1/2 and is half right.
+
+P pairs, B bins, K prompts, M models, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import expit
+
+from moemerge import plotting
+from moemerge.probes.base import Floats, Integers, Interval, PairScores, Probe, Table
+from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson_band
+from moemerge.recipe import EvaluateSettings
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Binned:
+    """Pairs by confidence, in bins of equal width on [1/2, 1], the last one closed.
+
+    confidence, right: [P], right is 1, 0 or, for a tie, 1/2. place: [P], the pair's bin.
+    """
+
+    confidence: Floats
+    right: Floats
+    place: Integers
+
+    @classmethod
+    def of(cls, differences_P: Floats) -> Binned:
+        """Bins of pairs with these differences, score(chosen) - score(rejected)."""
+        confidence_P = expit(np.abs(differences_P))
+        place_P = np.minimum(((confidence_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
+        return cls(confidence_P, (np.sign(differences_P) + 1) / 2, place_P)
+
+    def gaps(self) -> Floats:
+        """[P, B], right - confidence in the pair's own bin, else 0; the ECE is sum |mean over pairs|."""
+        gaps_PB = np.zeros((len(self.place), BINS))
+        gaps_PB[np.arange(len(self.place)), self.place] = self.right - self.confidence
+        return gaps_PB
+
+    def diagram(self, prompts: Integers, confidence: float) -> dict[str, list[Any]]:
+        """Per bin that has pairs: their number, mean confidence, share right, its Wilson interval.
+
+        Of the pairs with one prompt in one bin, the interval counts one.
+        """
+        counts_B = np.bincount(self.place, minlength=BINS)
+        sums = [np.bincount(self.place, v_P, minlength=BINS) for v_P in (self.confidence, self.right)]
+        filled = counts_B > 0
+        sure, right = (sum_B[filled] / counts_B[filled] for sum_B in sums)
+        places = np.unique(np.column_stack([self.place, prompts]), axis=0)[:, 0]
+        trials = np.bincount(places, minlength=BINS)[filled]
+        low, high = wilson_band(right, trials, confidence)
+        curves = {"pairs": counts_B[filled], "confidence": sure, "right": right, "low": low, "high": high}
+        return {name: values.tolist() for name, values in curves.items()}
+
+
+def ece_interval(gaps_RB: Floats, gaps_B: Floats, confidence: float) -> tuple[Interval, float]:
+    """Interval of the ECE sum |gaps_B|, and what it would be on average if the model were calibrated.
+
+    The ECE cannot be negative, so noise makes it too large, and resampling adds noise again: the percentile
+    interval of a calibrated model never reaches zero. The lower end is therefore 0 unless the ECE is beyond
+    what resamples moved to calibration (gaps_RB - gaps_B) give, else the basic bootstrap's; the upper end is
+    the percentile's, which errs to the safe side.
+    """
+    tail = (1 - confidence) / 2
+    found, chance_R = float(np.abs(gaps_B).sum()), np.abs(gaps_RB - gaps_B).sum(axis=1)
+    high = float(np.quantile(np.abs(gaps_RB).sum(axis=1), 1 - tail))
+    low = 0.0 if found <= np.quantile(chance_R, 1 - tail) else max(0.0, 2 * found - high)
+    return (low, max(high, found)), float(chance_R.mean())
+
+
+def slope(differences_P: Floats, prompts: Integers, confidence: float) -> dict[str, Any] | None:
+    """The b for which sigmoid(b d) has the highest likelihood (Cox 1958), with an interval; 1 if calibrated.
+
+    Below 1 the differences are too large: the model is too sure. The interval is normal, with the sandwich
+    variance over prompts. None if no finite b is best: all pairs right, all wrong, or all tied.
+    """
+    if not differences_P.min() < 0 < differences_P.max():
+        return None
+    unit_P = differences_P / np.abs(differences_P).max()
+
+    def rise(b: float) -> float:
+        return float((unit_P * expit(-b * unit_P)).sum())
+
+    reach = 1.0
+    while rise(-reach) < 0 or rise(reach) > 0:
+        reach *= 2
+    best = float(brentq(rise, -reach, reach, xtol=1e-12))
+    curvature = float((unit_P**2 * expit(best * unit_P) * expit(-best * unit_P)).sum())
+    score_K = cluster_sums((unit_P * expit(-best * unit_P))[:, None], prompts)[:, 0]
+    error = math.sqrt(float((score_K**2).sum())) / curvature
+    scale, z = float(np.abs(differences_P).max()), float(stats.norm.ppf((1 + confidence) / 2))
+    return {"value": best / scale, "interval": ((best - z * error) / scale, (best + z * error) / scale)}
+
+
+def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    """Brier score (1 - p)^2, ECE over 10 bins, slope and reliability diagram, per test set and model.
+
+    Brier: bootstrap interval over prompts, and paired difference to the baseline. A model that says nothing
+    (all ties) has Brier 0.25 and ECE 0.
+    """
+    found = {name: _measure_set(pairs, settings, seed) for name, pairs in sets.items()}
+    return {"confidence": settings.confidence, "bins": BINS, "sets": found}
+
+
+def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    models = list(pairs.scores)
+    baseline = settings.baseline or models[0]
+    differences = {m: scores_P2[:, 0] - scores_P2[:, 1] for m, scores_P2 in pairs.scores.items()}
+    wrong_PM = np.column_stack([expit(-d_P) ** 2 for d_P in differences.values()])
+    draws_RM = bootstrap_means(cluster_sums(wrong_PM, pairs.prompts), settings.resamples, seed)
+    briers = dict(zip(models, wrong_PM.mean(axis=0).tolist(), strict=True))
+    draws = dict(zip(models, draws_RM.T, strict=True))
+    measured: dict[str, Any] = {}
+    for model, d_P in differences.items():
+        interval = _interval(draws[model], settings.confidence)
+        measured[model] = {"brier": briers[model], "brier_interval": interval}
+        measured[model] |= _measure_model(d_P, pairs.prompts, settings, seed)
+        if model != baseline:
+            measured[model]["vs_baseline"] = {
+                "difference": briers[model] - briers[baseline],
+                "interval": _interval(draws[model] - draws[baseline], settings.confidence),
+            }
+    prompts = len(np.unique(pairs.prompts))
+    return {"pairs": len(wrong_PM), "prompts": prompts, "baseline": baseline, "models": measured}
+
+
+def _interval(draws_R: Floats, confidence: float) -> Interval:
+    low, high = percentile_interval(draws_R[:, None], confidence)
+    return float(low[0]), float(high[0])
+
+
+def _measure_model(
+    differences_P: Floats, prompts: Integers, settings: EvaluateSettings, seed: int
+) -> dict[str, Any]:
+    binned = Binned.of(differences_P)
+    gaps_PB = binned.gaps()
+    gaps_RB = bootstrap_means(cluster_sums(gaps_PB, prompts), settings.resamples, seed)
+    interval, chance = ece_interval(gaps_RB, gaps_PB.mean(axis=0), settings.confidence)
+    return {
+        "ece": float(np.abs(gaps_PB.mean(axis=0)).sum()),
+        "ece_interval": interval,
+        "ece_by_chance": chance,
+        "slope": slope(differences_P, prompts, settings.confidence),
+        "diagram": binned.diagram(prompts, settings.confidence),
+    }
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One table per test set."""
+    return [_table(name, measured, result) for name, measured in result["sets"].items()]
+
+
+def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table:
+    rows = []
+    for model, numbers in measured["models"].items():
+        brier = _ranged(numbers["brier"], numbers["brier_interval"])
+        ece, chance = _ranged(numbers["ece"], numbers["ece_interval"]), f"{numbers['ece_by_chance']:.4f}"
+        found, versus = numbers["slope"], numbers.get("vs_baseline")
+        shown = _ranged(found["value"], found["interval"], 3) if found else "none"
+        change = _ranged(versus["difference"], versus["interval"], sign="+") if versus else "baseline"
+        rows.append([model, brier, change, ece, chance, shown])
+    header = ["model", "Brier", "minus baseline", "ECE", "ECE by chance", "slope"]
+    note = f"Of sigmoid(score difference) on {measured['pairs']} pairs, {measured['prompts']} prompts, "
+    note += f"each pair in both orders; {result['confidence']:.0%} intervals over prompts. Brier: 0.25 says "
+    note += "nothing. "
+    note += f"ECE: {result['bins']} bins of confidence; by chance: its mean if the model were calibrated. "
+    note += "Slope: 1 is calibrated, below 1 too sure, above 1 not sure enough, none: no finite one is best."
+    return Table(f"Calibration on {name}", header, rows, note)
+
+
+def _ranged(value: float, interval: Interval, digits: int = 4, sign: str = "") -> str:
+    low, high = interval
+    form = f"{sign}.{digits}f"
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def plot(result: dict[str, Any], folder: Path) -> list[str]:
+    """calibration.png: the reliability diagram of every model, one panel per test set."""
+    panels = []
+    for name, measured in result["sets"].items():
+        curves = {
+            model: plotting.Line(*(numbers["diagram"][key] for key in ("confidence", "right", "low", "high")))
+            for model, numbers in measured["models"].items()
+        }
+        curves["calibrated"] = plotting.Line([0.5, 1.0], [0.5, 1.0], reference=True)
+        panels.append(plotting.Panel(name, curves, "confidence", "share right"))
+    plotting.panels(panels, folder / "calibration.png")
+    return ["calibration.png"]
+
+
+PROBE = Probe("pairs", measure, tables, plot)

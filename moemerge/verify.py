@@ -1,0 +1,133 @@
+"""Whether an artifact, and what it was made from, is still what its manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from moemerge.artifacts import flat_inputs, holds_manifest, own_digest, read_manifest
+from moemerge.errors import ArtifactError
+from moemerge.fingerprints import MANIFEST, artifact_files, file_digest
+from moemerge.weight_files import Fault, weight_faults
+
+__all__ = ["Fault", "Verification", "verify", "verify_folder"]
+
+THREADS = 4
+SHORT = 12
+
+
+@dataclass
+class Verification:
+    """What was looked at, what is wrong with it, and what could not be looked at because it is gone."""
+
+    faults: list[Fault] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+
+
+def verify(folder: str | Path, inputs: bool = False) -> Verification:
+    """Hold every file of an artifact against its manifest; with `inputs`, also what it was made from.
+
+    Missing, added and changed files (by sha256, read in full), weights whose header cannot be read, and an
+    index that disagrees with its shards are faults. Hidden files are not looked at. Inputs that are artifacts
+    are verified in turn; those that are gone, or names on the hub, are listed as gone and are no faults.
+    Raises ArtifactError if `folder` has no manifest that can be read.
+    """
+    read_manifest(folder)
+    chain = _Chain(Verification())
+    chain.visit(Path(folder), inputs)
+    return chain.found
+
+
+def verify_folder(folder: str | Path) -> list[Fault]:
+    """What is wrong with the artifact in `folder`; empty if nothing is. Raises as `verify` does."""
+    return verify(folder).faults
+
+
+@dataclass
+class _Chain:
+    found: Verification
+    seen: set[Path] = field(default_factory=set)
+
+    def visit(self, folder: Path, inputs: bool) -> None:
+        """Check one artifact, and with `inputs` what it was made from; its faults name files below it."""
+        if folder.resolve() in self.seen:
+            return
+        self.seen.add(folder.resolve())
+        self.found.folders.append(folder)
+        first = len(self.found.folders) == 1
+        try:
+            manifest = read_manifest(folder)
+            faults = list(_folder_faults(folder, manifest))
+            given = flat_inputs(manifest) if inputs else {}
+        except (ArtifactError, KeyError, TypeError, AttributeError, ValueError) as error:
+            faults, given = [_broken_manifest(error)], {}
+        self.found.faults += [one if first else _under(folder, one) for one in faults]
+        for name, record in given.items():
+            self._input(name, record)
+
+    def _input(self, name: str, record: dict[str, Any]) -> None:
+        path = Path(record.get("path", ""))
+        if "path" not in record or not path.exists():
+            self.found.gone.append(f"{name}: {record.get('path') or record.get('hub')}")
+            return
+        root = path if path.is_dir() else path.parent
+        self.found.faults += [_under(root, one) for one in _file_faults(path, record["files"])]
+        home = next((p for p in (root, root.parent) if holds_manifest(p)), None)
+        if home is not None:
+            self.visit(home, inputs=True)
+
+
+def _under(folder: Path, fault: Fault) -> Fault:
+    return replace(fault, file=str(folder / fault.file))
+
+
+def _broken_manifest(error: Exception) -> Fault:
+    return Fault(MANIFEST, "cannot be read", "a manifest", f"{type(error).__name__}: {error}"[:200])
+
+
+def _folder_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]:
+    digest = manifest.get("sha256")
+    if digest not in (None, own_digest(manifest)):
+        yield Fault(MANIFEST, "changed", _brief(digest), _brief(own_digest(manifest)))
+    yield from _file_faults(folder, manifest["files"])
+    yield from weight_faults(folder, list(artifact_files(folder)))
+
+
+def _file_faults(path: Path, recorded: dict[str, Any]) -> Iterator[Fault]:
+    """How the files at `path` differ from those `recorded`."""
+    found = artifact_files(path)
+    for name in sorted(recorded.keys() - found.keys()):
+        yield Fault(name, "is missing", f"{recorded[name]['size']} bytes", "no file")
+    for name in sorted(found.keys() - recorded.keys()):
+        yield Fault(name, "was added", "no file", f"{found[name].stat().st_size} bytes")
+    both = sorted(found.keys() & recorded.keys())
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
+        checked = pool.map(lambda name: _changed(name, found[name], recorded[name]), both)
+        for fault in tqdm(checked, desc="verify", total=len(both), leave=False, disable=None):
+            if fault is not None:
+                yield fault
+
+
+def _changed(name: str, path: Path, record: dict[str, Any]) -> Fault | None:
+    try:
+        size = path.stat().st_size
+        if size != record["size"]:
+            return Fault(name, "changed", f"{record['size']} bytes", f"{size} bytes")
+        digest = file_digest(path)
+    except OSError as error:
+        return Fault(name, "cannot be read", f"{record['size']} bytes", str(error))
+    return (
+        None
+        if digest == record["sha256"]
+        else Fault(name, "changed", *map(_brief, (record["sha256"], digest)))
+    )
+
+
+def _brief(digest: str) -> str:
+    return f"sha256 {digest[:SHORT]}"

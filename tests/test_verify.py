@@ -1,0 +1,133 @@
+"""verify: what is wrong with an artifact, and with what it was made from, is found and told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moemerge.artifacts import Draft, Stage
+from moemerge.errors import ArtifactError
+from moemerge.options import Run, Source
+from moemerge.verify import Fault, verify, verify_folder
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Copy(Run):
+    """Options of a stage that writes a tiny checkpoint of two shards."""
+
+    source: Source | None = None
+
+
+def write_shards(options: Copy, draft: Draft) -> None:
+    for number, file in enumerate((ONE, TWO)):
+        save_file({f"t{number}": np.full((2, 3), number, dtype=np.float32)}, draft.folder / file)
+    index = {"metadata": {"total_size": 48}, "weight_map": {"t0": ONE, "t1": TWO}}
+    (draft.folder / INDEX).write_text(json.dumps(index))
+    (draft.folder / "config.json").write_text("{}")
+
+
+copy = Stage("copy", Copy, write_shards)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    return copy(output=tmp_path / "made")
+
+
+def flip(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_an_untouched_artifact_verifies(made: Path) -> None:
+    assert verify_folder(made) == []
+    assert verify(made, inputs=True).folders == [made]
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], set[tuple[str, str]]]] = {
+    "missing": (lambda f: (f / "config.json").unlink(), {("config.json", "is missing")}),
+    "extra": (lambda f: (f / "more.txt").write_text("x"), {("more.txt", "was added")}),
+    "one bit": (lambda f: flip(f / ONE), {(ONE, "changed")}),
+    "truncated": (
+        lambda f: (f / ONE).write_bytes((f / ONE).read_bytes()[:-4]),
+        {(ONE, "changed"), (ONE, "cannot be read")},
+    ),
+    "header": (lambda f: flip(f / ONE, 8), {(ONE, "changed"), (ONE, "cannot be read")}),
+    "index names no file": (
+        lambda f: replace(f / INDEX, TWO, "gone.safetensors"),
+        {(INDEX, "changed"), (INDEX, "names a file that is not there")},
+    ),
+    "index leads outside": (
+        lambda f: replace(f / INDEX, TWO, f"../made/{TWO}"),
+        {(INDEX, "changed"), (INDEX, "names a file that is not there")},
+    ),
+    "index disagrees": (
+        lambda f: replace(f / INDEX, '"t1"', '"t2"'),
+        {(INDEX, "changed"), (INDEX, "disagrees with its shards")},
+    ),
+    "index is no index": (
+        lambda f: (f / INDEX).write_text("[]"),
+        {(INDEX, "changed"), (INDEX, "cannot be read")},
+    ),
+    "manifest": (
+        lambda f: replace(f / "manifest.json", '"stage": "copy"', '"stage": "copied"'),
+        {("manifest.json", "changed")},
+    ),
+    "manifest without files": (
+        lambda f: replace(f / "manifest.json", '"files"', '"flies"'),
+        {("manifest.json", "changed"), ("manifest.json", "cannot be read")},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_damage_is_found_and_named(made: Path, kind: str) -> None:
+    damage, expected = DAMAGE[kind]
+    damage(made)
+    faults = verify_folder(made)
+    assert {(fault.file, fault.what) for fault in faults} >= expected - {("manifest.json", "changed")}
+    assert {(fault.file, fault.what) for fault in faults} <= expected and faults
+    assert all(fault.recorded and fault.found for fault in faults)
+
+
+def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a moemerge artifact"):
+        verify_folder(tmp_path)
+
+
+def test_the_chain_of_inputs_is_verified_where_it_still_exists(made: Path, tmp_path: Path) -> None:
+    second = copy(source=str(made), output=tmp_path / "second")
+    third = copy(source=str(second), output=tmp_path / "third")
+    assert verify(third, inputs=True).folders == [third, second, made]
+    flip(made / TWO)
+    assert verify_folder(third) == [] and verify(third).folders == [third]
+    wrong = {fault.file for fault in verify(third, inputs=True).faults}
+    assert wrong == {str(made / TWO)}
+    (made / ONE).unlink()
+    (made / TWO).unlink()
+    found = verify(third, inputs=True)
+    assert (
+        Fault(str(made / ONE), "is missing", f"{(second / ONE).stat().st_size} bytes", "no file")
+        in found.faults
+    )
+
+
+def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) -> None:
+    second = copy(source=str(made), output=tmp_path / "second")
+    third = copy(source="owner/name", output=tmp_path / "third")
+    made.rename(tmp_path / "moved")
+    found = verify(second, inputs=True)
+    assert found.faults == [] and found.gone == [f"source: {made}"]
+    assert verify(third, inputs=True).gone == ["source: owner/name"]

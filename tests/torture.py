@@ -1,0 +1,452 @@
+"""Kills, full disks and failing writes, hundreds of times, against every stage; then the promises are checked.
+
+    python tests/torture.py [--trials 400] [--seed 0] [--stages merge train ...]
+
+What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
+else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that
+the command survives is told in four parts with exit code 2; the same command, repeated, gives the same bytes.
+
+The stages are run in forks of this process, which has imported everything: a trial takes as long as the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import hashlib
+import importlib
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import conftest  # noqa: F401  (one thread, no network)
+from torture_scenarios import Scenario, make_inputs, prepare, scenarios
+
+HERE = Path(__file__).parent
+SHIM = "MOEMERGE_FAULTY_DISK"
+KILL, FAIL, FULL = 1, 2, 3
+PATIENCE = 300.0
+WAYS = (
+    "killed at a time",
+    "killed at a call",
+    "EIO",
+    "full disk (shim)",
+    "full disk (tmpfs)",
+    "file limit",
+    "signal",
+)
+Digests = dict[str, str]
+
+
+@dataclass
+class Ending:
+    """How a command ended: exit code (negative: the signal), what it printed, seconds, calls that write."""
+
+    code: int
+    text: str
+    seconds: float
+    calls: int = 0
+    modules: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Known:
+    """A scenario, and what an undisturbed run of it takes and gives."""
+
+    scenario: Scenario
+    seconds: float
+    calls: int
+    bytes: int
+    digests: Digests
+
+
+@dataclass
+class Tally:
+    """What became of the trials, by stage and way; the broken promises in words."""
+
+    trials: Counter = field(default_factory=Counter)
+    endings: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    faults: list[str] = field(default_factory=list)
+    leftovers: Counter = field(default_factory=Counter)
+
+
+# --- one command in a fork
+
+
+def fork(
+    arguments: list[str], home: Path, spoil: Callable[[], None], delay: float | None, kind: int
+) -> Ending:
+    """Run the command line in a fork; `spoil` is called in it first; signal `kind` is sent after `delay`."""
+    log, report = home.parent / "log", home.parent / "report"
+    report.unlink(missing_ok=True)
+    started = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        _be_the_command(arguments, log, report, spoil)
+    code = _await(child, started, delay, kind)
+    seconds = time.perf_counter() - started
+    told = json.loads(report.read_text()) if report.exists() else {}
+    return Ending(code, log.read_text(errors="replace") if log.exists() else "", seconds, **told)
+
+
+def _be_the_command(arguments: list[str], log: Path, report: Path, spoil: Callable[[], None]) -> None:
+    code = 70
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        before = set(sys.modules)
+        arm(0)
+        spoil()
+        code = _run(arguments)
+        told = {"calls": counted(), "modules": sorted(set(sys.modules) - before)}
+        arm(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        report.write_text(json.dumps(told))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    from moemerge import cli
+
+    try:
+        cli.main(arguments)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+def _await(child: int, started: float, delay: float | None, kind: int) -> int:
+    """The child's exit code; sends the signal on the way, and ends a child that hangs."""
+    due = None if delay is None else started + delay
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        now = time.perf_counter()
+        if due is not None and now >= due:
+            os.kill(child, kind)
+            due = None
+        if now - started > PATIENCE:
+            os.kill(child, signal.SIGKILL)
+            raise TimeoutError("a command hangs")
+        time.sleep(0.0005 if due is not None and due - now < 0.01 else 0.002)
+
+
+def arm(at: int, action: int = 0, error: int = 0) -> None:
+    """Tell the shim which call to spoil; nothing without it."""
+    if os.environ.get(SHIM):
+        ctypes.CDLL(None).arm(ctypes.c_long(at), action, error)
+
+
+def counted() -> int:
+    return int(ctypes.CDLL(None).counted()) if os.environ.get(SHIM) else 0
+
+
+# --- what is looked at afterwards
+
+
+def digests(folder: Path) -> Digests:
+    """sha256 of all files below, by name; not of manifests and of a run's own hidden files."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"]
+    named = {p.relative_to(folder).as_posix(): p for p in files}
+    visible = {n: p for n, p in named.items() if not any(part.startswith(".") for part in n.split("/"))}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in visible.items()}
+
+
+def broken_artifacts(folder: Path) -> Iterator[str]:
+    """What is wrong with the artifacts below: no manifest, files missing, added or changed."""
+    homes = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    for home in [folder] if (folder / "manifest.json").exists() else homes:
+        try:
+            wanted = json.loads((home / "manifest.json").read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            yield f"{home.name}: {error}"
+            continue
+        if {name: record["sha256"] for name, record in wanted.items()} != digests(home):
+            yield f"{home.name}: not what its manifest says"
+
+
+def look(known: Known, ending: Ending, inputs: Callable[[], Digests], given: Digests) -> Iterator[str]:
+    """The promises that the end of a command broke."""
+    output = known.scenario.output
+    if "Traceback" in ending.text or "Exception ignored" in ending.text:
+        yield f"traceback: {ending.text.strip().splitlines()[-1][:200]}"
+    parts = ("given:", "expected:", "to fix:")
+    if ending.code == 2 and not all(part in ending.text for part in parts):
+        yield f"not in four parts: {ending.text.strip()[-200:]}"
+    if ending.code not in (0, 2, 130, 143, -signal.SIGKILL, -signal.SIGTERM):
+        yield f"exit code {ending.code}"
+    if inputs() != given:
+        yield "inputs changed"
+    if output.exists():
+        yield from broken_artifacts(output)
+    elif ending.code == 0:
+        yield "says done, has no output"
+    yield from _other_bytes(known, ending)
+
+
+def _other_bytes(known: Known, ending: Ending) -> Iterator[str]:
+    scenario, whole = known.scenario, [known.digests]
+    if scenario.before is not None and ending.code != 0:
+        whole.append(digests(scenario.before))
+    if scenario.before is not None and not scenario.output.exists():
+        yield "the old output is gone before the new one is there"
+    elif scenario.again and ending.code != 0:
+        made = digests(scenario.output) if scenario.output.exists() else {}
+        wrong = [name for name in made if "/" in name and made[name] != known.digests.get(name)]
+        yield from (f"other bytes in {name}" for name in wrong)
+    elif scenario.output.exists() and digests(scenario.output) not in whole:
+        yield "other bytes than an undisturbed run"
+
+
+# --- trials
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to spoil a command: in the fork (`spoil`), from outside (`delay`, `kind`), by its disk (`room`)."""
+
+    way: str
+    spoil: Callable[[], None] = lambda: None
+    delay: float | None = None
+    kind: int = signal.SIGKILL
+    room: int | None = None
+
+
+def draw(way: str, known: Known, dice: random.Random) -> Trial:
+    """A trial of this way, at a random point."""
+    at = dice.randint(1, max(1, known.calls))
+    if way == "killed at a time":
+        return Trial(way, delay=dice.uniform(0, known.seconds))
+    if way == "signal":
+        return Trial(
+            way, delay=dice.uniform(0, known.seconds), kind=dice.choice((signal.SIGINT, signal.SIGTERM))
+        )
+    if way == "full disk (tmpfs)":
+        return Trial(way, room=dice.randint(1, max(1, known.bytes // 4096)) * 4096)
+    if way == "file limit":
+        size = dice.randint(1, 64 << 10)
+        return Trial(way, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
+    action, error = {"killed at a call": (KILL, 0), "EIO": (FAIL, errno.EIO)}.get(way, (FULL, errno.ENOSPC))
+    return Trial(way, lambda: arm(at, action, error))
+
+
+def attempt(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Digests, tally: Tally) -> None:
+    """Spoil one command, look at what it left, repeat it undisturbed, look again."""
+    scenario = known.scenario
+    with disk(scenario.home, trial.room):
+        prepare(scenario)
+        ending = fork(scenario.arguments, scenario.home, trial.spoil, trial.delay, trial.kind)
+        where = f"{scenario.name}, {trial.way}"
+        tally.trials[scenario.name, trial.way] += 1
+        tally.endings[trial.way][ending.code] += 1
+        tally.faults += [f"{where}: {one}" for one in look(known, ending, inputs, given)]
+        if trial.room is not None:
+            subprocess.run(["mount", "-o", "remount,size=1g", str(scenario.home)], check=True)
+        if ending.code != 0 and (scenario.again or scenario.before or not scenario.output.exists()):
+            ending = fork(scenario.arguments, scenario.home, lambda: None, None, signal.SIGKILL)
+            again = [
+                *look(known, ending, inputs, given),
+                *([f"exit code {ending.code}"] if ending.code else []),
+            ]
+            tally.faults += [f"{where}, repeated: {one}" for one in again]
+        hidden = [path.name for path in scenario.home.rglob(".*") if not path.name.endswith("lock")]
+        tally.leftovers[scenario.name] += len(hidden) > 0
+
+
+@contextmanager
+def disk(folder: Path, room: int | None) -> Iterator[None]:
+    """A file system of `room` bytes at `folder`; the one that is there if None."""
+    if room is None:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def may_mount(folder: Path) -> bool:
+    if os.geteuid() != 0:
+        return False
+    (folder / "probe").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder / "probe")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return False
+    subprocess.run(["umount", str(folder / "probe")], check=True)
+    return True
+
+
+# --- the whole
+
+
+def import_everything() -> None:
+    """All that a stage imports, so that forks need not; nothing is computed here, which could start threads."""
+    import matplotlib.pyplot  # noqa: F401
+    import trl  # noqa: F401
+    from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification  # noqa: F401
+
+    from moemerge import pipeline
+
+    for name in pipeline.STAGES:
+        pipeline.STAGES.get(name)
+    logging.getLogger().handlers.clear()
+
+
+def references(all_scenarios: list[Scenario], made: Path) -> Iterator[Known]:
+    """Run each scenario twice undisturbed; both must give the same bytes. The second one's times count."""
+    for scenario in all_scenarios:
+        for _ in range(2):
+            before = digests(scenario.output) if scenario.output.exists() else None
+            prepare(scenario)
+            ending = fork(scenario.arguments, scenario.home, lambda: None, None, signal.SIGKILL)
+            if ending.code != 0 or list(broken_artifacts(scenario.output)):
+                raise RuntimeError(f"{scenario.name} fails undisturbed:\n{ending.text}")
+            for name in ending.modules:
+                with suppress(Exception):
+                    importlib.import_module(name)
+        found = digests(scenario.output)
+        if scenario.before is None and before is not None and found != before:
+            raise RuntimeError(f"{scenario.name}: two undisturbed runs give other bytes")
+        size = sum(path.stat().st_size for path in scenario.home.rglob("*") if path.is_file())
+        shutil.copytree(scenario.output, made / scenario.name)
+        shutil.rmtree(scenario.home)
+        yield Known(scenario, ending.seconds, ending.calls, size, found)
+
+
+def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[str], None]) -> Tally:
+    """`trials` trials over the stages named in `only` (all if empty), spread evenly over stages and ways."""
+    import_everything()
+    inputs, made, work = (root / name for name in ("inputs", "made", "work"))
+    work.mkdir()
+    _in_a_fork(lambda: make_inputs(inputs))
+    wanted = [one for one in scenarios(inputs, made, work)]
+    known = [one for one in references(wanted, made) if not only or one.scenario.name in only]
+    for one in known:
+        say(
+            f"{one.scenario.name:<10} {one.seconds:6.2f} s undisturbed, {one.calls} calls that write, {one.bytes} B"
+        )
+    ways = [way for way in WAYS if _possible(way, root)]
+    tally, dice = Tally(), random.Random(seed)
+
+    def read() -> Digests:
+        return {**digests(inputs), **{f"made/{name}": one for name, one in digests(made).items()}}
+
+    given = read()
+    plan = [(one, way) for _ in range(trials) for one in known for way in ways]
+    for number, (one, way) in enumerate(_spread(plan, trials, known, dice)):
+        attempt(one, draw(way, one, dice), read, given, tally)
+        if (number + 1) % 50 == 0:
+            say(f"{number + 1} trials, {len(tally.faults)} broken promises")
+    return tally
+
+
+def _spread(
+    plan: list[tuple[Known, str]], trials: int, known: list[Known], dice: random.Random
+) -> Iterator[tuple[Known, str]]:
+    kept = [pair for pair in plan if dice.random() < pair[0].scenario.share]
+    yield from kept[:trials]
+
+
+def _possible(way: str, root: Path) -> bool:
+    if way in ("killed at a call", "EIO", "full disk (shim)"):
+        return bool(os.environ.get(SHIM))
+    return way != "full disk (tmpfs)" or may_mount(root)
+
+
+def _in_a_fork(work: Callable[[], None]) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1] != 0:
+        raise RuntimeError("the inputs could not be made")
+
+
+def table(tally: Tally) -> str:
+    """Trials by stage and way, endings by way, broken promises."""
+    stages = list(dict.fromkeys(stage for stage, _ in tally.trials))
+    ways = [way for way in WAYS if any(way == used for _, used in tally.trials)]
+    lines = ["| stage | " + " | ".join(ways) + " | all |", "| --- " * (len(ways) + 2) + "|"]
+    for stage in stages:
+        counts = [tally.trials[stage, way] for way in ways]
+        lines.append(f"| {stage} | " + " | ".join(map(str, [*counts, sum(counts)])) + " |")
+    counts = [sum(tally.trials[stage, way] for stage in stages) for way in ways]
+    lines.append("| all | " + " | ".join(map(str, [*counts, sum(counts)])) + " |")
+    for way in ways:
+        lines.append(f"{way}: exit codes {dict(sorted(tally.endings[way].items()))}")
+    lines.append(f"stages with leftovers after the repeated command: {dict(+tally.leftovers)}")
+    lines += [f"{count} x {text}" for text, count in Counter(tally.faults).most_common()]
+    return "\n".join([*lines, f"{sum(counts)} trials, {len(tally.faults)} broken promises"])
+
+
+def preload_and_restart(folder: Path) -> None:
+    """Compile the shim and start this program again under it; without a compiler, go on without."""
+    if SHIM in os.environ or not sys.platform.startswith("linux"):
+        return
+    library, compiler = folder / "faulty_disk.so", shutil.which("cc") or shutil.which("gcc")
+    os.environ[SHIM] = ""
+    if compiler is not None:
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-o",
+            str(library),
+            str(HERE / "faulty_disk.c"),
+            "-ldl",
+        ]
+        subprocess.run(command, check=True)
+        os.environ |= {SHIM: str(library), "LD_PRELOAD": str(library)}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="*", default=[])
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        preload_and_restart(Path(folder))
+        root = Path(folder)
+        started = time.perf_counter()
+        tally = torture(root, given.trials, given.seed, given.stages, lambda text: print(text, flush=True))
+        print(table(tally))
+        print(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
+    return int(bool(tally.faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What the torture harness runs: every stage as a command line, on models and data of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conftest import save_dense
+from small_moe import make_moe, random_pairs, write_rows
+
+COMMON = ["--threads", "1", "--seed", "3", "--device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command that writes `output`; `before` lies there already (--overwrite). `again`: it may be repeated."""
+
+    name: str
+    arguments: list[str]
+    output: Path
+    before: Path | None = None
+    again: bool = False
+    share: float = field(default=1.0)
+
+    @property
+    def home(self) -> Path:
+        """The folder in which the output, and whatever is on its way there, lies."""
+        return self.output.parent
+
+
+def make_inputs(folder: Path) -> None:
+    """Models, data and a recipe in `folder`; nothing in it may change afterwards."""
+    save_dense(folder / "dense")
+    make_moe(folder / "moe", gate="topk")
+    rows = random_pairs(48)
+    write_rows(folder / "pairs.jsonl", rows[:32])
+    write_rows(folder / "validation.jsonl", rows[32:])
+    training = {"max_steps": 6, "batch_size": 4, "eval_steps": 2, "learning_rate": 1e-3}
+    recipe = {
+        "seed": 3,
+        "threads": 1,
+        "device": "cpu",
+        "output": "replaced",
+        "model": str(folder / "dense"),
+        "data": {
+            "train": str(folder / "pairs.jsonl"),
+            "validation": str(folder / "validation.jsonl"),
+            "tests": {"t": str(folder / "validation.jsonl")},
+        },
+        "control": training,
+        "upcycle": {"num_routed_experts": 3, "num_experts_per_tok": 2},
+        "train": training,
+        "fit": {"max_epochs": 2},
+        "also_merge": ["uniform"],
+        "evaluate": {"resamples": 100},
+    }
+    (folder / "recipe.yml").write_text(json.dumps(recipe))
+
+
+def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
+    """Every stage that writes models or numbers, `run` over all of them, and merge over an old output.
+
+    `made` holds the references, in order: what a later stage reads was made by an earlier one.
+    """
+    moe, dense = str(inputs / "moe"), str(inputs / "dense")
+    pairs, held_out = str(inputs / "pairs.jsonl"), str(inputs / "validation.jsonl")
+    routing, fitted = str(made / "route"), str(made / "fit")
+    upcycle = ["--num-routed-experts", "3", "--num-experts-per-tok", "2"]
+    train = ["--max-steps", "6", "--eval-steps", "2", "--batch-size", "4", "--learning-rate", "1e-3"]
+    commands = {
+        "data": ["--train", pairs, "--tests", f"t={held_out}", "--validation-share", "0.2"],
+        "upcycle": ["--model", dense, *upcycle],
+        "train": ["--model", moe, "--pairs", pairs, "--validation", held_out, *train],
+        "route": ["--model", moe, "--pairs", pairs],
+        "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
+        "merge": ["--model", moe, "--coefficients", fitted],
+        "export": ["--model", moe, "--coefficients", fitted],
+        "evaluate": ["--models", f"a={dense}", f"b={moe}", "--pairs", f"t={held_out}", "--resamples", "100"],
+        "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],
+    }
+    found = [
+        Scenario(name, [name, *given, "--output", str(work / name / "out"), *COMMON], work / name / "out")
+        for name, given in commands.items()
+    ]
+    output = work / "overwrite" / "out"
+    over = ["merge", *commands["merge"], "--output", str(output), "--overwrite", *COMMON]
+    found.append(Scenario("overwrite", over, output, before=made / "upcycle"))
+    output = work / "run" / "out"
+    run = ["run", str(inputs / "recipe.yml"), "--output", str(output)]
+    return [*found, Scenario("run", run, output, again=True, share=0.5)]
+
+
+def prepare(scenario: Scenario) -> None:
+    """An empty home, or one with the old output in it."""
+    if scenario.home.is_mount():
+        for path in scenario.home.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    else:
+        shutil.rmtree(scenario.home, ignore_errors=True)
+        scenario.home.mkdir(parents=True)
+    if scenario.before is not None:
+        shutil.copytree(scenario.before, scenario.output)
