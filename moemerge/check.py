@@ -99,7 +99,7 @@ def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
         return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
 
     data = resolved(recipe.data) if recipe.data else None
-    return resolved(recipe).model_copy(update={"data": data})
+    return resolved(recipe).model_copy(update={"data": data, "evaluate": resolved(recipe.evaluate)})
 
 
 # What is wrong with a recipe whose form is right. Each check yields the faults it finds.
@@ -158,9 +158,11 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
 def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
     """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
     given = {"model": recipe.model} if recipe.model else {}
-    for key, value in (input_fields(recipe.data) if recipe.data else {}).items():
-        named = value if isinstance(value, dict) else {"": value}
-        given |= {f"data.{key}" + (f".{name}" if name else ""): source for name, source in named.items()}
+    sections = {"data": recipe.data, "evaluate": recipe.evaluate}
+    for section, settings in sections.items():
+        for key, value in (input_fields(settings) if settings else {}).items():
+            named = value if isinstance(value, dict) else {"": value}
+            given |= {f"{section}.{key}" + (f".{n}" if n else ""): source for n, source in named.items()}
     for key, source in given.items():
         if not Path(source).expanduser().exists() and _reads_like_path(source):
             fix = f"correct {key}, or override it: --set {key}=PATH"
@@ -350,12 +352,13 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
         for member in members:
             yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
-    if recipe.synthetic is None and data and not (data.tests or data.test_share or data.candidates):
+    given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
+    if recipe.synthetic is None and data and not given:
         yield _fault(
             "nothing to evaluate on",
             "no data.tests, no data.candidates, and data.test_share 0",
-            "test pairs or candidate sets",
-            "set data.tests or data.test_share",
+            "test pairs, candidate sets or RewardBench",
+            "set data.tests, data.test_share or evaluate.rewardbench",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moemerge import summary
+from moemerge import protocol, summary
 from moemerge.cost import COSTS
 from moemerge.figures import Figure
 from moemerge.html_report import Section
@@ -29,7 +29,7 @@ def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section
         sections.append(Section(_title(name), tables=numbers, figures=figures))
     if to_read:
         sections.append(Section("Worst cases to read", tables=to_read))
-    return [*sections, Section("Models and data", tables=[model_table(report["models"]), row_table(report)])]
+    return [*sections, Section("Models and data", tables=[model_table(report["models"]), *protocol.tables(report["protocol"]), row_table(report)])]
 
 
 def _title(name: str) -> str:
