@@ -72,8 +72,7 @@ def _data(section: Section, manifests: Mapping[str, Any]) -> Section:
     results = manifests.get("data", {}).get("results", {})
     if "rows" not in results:
         return section
-    prepared = row_table(results)
-    return replace(section, tables=[*section.tables, replace(prepared, title="Rows of the files given")])
+    return replace(section, tables=[*section.tables, row_table(results["rows"], "Rows of the files given")])
 
 
 def _steps(manifests: Mapping[str, Any]) -> Section:
