@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from moemerge.merge import merge as merge
     from moemerge.merge import merge_models as merge_models
     from moemerge.modelling import load_moe as load_moe
+    from moemerge.optimise import optimise as optimise
     from moemerge.pipeline import check_recipe as check_recipe
     from moemerge.pipeline import load_recipe as load_recipe
     from moemerge.pipeline import run_recipe as run_recipe
     from moemerge.publish import publish as publish
     from moemerge.route import route as route
     from moemerge.routing import RoutingStatistics as RoutingStatistics
+    from moemerge.sample import sample as sample
     from moemerge.synthetic import write_world as write_world
     from moemerge.train import train as train
     from moemerge.upcycle import upcycle as upcycle
@@ -55,6 +57,8 @@ _HOMES = {
     "fit_models": "fit",
     "merge_models": "merge",
     "export": "export",
+    "sample": "sample",
+    "optimise": "optimise",
     "evaluate": "evaluate",
     "publish": "publish",
     "compare": "compare",

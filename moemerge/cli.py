@@ -32,6 +32,8 @@ STAGE_COMMANDS = {
     "fit": "Find merge coefficients.",
     "merge": "Merge a MoE into one dense reward model.",
     "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
+    "sample": "Sample a policy: candidate answers for evaluate.",
+    "optimise": "Optimise a policy against reward models; gold and proxy reward over steps.",
     "evaluate": "Compare reward models.",
     "publish": "Write the model card; push to the hub.",
     "compare": "Compare runs over seeds: means, paired differences, cost.",

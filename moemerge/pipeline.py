@@ -39,6 +39,8 @@ STAGES: Registry[Stage[Any]] = Registry(
         "fit": "moemerge.fit:fit",
         "merge": "moemerge.merge:merge",
         "export": "moemerge.export:export",
+        "sample": "moemerge.sample:sample",
+        "optimise": "moemerge.optimise:optimise",
         "evaluate": "moemerge.evaluate:evaluate",
         "publish": "moemerge.publish:publish",
         "compare": "moemerge.compare:compare",
@@ -257,7 +259,7 @@ class _Plan:
         recipe = self.recipe
         if recipe.synthetic:
             yield self.step("synthetic", "synthetic", recipe.synthetic)
-        yield self.step("data", "data", self.data, tokenizer=self.source)
+        yield self.step("data", "data", self.data, tokenizer=self.source, scored=not recipe.evaluate.has_gold)
         if recipe.base:
             yield self.train("base", recipe.base, self.source)
         if recipe.control:

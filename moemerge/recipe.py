@@ -27,6 +27,8 @@ from moemerge.options import (
     Sources,
     TextFormat,
 )
+from moemerge.policy_settings import Optimise as Optimise
+from moemerge.policy_settings import Sample as Sample
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -360,6 +362,7 @@ class Data(DataSettings, Run):
     """Options of `moemerge.data.prepare`."""
 
     tokenizer: Source | None = Field(None, description="model whose tokenizer measures max_length")
+    scored: bool = Field(True, description="whether candidates must have gold scores")
 
 
 class Recipe(Options):

@@ -61,7 +61,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(
+        raise unloadable(
             "the tokenizer cannot be loaded", path, error, "a folder or hub name with one"
         ) from error
     if tokenizer.pad_token is None:
@@ -94,7 +94,7 @@ def load_reward_model(
     """
     _register_moe()
     device = torch.device(device)
-    _refuse_pickle(path)
+    refuse_pickle(path)
     if Path(path).is_dir():
         Checkpoint(path)
     config = load_config(path, trust_remote_code)
@@ -124,7 +124,8 @@ def _register_moe() -> None:
     importlib.import_module("moemerge.modelling").register()
 
 
-def _refuse_pickle(path: str) -> None:
+def refuse_pickle(path: str) -> None:
+    """Raise CheckpointError if the folder at `path` holds weights as pickles only."""
     folder = Path(path)
     pickled = sorted(p.name for p in folder.glob("*.bin") if p.name.startswith("pytorch_model"))
     if pickled and not list(folder.glob("*.safetensors")):
@@ -141,7 +142,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(
+        raise unloadable(
             "the model's config cannot be read", path, error, "a model folder or hub name"
         ) from error
 
@@ -160,7 +161,7 @@ def _load_weights(
     path: str, config: PreTrainedConfig, dtype: Any, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        with _quiet_loading():
+        with quiet_loading():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 config=config,
@@ -172,12 +173,12 @@ def _load_weights(
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         expected = "safetensors of a sequence classifier that agree with config.json"
-        raise _unloadable("the model cannot be loaded", path, error, expected) from error
+        raise unloadable("the model cannot be loaded", path, error, expected) from error
     return model, loading
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep back transformers' load report and progress bar: the loading info is checked in full."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -190,7 +191,8 @@ def _quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _unloadable(what: str, path: str, error: Exception, expected: str) -> CheckpointError:
+def unloadable(what: str, path: str, error: Exception, expected: str) -> CheckpointError:
+    """A CheckpointError that tells why transformers could not load what is at `path`."""
     reason = " ".join(str(error).split())
     return CheckpointError(
         f"{what}: {path}",
