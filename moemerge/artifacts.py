@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from moemerge.disk import disk_faults, exists, flush_tree, put_in_place, recover, remove, require_space
+from moemerge.disk import disk_faults, exists, flush, flush_tree, put_in_place, recover, remove, require_space
 from moemerge.environment import hardware, versions
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
 from moemerge.fingerprints import MANIFEST, fingerprint, sums
@@ -239,7 +239,8 @@ def _seal(draft: Draft, manifest: dict[str, Any], options: Run) -> None:
     }
     manifest = json.loads(json.dumps({**manifest, **whole, "seconds": seconds}, default=str))
     write_json(draft.folder / MANIFEST, manifest | {"sha256": own_digest(manifest)})
-    flush_tree(draft.folder)
+    flush(draft.folder / MANIFEST)
+    flush(draft.folder)
     if own_digest(read_manifest(draft.folder)) != own_digest(manifest):
         raise _damaged(draft, f"{MANIFEST} does not hold what was written")
 

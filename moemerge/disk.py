@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from moemerge.errors import ArtifactError, MoemergeError
 
+THREADS = 8
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 DRAFT = r"\.{name}\.[a-z0-9_]{{8}}\.tmp"  # as tempfile.mkdtemp makes them
 REASONS = {
@@ -45,11 +47,10 @@ def flush(path: Path) -> None:
 
 def flush_tree(folder: Path) -> None:
     """Flush everything in `folder`, and have its files read from the disk when they are read next."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if not path.is_symlink():
-            flush(path)
-        if path.is_file():
-            _forget(path)
+    with ThreadPoolExecutor(THREADS) as pool:  # what waits for the disk at the same time waits together
+        found = [path for path in folder.rglob("*") if not path.is_symlink()]
+        list(pool.map(flush, found))
+        list(pool.map(_forget, (path for path in found if path.is_file())))
     flush(folder)
 
 
