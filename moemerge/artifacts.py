@@ -44,10 +44,10 @@ class Draft:
     results: dict[str, Any] = field(default_factory=dict)
     needed: int | None = None
 
-    def reserve(self, size: int) -> None:
-        """Before long work: raise ArtifactError unless the disk has room for `size` bytes in all."""
+    def reserve(self, size: int, there: int = 0) -> None:
+        """Before long work: ArtifactError unless the disk has room for `size` bytes less those `there`."""
         self.needed = size
-        require_space(self.folder, size)
+        require_space(self.folder, size - there)
 
     def disk_faults(self) -> AbstractContextManager[None]:
         """A full or broken disk becomes an ArtifactError."""

@@ -46,16 +46,15 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush everything in `folder`, and have its files read from the disk when they are read next."""
+    """Flush everything in `folder`, and itself."""
     with ThreadPoolExecutor(THREADS) as pool:  # what waits for the disk at the same time waits together
-        found = [path for path in folder.rglob("*") if not path.is_symlink()]
-        list(pool.map(flush, found))
-        list(pool.map(_forget, (path for path in found if path.is_file())))
+        list(pool.map(flush, [path for path in folder.rglob("*") if not path.is_symlink()]))
     flush(folder)
 
 
-def _forget(path: Path) -> None:
-    """Drop the system's copy in memory of a file that has been flushed."""
+def flush_and_forget(path: Path) -> None:
+    """Flush a file, and drop the system's copy in memory: who reads it next reads the disk."""
+    flush(path)
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

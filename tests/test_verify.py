@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from moemerge import cli
 from moemerge.artifacts import Draft, Stage
 from moemerge.errors import ArtifactError
 from moemerge.options import Run, Source
@@ -131,3 +132,25 @@ def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) 
     found = verify(second, inputs=True)
     assert found.faults == [] and found.gone == [f"source: {made}"]
     assert verify(third, inputs=True).gone == ["source: owner/name"]
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", *map(str, arguments)])
+    return (int(caught.value.code or 0), *capsys.readouterr())
+
+
+def test_the_command_ends_with_0_1_or_2_and_a_table_of_what_is_wrong(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = copy(source=str(made), output=tmp_path / "second")
+    assert command(capsys, second) == (0, "1 folder(s) verified: no fault(s)\n", "")
+    assert command(capsys, second, "--inputs")[:2] == (0, "2 folder(s) verified: no fault(s)\n")
+    (made / "config.json").unlink()
+    assert command(capsys, second)[0] == 0
+    code, out, _ = command(capsys, second, "--inputs")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[:-1]]
+    assert code == 1 and rows[0] == ["file", "what", "in the manifest", "found"]
+    assert rows[2:] == [[str(made / "config.json"), "is missing", "2 bytes", "no file"]]
+    code, out, err = command(capsys, tmp_path)
+    assert (code, out) == (2, "") and err.count("to fix:") == 1
