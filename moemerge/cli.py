@@ -236,7 +236,7 @@ def cli() -> None:
     """
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+def _command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     command = cli.command()(function)
     command.params.append(_verbosity())
     return function

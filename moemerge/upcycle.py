@@ -50,7 +50,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     moe = moe_config(config, settings)
     names = source_names(source, config)
     layout = layout_of(moe)
-    draft.reserve(sum(map(math.prod, layout.moe.values())) * moe.dtype.itemsize)
+    draft.reserve(sum(map(math.prod, layout.moe.values())) * source.dtype(source.names[0]).itemsize)
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)

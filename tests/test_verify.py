@@ -104,8 +104,9 @@ def test_every_damage_is_found_and_named(made: Path, kind: str) -> None:
 
 
 def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not a moemerge artifact"):
-        verify_folder(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ArtifactError, match="not a moemerge artifact"):
+            verify_folder(folder)
 
 
 def test_the_chain_of_inputs_is_verified_where_it_still_exists(made: Path, tmp_path: Path) -> None:
@@ -123,6 +124,14 @@ def test_the_chain_of_inputs_is_verified_where_it_still_exists(made: Path, tmp_p
         Fault(str(made / ONE), "is missing", f"{(second / ONE).stat().st_size} bytes", "no file")
         in found.faults
     )
+
+
+def test_the_folder_of_a_run_stands_for_its_steps(made: Path, tmp_path: Path) -> None:
+    copy(output=tmp_path / "other")
+    (tmp_path / "no-artifact").mkdir()
+    assert verify(tmp_path).folders == [made, tmp_path / "other"] and verify_folder(tmp_path) == []
+    (made / ONE).write_bytes(b"")
+    assert {fault.file for fault in verify_folder(tmp_path)} == {str(made / ONE)}
 
 
 def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) -> None:
@@ -152,5 +161,6 @@ def test_the_command_ends_with_0_1_or_2_and_a_table_of_what_is_wrong(
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[:-1]]
     assert code == 1 and rows[0] == ["file", "what", "in the manifest", "found"]
     assert rows[2:] == [[str(made / "config.json"), "is missing", "2 bytes", "no file"]]
-    code, out, err = command(capsys, tmp_path)
+    (tmp_path / "nothing").mkdir()
+    code, out, err = command(capsys, tmp_path / "nothing")
     assert (code, out) == (2, "") and err.count("to fix:") == 1
