@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from moemerge.confined import refuse_foreign
-from moemerge.disk import disk_faults, exists, flush_tree, put_in_place, recover, remove, require_space
+from moemerge.disk import disk_faults, exists, flush, flush_tree, put_in_place, recover, remove, require_space
 from moemerge.environment import hardware, versions
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
 from moemerge.fingerprints import MANIFEST, fingerprint, sums
@@ -50,10 +50,10 @@ class Draft:
     provenance: dict[str, Any] = field(default_factory=dict)
     needed: int | None = None
 
-    def reserve(self, size: int) -> None:
-        """Before long work: raise ArtifactError unless the disk has room for `size` bytes in all."""
+    def reserve(self, size: int, there: int = 0) -> None:
+        """Before long work: ArtifactError unless the disk has room for `size` bytes less those `there`."""
         self.needed = size
-        require_space(self.folder, size)
+        require_space(self.folder, size - there)
 
     def disk_faults(self) -> AbstractContextManager[None]:
         """A full or broken disk becomes an ArtifactError."""
@@ -246,7 +246,8 @@ def _seal(draft: Draft, options: Run) -> None:
     }
     manifest = json.loads(json.dumps({**manifest, **whole, "seconds": seconds}, default=str))
     write_json(draft.folder / MANIFEST, manifest | {"sha256": own_digest(manifest)})
-    flush_tree(draft.folder)
+    flush(draft.folder / MANIFEST)
+    flush(draft.folder)
     if own_digest(read_manifest(draft.folder)) != own_digest(manifest):
         raise _damaged(draft, f"{MANIFEST} does not hold what was written")
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moemerge.confined import refuse_foreign
-from moemerge.disk import flush
+from moemerge.disk import flush_and_forget
 from moemerge.errors import CheckpointError
 from moemerge.json_file import read_config, read_object
+from moemerge.read_back import require_as_meant, tensor_digest
 
 if TYPE_CHECKING:
     from moemerge.families.base import ExpertTensor
@@ -241,15 +242,20 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
     """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time.
 
     A finished shard goes to the disk while the next one is made. Tensors may be views, also of each other.
+    In the end all are read back from the disk; CheckpointError unless names, shapes, dtypes and bits are
+    those that were meant.
     """
     paths: list[Path] = []
-    with ThreadPoolExecutor(1) as disk:
+    meant: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor() as pool:
         flushed = []
         for shard in _shards(tensors, shard_size):
             paths.append(folder / f"model-{len(paths) + 1}.safetensors")
+            digests = pool.map(tensor_digest, shard.values())  # hashing leaves the interpreter free
             save_file(shard, paths[-1], metadata={"format": "pt"})
             paths[-1].chmod(0o644)
-            flushed.append(disk.submit(flush, paths[-1]))
+            flushed.append(disk.submit(flush_and_forget, paths[-1]))
+            meant |= zip(shard, digests, strict=True)
             shard.clear()
         for one in flushed:
             one.result()
@@ -257,6 +263,8 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
         paths[0].rename(folder / SINGLE)
     elif paths:
         _number(folder, paths, Path.rename)
+    if paths:
+        require_as_meant(folder, meant, Checkpoint(folder).tensors())
 
 
 def _shards(

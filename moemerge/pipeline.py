@@ -360,6 +360,7 @@ def write_template(path: str | Path, name: str = "quickstart") -> Path:
             expected="a new file",
             fix="choose another name or remove it",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(known[name].read_text(encoding="utf-8"), encoding="utf-8")
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, known[name].read_text(encoding="utf-8"))
     return path

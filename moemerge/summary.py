@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moemerge.weight_files import Fault
 
 Report = dict[str, Any]
 LONGEST_RESULT, MOST_RESULTS = 40, 6
@@ -91,6 +94,12 @@ def table(report: Report) -> str:
     )
     rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
     return _markdown([title for title, _ in columns], rows)
+
+
+def fault_table(faults: Sequence[Fault]) -> str:
+    """One row per thing that is wrong with a folder."""
+    rows = [[fault.file, fault.what, fault.recorded, fault.found] for fault in faults]
+    return _markdown(["file", "what", "in the manifest", "found"], rows)
 
 
 def _sets(report: Report, probe: str) -> dict[str, Any]:

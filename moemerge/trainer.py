@@ -31,7 +31,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from moemerge.data import EncodedPair
-from moemerge.disk import flush_tree, write_whole
+from moemerge.disk import flush, flush_tree, write_whole
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.expert_schedule import FREE, ExpertSchedule, assign_experts
 from moemerge.moe import moe_layers
@@ -172,7 +172,8 @@ class PairTrainer(RewardTrainer):
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         flush_tree(folder)
-        write_whole(folder / WHOLE, "flushed\n")
+        (folder / WHOLE).touch()
+        flush(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))

@@ -7,6 +7,7 @@ to one (XFT, arXiv 2404.15247). Letters: N routed experts.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,10 +50,12 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     settings = _settings(options, config)
     moe = moe_config(config, settings)
     names = source_names(source, config)
+    layout = layout_of(moe)
+    draft.reserve(sum(map(math.prod, layout.moe.values())) * source.dtype(source.names[0]).itemsize)
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
-    write_layout(draft.folder, layout_of(moe))
+    write_layout(draft.folder, layout)
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
     _compare(options, draft, device)
