@@ -1,12 +1,12 @@
-"""Kills, full disks and failing writes, hundreds of times, against every stage; then the promises are checked.
+"""Kills, full disks and failing writes, hundreds of times, against every stage; are the promises kept?
 
     python tests/torture.py [--trials 400] [--seed 0] [--stages merge train ...]
 
 What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
 else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that
-the command survives is told in four parts with exit code 2; the same command, repeated, gives the same bytes.
+the command survives is told in four parts with exit code 2; the command, repeated, gives the same bytes.
 
-The stages are run in forks of this process, which has imported everything: a trial takes as long as the stage.
+The stages run in forks of this process, which has imported everything: a trial takes as long as the stage.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
 import hashlib
 import importlib
 import json
@@ -32,10 +33,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import conftest  # noqa: F401  (one thread, no network)
-from torture_scenarios import Scenario, make_inputs, prepare, scenarios
+from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
 
 HERE = Path(__file__).parent
 SHIM = "MOEMERGE_FAULTY_DISK"
@@ -223,7 +225,7 @@ def _other_bytes(known: Known, ending: Ending) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to spoil a command: in the fork (`spoil`), from outside (`delay`, `kind`), by its disk (`room`)."""
+    """One way to spoil a command: from within (`spoil`), from outside (`delay`, `kind`), by the disk (`room`)."""
 
     way: str
     spoil: Callable[[], None] = lambda: None
@@ -244,7 +246,7 @@ def draw(way: str, known: Known, dice: random.Random) -> Trial:
     if way == "full disk (tmpfs)":
         return Trial(way, room=dice.randint(1, max(1, known.bytes // 4096)) * 4096)
     if way == "file limit":
-        size = dice.randint(1, 64 << 10)
+        size = dice.randint(8 << 10, 128 << 10)  # what is printed is shorter
         return Trial(way, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
     action, error = {"killed at a call": (KILL, 0), "EIO": (FAIL, errno.EIO)}.get(way, (FULL, errno.ENOSPC))
     return Trial(way, lambda: arm(at, action, error))
@@ -303,7 +305,7 @@ def may_mount(folder: Path) -> bool:
 
 
 def import_everything() -> None:
-    """All that a stage imports, so that forks need not; nothing is computed here, which could start threads."""
+    """All that a stage imports, so that forks need not. Nothing is computed: that could start threads."""
     import matplotlib.pyplot  # noqa: F401
     import trl  # noqa: F401
     from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification  # noqa: F401
@@ -327,6 +329,8 @@ def references(all_scenarios: list[Scenario], made: Path) -> Iterator[Known]:
             for name in ending.modules:
                 with suppress(Exception):
                     importlib.import_module(name)
+            gc.collect()
+            gc.freeze()
         found = digests(scenario.output)
         if scenario.before is None and before is not None and found != before:
             raise RuntimeError(f"{scenario.name}: two undisturbed runs give other bytes")
@@ -342,12 +346,12 @@ def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[
     inputs, made, work = (root / name for name in ("inputs", "made", "work"))
     work.mkdir()
     _in_a_fork(lambda: make_inputs(inputs))
-    wanted = [one for one in scenarios(inputs, made, work)]
+    wanted = [
+        one for one in scenarios(inputs, made, work) if not only or one.name in only or one.name in NEEDED
+    ]
     known = [one for one in references(wanted, made) if not only or one.scenario.name in only]
     for one in known:
-        say(
-            f"{one.scenario.name:<10} {one.seconds:6.2f} s undisturbed, {one.calls} calls that write, {one.bytes} B"
-        )
+        say(f"{one.scenario.name:<10} {one.seconds:6.2f} s, {one.calls} calls that write, {one.bytes} bytes")
     ways = [way for way in WAYS if _possible(way, root)]
     tally, dice = Tally(), random.Random(seed)
 
@@ -355,19 +359,18 @@ def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[
         return {**digests(inputs), **{f"made/{name}": one for name, one in digests(made).items()}}
 
     given = read()
-    plan = [(one, way) for _ in range(trials) for one in known for way in ways]
-    for number, (one, way) in enumerate(_spread(plan, trials, known, dice)):
+    for number, (one, way) in enumerate(islice(_rounds(known, ways, dice), trials)):
         attempt(one, draw(way, one, dice), read, given, tally)
-        if (number + 1) % 50 == 0:
+        if (number + 1) % 20 == 0:
             say(f"{number + 1} trials, {len(tally.faults)} broken promises")
     return tally
 
 
-def _spread(
-    plan: list[tuple[Known, str]], trials: int, known: list[Known], dice: random.Random
-) -> Iterator[tuple[Known, str]]:
-    kept = [pair for pair in plan if dice.random() < pair[0].scenario.share]
-    yield from kept[:trials]
+def _rounds(known: list[Known], ways: list[str], dice: random.Random) -> Iterator[tuple[Known, str]]:
+    """All stages in all ways, round after round, slow ones in a share of the rounds."""
+    while True:
+        for way in ways:
+            yield from ((one, way) for one in known if dice.random() < one.scenario.share)
 
 
 def _possible(way: str, root: Path) -> bool:
@@ -430,6 +433,11 @@ def preload_and_restart(folder: Path) -> None:
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -442,9 +450,9 @@ def main() -> int:
         preload_and_restart(Path(folder))
         root = Path(folder)
         started = time.perf_counter()
-        tally = torture(root, given.trials, given.seed, given.stages, lambda text: print(text, flush=True))
-        print(table(tally))
-        print(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
+        tally = torture(root, given.trials, given.seed, given.stages, say)
+        say(table(tally))
+        say(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
     return int(bool(tally.faults))
 
 
