@@ -12,7 +12,6 @@ The stages run in forks of this process, which has imported everything: a trial 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import gc
 import hashlib
@@ -28,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,12 +35,10 @@ from itertools import islice
 from pathlib import Path
 
 import conftest  # noqa: F401  (one thread, no network)
+from torture_forks import SHIM, Ending, arm, fork, in_a_fork, preload_and_restart
 from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
 
-HERE = Path(__file__).parent
-SHIM = "MOEMERGE_FAULTY_DISK"
-KILL, FAIL, FULL = 1, 2, 3
-PATIENCE = 300.0
+KILL, FAIL, FULL = 1, 2, 3  # as faulty_disk.c has them
 WAYS = (
     "killed at a time",
     "killed at a call",
@@ -53,17 +49,6 @@ WAYS = (
     "signal",
 )
 Digests = dict[str, str]
-
-
-@dataclass
-class Ending:
-    """How a command ended: exit code (negative: the signal), what it printed, seconds, calls that write."""
-
-    code: int
-    text: str
-    seconds: float
-    calls: int = 0
-    modules: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -87,82 +72,6 @@ class Tally:
     leftovers: Counter = field(default_factory=Counter)
 
 
-# --- one command in a fork
-
-
-def fork(
-    arguments: list[str], home: Path, spoil: Callable[[], None], delay: float | None, kind: int
-) -> Ending:
-    """Run the command line in a fork; `spoil` is called in it first; signal `kind` is sent after `delay`."""
-    log, report = home.parent / "log", home.parent / "report"
-    report.unlink(missing_ok=True)
-    started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        _be_the_command(arguments, log, report, spoil)
-    code = _await(child, started, delay, kind)
-    seconds = time.perf_counter() - started
-    told = json.loads(report.read_text()) if report.exists() else {}
-    return Ending(code, log.read_text(errors="replace") if log.exists() else "", seconds, **told)
-
-
-def _be_the_command(arguments: list[str], log: Path, report: Path, spoil: Callable[[], None]) -> None:
-    code = 70
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1), os.dup2(handle, 2)
-        before = set(sys.modules)
-        arm(0)
-        spoil()
-        code = _run(arguments)
-        told = {"calls": counted(), "modules": sorted(set(sys.modules) - before)}
-        arm(0)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        report.write_text(json.dumps(told))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with suppress(Exception):
-            sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-
-def _run(arguments: list[str]) -> int:
-    from moemerge import cli
-
-    try:
-        cli.main(arguments)
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-
-
-def _await(child: int, started: float, delay: float | None, kind: int) -> int:
-    """The child's exit code; sends the signal on the way, and ends a child that hangs."""
-    due = None if delay is None else started + delay
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        now = time.perf_counter()
-        if due is not None and now >= due:
-            os.kill(child, kind)
-            due = None
-        if now - started > PATIENCE:
-            os.kill(child, signal.SIGKILL)
-            raise TimeoutError("a command hangs")
-        time.sleep(0.0005 if due is not None and due - now < 0.01 else 0.002)
-
-
-def arm(at: int, action: int = 0, error: int = 0) -> None:
-    """Tell the shim which call to spoil; nothing without it."""
-    if os.environ.get(SHIM):
-        ctypes.CDLL(None).arm(ctypes.c_long(at), action, error)
-
-
-def counted() -> int:
-    return int(ctypes.CDLL(None).counted()) if os.environ.get(SHIM) else 0
-
-
 # --- what is looked at afterwards
 
 
@@ -174,10 +83,10 @@ def digests(folder: Path) -> Digests:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in visible.items()}
 
 
-def broken_artifacts(folder: Path) -> Iterator[str]:
-    """What is wrong with the artifacts below: no manifest, files missing, added or changed."""
-    homes = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-    for home in [folder] if (folder / "manifest.json").exists() else homes:
+def broken_artifacts(folder: Path, of_a_run: bool) -> Iterator[str]:
+    """What is wrong with an artifact, or with those in a run: no manifest, files missing, added or changed."""
+    steps = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    for home in steps if of_a_run else [folder]:
         try:
             wanted = json.loads((home / "manifest.json").read_text())["files"]
         except (OSError, ValueError, KeyError) as error:
@@ -200,7 +109,7 @@ def look(known: Known, ending: Ending, inputs: Callable[[], Digests], given: Dig
     if inputs() != given:
         yield "inputs changed"
     if output.exists():
-        yield from broken_artifacts(output)
+        yield from broken_artifacts(output, known.scenario.again)
     elif ending.code == 0:
         yield "says done, has no output"
     yield from _other_bytes(known, ending)
@@ -225,7 +134,7 @@ def _other_bytes(known: Known, ending: Ending) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to spoil a command: from within (`spoil`), from outside (`delay`, `kind`), by the disk (`room`)."""
+    """How to spoil a command: from within (`spoil`), from outside (`delay`, `kind`), by its disk (`room`)."""
 
     way: str
     spoil: Callable[[], None] = lambda: None
@@ -317,14 +226,17 @@ def import_everything() -> None:
     logging.getLogger().handlers.clear()
 
 
-def references(all_scenarios: list[Scenario], made: Path) -> Iterator[Known]:
-    """Run each scenario twice undisturbed; both must give the same bytes. The second one's times count."""
+def references(all_scenarios: list[Scenario], made: Path, only: list[str]) -> Iterator[Known]:
+    """Run each scenario twice undisturbed; both must give the same bytes. The second one's times count.
+
+    What is only read by those that are tortured runs once.
+    """
     for scenario in all_scenarios:
-        for _ in range(2):
+        for _ in range(2 if not only or scenario.name in only else 1):
             before = digests(scenario.output) if scenario.output.exists() else None
             prepare(scenario)
             ending = fork(scenario.arguments, scenario.home, lambda: None, None, signal.SIGKILL)
-            if ending.code != 0 or list(broken_artifacts(scenario.output)):
+            if ending.code != 0 or list(broken_artifacts(scenario.output, scenario.again)):
                 raise RuntimeError(f"{scenario.name} fails undisturbed:\n{ending.text}")
             for name in ending.modules:
                 with suppress(Exception):
@@ -345,11 +257,11 @@ def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[
     import_everything()
     inputs, made, work = (root / name for name in ("inputs", "made", "work"))
     work.mkdir()
-    _in_a_fork(lambda: make_inputs(inputs))
+    in_a_fork(lambda: make_inputs(inputs))
     wanted = [
         one for one in scenarios(inputs, made, work) if not only or one.name in only or one.name in NEEDED
     ]
-    known = [one for one in references(wanted, made) if not only or one.scenario.name in only]
+    known = [one for one in references(wanted, made, only) if not only or one.scenario.name in only]
     for one in known:
         say(f"{one.scenario.name:<10} {one.seconds:6.2f} s, {one.calls} calls that write, {one.bytes} bytes")
     ways = [way for way in WAYS if _possible(way, root)]
@@ -379,21 +291,6 @@ def _possible(way: str, root: Path) -> bool:
     return way != "full disk (tmpfs)" or may_mount(root)
 
 
-def _in_a_fork(work: Callable[[], None]) -> None:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if os.waitpid(child, 0)[1] != 0:
-        raise RuntimeError("the inputs could not be made")
-
-
 def table(tally: Tally) -> str:
     """Trials by stage and way, endings by way, broken promises."""
     stages = list(dict.fromkeys(stage for stage, _ in tally.trials))
@@ -409,28 +306,6 @@ def table(tally: Tally) -> str:
     lines.append(f"stages with leftovers after the repeated command: {dict(+tally.leftovers)}")
     lines += [f"{count} x {text}" for text, count in Counter(tally.faults).most_common()]
     return "\n".join([*lines, f"{sum(counts)} trials, {len(tally.faults)} broken promises"])
-
-
-def preload_and_restart(folder: Path) -> None:
-    """Compile the shim and start this program again under it; without a compiler, go on without."""
-    if SHIM in os.environ or not sys.platform.startswith("linux"):
-        return
-    library, compiler = folder / "faulty_disk.so", shutil.which("cc") or shutil.which("gcc")
-    os.environ[SHIM] = ""
-    if compiler is not None:
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            "-O1",
-            "-o",
-            str(library),
-            str(HERE / "faulty_disk.c"),
-            "-ldl",
-        ]
-        subprocess.run(command, check=True)
-        os.environ |= {SHIM: str(library), "LD_PRELOAD": str(library)}
-    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def say(text: str) -> None:
