@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from moemerge.coefficients.base import Coefficients as Coefficients
+    from moemerge.compare import compare as compare
     from moemerge.data import prepare as prepare
     from moemerge.errors import ArtifactError as ArtifactError
     from moemerge.errors import CheckpointError as CheckpointError
@@ -56,6 +57,7 @@ _HOMES = {
     "export": "export",
     "evaluate": "evaluate",
     "publish": "publish",
+    "compare": "compare",
     "prepare": "data",
     "write_world": "synthetic",
     "run_recipe": "pipeline",

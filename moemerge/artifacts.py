@@ -29,6 +29,7 @@ from moemerge.redaction import redact, redacted
 from moemerge.weight_files import weight_faults
 
 SCHEMA = 1
+RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 UNCOMPARED = {"output", "overwrite", "threads"}
 
 log = logging.getLogger(__name__)

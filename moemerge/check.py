@@ -10,9 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moemerge.artifacts import parse_options
+from moemerge import baselines
+from moemerge.artifacts import RECIPE_COPY, parse_options
 from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
 from moemerge.families import FAMILIES, family_called
+from moemerge.json_file import LAYERS, read_config
 from moemerge.layers import parse_layers
 from moemerge.options import input_fields
 from moemerge.recipe import Recipe
@@ -20,8 +22,6 @@ from moemerge.recipe_file import Tree, apply_overrides, read_yaml
 
 MAX_ROUNDS = 20
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-RECIPE_COPY = "recipe.json"
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 
@@ -99,7 +99,7 @@ def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
         return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
 
     data = resolved(recipe.data) if recipe.data else None
-    return resolved(recipe).model_copy(update={"data": data})
+    return resolved(recipe).model_copy(update={"data": data, "evaluate": resolved(recipe.evaluate)})
 
 
 # What is wrong with a recipe whose form is right. Each check yields the faults it finds.
@@ -122,9 +122,12 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
             "data.test_share",
             "data.candidates",
             "control",
+            "baselines",
+            "evaluate.ensembles",
             "also_merge",
         },
         _check_publish: {"publish.repo"},
+        baselines.faults: {"control", "baselines", "seeds"},
         _check_output: set(),
     }
     sound = [check for check, keys in checks.items() if not keys & set(dropped)]
@@ -155,9 +158,11 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
 def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
     """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
     given = {"model": recipe.model} if recipe.model else {}
-    for key, value in (input_fields(recipe.data) if recipe.data else {}).items():
-        named = value if isinstance(value, dict) else {"": value}
-        given |= {f"data.{key}" + (f".{name}" if name else ""): source for name, source in named.items()}
+    sections = {"data": recipe.data, "evaluate": recipe.evaluate}
+    for section, settings in sections.items():
+        for key, value in (input_fields(settings) if settings else {}).items():
+            named = value if isinstance(value, dict) else {"": value}
+            given |= {f"{section}.{key}" + (f".{n}" if n else ""): source for n, source in named.items()}
     for key, source in given.items():
         if not Path(source).expanduser().exists() and _reads_like_path(source):
             fix = f"correct {key}, or override it: --set {key}=PATH"
@@ -172,18 +177,26 @@ def _reads_like_path(source: str) -> bool:
 
 def local_config(recipe: Recipe) -> Tree | None:
     """The config.json of the recipe's model, if it is a folder with a readable one."""
+    return None if _fault_of_config(recipe) else read_config(Path(recipe.model or ""))
+
+
+def _fault_of_config(recipe: Recipe) -> str | None:
+    """Why there is no local config; None if there is one."""
     try:
-        config = json.loads((Path(recipe.model or "") / "config.json").read_text(encoding="utf-8"))
-        return config if recipe.model and isinstance(config, dict) else None
-    except (OSError, ValueError):
-        return None
+        read_config(Path(recipe.model)) if recipe.model else None
+        return None if recipe.model else "no model"
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
     config = local_config(recipe)
     if recipe.model and Path(recipe.model).is_dir() and config is None:
         yield _fault(
-            "model is not a model folder", recipe.model, "a folder with config.json", "correct model"
+            "model is not a model folder",
+            f"{recipe.model}: {_fault_of_config(recipe)}",
+            "a folder with config.json",
+            "correct model",
         )
     known = config or {}
     if "model_type" in known:
@@ -192,7 +205,7 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
         except UnsupportedError as fault:
             yield fault
     layers = next(
-        (known[name] for name in LAYERS if name in known),
+        (known[name] for name in LAYERS if known.get(name)),
         recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
     )
     sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
@@ -318,7 +331,14 @@ def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeErro
 def model_names(recipe: Recipe) -> list[str]:
     """The models that a run compares, by their names in the report."""
     merges = [f"merge-{method}" for method in [*recipe.also_merge, recipe.fit.method]]
-    return ["dense", *(["control"] if recipe.control else []), "moe", *merges]
+    dense = ["dense", *(["control"] if recipe.control else []), *baselines.models(recipe)]
+    return [*dense, "moe", *merges]
+
+
+def scored_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, and their ensembles."""
+    evaluated = recipe.evaluate.model_copy(update={"ensembles": baselines.ensembles(recipe)})
+    return [*model_names(recipe), *evaluated.combinations()]
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
@@ -327,14 +347,18 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
     for probe in expand(recipe.evaluate.probes):
         yield from _unknown("evaluate.probes", probe, PROBES)
     if recipe.evaluate.baseline is not None:
-        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, model_names(recipe))
+        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
+    for name, members in recipe.evaluate.ensembles.items():
+        for member in members:
+            yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
-    if recipe.synthetic is None and data and not (data.tests or data.test_share or data.candidates):
+    given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
+    if recipe.synthetic is None and data and not given:
         yield _fault(
             "nothing to evaluate on",
             "no data.tests, no data.candidates, and data.test_share 0",
-            "test pairs or candidate sets",
-            "set data.tests or data.test_share",
+            "test pairs, candidate sets or RewardBench",
+            "set data.tests, data.test_share or evaluate.rewardbench",
         )
 
 

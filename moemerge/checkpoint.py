@@ -18,8 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from moemerge.confined import refuse_links_out
 from moemerge.disk import flush
 from moemerge.errors import CheckpointError
+from moemerge.json_file import read_config, read_object
 
 if TYPE_CHECKING:
     from moemerge.families.base import ExpertTensor
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # An open file is mapped whole, which counts against a limit on memory (ulimit -d) though none is used.
 OPEN_FILES = 2
+MAX_HEADER = 25_000_000
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
 NOT_COPIED = {
     "config.json",
@@ -77,6 +80,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = local_folder(folder)
+        refuse_links_out(self.folder)
         self._files = self._weight_files()
         self._open: dict[str, Any] = {}
 
@@ -89,8 +93,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """config.json as it stands. CheckpointError if it is missing or no JSON object."""
         try:
-            values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            return dict(values)
+            return read_config(self.folder)
         except (OSError, ValueError, TypeError) as error:
             raise self._fault("config.json cannot be read", str(error), "a JSON object") from error
 
@@ -186,7 +189,7 @@ class Checkpoint:
 
     def _indexed_files(self) -> dict[str, str]:
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = read_object(self.folder / INDEX)
             files = {str(name): str(file) for name, file in index["weight_map"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault("the index of shards cannot be read", str(error), "a weight_map") from error
@@ -207,14 +210,23 @@ class Checkpoint:
 
 def _open_file(path: Path) -> Any:
     try:
+        _refuse_long_header(path)
         return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read",
             given=str(error),
             expected="a whole safetensors file",
             fix="copy or download it again",
         ) from error
+
+
+def _refuse_long_header(path: Path) -> None:
+    """ValueError if the names of the tensors alone would fill the memory."""
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"a header of {length} bytes, more than {MAX_HEADER}")
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int) -> None:

@@ -34,7 +34,9 @@ STAGE_COMMANDS = {
     "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
     "evaluate": "Compare reward models.",
     "publish": "Write the model card; push to the hub.",
+    "compare": "Compare runs over seeds: means, paired differences, cost.",
 }
+LEADING = {"compare": "--runs"}  # the flag that arguments before any flag belong to
 
 
 class Program(click.Group):
@@ -60,8 +62,15 @@ class StageCommand(click.Command):
             self.params = [*flags(str(self.name)), *self.params]
         return super().get_params(ctx)
 
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """As click does, with the arguments that may stand without a flag."""
+        leading = [f"[{LEADING[self.name][2:].upper()}]..."] if self.name in LEADING else []
+        return [*leading, *super().collect_usage_pieces(ctx)]
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag that may be repeated takes several values at once, too."""
+        if self.name in LEADING and args and not args[0].startswith("-"):
+            args = [LEADING[self.name], *args]
         repeatable = {name for param in self.get_params(ctx) if _repeats(param) for name in param.opts}
         return super().parse_args(ctx, list(_spread(args, repeatable)))
 
@@ -255,10 +264,14 @@ def init(path: Path, template: str) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 def check(recipe: Path, overrides: Sequence[str]) -> None:
     """Find every fault of RECIPE, or print its plan."""
+    from moemerge.budget import shortfalls
     from moemerge.pipeline import load_recipe, plan
 
-    steps = plan(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    steps = plan(loaded)
     click.echo("ok")
+    for shortfall in shortfalls(loaded):
+        click.echo(f"warning: {shortfall}")
     for step in steps:
         click.echo(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
 

@@ -56,22 +56,26 @@ def read_pairs(source: str, format: TextFormat) -> tuple[list[Pair], RowReport]:
     """
     rows = list(read_rows(source))
     has_prompt = any(isinstance(r, dict) and value_of(r, "prompt", format) is not None for _, r in rows)
-    return _collect(source, rows, format, partial(parse_pair, has_prompt=has_prompt), PAIR_ROWS)
+    return collect(source, rows, format, partial(parse_pair, has_prompt=has_prompt), PAIR_ROWS)
 
 
 def read_candidates(source: str, format: TextFormat) -> tuple[list[CandidateSet], RowReport]:
     """All usable candidate sets of `source`, and a report on the other rows. Raises as read_pairs does."""
     rows = list(read_rows(source))
-    return _collect(source, rows, format, parse_candidates, CANDIDATE_ROWS)
+    return collect(source, rows, format, parse_candidates, CANDIDATE_ROWS)
 
 
-def _collect(
+def collect(
     source: str,
     rows: list[tuple[int, Row | BadRow]],
     format: TextFormat,
     parse: Callable[[Row, int, TextFormat], T],
     expected: str,
 ) -> tuple[list[T], RowReport]:
+    """What `parse` makes of each of `rows`, and a report on those for which it raises BadRow.
+
+    Raises DataError, which tells what was `expected`, as read_pairs does.
+    """
     report, kept = RowReport(source, total=len(rows)), []
     for number, row in rows:
         try:

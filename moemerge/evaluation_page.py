@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moemerge import summary
+from moemerge import protocol, summary
+from moemerge.cost import COSTS
 from moemerge.figures import Figure
 from moemerge.html_report import Section
 from moemerge.probes import PROBES
@@ -28,7 +29,7 @@ def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section
         sections.append(Section(_title(name), tables=numbers, figures=figures))
     if to_read:
         sections.append(Section("Worst cases to read", tables=to_read))
-    return [*sections, Section("Models and data", tables=[model_table(report["models"]), row_table(report)])]
+    return [*sections, Section("Models and data", tables=[model_table(report["models"]), *protocol.tables(report["protocol"]), row_table(report)])]
 
 
 def _title(name: str) -> str:
@@ -59,12 +60,9 @@ def _compared(report: Mapping[str, Any]) -> str:
 
 
 def model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Class and size of every model."""
-    rows = [
-        [name, facts["class"], f"{facts['parameters']:,}", f"{facts['active_parameters']:,}"]
-        for name, facts in models.items()
-    ]
-    return Table("Models", ["model", "class", "parameters", "used per token"], rows)
+    """Class and cost of every model."""
+    rows = [[name, facts["class"], *(f"{facts[key]:,}" for key in COSTS)] for name, facts in models.items()]
+    return Table("Models", ["model", "class", *COSTS.values()], rows)
 
 
 def row_table(report: Mapping[str, Any]) -> Table:

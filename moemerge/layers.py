@@ -29,8 +29,15 @@ def _layer_numbers(spec: str, count: int) -> list[int]:
         return list(range(count))
     word, _, number = spec.partition(":")
     if word == "first":
-        return list(range(int(number)))
+        return _range(0, int(number), count)
     if word == "last":
-        return list(range(count - int(number), count))
+        return _range(count - int(number), count, count)
     ranges = [part.partition("-") for part in spec.split(",")]
-    return sorted({n for lo, _, hi in ranges for n in range(int(lo), int(hi or lo) + 1)})
+    return sorted({n for lo, _, hi in ranges for n in _range(int(lo), int(hi or lo) + 1, count)})
+
+
+def _range(start: int, stop: int, count: int) -> list[int]:
+    """Numbers from `start` to before `stop`; ValueError, before they are made, if they leave the model."""
+    if start < 0 or stop > count:
+        raise ValueError
+    return list(range(start, stop))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moemerge.errors import suggest
 
@@ -17,10 +17,33 @@ class _Input:
     """Marks a field whose value names something read from disk or the hub."""
 
 
+def _nameable(value: str | Path) -> str | Path:
+    """A path or hub name that the file system can be asked about."""
+    text = str(value)
+    try:
+        longest = max(len(part.encode()) for part in text.split("/"))
+    except UnicodeEncodeError:
+        raise ValueError("a name that can be written as UTF-8") from None
+    if "\0" in text or longest > MAX_NAME or len(text) > MAX_PATH:
+        raise ValueError(f"a path without NUL, of at most {MAX_PATH} characters and {MAX_NAME} bytes a part")
+    return value
+
+
+def _file_name(name: str) -> str:
+    """A name of a data set or model, which also names files and tensors: it must not lead elsewhere."""
+    if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or len(name.encode()) > MAX_KEY:
+        raise ValueError(f"a name of at most {MAX_KEY} bytes without slashes, such as test")
+    return name
+
+
+MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 INPUT = _Input()
-Source = Annotated[str, INPUT]
-Sources = Annotated[dict[str, str], INPUT]
-SourceList = Annotated[list[str], INPUT]
+Named = Annotated[str, AfterValidator(_nameable)]
+Source = Annotated[str, INPUT, AfterValidator(_nameable)]
+Sources = Annotated[dict[Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)], Named], INPUT]
+SourceList = Annotated[list[Named], INPUT]
+Output = Annotated[Path, AfterValidator(_nameable)]
+MAX_SEED = 2**32 - 1  # of numpy, and so of transformers
 Layers = str
 OURS = "routing_normalized_average"  # the name of our own merge method
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
@@ -29,14 +52,16 @@ COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "te
 class Options(BaseModel):
     """Base of all options: unknown keys are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, defer_build=True, allow_inf_nan=False
+    )
 
 
 class Run(Options):
     """What every stage takes besides its own settings."""
 
-    output: Path = Field(description="folder to write; must not exist yet")
-    seed: int = Field(0, ge=0, description="seed of every random draw")
+    output: Output = Field(description="folder to write; must not exist yet")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of every random draw")
     threads: int | None = Field(None, ge=1, description="CPU threads (default: leave as it is)")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
     overwrite: bool = Field(False, description="replace an existing output once the new one is whole")

@@ -8,14 +8,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moemerge import baselines, summary
 from moemerge import recipe as options_of
-from moemerge import summary
-from moemerge.artifacts import MANIFEST, Stage, plain_options, read_manifest, why_stale
-from moemerge.check import RECIPE_COPY, check_recipe, find_faults, load_recipe, model_names
+from moemerge.artifacts import MANIFEST, RECIPE_COPY, Stage, plain_options, read_manifest, why_stale
+from moemerge.budget import shortfalls
+from moemerge.check import check_recipe, find_faults, load_recipe, model_names
 from moemerge.coefficients import FINDS_SHARED
 from moemerge.disk import disk_faults, leftovers, recover, write_whole
 from moemerge.errors import Faults, OptionError, suggest
@@ -40,6 +41,7 @@ STAGES: Registry[Stage[Any]] = Registry(
         "export": "moemerge.export:export",
         "evaluate": "moemerge.evaluate:evaluate",
         "publish": "moemerge.publish:publish",
+        "compare": "moemerge.compare:compare",
     },
 )
 # What the synthetic world writes, as a recipe's section data names it.
@@ -104,11 +106,15 @@ def run_recipe(
         recipe = load_recipe(recipe, overrides, output)
     elif faults := find_faults(recipe):
         raise Faults("recipe", list(faults))
+    for shortfall in shortfalls(recipe):
+        log.warning("%s", shortfall)
     steps = plan(recipe)
     with _alone(recipe.output):
         _recover(steps)
-        text = json.dumps(plain_options(recipe), indent=1, ensure_ascii=False)
-        write_whole(recipe.output / RECIPE_COPY, text + "\n")
+        for one in [recipe, *by_seed(recipe)]:
+            one.output.mkdir(exist_ok=True)
+            text = json.dumps(plain_options(one), indent=1, ensure_ascii=False)
+            write_whole(one.output / RECIPE_COPY, text + "\n")
         reports = []
         for step in steps:
             reports.append(_run_step(step))
@@ -128,12 +134,26 @@ def _run_step(step: Step) -> StepReport:
 
 
 def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+    """The last word on a run; on runs with several seeds their comparison has it."""
+    if not recipe.seeds:
+        return _last_word(recipe, reports)
+    runs = [_last_word(one, reports) for one in by_seed(recipe)]
+    folder = recipe.output / "compare"
+    table = (folder / "compare.md").read_text(encoding="utf-8").strip()
+    report = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    verdict = summary.verdict_over_seeds(report["groups"][0], f"merge-{recipe.fit.method}")
+    pictures = [folder / name for name in report["plots"]]
+    page = folder / "report.html"
+    return RunReport(recipe.output, reports, table, verdict, pictures, page, runs[0].merged)
+
+
+def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     report = json.loads((recipe.output / "evaluate" / "report.json").read_text(encoding="utf-8"))
     learned = f"merge-{recipe.fit.method}"
     table, verdict = summary.table(report), summary.verdict(report, learned)
     write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{verdict}\n")
     pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
-    page = _page(recipe.output, [one.name for one in reports], learned)
+    page = _page(recipe.output, [step.name for step in plan(recipe)], learned)
     return RunReport(recipe.output, reports, table, verdict, pictures, page, recipe.output / learned)
 
 
@@ -167,7 +187,23 @@ def _recover(steps: Iterable[Step]) -> None:
 
 def plan(recipe: Recipe) -> list[Step]:
     """The steps of a recipe in order. Reads nothing, so the recipe must be free of faults."""
-    return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
+    if not recipe.seeds:
+        return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
+    runs = by_seed(recipe)
+    steps = [replace(step, name=f"{run.output.name}/{step.name}") for run in runs for step in plan(run)]
+    comparison = options_of.Compare(
+        runs=[str(run.output / "evaluate") for run in runs],
+        baseline=_Plan(recipe).baseline(),
+        confidence=recipe.evaluate.confidence,
+        output=recipe.output / "compare",
+    )
+    return [*steps, Step("compare", "compare", comparison)]
+
+
+def by_seed(recipe: Recipe) -> list[Recipe]:
+    """The recipes of the runs that a recipe with `seeds` stands for, one folder in its output per seed."""
+    changes = [{"seed": seed, "seeds": [], "output": recipe.output / f"seed-{seed}"} for seed in recipe.seeds]
+    return [recipe.model_copy(update=change) for change in changes]
 
 
 class _Plan:
@@ -227,6 +263,7 @@ class _Plan:
         if recipe.control:
             yield self.train("control", recipe.control, self.dense)
         yield self.step("upcycle", "upcycle", recipe.upcycle, model=self.dense, **self.trust)
+        yield from self.baselines()
         yield self.train("train", recipe.train, self.path("upcycle"))
         yield self.step(
             "route", "route", recipe.route, **self.format, model=self.moe, pairs=self.pairs("train")
@@ -236,10 +273,21 @@ class _Plan:
         yield self.evaluate()
         yield self.publish()
 
-    def train(self, name: str, section: options_of.TrainSettings, model: str) -> tuple[str, str, Run]:
+    def train(
+        self, name: str, section: options_of.TrainSettings, model: str, **given: Any
+    ) -> tuple[str, str, Run]:
         """Training of a dense model or a MoE."""
-        data = {"pairs": self.pairs("train"), "validation": self.validation}
-        return self.step(name, "train", section, **self.format, **self.trust, **data, model=model)
+        given |= {"pairs": self.pairs("train"), "validation": self.validation}
+        return self.step(name, "train", section, **self.format, **self.trust, **given, model=model)
+
+    def baselines(self) -> Iterator[tuple[str, str, Run]]:
+        """What the MoE is measured against besides the control."""
+        for name, section, given in baselines.trainings(self.recipe, self.path("upcycle")):
+            yield self.train(name, section, self.dense, **given)
+        if baselines.is_averaged(self.recipe):
+            settings = options_of.MergeSettings(dtype=self.recipe.merge.dtype)
+            members = [self.path(name) for name in baselines.fine_tunes(self.recipe)]
+            yield self.step(baselines.WARM, "merge", settings, models=members)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.
@@ -269,8 +317,13 @@ class _Plan:
             models=models,
             pairs={name: self.pairs(f"tests/{name}") for name in tests},
             candidates=candidates,
-            baseline=self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense"),
+            baseline=self.baseline(),
+            ensembles=baselines.ensembles(self.recipe),
         )
+
+    def baseline(self) -> str:
+        """The model that the others are compared with."""
+        return self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense")
 
     def publish(self) -> tuple[str, str, Run]:
         """The merged model's card, and the push if the recipe asks for it: push: true there is its yes."""

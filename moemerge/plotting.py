@@ -20,6 +20,7 @@ from moemerge.figures import Panel as Panel
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
 GREY, GRID, INK = "#777777", "#dddddd", "#24292f"
 MARKERS = "osD^vPX"
+STROKES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (1, 1)))  # of the first seven lines, the next seven, ...
 CELLS_WITH_NUMBERS = 240
 # What these become on a dark page.
 ON_DARK = {
@@ -241,8 +242,10 @@ def _styles(plots: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     for number, name in enumerate(n for n in names if n in grey):
         found[name] = {"color": GREY, "linestyle": dashes[number % 3], "linewidth": 1.2}
     for number, name in enumerate(n for n in names if n not in grey):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        found[name] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6}
+        round, place = divmod(number, len(COLOURS))
+        marker, stroke = MARKERS[(place + 2 * round) % len(MARKERS)], STROKES[round % len(STROKES)]
+        look = {"color": COLOURS[place], "marker": marker, "linestyle": stroke}
+        found[name] = {**look, "markersize": 4, "linewidth": 1.6}
     return found
 
 

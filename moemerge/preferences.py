@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from moemerge.options import TextFormat
 from moemerge.rows import BadRow, Row, Text
 
+LARGEST = sys.float_info.max
 UNSUPPORTED = ("tools", "chat_template_kwargs")
 
 
@@ -153,9 +154,9 @@ def _blank(text: Text) -> bool:
 def _number(value: Any, name: str) -> float:
     if value is None:
         raise BadRow(f"missing {name}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow(f"{name} is not a finite number")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= LARGEST:
+        return float(value)
+    raise BadRow(f"{name} is not a finite number")
 
 
 def _subset(row: Row, format: TextFormat) -> str:

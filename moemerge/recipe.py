@@ -7,14 +7,26 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moemerge.comparison_settings import BaselineSettings as BaselineSettings
+from moemerge.comparison_settings import Compare as Compare
 from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
-from moemerge.options import OURS, Layers, Members, Options, Run, Source, Sources, TextFormat
+from moemerge.options import (
+    MAX_SEED,
+    OURS,
+    Layers,
+    Members,
+    Options,
+    Output,
+    Run,
+    Source,
+    Sources,
+    TextFormat,
+)
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -153,6 +165,9 @@ class Train(TrainSettings, TextFormat, Run):
     )
     pairs: Source = Field(description="training pairs")
     validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
+    flops_of: Source | None = Field(
+        None, description="train longer: as many FLOPs as these options are with this model, such as a MoE"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 
@@ -350,8 +365,12 @@ class Data(DataSettings, Run):
 class Recipe(Options):
     """A whole run. Sections are the stages' settings; `model` and `data` may come from `synthetic`."""
 
-    output: Path = Field(description="folder of the run; one subfolder per step")
-    seed: int = Field(0, ge=0, description="seed of every stage")
+    output: Output = Field(description="folder of the run; one subfolder per step")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of every stage")
+    seeds: list[int] = Field(
+        default_factory=list,
+        description="a whole run for each of these, in place of seed, and their comparison",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
@@ -362,6 +381,7 @@ class Recipe(Options):
     upcycle: UpcycleSettings = Field(default_factory=UpcycleSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     control: TrainSettings | None = Field(None, description="the dense model trained with the same budget")
+    baselines: BaselineSettings = Field(default_factory=BaselineSettings)
     route: RouteSettings = Field(default_factory=RouteSettings)
     fit: FitSettings = Field(default_factory=FitSettings)
     also_merge: list[str] = Field(

@@ -40,29 +40,40 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses keys that are given twice or are no texts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for number, key in enumerate(keys):
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is no text", problem_mark=key.start_mark
-                )
-            if key.value in [earlier.value for earlier in keys[:number]]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
+        seen = set()
+        for key in [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]:
+            fault = "is no text" if key.tag != "tag:yaml.org,2002:str" else "is given twice"
+            if fault == "is no text" or key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} {fault}", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _yaml(text: str) -> Any:
     """The value of a YAML text; yaml.YAMLError if it is broken, or too large with its aliases unfolded."""
-    value = yaml.load(text, _StrictLoader)
-    queue, count = [value], 0
-    while queue:
-        item, count = queue.pop(), count + 1
-        queue += item.values() if isinstance(item, dict) else item if isinstance(item, list) else []
-        if count > MAX_VALUES:
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _unfolded(node, {}) > MAX_VALUES:
             raise yaml.YAMLError(f"more than {MAX_VALUES} values")
-    return value
+        return loader.construct_document(node)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # PyYAML's own, from a bad scalar
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _unfolded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values `node` stands for when its aliases are written out, counted without doing so."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES + 1  # stays so for a node within itself
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_unfolded(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:

@@ -9,13 +9,16 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from moemerge.errors import DataError, suggest
 
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN = 10
+MAX_LINE = 16_000_000
+MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
+PARQUET_ROWS = 1000
 
 
 class BadRow(Exception):
@@ -125,29 +128,73 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Row | BadRow]]:
 
 
 def _lines(path: Path, packed: bool) -> Iterator[tuple[int, Row | BadRow]]:
+    budget = _Budget(path)
     try:
         with gzip.open(path) if packed else path.open("rb") as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield number, _parse(line)
+            for number, line in enumerate(_short_lines(handle, budget), 1):
+                if line is None or line.strip():
+                    yield number, BadRow("longer than 16 MB") if line is None else _parse(line)
     except (OSError, EOFError, zlib.error) as error:
         _refuse_damaged(path, error)
 
 
+def _short_lines(handle: IO[bytes], budget: _Budget) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long, which is never held whole."""
+    while line := handle.readline(MAX_LINE):
+        budget.spend(len(line))
+        whole = len(line) < MAX_LINE or line.endswith(b"\n")
+        while len(line) == MAX_LINE and not line.endswith(b"\n"):
+            line = handle.readline(MAX_LINE)
+            budget.spend(len(line))
+        yield line if whole else None
+
+
+class _Budget:
+    """How much a file may unpack to: DataError for a small file that becomes a very large one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.left = max(MAX_UNPACKED, MAX_RATIO * path.stat().st_size)
+
+    def spend(self, size: int) -> None:
+        """Count `size` unpacked bytes."""
+        self.left -= size
+        if self.left < 0:
+            raise DataError(
+                f"{self.path} unpacks to far more than a file of preference data would",
+                given=f"{self.path.stat().st_size} bytes that become more than {MAX_RATIO} times as many",
+                expected=f"at most {MAX_UNPACKED} bytes, or {MAX_RATIO} times the file's own size",
+                fix="give the file unpacked, if you trust it",
+            )
+
+
 def _parse(line: bytes) -> Row | BadRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError:
         return BadRow("not UTF-8")
     except (ValueError, RecursionError):
         return BadRow("broken JSON")
+    except BadRow as bad:
+        return bad
     return row if isinstance(row, dict) else BadRow("not an object")
 
 
+def _once(fields: list[tuple[str, Any]]) -> Row:
+    """An object of `fields`; BadRow if two have one name, as no one can say which is meant."""
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise BadRow("a field is given twice")
+    return row
+
+
 def _json_list(path: Path, packed: bool) -> list[Any]:
+    budget = _Budget(path)
     try:
         with gzip.open(path) if packed else path.open("rb") as handle:
-            rows = json.loads(handle.read().decode("utf-8"))
+            text = handle.read(budget.left + 1)
+        budget.spend(len(text))
+        rows = json.loads(text.decode("utf-8"))
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         _refuse_damaged(path, error, "; JSON lines need the suffix .jsonl")
     if isinstance(rows, list):
@@ -165,9 +212,11 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        budget = _Budget(path)
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS):
+            budget.spend(batch.nbytes)
             yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         _refuse_damaged(path, error)
 
 

@@ -97,7 +97,7 @@ def load_reward_model(
     _refuse_pickle(path)
     if Path(path).is_dir():
         Checkpoint(path)
-    config = _load_config(path, trust_remote_code)
+    config = load_config(path, trust_remote_code)
     if not (trust_remote_code and has_own_code(config)):
         refuse_own_class(config.architectures, path)
     if claims_head(config):
@@ -136,7 +136,8 @@ def _refuse_pickle(path: str) -> None:
         )
 
 
-def _load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model. Raises CheckpointError if it cannot be read."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -70,6 +70,7 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
     "merge": _merge,
     "evaluate": lambda results: f"{len(results['models'])} models",
     "publish": _publish,
+    "compare": lambda results: f"{results['models']} models, {results['seeds']} seeds",
 }
 
 
@@ -188,6 +189,18 @@ def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
     )
     parts = "; ".join(f"{what}: {word} ({numbers})" for what, word, numbers in found)
     return f"Did merging help here? {model} against {baseline}: {head}.", f"{parts}."
+
+
+def verdict_over_seeds(group: Report, model: str) -> str:
+    """Whether `model` is better than the baseline over seeds; `group` is one of compare.json."""
+    head = f"Did merging help here? {model} against {group['baseline']}, {len(group['seeds'])} seeds"
+    parts = []
+    for what, measured in group["measures"].items():
+        numbers = measured.get(model, {})
+        if numbers.get("interval"):
+            word, text = _judge(numbers["difference"], *numbers["interval"])
+            parts.append(f"{what}: {word} ({text})")
+    return f"{head}. {'; '.join(parts) or 'Nothing to compare: it takes two seeds and another model'}."
 
 
 HELPED, WORSE, SAME = "helped", "made it worse", "no difference beyond the interval"

@@ -16,10 +16,14 @@ Item = tuple[Text, Text]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt and answer; the first `prompt_length` of them belong to the prompt."""
+    """Token ids of prompt and answer; the first `prompt_length` of them belong to the prompt.
+
+    `cut` is the number of tokens that truncation took away: only RewardBench's rows are truncated.
+    """
 
     ids: list[int]
     prompt_length: int
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def encode_all(tokenizer: Any, items: Sequence[Item]) -> list[Encoded | BadRow]:
     unique = {key: prompt for key, (prompt, _) in zip(keys, items, strict=True)}
     prompts = dict(zip(unique, _tokens(tokenizer, list(unique.values())), strict=True))
     return [
-        ids if isinstance(ids, BadRow) else Encoded(ids, _shared_length(prompts[key], ids))
+        ids if isinstance(ids, BadRow) else Encoded(ids, shared_length(prompts[key], ids))
         for key, ids in zip(keys, whole, strict=True)
     ]
 
@@ -79,7 +83,8 @@ def _whole(prompt: Text, answer: Text, eos: str | None) -> Text:
     return [*(prompt if isinstance(prompt, list) else []), *answer]
 
 
-def _shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
+def shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
+    """With how many equal tokens both begin; 0 if the prompt alone could not be encoded."""
     if isinstance(prompt, BadRow):
         return 0
     differ = (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
@@ -88,7 +93,7 @@ def _shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
 
 def _tokens(tokenizer: Any, texts: list[Text]) -> list[list[int] | BadRow]:
     """Ids of each text: plain text with the tokenizer's special tokens, rendered chats without."""
-    ready = [text if isinstance(text, str) else _render(tokenizer, text) for text in texts]
+    ready = [text if isinstance(text, str) else render(tokenizer, text) for text in texts]
     found: list[list[int] | BadRow] = [text if isinstance(text, BadRow) else [] for text in ready]
     for is_plain in (True, False):
         some = {i: t for i, t in enumerate(ready) if isinstance(t, str) and (t is texts[i]) == is_plain}
@@ -99,7 +104,8 @@ def _tokens(tokenizer: Any, texts: list[Text]) -> list[list[int] | BadRow]:
     return found
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
+    """Messages as the chat template writes them; a BadRow if it refuses. DataError without a template."""
     from jinja2 import TemplateError
 
     if not messages:

@@ -27,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from moemerge import runtime
 from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
+from moemerge.budget import scaled
+from moemerge.cost import flops_ratio
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.disk import write_whole
 from moemerge.errors import OptionError, UnsupportedError
@@ -53,6 +55,7 @@ def train(options: Train, draft: Draft) -> None:
     Also writes history.json and history.png. Losses are in nats, `seconds` those since the last start.
     Raises OptionError, DataError, CheckpointError or UnsupportedError.
     """
+    options, ratio = _budgeted(options)
     trials = _trials(options)
     bench = _bench(options, draft)
     with workspace(options) as folder:
@@ -62,7 +65,16 @@ def train(options: Train, draft: Draft) -> None:
         model.save_pretrained(draft.folder)
     bench.tokenizer.save_pretrained(draft.folder)
     _write_history(reports[best]["history"], draft.folder)
-    draft.results |= _results(options, reports, best)
+    draft.results |= _results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
+
+
+def _budgeted(options: Train) -> tuple[Train, float | None]:
+    """The options with the steps that spend as many FLOPs as the model `flops_of` would, and their ratio."""
+    if options.flops_of is None:
+        return options, None
+    ratio = flops_ratio(options.flops_of, options.model, options.trust_remote_code)
+    log.info("training %.3g times as long, for as many FLOPs as %s", ratio, options.flops_of)
+    return scaled(options, ratio), ratio
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,12 @@ def test_wilson_agrees_with_scipy() -> None:
         assert (low[0], high[0]) == pytest.approx((expected.low, expected.high))
 
 
-def test_where_all_rows_agree_each_prompt_counts_once() -> None:
+def test_where_resamples_cannot_differ_each_prompt_counts_once() -> None:
     expected = stats.binomtest(12, 12).proportion_ci(0.95, "wilson")
     found = share_interval(np.ones(60), np.ones(400), prompts=12, confidence=0.95)
     assert found == pytest.approx((expected.low, expected.high))
+    low, high = share_interval(np.array([0.0, 1.0]), np.full(400, 0.5), prompts=1, confidence=0.95)
+    assert high - low > 0.8, "one prompt tells next to nothing"
 
 
 # Accuracy

@@ -14,9 +14,10 @@ from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 
 from moemerge.artifacts import read_manifest
+from moemerge.cost import parameters
 from moemerge.data import Pair, encode, read_pairs
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluate import _pair_scores, evaluate, parameters
+from moemerge.evaluate import _pair_scores, evaluate
 from moemerge.options import TextFormat
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle

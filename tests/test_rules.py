@@ -21,6 +21,7 @@ GROUND = {
     "options",
     "fit_settings",
     "evaluate_settings",
+    "comparison_settings",
     "recipe",
     "artifacts",
     "layers",
@@ -31,7 +32,7 @@ GROUND = {
     "environment",
     "redaction",
 }
-STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish"}
+STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish", "compare"}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
     "click": {"cli"},

@@ -15,6 +15,7 @@ PROBES: Registry[Probe] = Registry(
     {
         "accuracy": "moemerge.probes.accuracy:PROBE",
         "calibration": "moemerge.probes.calibration:PROBE",
+        "rewardbench": "moemerge.probes.rewardbench:PROBE",
         "best_of_n": "moemerge.probes.best_of_n:PROBE",
         "length": "moemerge.probes.length:PROBE",
         "style": "moemerge.probes.style:PROBE",

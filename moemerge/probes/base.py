@@ -117,6 +117,39 @@ class CandidateScores:
 
 
 @dataclass(frozen=True)
+class ChoiceScores:
+    """One file of RewardBench, scored by every model on the same answers; rows lie one after the other.
+
+    scores: per model, float64 [C]. lengths: [C], characters. sizes: [Q], answers per row, of which the first
+    num_correct: [Q] are right. subsets, ids: [Q], "" for none. prompts: [Q], equal numbers for equal prompts.
+    """
+
+    version: int
+    scores: dict[str, Floats]
+    lengths: Integers
+    sizes: Integers
+    num_correct: Integers
+    subsets: NDArray[np.str_]
+    ids: NDArray[np.str_]
+    prompts: Integers
+
+    def part(self, rows_Q: NDArray[np.bool_]) -> ChoiceScores:
+        """The rows where `rows_Q` is true."""
+        rows_C = np.repeat(rows_Q, self.sizes)
+        scores = {model: scores_C[rows_C] for model, scores_C in self.scores.items()}
+        return ChoiceScores(
+            self.version,
+            scores,
+            self.lengths[rows_C],
+            self.sizes[rows_Q],
+            self.num_correct[rows_Q],
+            self.subsets[rows_Q],
+            self.ids[rows_Q],
+            self.prompts[rows_Q],
+        )
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of the report; cells are text already."""
 
@@ -167,7 +200,7 @@ class Probe:
     edits: with "pairs", edited answers that are scored too.
     """
 
-    needs: Literal["pairs", "candidates"]
+    needs: Literal["pairs", "candidates", "rewardbench"]
     measure: Callable[[Mapping[str, Any], EvaluateSettings, int], dict[str, Any]]
     tables: Callable[[dict[str, Any]], list[Table]]
     plot: Callable[[dict[str, Any], Path], list[str]]

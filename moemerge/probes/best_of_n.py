@@ -231,9 +231,10 @@ def _cost_table(name: str, measured: dict[str, Any], confidence: float) -> Table
             rows.append([f"{model} against {measured['baseline']}", *cells])
     note = (
         f"{confidence:.0%} intervals over prompts. Drop: gold score at its peak minus that at the last n. "
-        "Gap: area over KL between the gold score that the model's own score promises, going on as from n = 1 "
-        "to 2, and the real one. Regret: area between the best possible line and the real one. alpha, beta: "
-        "gold gain = d (alpha - beta d), d = sqrt(KL). Against the baseline: ratio of peak n, else differences."
+        "Gap: area over KL between the gold score that the model's own score promises, going on as from "
+        "n = 1 to 2, and the real one. Regret: area between the best possible line and the real one. alpha, "
+        "beta: gold gain = d (alpha - beta d), d = sqrt(KL). Against the baseline: ratio of peak n, else "
+        "differences."
     )
     header = ["model", "peak n", "drop", "gap", "regret", "alpha", "beta"]
     return Table(f"Over-optimisation on {name}", header, rows, note)

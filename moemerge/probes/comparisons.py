@@ -86,10 +86,10 @@ def against(name: str, parts: Mapping[str, Any], baseline: str, confidence: floa
         rows.append([part, str(measured["pairs"]), *(_signed(*found[model]) for model in models)])
     tests = next(iter(parts.values()))["comparisons"][0]["tests"]
     note = f"{confidence:.0%} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons of "
-    note += "two models on one of these parts."
+    note += "two models on one of these parts. Of few prompts the interval is too narrow: then read p."
     return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note)
 
 
 def _signed(one: Comparison, sign: int) -> str:
-    low, high = sorted(sign * end for end in one["interval"])
-    return f"{sign * one['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p {one['p_holm']:.2g}"
+    low, high = sorted(sign * end + 0.0 for end in one["interval"])  # + 0.0: no minus zero
+    return f"{sign * one['difference'] + 0.0:+.3f} ({low:+.3f} to {high:+.3f}), p {one['p_holm']:.2g}"

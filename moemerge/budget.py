@@ -1,0 +1,45 @@
+"""Budgets of training: scaled, and compared. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TypeVar
+
+from moemerge.recipe import Recipe, TrainSettings
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def scaled(settings: Settings, factor: float) -> Settings:
+    """`settings` with `factor` times the epochs, those of a search too, and steps (rounded, at least one).
+
+    The schedule of the learning rate stretches along; so do evaluations, unless `eval_steps` says otherwise.
+    """
+    search = {
+        name: [factor * value for value in values] if name == "epochs" else values
+        for name, values in settings.search.items()
+    }
+    steps = settings.max_steps and max(1, round(factor * settings.max_steps))
+    changed = {"epochs": factor * settings.epochs, "max_steps": steps, "search": search}
+    return settings.model_copy(update=changed)
+
+
+def shortfalls(recipe: Recipe) -> Iterator[str]:
+    """Where the control, and the baselines that train like it, get less care than the MoE; a line each."""
+    if recipe.control is None:
+        yield "no control: without a dense model of equal budget and care, a gain means nothing"
+        return
+    ours, theirs = _care(recipe.train), _care(recipe.control)
+    for what, wanted in ours.items():
+        if theirs.get(what, wanted) < wanted:
+            yield f"control has {theirs[what]:g} {what}, train {wanted:g}: the comparison favours the MoE"
+
+
+def _care(settings: TrainSettings) -> dict[str, float]:
+    """What a training may spend: trials, data seen at most in one of them, and patience."""
+    trials = math.prod(len(values) for values in settings.search.values())
+    care = {"trials": trials, "evaluations of patience": settings.patience or math.inf}
+    if settings.max_steps:
+        return care | {"pairs": settings.max_steps * settings.batch_size * settings.gradient_accumulation}
+    return care | {"epochs": max(settings.search.get("epochs", [settings.epochs]), default=0)}

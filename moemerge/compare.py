@@ -1,0 +1,309 @@
+"""Stage compare: runs over seeds in one table, each measure paired by seed with a baseline.
+
+A run is an evaluation; a group is the runs of one recipe, which differ in their seeds only. S seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from moemerge import plotting
+from moemerge.artifacts import RECIPE_COPY, Draft, expect_stage, stage, write_json
+from moemerge.cost import COSTS
+from moemerge.errors import ArtifactError, OptionError, suggest
+from moemerge.figures import Figure
+from moemerge.html_report import Section, write_report
+from moemerge.probes.base import Interval, Table
+from moemerge.recipe import Compare
+
+# What runs of one recipe may differ in.
+FREE = {"seed", "seeds", "output", "threads", "device"}
+FEW_SEEDS, SHOWN = 3, 4
+Values = dict[str, float]
+
+
+@stage("compare", Compare)
+def compare(options: Compare, draft: Draft) -> None:
+    """Compare models over runs with different seeds; writes compare.json, compare.md, report.html and plots.
+
+    Per model and measure (what evaluate calls main numbers): mean and standard deviation over seeds, and the
+    difference to the baseline, paired by seed, with a t-interval over seeds. Per model its cost at inference:
+    parameters, FLOPs and measured tokens per second. Runs of different recipes make groups, each compared in
+    itself. Raises ArtifactError if a folder is no evaluation, a seed occurs twice in a group, or a model or
+    measure lacks a seed; OptionError if the baseline is no model.
+    """
+    groups = [_compare_group(title, runs, options) for title, runs in _groups(map(_read, options.runs))]
+    plots = [
+        [name for plot in (_plot_differences, _plot_costs) for name in plot(group, place, draft.folder)]
+        for place, group in enumerate(groups, 1)
+    ]
+    written = {
+        "confidence": options.confidence,
+        "groups": groups,
+        "plots": [n for names in plots for n in names],
+    }
+    write_json(draft.folder / "compare.json", written)
+    tables = [_table(group, options.confidence) for group in groups]
+    text = "\n".join(table.markdown() for table in tables)
+    (draft.folder / "compare.md").write_text(text, encoding="utf-8")
+    figures = [[Figure.load(draft.folder / name) for name in names] for names in plots]
+    sections = [
+        Section(group["title"], tables=[table], figures=shown)
+        for group, table, shown in zip(groups, tables, figures, strict=True)
+    ]
+    write_report(draft.folder, "Comparison over seeds", sections)
+    seeds = sorted({seed for group in groups for seed in group["seeds"]})
+    models = {model for group in groups for model in group["costs"]}
+    draft.results |= {"models": len(models), "seeds": len(seeds), "groups": groups}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation: measures hold a value per model, costs what evaluate told of each model."""
+
+    folder: str
+    seed: int
+    baseline: str
+    recipe: Mapping[str, Any]
+    measures: dict[str, Values]
+    costs: dict[str, Values]
+
+
+def _read(folder: str) -> _Run:
+    path = Path(folder)
+    if not (path / "report.json").exists():
+        raise ArtifactError(
+            f"no evaluation in {folder}",
+            given=folder,
+            expected="a folder that evaluate wrote, a run with one, or a folder of such",
+            fix="evaluate first, or correct runs",
+        )
+    manifest = expect_stage(folder, "evaluate")
+    models, main = manifest["results"]["models"], manifest["results"]["main"]
+    return _Run(
+        folder,
+        manifest["options"]["seed"],
+        json.loads((path / "report.json").read_text(encoding="utf-8"))["baseline"],
+        _recipe(path.resolve().parent / RECIPE_COPY),
+        dict(_measures(main, set(models))),
+        {model: _cost(facts) for model, facts in models.items()},
+    )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """What the run's recipe sets, by dotted names; nothing for an evaluation outside a run."""
+    return dict(_flat(json.loads(path.read_text(encoding="utf-8")))) if path.exists() else {}
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{name}.")
+        elif above + name not in FREE:
+            yield above + name, value
+
+
+def _measures(
+    main: Mapping[str, Any], models: set[str], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Values]]:
+    """Names of measures, and their value per model: the mappings in `main` that have models' numbers."""
+    found = {model: float(value) for model, value in main.items() if model in models and _is_number(value)}
+    if found:
+        last = f" at n={main['n']}" if "n" in main else ""
+        yield " ".join(path).replace("_", " ", path[0].count("_")) + last, found
+        return
+    for name, part in main.items():
+        if isinstance(part, dict):
+            yield from _measures(part, models, (*path, name))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _cost(facts: Mapping[str, Any]) -> Values:
+    costs = {key: float(facts[key]) for key in COSTS if key in facts}
+    if facts.get("seconds"):
+        costs["tokens_per_second"] = facts["tokens"] / facts["seconds"]
+    return costs
+
+
+def _groups(runs: Iterator[_Run]) -> list[tuple[str, list[_Run]]]:
+    """Runs of equal recipes, by seed, each group under a title that says what is this recipe's own."""
+    found: dict[str, list[_Run]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
+    groups = [sorted(group, key=lambda run: run.seed) for group in found.values()]
+    for group in groups:
+        _check_group(group)
+    return list(zip(_titles([group[0].recipe for group in groups]), groups, strict=True))
+
+
+def _titles(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each of several recipes what not all have in common, in words; no title for a single one."""
+    if len(recipes) < 2:
+        return [""] * len(recipes)
+    names = dict.fromkeys(name for recipe in recipes for name in recipe)
+    differ = [name for name in names if len({json.dumps(recipe.get(name)) for recipe in recipes}) > 1]
+    shown, more = differ[:SHOWN], f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+    texts = [", ".join(f"{name} {recipe.get(name, 'unknown')}" for name in shown) for recipe in recipes]
+    return [f"Recipe {number}: {text}{more}" for number, text in enumerate(texts, 1)]
+
+
+def _check_group(group: Sequence[_Run]) -> None:
+    """Refuse a seed that occurs twice, and a model or measure that not every seed has."""
+    for first, second in zip(group, group[1:], strict=False):
+        if first.seed == second.seed:
+            raise ArtifactError(
+                f"seed {first.seed} occurs twice",
+                given=f"{first.folder} and {second.folder}",
+                expected="one evaluation per seed and recipe",
+                fix="leave one out, or evaluate each with its own seed",
+            )
+    for name in sorted({name for run in group for name in _contents(run)}):
+        lacking = [run for run in group if name not in _contents(run)]
+        if lacking:
+            raise ArtifactError(
+                f"{name} is not there for every seed",
+                given="; ".join(f"missing for seed {run.seed} in {run.folder}" for run in lacking),
+                expected="the same models and measures for every seed, so that differences are paired",
+                fix="evaluate that run again with it, or leave the run out",
+            )
+
+
+def _contents(run: _Run) -> set[str]:
+    cells = {f"{what} of {model}" for what, values in run.measures.items() for model in values}
+    return cells | {f"model {model}" for model in run.costs}
+
+
+def _compare_group(title: str, runs: Sequence[_Run], options: Compare) -> dict[str, Any]:
+    baseline = _baseline(runs, options.baseline)
+    return {
+        "title": title,
+        "seeds": [run.seed for run in runs],
+        "runs": [run.folder for run in runs],
+        "baseline": baseline,
+        "measures": {what: _compare_measure(what, runs, baseline, options) for what in runs[0].measures},
+        "costs": {model: _mean_cost([run.costs[model] for run in runs]) for model in runs[0].costs},
+    }
+
+
+def _baseline(runs: Sequence[_Run], wanted: str | None) -> str:
+    models = runs[0].costs
+    found = wanted or ("control" if "control" in models else runs[0].baseline)
+    if found not in models:
+        raise OptionError(
+            "the baseline is none of the models",
+            given=found,
+            expected=f"one of: {', '.join(models)}",
+            fix=suggest(found, models),
+        )
+    return found
+
+
+def _mean_cost(costs: Sequence[Values]) -> Values:
+    common = [key for key in costs[0] if all(key in one for one in costs)]
+    return {key: float(np.mean([one[key] for one in costs])) for key in common}
+
+
+def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Compare) -> dict[str, Any]:
+    found = {}
+    for model in runs[0].measures[what]:
+        values_S = np.array([run.measures[what][model] for run in runs])
+        found[model] = {
+            "mean": float(values_S.mean()),
+            "sd": float(values_S.std(ddof=1)) if len(runs) > 1 else None,
+            "by_seed": {str(run.seed): value for run, value in zip(runs, values_S.tolist(), strict=True)},
+        }
+        if model != baseline and baseline in runs[0].measures[what]:
+            paired_S = values_S - np.array([run.measures[what][baseline] for run in runs])
+            found[model]["difference"] = float(paired_S.mean())
+            found[model]["interval"] = t_interval(paired_S.tolist(), options.confidence)
+    return found
+
+
+def t_interval(values_S: Sequence[float], confidence: float) -> Interval | None:
+    """Student's t-interval of the mean of independent values; None for a single one."""
+    if len(values_S) < 2:
+        return None
+    mean, error = float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values_S) - 1)) * error
+    return mean - half, mean + half
+
+
+def _table(group: Mapping[str, Any], confidence: float) -> Table:
+    measures = group["measures"]
+    header = ["model", *(title for what in measures for title in (what, f"minus {group['baseline']}"))]
+    rows = []
+    for model, costs in group["costs"].items():
+        cells = [cell for measured in measures.values() for cell in _cells(measured.get(model))]
+        speed = f"{costs['tokens_per_second']:,.0f}" if "tokens_per_second" in costs else ""
+        rows.append([model, *cells, *(f"{costs[key]:,.0f}" if key in costs else "" for key in COSTS), speed])
+    note = f"Means over {len(group['seeds'])} seeds ({', '.join(map(str, group['seeds']))}). Differences are "
+    note += f"paired by seed, with {confidence:.0%} t-intervals over seeds. Tokens per second as measured."
+    if len(group["seeds"]) < FEW_SEEDS:
+        note += f" Fewer than {FEW_SEEDS} seeds: they say little about other seeds."
+    title = group["title"] or f"{len(group['costs'])} models over {len(group['seeds'])} seeds"
+    return Table(title, [*header, *COSTS.values(), "tokens per second"], rows, note)
+
+
+def _cells(numbers: Mapping[str, Any] | None) -> list[str]:
+    """Mean, and difference to the baseline."""
+    if numbers is None:
+        return ["", ""]
+    if "difference" not in numbers:
+        return [f"{numbers['mean']:.4f}", "baseline"]
+    ends = numbers["interval"]
+    interval = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if ends else ""
+    return [f"{numbers['mean']:.4f}", f"{numbers['difference']:+.4f}{interval}"]
+
+
+def _plot_differences(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+    """compare.png (compare-2.png, ...): difference to the baseline and its interval, a panel per measure."""
+    baseline, name = group["baseline"], "compare.png" if place == 1 else f"compare-{place}.png"
+    panels = {
+        what: {model: _ends(numbers) for model, numbers in measured.items()}
+        for what, measured in group["measures"].items()
+        if baseline in measured
+    }
+    if not panels:
+        return []
+    plotting.dots(panels, folder / name, f"difference to {baseline}", baseline)
+    return [name]
+
+
+def _plot_costs(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+    """cost.png (cost-2.png, ...): a measure's mean against FLOPs per token, a panel per measure."""
+    flops = {
+        model: costs["flops_per_token"]
+        for model, costs in group["costs"].items()
+        if "flops_per_token" in costs
+    }
+    panels = [
+        plotting.Panel(
+            what,
+            {m: plotting.Line([flops[m]], [found["mean"]]) for m, found in measured.items() if m in flops},
+            "FLOPs per token",
+            what,
+        )
+        for what, measured in group["measures"].items()
+    ]
+    if not flops or not panels:
+        return []
+    name = "cost.png" if place == 1 else f"cost-{place}.png"
+    plotting.panels(panels, folder / name, group["title"], log_x=True)
+    return [name]
+
+
+def _ends(numbers: Mapping[str, Any]) -> tuple[float, float, float]:
+    difference = numbers.get("difference", 0.0)
+    low, high = numbers.get("interval") or (difference, difference)
+    return difference, low, high

@@ -1,0 +1,51 @@
+"""Model configs from elsewhere: whatever is wrong with one is told as a fault of its folder."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from moemerge.errors import CheckpointError, MoemergeError
+from moemerge.json_file import read_config
+
+log = logging.getLogger(__name__)
+
+
+def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of the model in the folder, or under the hub name, `source`.
+
+    Code that comes with a model runs only with `trust_remote_code`, and that is logged. Raises CheckpointError
+    for a config that is missing, or that its own class refuses.
+    """
+    try:
+        if Path(source).is_dir():
+            read_config(Path(source))
+        if trust_remote_code:
+            tell_of_code(str(source))
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except MoemergeError:
+        raise
+    except Exception as error:  # a config's class may raise anything at values that it does not expect
+        raise unloadable(
+            "the model's config cannot be read", source, error, "a model folder or hub name"
+        ) from error
+
+
+@cache
+def tell_of_code(source: str) -> None:
+    """Log, once for each model, that its own code may run."""
+    log.warning("trust_remote_code: code that comes with %s may run", source)
+
+
+def unloadable(what: str, source: str | Path, error: Exception, expected: str) -> CheckpointError:
+    """The fault of a model of which transformers cannot make anything."""
+    reason = " ".join(str(error).split())
+    return CheckpointError(
+        f"{what}: {source}",
+        given=f"{type(error).__name__}: {reason[:500]}",
+        expected=expected,
+        fix="check the path and that every file of the model is there and whole",
+    )

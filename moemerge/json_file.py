@@ -1,0 +1,49 @@
+"""JSON files that come from elsewhere, read within bounds. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 10_000_000
+MAX_LAYERS = 1000
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Raises OSError if it cannot be read, ValueError if it is no plain file, has more than `most` bytes, is not
+    UTF-8, is nested too deep or holds anything but one object.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} is no file")
+    if status.st_size > most:
+        raise ValueError(f"{path.name} has {status.st_size} bytes, more than {most}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder, where what every model has is of its type. Raises as read_object."""
+    config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    heads = config.get("architectures")
+    kind = config.get("model_type", "")
+    if not isinstance(kind, str):
+        raise ValueError(f"model_type {kind!r} is no text")
+    if heads is not None and not (isinstance(heads, list) and all(isinstance(head, str) for head in heads)):
+        raise ValueError(f"architectures {heads!r} is no list of texts")
+    for name in (name for name in LAYERS if config.get(name) is not None):
+        number = config[name]
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= MAX_LAYERS:
+            raise ValueError(f"{name} {number!r} is no number from 1 to {MAX_LAYERS}")
+    return config
