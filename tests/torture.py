@@ -1,6 +1,6 @@
 """Kills, full disks and failing writes, hundreds of times, against every stage; are the promises kept?
 
-    python tests/torture.py [--trials 400] [--seed 0] [--stages merge train ...]
+    python tests/torture.py [--trials 400] [--minutes 240] [--seed 0] [--stages merge train ...]
 
 What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
 else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that
@@ -38,6 +38,7 @@ import conftest  # noqa: F401  (one thread, no network)
 from torture_forks import SHIM, Ending, arm, fork, in_a_fork, preload_and_restart
 from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
 
+RUN_PAGE = {"report.html", "report.md"}
 KILL, FAIL, FULL = 1, 2, 3  # as faulty_disk.c has them
 WAYS = (
     "killed at a time",
@@ -76,15 +77,17 @@ class Tally:
 
 
 def digests(folder: Path) -> Digests:
-    """sha256 of all files below, by name; not of manifests and of a run's own hidden files."""
+    """sha256 of all files below, by name; not of manifests, hidden files, and a run's page, with its times."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"]
     named = {p.relative_to(folder).as_posix(): p for p in files}
+    if not (folder / "manifest.json").exists():
+        named = {name: path for name, path in named.items() if name not in RUN_PAGE}
     visible = {n: p for n, p in named.items() if not any(part.startswith(".") for part in n.split("/"))}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in visible.items()}
 
 
 def broken_artifacts(folder: Path, of_a_run: bool) -> Iterator[str]:
-    """What is wrong with an artifact, or with those in a run: no manifest, files missing, added or changed."""
+    """What is wrong with an artifact, or those of a run: no manifest, files missing, added or changed."""
     steps = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
     for home in steps if of_a_run else [folder]:
         try:
@@ -245,15 +248,20 @@ def references(all_scenarios: list[Scenario], made: Path, only: list[str]) -> It
             gc.freeze()
         found = digests(scenario.output)
         if scenario.before is None and before is not None and found != before:
-            raise RuntimeError(f"{scenario.name}: two undisturbed runs give other bytes")
+            other = [name for name in found if found[name] != before.get(name)]
+            raise RuntimeError(f"{scenario.name}: two undisturbed runs differ in {other}")
         size = sum(path.stat().st_size for path in scenario.home.rglob("*") if path.is_file())
         shutil.copytree(scenario.output, made / scenario.name)
         shutil.rmtree(scenario.home)
         yield Known(scenario, ending.seconds, ending.calls, size, found)
 
 
-def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[str], None]) -> Tally:
-    """`trials` trials over the stages named in `only` (all if empty), spread evenly over stages and ways."""
+def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float) -> Tally:
+    """`trials` trials over the stages named in `only` (all if empty), spread evenly over stages and ways.
+
+    After `minutes` no more of them are begun.
+    """
+    deadline = time.monotonic() + 60 * minutes
     import_everything()
     inputs, made, work = (root / name for name in ("inputs", "made", "work"))
     work.mkdir()
@@ -275,6 +283,8 @@ def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[
         attempt(one, draw(way, one, dice), read, given, tally)
         if (number + 1) % 20 == 0:
             say(f"{number + 1} trials, {len(tally.faults)} broken promises")
+        if time.monotonic() > deadline:
+            break
     return tally
 
 
@@ -320,12 +330,13 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--minutes", type=float, default=240.0)
     given = parser.parse_args()
+    preload_and_restart()
     with tempfile.TemporaryDirectory() as folder:
-        preload_and_restart(Path(folder))
         root = Path(folder)
         started = time.perf_counter()
-        tally = torture(root, given.trials, given.seed, given.stages, say)
+        tally = torture(root, given.trials, given.seed, given.stages, given.minutes)
         say(table(tally))
         say(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
     return int(bool(tally.faults))

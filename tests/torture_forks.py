@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -123,13 +124,19 @@ def in_a_fork(work: Callable[[], None]) -> None:
         raise RuntimeError("the inputs could not be made")
 
 
-def preload_and_restart(folder: Path) -> None:
+def preload_and_restart() -> None:
     """Compile the shim and start this program again under it; without a compiler, go on without."""
-    if SHIM in os.environ or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         return
-    library, compiler = folder / "faulty_disk.so", shutil.which("cc") or shutil.which("gcc")
+    if SHIM in os.environ:  # started again: the shim is in memory, and other programs shall not have it
+        os.environ.pop("LD_PRELOAD", None)
+        if os.environ[SHIM]:
+            shutil.rmtree(Path(os.environ[SHIM]).parent)
+        return
+    compiler = shutil.which("cc") or shutil.which("gcc")
     os.environ[SHIM] = ""
     if compiler is not None:
+        library = Path(tempfile.mkdtemp()) / "faulty_disk.so"
         command = [
             compiler,
             "-shared",
