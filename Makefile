@@ -1,11 +1,12 @@
 # make demo: install into .venv and run the quickstart. make test: install with the test extra, check everything.
+# make torture: kills, full disks, failing writes, mutated inputs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml')
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moemerge run merge_configs/quickstart.yml
@@ -15,6 +16,11 @@ test: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Hundreds of kills, full disks and failing writes against every stage, and mutated inputs: most of an hour.
+torture: $(VENV)/.test-installed
+	$(BIN)/python tests/torture.py --trials 400
+	$(MAKE) fuzz
 
 clean:
 	rm -rf $(VENV) build dist runs/quickstart *.egg-info

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -16,10 +15,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from moemerge.artifacts import Draft, fingerprint, read_manifest, stage
+from moemerge.artifacts import Draft, stage
 from moemerge.card import find_evaluation, home_of, make_card
 from moemerge.errors import ArtifactError, MoemergeError, OptionError
 from moemerge.recipe import Publish
+from moemerge.redaction import HIDDEN, redact
+from moemerge.verify import verify_folder
 
 T = TypeVar("T")
 
@@ -42,9 +43,6 @@ MODEL_FILES = (
 )
 # What an earlier push may have left behind and the new model must not be mixed with.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "plots/*")
-# Where a server's message, quoted in an error, may hold a signature or a token.
-QUERY = re.compile(r"(https?://[^\s?]+)\?\S+")
-TOKEN = re.compile(r"\bhf_\w+|(?<=Bearer )\S+")
 
 log = logging.getLogger(__name__)
 
@@ -141,16 +139,13 @@ def _check_target(options: Publish) -> None:
 
 
 def _refuse_damaged(folder: Path) -> None:
-    """Read every file of an artifact again and compare it with the manifest, without the fast path."""
-    wanted, found = read_manifest(folder)["files"], fingerprint(folder)["files"]
-    digests = [{name: record["sha256"] for name, record in files.items()} for files in (wanted, found)]
-    differing = sorted({name for name, _ in digests[0].items() ^ digests[1].items()})
-    if differing:
+    faults = verify_folder(folder)
+    if faults:
         raise ArtifactError(
             f"{folder} is not as it was written",
-            given=f"missing, added or changed: {', '.join(differing[:5])}",
+            given="; ".join(f"{one.file} {one.what}: {one.found}" for one in faults[:3]),
             expected="the files of its manifest, with the checksums that stand there",
-            fix="remove what was added, or run the stage that wrote the folder again",
+            fix="see moemerge verify; remove what was added, or run the stage that wrote the folder again",
         )
 
 
@@ -232,9 +227,10 @@ def _ask(repo: str, endpoint: str, request: Callable[[], T]) -> T:
 
 
 def _without_secrets(text: str) -> str:
-    """A server's message on one line, cut to 300 characters, without tokens and signed addresses."""
-    text = TOKEN.sub("[token]", text.replace(get_token() or "\n", "[token]"))
-    return " ".join(QUERY.sub(r"\1", text).split())[:300]
+    """A server's message on one line, cut to 300 characters, without the token, however it is spelt."""
+    token = get_token()
+    text = text.replace(token, HIDDEN) if token else text
+    return " ".join(redact(text).split())[:300]
 
 
 def _remedy(status: Any) -> str:

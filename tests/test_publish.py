@@ -31,7 +31,9 @@ def test_staged_folder_is_a_model_with_a_card(run: dict[str, Path], tmp_path: Pa
     out = publish(model=str(run["merged"]), evaluation=str(run["evaluation"]), output=tmp_path / "p")
     staged = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert staged == model | {"README.md", "manifest.json", "plots/accuracy.png"}
+    report = json.loads((run["evaluation"] / "report.json").read_text())
+    plots = {f"plots/{name}" for name in report["plots"]}
+    assert "plots/accuracy.png" in plots and staged == model | plots | {"README.md", "manifest.json"}
     assert (out / "model.safetensors").read_bytes() == (run["merged"] / "model.safetensors").read_bytes()
     assert (out / "model.safetensors").stat().st_nlink > 1
     results = read_manifest(out)["results"]

@@ -1,19 +1,19 @@
-"""Kills, full disks and failing writes, hundreds of times, against every stage; then the promises are checked.
+"""Kills, full disks and failing writes, hundreds of times, against every stage; are the promises kept?
 
-    python tests/torture.py [--trials 400] [--seed 0] [--stages merge train ...]
+    python tests/torture.py [--trials 400] [--minutes 240] [--seed 0] [--stages merge train ...]
 
 What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
 else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that
-the command survives is told in four parts with exit code 2; the same command, repeated, gives the same bytes.
+the command survives is told in four parts with exit code 2; the command, repeated, gives the same bytes.
 
-The stages are run in forks of this process, which has imported everything: a trial takes as long as the stage.
+The stages run in forks of this process, which has imported everything: a trial takes as long as the stage.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
+import gc
 import hashlib
 import importlib
 import json
@@ -27,20 +27,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import conftest  # noqa: F401  (one thread, no network)
-from torture_scenarios import Scenario, make_inputs, prepare, scenarios
+from torture_forks import SHIM, Ending, arm, fork, in_a_fork, preload_and_restart
+from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
 
-HERE = Path(__file__).parent
-SHIM = "MOEMERGE_FAULTY_DISK"
-KILL, FAIL, FULL = 1, 2, 3
-PATIENCE = 300.0
+RUN_PAGE = {"report.html", "report.md"}
+KILL, FAIL, FULL = 1, 2, 3  # as faulty_disk.c has them
 WAYS = (
     "killed at a time",
     "killed at a call",
@@ -51,17 +50,6 @@ WAYS = (
     "signal",
 )
 Digests = dict[str, str]
-
-
-@dataclass
-class Ending:
-    """How a command ended: exit code (negative: the signal), what it printed, seconds, calls that write."""
-
-    code: int
-    text: str
-    seconds: float
-    calls: int = 0
-    modules: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -85,97 +73,23 @@ class Tally:
     leftovers: Counter = field(default_factory=Counter)
 
 
-# --- one command in a fork
-
-
-def fork(
-    arguments: list[str], home: Path, spoil: Callable[[], None], delay: float | None, kind: int
-) -> Ending:
-    """Run the command line in a fork; `spoil` is called in it first; signal `kind` is sent after `delay`."""
-    log, report = home.parent / "log", home.parent / "report"
-    report.unlink(missing_ok=True)
-    started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        _be_the_command(arguments, log, report, spoil)
-    code = _await(child, started, delay, kind)
-    seconds = time.perf_counter() - started
-    told = json.loads(report.read_text()) if report.exists() else {}
-    return Ending(code, log.read_text(errors="replace") if log.exists() else "", seconds, **told)
-
-
-def _be_the_command(arguments: list[str], log: Path, report: Path, spoil: Callable[[], None]) -> None:
-    code = 70
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1), os.dup2(handle, 2)
-        before = set(sys.modules)
-        arm(0)
-        spoil()
-        code = _run(arguments)
-        told = {"calls": counted(), "modules": sorted(set(sys.modules) - before)}
-        arm(0)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        report.write_text(json.dumps(told))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with suppress(Exception):
-            sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-
-def _run(arguments: list[str]) -> int:
-    from moemerge import cli
-
-    try:
-        cli.main(arguments)
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-
-
-def _await(child: int, started: float, delay: float | None, kind: int) -> int:
-    """The child's exit code; sends the signal on the way, and ends a child that hangs."""
-    due = None if delay is None else started + delay
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        now = time.perf_counter()
-        if due is not None and now >= due:
-            os.kill(child, kind)
-            due = None
-        if now - started > PATIENCE:
-            os.kill(child, signal.SIGKILL)
-            raise TimeoutError("a command hangs")
-        time.sleep(0.0005 if due is not None and due - now < 0.01 else 0.002)
-
-
-def arm(at: int, action: int = 0, error: int = 0) -> None:
-    """Tell the shim which call to spoil; nothing without it."""
-    if os.environ.get(SHIM):
-        ctypes.CDLL(None).arm(ctypes.c_long(at), action, error)
-
-
-def counted() -> int:
-    return int(ctypes.CDLL(None).counted()) if os.environ.get(SHIM) else 0
-
-
 # --- what is looked at afterwards
 
 
 def digests(folder: Path) -> Digests:
-    """sha256 of all files below, by name; not of manifests and of a run's own hidden files."""
+    """sha256 of all files below, by name; not of manifests, hidden files, and a run's page, with its times."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"]
     named = {p.relative_to(folder).as_posix(): p for p in files}
+    if not (folder / "manifest.json").exists():
+        named = {name: path for name, path in named.items() if name not in RUN_PAGE}
     visible = {n: p for n, p in named.items() if not any(part.startswith(".") for part in n.split("/"))}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in visible.items()}
 
 
-def broken_artifacts(folder: Path) -> Iterator[str]:
-    """What is wrong with the artifacts below: no manifest, files missing, added or changed."""
-    homes = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-    for home in [folder] if (folder / "manifest.json").exists() else homes:
+def broken_artifacts(folder: Path, of_a_run: bool) -> Iterator[str]:
+    """What is wrong with an artifact, or those of a run: no manifest, files missing, added or changed."""
+    steps = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    for home in steps if of_a_run else [folder]:
         try:
             wanted = json.loads((home / "manifest.json").read_text())["files"]
         except (OSError, ValueError, KeyError) as error:
@@ -198,7 +112,7 @@ def look(known: Known, ending: Ending, inputs: Callable[[], Digests], given: Dig
     if inputs() != given:
         yield "inputs changed"
     if output.exists():
-        yield from broken_artifacts(output)
+        yield from broken_artifacts(output, known.scenario.again)
     elif ending.code == 0:
         yield "says done, has no output"
     yield from _other_bytes(known, ending)
@@ -223,7 +137,7 @@ def _other_bytes(known: Known, ending: Ending) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to spoil a command: in the fork (`spoil`), from outside (`delay`, `kind`), by its disk (`room`)."""
+    """How to spoil a command: from within (`spoil`), from outside (`delay`, `kind`), by its disk (`room`)."""
 
     way: str
     spoil: Callable[[], None] = lambda: None
@@ -244,7 +158,7 @@ def draw(way: str, known: Known, dice: random.Random) -> Trial:
     if way == "full disk (tmpfs)":
         return Trial(way, room=dice.randint(1, max(1, known.bytes // 4096)) * 4096)
     if way == "file limit":
-        size = dice.randint(1, 64 << 10)
+        size = dice.randint(8 << 10, 128 << 10)  # what is printed is shorter
         return Trial(way, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
     action, error = {"killed at a call": (KILL, 0), "EIO": (FAIL, errno.EIO)}.get(way, (FULL, errno.ENOSPC))
     return Trial(way, lambda: arm(at, action, error))
@@ -303,7 +217,7 @@ def may_mount(folder: Path) -> bool:
 
 
 def import_everything() -> None:
-    """All that a stage imports, so that forks need not; nothing is computed here, which could start threads."""
+    """All that a stage imports, so that forks need not. Nothing is computed: that could start threads."""
     import matplotlib.pyplot  # noqa: F401
     import trl  # noqa: F401
     from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification  # noqa: F401
@@ -315,39 +229,49 @@ def import_everything() -> None:
     logging.getLogger().handlers.clear()
 
 
-def references(all_scenarios: list[Scenario], made: Path) -> Iterator[Known]:
-    """Run each scenario twice undisturbed; both must give the same bytes. The second one's times count."""
+def references(all_scenarios: list[Scenario], made: Path, only: list[str]) -> Iterator[Known]:
+    """Run each scenario twice undisturbed; both must give the same bytes. The second one's times count.
+
+    What is only read by those that are tortured runs once.
+    """
     for scenario in all_scenarios:
-        for _ in range(2):
+        for _ in range(2 if not only or scenario.name in only else 1):
             before = digests(scenario.output) if scenario.output.exists() else None
             prepare(scenario)
             ending = fork(scenario.arguments, scenario.home, lambda: None, None, signal.SIGKILL)
-            if ending.code != 0 or list(broken_artifacts(scenario.output)):
+            if ending.code != 0 or list(broken_artifacts(scenario.output, scenario.again)):
                 raise RuntimeError(f"{scenario.name} fails undisturbed:\n{ending.text}")
             for name in ending.modules:
                 with suppress(Exception):
                     importlib.import_module(name)
+            gc.collect()
+            gc.freeze()
         found = digests(scenario.output)
         if scenario.before is None and before is not None and found != before:
-            raise RuntimeError(f"{scenario.name}: two undisturbed runs give other bytes")
+            other = [name for name in found if found[name] != before.get(name)]
+            raise RuntimeError(f"{scenario.name}: two undisturbed runs differ in {other}")
         size = sum(path.stat().st_size for path in scenario.home.rglob("*") if path.is_file())
         shutil.copytree(scenario.output, made / scenario.name)
         shutil.rmtree(scenario.home)
         yield Known(scenario, ending.seconds, ending.calls, size, found)
 
 
-def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[str], None]) -> Tally:
-    """`trials` trials over the stages named in `only` (all if empty), spread evenly over stages and ways."""
+def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float) -> Tally:
+    """`trials` trials over the stages named in `only` (all if empty), spread evenly over stages and ways.
+
+    After `minutes` no more of them are begun.
+    """
+    deadline = time.monotonic() + 60 * minutes
     import_everything()
     inputs, made, work = (root / name for name in ("inputs", "made", "work"))
     work.mkdir()
-    _in_a_fork(lambda: make_inputs(inputs))
-    wanted = [one for one in scenarios(inputs, made, work)]
-    known = [one for one in references(wanted, made) if not only or one.scenario.name in only]
+    in_a_fork(lambda: make_inputs(inputs))
+    wanted = [
+        one for one in scenarios(inputs, made, work) if not only or one.name in only or one.name in NEEDED
+    ]
+    known = [one for one in references(wanted, made, only) if not only or one.scenario.name in only]
     for one in known:
-        say(
-            f"{one.scenario.name:<10} {one.seconds:6.2f} s undisturbed, {one.calls} calls that write, {one.bytes} B"
-        )
+        say(f"{one.scenario.name:<10} {one.seconds:6.2f} s, {one.calls} calls that write, {one.bytes} bytes")
     ways = [way for way in WAYS if _possible(way, root)]
     tally, dice = Tally(), random.Random(seed)
 
@@ -355,40 +279,26 @@ def torture(root: Path, trials: int, seed: int, only: list[str], say: Callable[[
         return {**digests(inputs), **{f"made/{name}": one for name, one in digests(made).items()}}
 
     given = read()
-    plan = [(one, way) for _ in range(trials) for one in known for way in ways]
-    for number, (one, way) in enumerate(_spread(plan, trials, known, dice)):
+    for number, (one, way) in enumerate(islice(_rounds(known, ways, dice), trials)):
         attempt(one, draw(way, one, dice), read, given, tally)
-        if (number + 1) % 50 == 0:
+        if (number + 1) % 20 == 0:
             say(f"{number + 1} trials, {len(tally.faults)} broken promises")
+        if time.monotonic() > deadline:
+            break
     return tally
 
 
-def _spread(
-    plan: list[tuple[Known, str]], trials: int, known: list[Known], dice: random.Random
-) -> Iterator[tuple[Known, str]]:
-    kept = [pair for pair in plan if dice.random() < pair[0].scenario.share]
-    yield from kept[:trials]
+def _rounds(known: list[Known], ways: list[str], dice: random.Random) -> Iterator[tuple[Known, str]]:
+    """All stages in all ways, round after round, slow ones in a share of the rounds."""
+    while True:
+        for way in ways:
+            yield from ((one, way) for one in known if dice.random() < one.scenario.share)
 
 
 def _possible(way: str, root: Path) -> bool:
     if way in ("killed at a call", "EIO", "full disk (shim)"):
         return bool(os.environ.get(SHIM))
     return way != "full disk (tmpfs)" or may_mount(root)
-
-
-def _in_a_fork(work: Callable[[], None]) -> None:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if os.waitpid(child, 0)[1] != 0:
-        raise RuntimeError("the inputs could not be made")
 
 
 def table(tally: Tally) -> str:
@@ -408,26 +318,9 @@ def table(tally: Tally) -> str:
     return "\n".join([*lines, f"{sum(counts)} trials, {len(tally.faults)} broken promises"])
 
 
-def preload_and_restart(folder: Path) -> None:
-    """Compile the shim and start this program again under it; without a compiler, go on without."""
-    if SHIM in os.environ or not sys.platform.startswith("linux"):
-        return
-    library, compiler = folder / "faulty_disk.so", shutil.which("cc") or shutil.which("gcc")
-    os.environ[SHIM] = ""
-    if compiler is not None:
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            "-O1",
-            "-o",
-            str(library),
-            str(HERE / "faulty_disk.c"),
-            "-ldl",
-        ]
-        subprocess.run(command, check=True)
-        os.environ |= {SHIM: str(library), "LD_PRELOAD": str(library)}
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -437,14 +330,15 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--minutes", type=float, default=240.0)
     given = parser.parse_args()
+    preload_and_restart()
     with tempfile.TemporaryDirectory() as folder:
-        preload_and_restart(Path(folder))
         root = Path(folder)
         started = time.perf_counter()
-        tally = torture(root, given.trials, given.seed, given.stages, lambda text: print(text, flush=True))
-        print(table(tally))
-        print(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
+        tally = torture(root, given.trials, given.seed, given.stages, given.minutes)
+        say(table(tally))
+        say(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
     return int(bool(tally.faults))
 
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import save_dense
 from small_moe import make_moe, random_pairs, write_rows
 
+SLOW = {"train", "route", "fit", "evaluate"}
+# What other scenarios read.
+NEEDED = {"upcycle", "route", "fit", "merge"}
 COMMON = ["--threads", "1", "--seed", "3", "--device", "cpu"]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command that writes `output`; `before` lies there already (--overwrite). `again`: it may be repeated."""
+    """A command that writes `output`; `before` lies there already (--overwrite).
+
+    `again`: the command may be repeated over what it has made. `share`: of the rounds in which it takes part,
+    less for what takes long.
+    """
 
     name: str
     arguments: list[str]
     output: Path
     before: Path | None = None
     again: bool = False
-    share: float = field(default=1.0)
+    share: float = 1.0
 
     @property
     def home(self) -> Path:
@@ -81,7 +88,12 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],
     }
     found = [
-        Scenario(name, [name, *given, "--output", str(work / name / "out"), *COMMON], work / name / "out")
+        Scenario(
+            name,
+            [name, *given, "--output", str(work / name / "out"), *COMMON],
+            work / name / "out",
+            share=0.5 if name in SLOW else 1.0,
+        )
         for name, given in commands.items()
     ]
     output = work / "overwrite" / "out"
@@ -89,7 +101,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     found.append(Scenario("overwrite", over, output, before=made / "upcycle"))
     output = work / "run" / "out"
     run = ["run", str(inputs / "recipe.yml"), "--output", str(output)]
-    return [*found, Scenario("run", run, output, again=True, share=0.5)]
+    return [*found, Scenario("run", run, output, again=True, share=0.15)]
 
 
 def prepare(scenario: Scenario) -> None:
