@@ -209,7 +209,8 @@ def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
 
 def verdict_over_seeds(group: Report, model: str) -> str:
     """Whether `model` is better than the baseline over seeds; `group` is one of compare.json."""
-    head = f"Did merging help here? {model} against {group['baseline']}, {len(group['seeds'])} seeds"
+    count = len(group["seeds"])
+    head = f"Did merging help here? {model} against {group['baseline']}, {count} seed{'s' * (count > 1)}"
     parts = []
     for what, measured in group["measures"].items():
         numbers = measured.get(model, {})
