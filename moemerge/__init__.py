@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
+    from moemerge.attack import attack as attack
     from moemerge.coefficients.base import Coefficients as Coefficients
     from moemerge.compare import compare as compare
     from moemerge.data import prepare as prepare
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from moemerge.merge import merge as merge
     from moemerge.merge import merge_models as merge_models
     from moemerge.modelling import load_moe as load_moe
+    from moemerge.optimise import optimise as optimise
     from moemerge.pipeline import check_recipe as check_recipe
     from moemerge.pipeline import load_recipe as load_recipe
     from moemerge.pipeline import run_recipe as run_recipe
     from moemerge.publish import publish as publish
     from moemerge.route import route as route
     from moemerge.routing import RoutingStatistics as RoutingStatistics
+    from moemerge.sample import sample as sample
     from moemerge.synthetic import write_world as write_world
     from moemerge.train import train as train
     from moemerge.upcycle import upcycle as upcycle
@@ -55,7 +58,10 @@ _HOMES = {
     "fit_models": "fit",
     "merge_models": "merge",
     "export": "export",
+    "sample": "sample",
+    "optimise": "optimise",
     "evaluate": "evaluate",
+    "attack": "attack",
     "publish": "publish",
     "compare": "compare",
     "prepare": "data",

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, tor
 def probe_batch(config: PreTrainedConfig, seed: int, device: torch.device | str) -> dict[str, Tensor]:
     """Two sequences of random tokens, the second one padded on the right: input_ids and attention_mask."""
     generator = torch.Generator().manual_seed(seed)
-    length = min(32, getattr(config, "max_position_embeddings", 64) // 2)
+    length = max(2, min(32, getattr(config, "max_position_embeddings", 64) // 2))
     ids_BT = torch.randint(0, config.vocab_size, (2, length), generator=generator)
     ids_BT[ids_BT == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     mask_BT = torch.ones_like(ids_BT)

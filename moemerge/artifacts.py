@@ -19,7 +19,8 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from moemerge.disk import disk_faults, exists, flush_tree, put_in_place, recover, remove, require_space
+from moemerge.confined import refuse_foreign
+from moemerge.disk import disk_faults, exists, flush, flush_tree, put_in_place, recover, remove, require_space
 from moemerge.environment import hardware, versions
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
 from moemerge.fingerprints import MANIFEST, fingerprint, sums
@@ -49,10 +50,10 @@ class Draft:
     provenance: dict[str, Any] = field(default_factory=dict)
     needed: int | None = None
 
-    def reserve(self, size: int) -> None:
-        """Before long work: raise ArtifactError unless the disk has room for `size` bytes in all."""
+    def reserve(self, size: int, there: int = 0) -> None:
+        """Before long work: ArtifactError unless the disk has room for `size` bytes less those `there`."""
         self.needed = size
-        require_space(self.folder, size)
+        require_space(self.folder, size - there)
 
     def disk_faults(self) -> AbstractContextManager[None]:
         """A full or broken disk becomes an ArtifactError."""
@@ -245,7 +246,8 @@ def _seal(draft: Draft, options: Run) -> None:
     }
     manifest = json.loads(json.dumps({**manifest, **whole, "seconds": seconds}, default=str))
     write_json(draft.folder / MANIFEST, manifest | {"sha256": own_digest(manifest)})
-    flush_tree(draft.folder)
+    flush(draft.folder / MANIFEST)
+    flush(draft.folder)
     if own_digest(read_manifest(draft.folder)) != own_digest(manifest):
         raise _damaged(draft, f"{MANIFEST} does not hold what was written")
 
@@ -350,6 +352,7 @@ def _fingerprints(value: Any, known: Any = None) -> Any:
     path = Path(value)
     if not path.exists():
         return {"hub": redact(value), "sha256": redact(value)}
+    refuse_foreign(path)
     files = (known or {}).get("files")
     if files is None and (path / MANIFEST).exists():
         files = read_manifest(path)["files"]
@@ -379,5 +382,10 @@ def workspace(options: Run) -> Iterator[Path]:
         if work.fullmatch(other.name) and other != folder:
             remove(other)
     folder.mkdir(exist_ok=True)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if not any(path.is_file() for path in folder.rglob("*")):  # nothing that a later run could use
+            shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)

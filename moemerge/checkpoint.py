@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moemerge.confined import refuse_links_out
-from moemerge.disk import flush
+from moemerge.confined import refuse_foreign
+from moemerge.disk import flush_and_forget
 from moemerge.errors import CheckpointError
 from moemerge.json_file import read_config, read_object
+from moemerge.read_back import require_as_meant, tensor_digest
 
 if TYPE_CHECKING:
     from moemerge.families.base import ExpertTensor
@@ -80,7 +81,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = local_folder(folder)
-        refuse_links_out(self.folder)
+        refuse_foreign(self.folder)
         self._files = self._weight_files()
         self._open: dict[str, Any] = {}
 
@@ -107,6 +108,12 @@ class Checkpoint:
         if kind not in DTYPES:
             raise self._fault("a tensor is quantised", f"{name} in {kind}", ", ".join(DTYPES))
         return DTYPES[kind]
+
+    def refuse_quantised(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError unless all these tensors hold floating-point numbers that a merge can use."""
+        for name in names:
+            if not self.dtype(name).is_floating_point:
+                raise self._fault("a tensor is quantised", f"{name} in {self.dtype(name)}", "floating point")
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU, as stored."""
@@ -158,6 +165,9 @@ class Checkpoint:
         return self._open[file]
 
     def _weight_files(self) -> dict[str, str]:
+        if (self.folder / "adapter_config.json").exists():
+            # transformers would load the model that this file names, from wherever that is
+            raise self._adapter_fault()
         if (self.folder / INDEX).exists():
             files = self._indexed_files()
             self._refuse_leftovers(set(files.values()))
@@ -165,8 +175,6 @@ class Checkpoint:
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
         found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
-        if (self.folder / "adapter_config.json").exists():
-            raise self._adapter_fault(", ".join(found))
         raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
 
     def _refuse_leftovers(self, shards: set[str]) -> None:
@@ -179,7 +187,8 @@ class Checkpoint:
                 fix="remove what is left of the older model",
             )
 
-    def _adapter_fault(self, found: str) -> CheckpointError:
+    def _adapter_fault(self) -> CheckpointError:
+        found = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS)))
         return CheckpointError(
             f"{self.folder} is an adapter (LoRA), not a whole model",
             given=f"adapter_config.json, {found or 'no weights'}",
@@ -233,15 +242,20 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
     """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time.
 
     A finished shard goes to the disk while the next one is made. Tensors may be views, also of each other.
+    In the end all are read back from the disk; CheckpointError unless names, shapes, dtypes and bits are
+    those that were meant.
     """
     paths: list[Path] = []
-    with ThreadPoolExecutor(1) as disk:
+    meant: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor() as pool:
         flushed = []
         for shard in _shards(tensors, shard_size):
             paths.append(folder / f"model-{len(paths) + 1}.safetensors")
+            digests = pool.map(tensor_digest, shard.values())  # hashing leaves the interpreter free
             save_file(shard, paths[-1], metadata={"format": "pt"})
             paths[-1].chmod(0o644)
-            flushed.append(disk.submit(flush, paths[-1]))
+            flushed.append(disk.submit(flush_and_forget, paths[-1]))
+            meant |= zip(shard, digests, strict=True)
             shard.clear()
         for one in flushed:
             one.result()
@@ -249,6 +263,8 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
         paths[0].rename(folder / SINGLE)
     elif paths:
         _number(folder, paths, Path.rename)
+    if paths:
+        require_as_meant(folder, meant, Checkpoint(folder).tensors())
 
 
 def _shards(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 import click
 
 from moemerge.errors import MoemergeError, OptionError, suggest
+from moemerge.redaction import redact
+from moemerge.stopping import Stopped, stoppable
 from moemerge.summary import headline
 
 if TYPE_CHECKING:
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
     from moemerge.pipeline import StepReport
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
 
 # Commands that run one stage, in pipeline order; recipe.py has their options, in classes of the same names.
 STAGE_COMMANDS = {
@@ -32,7 +36,10 @@ STAGE_COMMANDS = {
     "fit": "Find merge coefficients.",
     "merge": "Merge a MoE into one dense reward model.",
     "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
+    "sample": "Sample a policy: candidate answers for evaluate.",
+    "optimise": "Optimise a policy against reward models; gold and proxy reward over steps.",
     "evaluate": "Compare reward models.",
+    "attack": "Search for edited answers that a reward model overrates; write them as training pairs.",
     "publish": "Write the model card; push to the hub.",
     "compare": "Compare runs over seeds: means, paired differences, cost.",
 }
@@ -191,9 +198,18 @@ def _pair(name: str, text: str) -> tuple[str, str]:
     return key, value
 
 
+class _Discreet(logging.Formatter):
+    """Log lines without passwords and tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | None) -> None:
     levels = {None: logging.INFO, True: logging.DEBUG, False: logging.WARNING}
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Discreet("%(message)s"))
     logging.getLogger("moemerge").setLevel(levels[value])
     # Read by transformers when it is imported, which is later.
     if value is not True:
@@ -232,7 +248,7 @@ def cli() -> None:
     """
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+def _command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     command = cli.command()(function)
     command.params.append(_verbosity())
     return function
@@ -292,6 +308,28 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
     click.echo(f"Load the merged model:\n{_loading_lines(report.merged)}")
 
 
+@_command
+@click.option(
+    "--inputs", is_flag=True, help="Verify also what it was made from, as far as it is still there."
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path, inputs: bool) -> int:
+    """Hold FOLDER, which a step wrote, against its manifest: every file, checksum, header and index.
+
+    Ends with code 0 if nothing is wrong, 1 with a table of what is, 2 if FOLDER cannot be verified.
+    """
+    from moemerge.summary import fault_table
+    from moemerge.verify import verify as verify_artifact
+
+    found = verify_artifact(folder, inputs)
+    for one in found.gone:
+        click.echo(f"not there to be verified: {one}")
+    if found.faults:
+        click.echo(fault_table(found.faults))
+    click.echo(f"{len(found.folders)} folder(s) verified: {len(found.faults) or 'no'} fault(s)")
+    return FAULTY if found.faults else 0
+
+
 def _tell_step(step: StepReport) -> None:
     what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
     click.echo(f"{step.name:<14} {what:>8}  {headline(step.stage, step.results)}")
@@ -336,16 +374,27 @@ for _name in ("yaml", "multi", "pytorch"):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line. Faults that the user can mend end with code 2, an interrupt with 130."""
+    """Run the command line. Faults that the user can mend end with code 2, a signal with 128 + its number."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(args=arguments, prog_name="moemerge", standalone_mode=False)
+        with stoppable():
+            code = cli.main(args=arguments, prog_name="moemerge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except MoemergeError as error:
-        click.echo(str(error), err=True)
+        click.echo(redact(str(error)), err=True)
         sys.exit(USAGE_ERROR)
+    except Stopped as stopped:
+        _say_how_to_go_on(stopped.number, arguments)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command goes on where this one stopped", err=True)
-        sys.exit(INTERRUPTED)
+        _say_how_to_go_on(signal.SIGINT, arguments)
+
+
+def _say_how_to_go_on(number: int, arguments: Sequence[str]) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        command = redact(shlex.join(["moemerge", *arguments]))
+        name = signal.Signals(number).name
+        click.echo(f"stopped by {name}, nothing is left half-written; to go on: {command}", err=True)
+    sys.exit(BY_SIGNAL + number)

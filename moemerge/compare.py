@@ -215,7 +215,7 @@ def _mean_cost(costs: Sequence[Values]) -> Values:
 
 
 def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Compare) -> dict[str, Any]:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for model in runs[0].measures[what]:
         values_S = np.array([run.measures[what][model] for run in runs])
         found[model] = {

@@ -1,29 +1,30 @@
-"""Whether a folder that was given holds all that it says it holds. Imports nothing heavy."""
+"""Whether what was given holds only what is its own. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from moemerge.errors import CheckpointError
+from moemerge.errors import ArtifactError
 
 
-def refuse_links_out(folder: Path) -> None:
-    """Raise CheckpointError if something in `folder` is a link to elsewhere, or neither file nor folder.
+def refuse_foreign(source: Path) -> None:
+    """Raise ArtifactError if `source` or something in it is neither file nor folder, or links out of it.
 
-    Whoever made the folder could have any file of this machine read, and published, by such a link. In the
-    Hugging Face cache, where files are links to the blobs of their repository, these are no elsewhere.
+    Whoever made a folder could have any file of this machine read, and published, by such a link. In the
+    Hugging Face cache, where files are links to the blobs of their repository, these are not outside.
+    `source` itself may be a link: it was given by name.
     """
-    homes = list(_homes(folder.resolve()))
-    for path in folder.rglob("*"):
+    homes = list(_homes(source.resolve()))
+    for path in [source, *(source.rglob("*") if source.is_dir() else ())]:
         target = path.resolve()
-        inside = not path.is_symlink() or any(target.is_relative_to(home) for home in homes)
-        plain = target.is_file() or target.is_dir()
-        if not inside or not (plain or path.is_symlink()):
-            raise CheckpointError(
-                f"{folder} holds what is not its own",
-                given=f"{path.name}, {'a link to ' + str(target) if path.is_symlink() else 'no plain file'}",
-                expected="files, or links to files in the same folder",
+        leaves = path.is_symlink() and path != source and not any(map(target.is_relative_to, homes))
+        strange = target.exists() and not (target.is_file() or target.is_dir())
+        if leaves or strange:
+            raise ArtifactError(
+                f"{source} holds what is not its own" if path != source else f"{source} is no file",
+                given=f"{path.name}: {'a link out of the folder' if leaves else 'neither file nor folder'}",
+                expected="files and folders, and links to such in the same folder",
                 fix="put a copy of the file in its place, or remove it",
             )
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from moemerge import modelling
+from moemerge.configs import load_config
 from moemerge.moe import moe_layers
-from moemerge.scoring import load_config
 
 # What `cost` tells, as tables call it.
 COSTS = {

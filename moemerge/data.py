@@ -18,7 +18,7 @@ import numpy as np
 from moemerge.artifacts import Draft, stage, write_json
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.options import TextFormat
-from moemerge.preferences import CandidateSet, Pair, parse_candidates, parse_pair, value_of
+from moemerge.preferences import CandidateSet, Pair, parse_candidates, parse_pair, parse_prompt, value_of
 from moemerge.recipe import Data
 from moemerge.rows import SHOWN, BadRow, Row, RowReport, Text, read_rows, write_rows
 from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair, encode, encode_all
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 PAIR_ROWS = "rows with prompt, chosen, rejected (or the last two only), each text or messages {role, content}"
 CANDIDATE_ROWS = "rows with prompt and candidates, a list of two or more {text, score}"
+PROMPT_ROWS = "rows with prompt, text or messages {role, content}"
 SHORT_ROWS = "rows of at most max_length tokens that the tokenizer can encode"
 
 __all__ = [
@@ -37,12 +38,14 @@ __all__ = [
     "Pair",
     "RowReport",
     "Text",
+    "distinct",
     "encode",
     "encode_candidates",
     "encode_pairs",
     "prepare",
     "read_candidates",
     "read_pairs",
+    "read_prompts",
 ]
 
 log = logging.getLogger(__name__)
@@ -59,10 +62,37 @@ def read_pairs(source: str, format: TextFormat) -> tuple[list[Pair], RowReport]:
     return collect(source, rows, format, partial(parse_pair, has_prompt=has_prompt), PAIR_ROWS)
 
 
-def read_candidates(source: str, format: TextFormat) -> tuple[list[CandidateSet], RowReport]:
-    """All usable candidate sets of `source`, and a report on the other rows. Raises as read_pairs does."""
+def read_candidates(
+    source: str, format: TextFormat, scored: bool = True
+) -> tuple[list[CandidateSet], RowReport]:
+    """All usable candidate sets of `source`, and a report on the other rows. Raises as read_pairs does.
+
+    Unless `scored`, sets without gold scores are taken too.
+    """
     rows = list(read_rows(source))
-    return collect(source, rows, format, parse_candidates, CANDIDATE_ROWS)
+    return collect(source, rows, format, partial(parse_candidates, scored=scored), CANDIDATE_ROWS)
+
+
+def read_prompts(source: str, format: TextFormat) -> tuple[list[CandidateSet], RowReport]:
+    """The prompts of `source`, whatever else its rows hold, as sets without answers.
+
+    Raises as read_pairs does, and DataError for chats and plain texts side by side.
+    """
+    found, report = collect(source, list(read_rows(source)), format, parse_prompt, PROMPT_ROWS)
+    if len({type(one.prompt) for one in found}) > 1:
+        raise DataError(
+            f"prompts of {source} are of different kinds",
+            given="texts and chats",
+            expected="one kind",
+            fix="make two files of them",
+        )
+    return found, report
+
+
+def distinct(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """The first of those with equal prompts."""
+    first = {json.dumps(one.prompt): one for one in reversed(sets)}
+    return [one for one in sets if first[json.dumps(one.prompt)] is one]
 
 
 def collect(
@@ -186,7 +216,7 @@ class _Reader:
 
     def candidates(self, name: str, source: str) -> list[CandidateSet]:
         """One set of candidate sets, capped."""
-        sets, report = read_candidates(source, self.options)
+        sets, report = read_candidates(source, self.options, self.options.scored)
         self.reports[name] = report
         if self.tokenizer is not None:
             sets = [e.candidates for e in encode_candidates(self.tokenizer, sets, self.options, report)]

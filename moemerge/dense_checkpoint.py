@@ -34,6 +34,7 @@ def source_names(source: Checkpoint, config: PreTrainedConfig) -> dict[str, str 
                 expected=f"the tensors of {dense_class(config).__name__}",
                 fix=f"use a complete checkpoint of a supported architecture{reason}",
             )
+    source.refuse_quantised(held for held in found.values() if held)
     lost = [name for name, held in found.items() if held is None]
     if lost and claims_head(config):
         raise CheckpointError(

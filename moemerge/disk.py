@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from moemerge.errors import ArtifactError, MoemergeError
 
+THREADS = 8
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 DRAFT = r"\.{name}\.[a-z0-9_]{{8}}\.tmp"  # as tempfile.mkdtemp makes them
 REASONS = {
@@ -44,17 +46,15 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush everything in `folder`, and have its files read from the disk when they are read next."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if not path.is_symlink():
-            flush(path)
-        if path.is_file():
-            _forget(path)
+    """Flush everything in `folder`, and itself."""
+    with ThreadPoolExecutor(THREADS) as pool:  # what waits for the disk at the same time waits together
+        list(pool.map(flush, [path for path in folder.rglob("*") if not path.is_symlink()]))
     flush(folder)
 
 
-def _forget(path: Path) -> None:
-    """Drop the system's copy in memory of a file that has been flushed."""
+def flush_and_forget(path: Path) -> None:
+    """Flush a file, and drop the system's copy in memory: who reads it next reads the disk."""
+    flush(path)
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -65,10 +65,14 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     scores |= ensemble_scores(options, scores)
     models |= ensemble_facts(options, models)
     inputs = probe_inputs(sets, scores)
-    results = {name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()}
+    results = {
+        name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
+    }
     report = {
         # Without times: evaluated again, the same models give the same report.
-        "models": {name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()},
+        "models": {
+            name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()
+        },
         "baseline": options.baseline or next(iter(models)),
         "gold": gold.told(options),
         "rows": {f"{one.kind}/{one.name}": one.report for one in sets},

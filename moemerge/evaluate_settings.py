@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from moemerge.options import Options, Sources
+from moemerge.options import Sources
+from moemerge.policy_settings import GoldSource
 
 
-class EvaluateSettings(Options):
+class EvaluateSettings(GoldSource):
     """Accuracy and over-optimisation of several models on the same data."""
 
     probes: list[str] = Field(

@@ -13,6 +13,8 @@ from moemerge.html_report import Section
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
 
+KINDS = {"pairs": "preference pairs", "candidates": "scored candidates", "rewardbench": "RewardBench"}
+
 
 def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section]:
     """Summary, one section per probe, worst cases to read, models and data, from what evaluate wrote.
@@ -23,13 +25,22 @@ def evaluation_sections(report: Mapping[str, Any], folder: Path) -> list[Section
     sections, to_read = [_summary(report)], []
     for name, result in results.items():
         tables = PROBES.get(name).tables(result)
-        to_read += [table for table in tables if any(table.prose())]
-        numbers = [table for table in tables if not any(table.prose())]
+        to_read += [table for table in tables if any(table.prose()[1:])]
+        numbers = [table for table in tables if not any(table.prose()[1:])]
         figures = [Figure.load(folder / plot) for plot in plots.get(name, [])]
         sections.append(Section(_title(name), tables=numbers, figures=figures))
     if to_read:
         sections.append(Section("Worst cases to read", tables=to_read))
-    return [*sections, Section("Models and data", tables=[model_table(report["models"]), *protocol.tables(report["protocol"]), row_table(report)])]
+    return [*sections, _models_and_data(report)]
+
+
+def _models_and_data(report: Mapping[str, Any]) -> Section:
+    edited = {name: one for name, one in report["rows"].items() if name.startswith("edits/")}
+    given = {name: one for name, one in report["rows"].items() if name not in edited}
+    tables = [model_table(report["models"]), *protocol.tables(report["protocol"]), row_table(given)]
+    return Section(
+        "Models and data", tables=tables, folded=[row_table(edited, "Edited answers")] if edited else []
+    )
 
 
 def _title(name: str) -> str:
@@ -50,8 +61,8 @@ def _compared(report: Mapping[str, Any]) -> str:
     for place in report["rows"]:
         kind, _, name = place.partition("/")
         sets.setdefault(kind, []).append(name)
-    names = {"pairs": "preference pairs", "candidates": "scored candidates"}
-    on = " and ".join(f"{names.get(kind, kind)} ({', '.join(found)})" for kind, found in sets.items())
+    told = {kind: name for kind, name in KINDS.items() if kind in sets}
+    on = " and ".join(f"{name} ({', '.join(sets[kind])})" for kind, name in told.items())
     models = ", ".join(report["models"])
     return (
         f"{models}, compared on {on}. All models scored the same rows; differences to {report['baseline']} "
@@ -65,14 +76,14 @@ def model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("Models", ["model", "class", *COSTS.values()], rows)
 
 
-def row_table(report: Mapping[str, Any]) -> Table:
-    """How many rows of each file were used, and why the others were not; `report` has them under "rows"."""
+def row_table(reports: Mapping[str, Mapping[str, Any]], title: str = "Data rows") -> Table:
+    """How many rows of each set were used, and why the others were not, from RowReport.summary() of each."""
     rows = []
-    for name, one in report["rows"].items():
+    for name, one in reports.items():
         why = [f"{reason}: {bad['count']} ({_numbers(bad)})" for reason, bad in one["bad"].items()]
         left = one["total"] - one["kept"]
         rows.append([name, str(one["total"]), str(one["kept"]), str(left), "; ".join(why)])
-    return Table("Data rows", ["set", "rows", "used", "left out", "why"], rows)
+    return Table(title, ["set", "rows", "used", "left out", "why"], rows)
 
 
 def _numbers(bad: Mapping[str, Any]) -> str:

@@ -88,9 +88,7 @@ def probe_inputs(
     return inputs
 
 
-def score_tensors(
-    sets: Sequence[EvaluationSet], scores: Mapping[str, Sequence[Tensor]]
-) -> dict[str, Tensor]:
+def score_tensors(sets: Sequence[EvaluationSet], scores: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """What scores.safetensors holds: KIND/SET/rows, source rows by text, and KIND/SET/model/MODEL, scores."""
     found = {}
     for place, one in enumerate(sets):

@@ -57,6 +57,7 @@ def _write_experts(options: Export, draft: Draft) -> None:
     if found is not None:
         source.check_fit(found)
     places = {place: folder for place, folder in enumerate(_references(source)) if folder is None}
+    draft.reserve(source.size(source.dtype, copies=len(places)) if places else 0)
     _write_members(draft.folder, source, list(places), options.shard_size)
     if found is not None:
         home = options.output.absolute()

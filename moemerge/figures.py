@@ -66,20 +66,20 @@ class Curves:
 
 @dataclass(frozen=True)
 class Dots:
-    """Value, low and high by name, one plot per group; a dashed line marks the value of `reference`."""
+    """Value, low and high by name, one plot per group; a dashed line marks the value of `reference`, or 0."""
 
     title: str
     groups: Mapping[str, Mapping[str, tuple[Number, Number, Number]]]
     x_label: str
-    reference: str
+    reference: str | None = None
     kind: Literal["dots"] = "dots"
 
     def words(self) -> list[str]:
         """Per group: every value with its interval."""
+        last = f" {self.reference} is the reference." if self.reference else ""
         return [
             f"{self.x_label} on {group}, with intervals: "
-            f"{_listed([f'{name} {_interval(*one)}' for name, one in rows.items()])}. "
-            f"{self.reference} is the reference."
+            f"{_listed([f'{name} {_interval(*one)}' for name, one in rows.items()])}.{last}"
             for group, rows in self.groups.items()
         ]
 

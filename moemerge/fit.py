@@ -31,7 +31,8 @@ from moemerge.recipe import Fit
 from moemerge.routing import RoutingStatistics
 from moemerge.sources import MergeSource
 from moemerge.teachers import Lesson
-from moemerge.tokenise import EncodedCandidates, EncodedPair
+from moemerge.token_limits import check_config
+from moemerge.tokenise import EncodedCandidates, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class _Data:
     def _read(self, name: str, source: str) -> list[EncodedPair]:
         pairs, report = read_pairs(source, self.options)
         encoded = encode_pairs(self.tokenizer, pairs, self.options, report)
+        check_config(self.source.dense_config(), texts_of(encoded))
         self.rows[name] = report.summary()
         return encoded
 

@@ -10,6 +10,8 @@ from typing import Any
 MAX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
 MAX_LAYERS = 1000
+# By these, transformers would fetch a kernel from the hub, or read other weights than the folder's own.
+ELSEWHERE = ("attn_implementation", "_attn_implementation", "experts_implementation", "transformers_weights")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -36,6 +38,9 @@ def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder, where what every model has is of its type. Raises as read_object."""
     config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    for name in ELSEWHERE:
+        if "/" in str(config.get(name, "")) or (name == "transformers_weights" and config.get(name)):
+            raise ValueError(f"{name} {config[name]!r} names code or weights that are not in the folder")
     heads = config.get("architectures")
     kind = config.get("model_type", "")
     if not isinstance(kind, str):

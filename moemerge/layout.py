@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.families.base import ExpertTensor
+from moemerge.json_file import read_object
 from moemerge.provenance import package_version
 
 FILE = "moemerge_layout.json"
@@ -48,13 +49,44 @@ def write_layout(folder: str | Path, layout: Layout) -> None:
 
 def read_layout(folder: Path) -> Layout | None:
     """The layout kept in `folder`; None if there is none for its config.json by the versions at hand."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        values = read_object(folder / FILE)
         if values.pop("for") == _key(folder):
             values["moe"] = {name: tuple(shape) for name, shape in values["moe"].items()}
             values["experts"] = [_expert_tensor(**tensor) for tensor in values["experts"]]
-            return Layout(**values)
+            layout = Layout(**values)
+            return layout if _sound(layout) else None
     return None
+
+
+def _sound(layout: Layout) -> bool:
+    """Whether values are of their types, and tensors, shapes and rows agree with each other."""
+    texts = [layout.class_name, *layout.moe, *layout.tied, *layout.dense]
+    shapes = [*layout.moe.values(), *(tensor.shape for tensor in layout.experts)]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(size) is int and size >= 0 for shape in shapes for size in shape)
+        and isinstance(layout.tied, list)
+        and isinstance(layout.dense, list)
+        and isinstance(layout.dense_config, dict)
+        and bool(layout.experts)
+        and all(_stands(tensor, layout) for tensor in layout.experts)
+    )
+
+
+def _stands(tensor: ExpertTensor, layout: Layout) -> bool:
+    """Whether a tensor is the dense model's, and its copy is where it is said to be in the stack."""
+    stack, rows = layout.moe[tensor.stacked], tensor.rows
+    return (
+        tensor.dense in layout.dense
+        and type(tensor.layer) is int
+        and type(tensor.transposed) is bool
+        and type(rows.start) is int
+        and type(rows.stop) is int
+        and 0 <= rows.start < rows.stop <= stack[1]
+        and tensor.stored_shape == (rows.stop - rows.start, *stack[2:])
+        and layout.moe.get(tensor.shared, tensor.shape) == tensor.shape
+    )
 
 
 def _expert_tensor(rows: list[int], shape: list[int], **values: Any) -> ExpertTensor:

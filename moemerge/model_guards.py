@@ -5,19 +5,23 @@ Everything but `check_finite` reads config.json and the headers of the weights o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from moemerge.checkpoint import Checkpoint
+from moemerge.configs import load_config, unloadable
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families.dense import PREFIX, skeleton
 from moemerge.finite import finite
 
+SPARE = 10_000_000  # numbers that a config may ask for beyond twice those in the weights: buffers, a head
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 
 
@@ -39,7 +43,7 @@ def check_reward_model(source: str | Path) -> Checkpoint:
         )
     refuse_own_class(weights.config.get("architectures"), source)
     _refuse_other_kinds(weights.config, source)
-    config = AutoConfig.from_pretrained(weights.folder)
+    config = load_config(weights.folder)
     if config.num_labels != 1:
         raise CheckpointError(
             f"{source} is not a reward model",
@@ -96,6 +100,31 @@ def check_tensors(weights: Checkpoint, config: PretrainedConfig) -> None:
             given=given,
             expected=f"exactly the tensors of {type(model).__name__}",
             fix="copy the model again whole; if the head is missing, train it first",
+        )
+
+
+def refuse_larger(weights: Checkpoint, config: PretrainedConfig) -> None:
+    """Raise CheckpointError for quantised weights, and for a config that asks for far more than there are.
+
+    Loading would fill the memory with what is missing.
+    """
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # see load_config
+        expected = "the config of a model that can be built"
+        raise unloadable("the model cannot be made", weights.folder, error, expected) from error
+    wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
+    weights.refuse_quantised(model.state_dict().keys() & set(weights.names))
+    held = sum(math.prod(weights.shape(name)) for name in weights.names)
+    if wanted > 2 * held + SPARE:
+        raise CheckpointError(
+            f"{weights.folder} does not hold the model that its config asks for",
+            given=f"{held:,} numbers in the weights, {wanted:,} asked for",
+            expected="weights that agree with config.json",
+            fix="copy the model again whole",
         )
 
 

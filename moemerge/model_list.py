@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from moemerge.checkpoint import Checkpoint, copy_side_files
+from moemerge.configs import load_config
 from moemerge.dense_checkpoint import source_names
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
@@ -56,7 +57,7 @@ class Model:
     def __init__(self, folder: str | Path) -> None:
         self.weights = Checkpoint(folder)
         self.folder = self.weights.folder
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
+        self.config: PreTrainedConfig = load_config(self.folder)
         if is_moe(self.config):
             raise UnsupportedError(
                 f"{self.folder} is a mixture of experts",

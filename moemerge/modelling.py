@@ -28,6 +28,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from moemerge.checkpoint import Checkpoint
+from moemerge.configs import load_config, unloadable
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import FAMILIES, family_of
 from moemerge.families.base import Family
@@ -267,11 +269,21 @@ def load_moe(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None 
     Raises CheckpointError if it is not a moemerge MoE, or a tensor is missing, left over or misshapen.
     """
     register()
-    config = AutoConfig.from_pretrained(folder)
+    Checkpoint(folder)
+    config = load_config(folder)
     require_moe(config.model_type, folder)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, config=config, dtype=dtype or "auto", device_map=device, output_loading_info=True
-    )
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # see load_config
+        expected = "safetensors that agree with config.json"
+        raise unloadable("the MoE cannot be loaded", folder, error, expected) from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(

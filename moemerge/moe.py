@@ -21,6 +21,7 @@ from moemerge.expert_schedule import FREE, by_token
 
 LOAD_NOISE_STD = 1.0
 EPSILON = 1e-10
+GATES, ROUTERS, BALANCE_LOSSES = ("xft", "topk", "prompt"), ("linear", "mlp"), ("cv", "switch")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,33 @@ class MoeSettings:
                 expected=f"the keys {', '.join(sorted(known))}",
                 fix=suggest(name, known) + " or use the moemerge version that wrote it",
             )
-        return cls(**values)
+        found = cls(**values)
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """CheckpointError for values of another type, or out of range."""
+        numbers = (self.gate_shared_weight, self.router_init_std, self.balance_coefficient)
+        texts = (self.gate, self.router, self.balance_loss, self.dense_dtype)
+        whole = [self.num_routed_experts, self.num_experts_per_tok, *(self.layers or [-1])]
+        sound = (
+            all(type(value) in (int, float) and 0 <= value < float("inf") for value in numbers)
+            and all(type(value) is str for value in texts)
+            and all(type(value) is int and value >= 0 for value in whole)
+            and 1 <= self.num_experts_per_tok <= self.num_routed_experts
+            and type(self.shared_expert) is bool
+            and self.gate in GATES
+            and self.router in ROUTERS
+            and self.balance_loss in BALANCE_LOSSES
+            and isinstance(getattr(torch, self.dense_dtype, None), torch.dtype)
+        )
+        if not sound:
+            raise CheckpointError(
+                "the MoE config cannot be read",
+                given=str(self)[:300],
+                expected="numbers, texts and layers as upcycle writes them",
+                fix="copy the MoE again whole, or make it again",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The values as they stand in the config."""

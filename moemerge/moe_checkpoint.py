@@ -37,8 +37,7 @@ class MoeCheckpoint(ExpertSource):
         self.weights = Checkpoint(folder)
         self.folder = self.weights.folder
         self.layout = read_layout(self.folder) or _layout_of(self.config)
-        settings: dict[str, Any] = self.weights.config["moemerge"]
-        self.num_members, self.has_shared = settings["num_routed_experts"], settings["shared_expert"]
+        self.num_members, self.has_shared = self._members()
         self.tensors: list[ExpertTensor] = self.layout.experts
         self._check_tensors()
         experts, held = {tensor.dense for tensor in self.tensors}, set(self.weights.names)
@@ -50,9 +49,9 @@ class MoeCheckpoint(ExpertSource):
         from moemerge.families.dense import require_moe
 
         require_moe(str(self.weights.config.get("model_type")), self.folder)
-        from transformers import AutoConfig
+        from moemerge.configs import load_config
 
-        return AutoConfig.from_pretrained(self.folder)
+        return load_config(self.folder)
 
     @cached_property
     def settings(self) -> MoeSettings:
@@ -99,6 +98,28 @@ class MoeCheckpoint(ExpertSource):
         """The routed experts' copies, a view of the file; None where they are stored transposed."""
         assert isinstance(tensor, ExpertTensor)
         return None if tensor.transposed else self.weights.experts(tensor)
+
+    def _members(self) -> tuple[int, bool]:
+        """Number of routed experts, and whether there is a shared one, as config and layout both say."""
+        values: Any = self.weights.config.get("moemerge")
+        values = values if isinstance(values, dict) else {}
+        number, shared = values.get("num_routed_experts"), values.get("shared_expert")
+        stacks = {self.layout.moe[tensor.stacked][0] for tensor in self.layout.experts}
+        known = {tensor.shared in self.layout.moe for tensor in self.layout.experts}
+        dtype = getattr(torch, str(values.get("dense_dtype")), None)
+        if (
+            type(number) is not int
+            or stacks != {number}
+            or known != {shared}
+            or type(dtype) is not torch.dtype
+        ):
+            raise CheckpointError(
+                f"{self.folder} does not fit its own config",
+                given=f"{number} routed experts, shared_expert {shared}, dense_dtype {dtype}",
+                expected="what its tensors say",
+                fix="make the folder again, or copy it again whole",
+            )
+        return number, bool(shared)
 
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""

@@ -71,6 +71,7 @@ def write_native(options: Export, draft: Draft) -> None:
     assert options.model is not None, "recipe.Export asks for it"
     source = MoeCheckpoint(options.model)
     config = native_config(source)
+    draft.reserve(source.size(source.dtype, copies=1 + source.num_members))
     write_checkpoint(draft.folder, native_tensors(source), options.shard_size)
     config.save_pretrained(draft.folder)
     copy_side_files(source.folder, draft.folder)

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moemerge.artifacts import read_manifest
 from moemerge.checkpoint import Checkpoint
+from moemerge.configs import load_config
 from moemerge.errors import ArtifactError, CheckpointError, UnsupportedError
 from moemerge.families import family_called
 from moemerge.families.base import ExpertTensor
@@ -68,7 +69,7 @@ class NativeMoe(ExpertSource):
     def __init__(self, folder: str | Path) -> None:
         self.weights = Checkpoint(folder)
         self.folder = self.weights.folder
-        self.config = AutoConfig.from_pretrained(self.folder)
+        self.config = load_config(self.folder)
         self.sibling: Sibling = SIBLINGS[self.config.model_type]
         self._refuse_inexpressible()
         self.num_members = int(getattr(self.config, self.sibling.experts))

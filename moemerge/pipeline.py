@@ -39,7 +39,10 @@ STAGES: Registry[Stage[Any]] = Registry(
         "fit": "moemerge.fit:fit",
         "merge": "moemerge.merge:merge",
         "export": "moemerge.export:export",
+        "sample": "moemerge.sample:sample",
+        "optimise": "moemerge.optimise:optimise",
         "evaluate": "moemerge.evaluate:evaluate",
+        "attack": "moemerge.attack:attack",
         "publish": "moemerge.publish:publish",
         "compare": "moemerge.compare:compare",
     },
@@ -257,7 +260,7 @@ class _Plan:
         recipe = self.recipe
         if recipe.synthetic:
             yield self.step("synthetic", "synthetic", recipe.synthetic)
-        yield self.step("data", "data", self.data, tokenizer=self.source)
+        yield self.step("data", "data", self.data, tokenizer=self.source, scored=not recipe.evaluate.has_gold)
         if recipe.base:
             yield self.train("base", recipe.base, self.source)
         if recipe.control:
@@ -357,6 +360,7 @@ def write_template(path: str | Path, name: str = "quickstart") -> Path:
             expected="a new file",
             fix="choose another name or remove it",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(known[name].read_text(encoding="utf-8"), encoding="utf-8")
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, known[name].read_text(encoding="utf-8"))
     return path

@@ -21,7 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1
 GREY, GRID, INK = "#777777", "#dddddd", "#24292f"
 MARKERS = "osD^vPX"
 STROKES: tuple[Any, ...] = ("-", (0, (5, 1)), (0, (1, 1)))  # of the first seven lines, the next seven, ...
-CELLS_WITH_NUMBERS = 240
+CELLS_WITH_NUMBERS, MOST_MARKERS = 240, 40
 # What these become on a dark page.
 ON_DARK = {
     **{"#0072b2": "#4c9be8", "#d55e00": "#f0793a", "#009e73": "#2fbf94", "#56b4e9": "#9bd7f7"},
@@ -108,13 +108,16 @@ def panels(
 
 @_plainly
 def dots(
-    groups: Mapping[str, Mapping[str, tuple[float, float, float]]], path: Path, x_label: str, reference: str
+    groups: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    path: Path,
+    x_label: str,
+    reference: str | None = None,
 ) -> Path:
     """Draw value, low and high of every name as a dot with its interval, one plot per group, as a PNG.
 
-    A dashed line marks the value of `reference`.
+    A dashed line marks the value of `reference`, or zero without one.
     """
-    plot = Dots(x_label, groups, x_label, reference)
+    plot = Dots(x_label[:1].upper() + x_label[1:], groups, x_label, reference)
     most = max(len(rows) for rows in groups.values())
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
@@ -205,7 +208,8 @@ def _draw_dots(axes: Any, title: str, plot: Dots) -> None:
         axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
     axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylim=(len(group) - 0.5, -0.5))
     axes.set_yticks(range(len(group)), [_short(name) for name in group])
-    axes.axvline(group[plot.reference][0], color=GREY, linestyle="--", linewidth=1)
+    mark = group[plot.reference][0] if plot.reference else 0
+    axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
     _tidy(axes)
 
 
@@ -252,7 +256,8 @@ def _styles(plots: Sequence[Panel]) -> dict[str, dict[str, Any]]:
 def _draw(axes: Any, plot: Panel, styles: dict[str, dict[str, Any]], log_x: bool) -> None:
     for name, line in plot.lines.items():
         x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
-        axes.plot(x, y, label=_short(name), **styles[name])
+        marks = {} if len(x) <= MOST_MARKERS else {"marker": ""}
+        axes.plot(x, y, label=_short(name), **{**styles[name], **marks})
         if line.low is not None and line.high is not None:
             low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
             axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.13, linewidth=0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from moemerge.options import TextFormat
 from moemerge.rows import BadRow, Row, Text
 
-LARGEST = sys.float_info.max
+LARGEST = 1e100  # its square is a number still
 UNSUPPORTED = ("tools", "chat_template_kwargs")
 
 
@@ -37,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """Several answers to one prompt with the gold score of each."""
+    """Several answers to one prompt with the gold score of each; without scores `gold` is empty."""
 
     prompt: Text
     texts: list[Text]
@@ -47,7 +46,9 @@ class CandidateSet:
 
     def plain(self) -> Row:
         """The set as a row with plain field names."""
-        answers = [{"text": text, "score": score} for text, score in zip(self.texts, self.gold, strict=True)]
+        answers: list[Row] = [{"text": text} for text in self.texts]
+        if self.gold:
+            answers = [row | {"score": score} for row, score in zip(answers, self.gold, strict=True)]
         row: Row = {"prompt": self.prompt, "candidates": answers}
         return row | ({"subset": self.subset} if self.subset else {})
 
@@ -77,7 +78,7 @@ def parse_pair(row: Row, number: int, format: TextFormat, has_prompt: bool) -> P
 def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Prompt and answers apart; a text prompt beside chats must be the last message that they share."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        first, second = (_answer(prompt or "", text) for text in (chosen, rejected))
+        first, second = (as_answer(prompt or "", text) for text in (chosen, rejected))
         return prompt or "", first, second
     if isinstance(prompt, list):
         return prompt, chosen, rejected
@@ -90,14 +91,24 @@ def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Te
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _answer(prompt: Text, answer: Text) -> Text:
+def as_answer(prompt: Text, answer: Text) -> Text:
+    """`answer` as the same kind as its prompt: text after a chat is the assistant's message."""
     if isinstance(prompt, list) and isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     return answer
 
 
-def parse_candidates(row: Row, number: int, format: TextFormat) -> CandidateSet:
-    """The candidate set that `row` holds. Raises BadRow."""
+def parse_prompt(row: Row, number: int, format: TextFormat) -> CandidateSet:
+    """The prompt that `row` holds, without answers. Raises BadRow."""
+    _refuse_unsupported(row)
+    prompt = _text(value_of(row, "prompt", format), "prompt")
+    if _blank(prompt):
+        raise BadRow("empty prompt")
+    return CandidateSet(prompt, [], [], _subset(row, format), number)
+
+
+def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = True) -> CandidateSet:
+    """The candidate set that `row` holds; unless `scored`, answers may lack scores. Raises BadRow."""
     _refuse_unsupported(row)
     prompt = _text(value_of(row, "prompt", format), "prompt")
     answers = value_of(row, "candidates", format)
@@ -107,12 +118,13 @@ def parse_candidates(row: Row, number: int, format: TextFormat) -> CandidateSet:
         raise BadRow("candidates is not a list of objects")
     if len(answers) < 2:
         raise BadRow("fewer than 2 candidates")
-    texts = [_answer(prompt, _text(value_of(answer, "text", format), "text")) for answer in answers]
+    texts = [as_answer(prompt, _text(value_of(answer, "text", format), "text")) for answer in answers]
     if any(type(text) is not type(prompt) for text in texts):
         raise BadRow("prompt and text are of different kinds")
     if any(map(_blank, texts)):
         raise BadRow("empty answer")
-    gold = [_number(value_of(answer, "score", format), "score") for answer in answers]
+    found = [value_of(answer, "score", format) for answer in answers]
+    gold = [_number(score, "score") for score in found] if scored or None not in found else []
     return CandidateSet(prompt, texts, gold, _subset(row, format), number)
 
 
@@ -154,9 +166,11 @@ def _blank(text: Text) -> bool:
 def _number(value: Any, name: str) -> float:
     if value is None:
         raise BadRow(f"missing {name}")
-    if not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= LARGEST:
-        return float(value)
-    raise BadRow(f"{name} is not a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise BadRow(f"{name} is not a finite number")
+    if abs(value) > LARGEST:
+        raise BadRow(f"{name} is not a finite number of at most {LARGEST:.0e}")
+    return float(value)
 
 
 def _subset(row: Row, format: TextFormat) -> str:

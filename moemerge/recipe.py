@@ -11,8 +11,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moemerge.attack_settings import AttackSettings as AttackSettings
 from moemerge.comparison_settings import BaselineSettings as BaselineSettings
 from moemerge.comparison_settings import Compare as Compare
+from moemerge.data_settings import Data as Data
+from moemerge.data_settings import DataSettings as DataSettings
+from moemerge.data_settings import Synthetic as Synthetic
+from moemerge.data_settings import SyntheticSettings as SyntheticSettings
 from moemerge.evaluate_settings import EvaluateSettings as EvaluateSettings
 from moemerge.fit_settings import FitSettings as FitSettings
 from moemerge.options import (
@@ -27,6 +32,8 @@ from moemerge.options import (
     Sources,
     TextFormat,
 )
+from moemerge.policy_settings import Optimise as Optimise
+from moemerge.policy_settings import Sample as Sample
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -292,6 +299,14 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 
+class Attack(AttackSettings, TextFormat, Run):
+    """Options of `moemerge attack`."""
+
+    model: Source = Field(description="reward model: folder or hub name")
+    pairs: Source = Field(description="preference pairs whose rejected answers are edited")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
 class PublishSettings(Options):
     """Model card and push to the Hugging Face Hub."""
 
@@ -312,54 +327,6 @@ class Publish(PublishSettings, Run):
     evaluation: Source | None = Field(None, description="folder written by evaluate, for the card")
     endpoint: str | None = Field(None, description="another hub's address (default: huggingface.co)")
     yes: bool = Field(False, description="confirm the push; without it, push shows what would be sent")
-
-
-class SyntheticSettings(Options):
-    """A preference world with a known gold reward, and a tiny untrained Llama for it."""
-
-    train_pairs: int = Field(5000, ge=10, description="training pairs")
-    validation_pairs: int = Field(600, ge=10, description="held-out pairs for early stopping and fitting")
-    test_pairs: int = Field(2000, ge=10, description="test pairs, in and out of distribution each")
-    prompts: int = Field(100, ge=2, description="prompts with candidate answers")
-    candidates: int = Field(256, ge=2, description="answers per prompt for best-of-n")
-    label_noise: float = Field(
-        0.2, ge=0, lt=0.5, description="share of flipped labels in training and validation pairs"
-    )
-    hidden_size: int = Field(64, ge=8, description="width of the tiny Llama")
-    num_layers: int = Field(3, ge=1, description="layers of the tiny Llama")
-
-
-class Synthetic(SyntheticSettings, Run):
-    """Options of `moemerge.synthetic.write_world`."""
-
-
-class DataSettings(TextFormat):
-    """Where a recipe's preference data comes from and how it is split."""
-
-    train: Source | None = Field(None, description="training pairs: file or hub name:split")
-    validation: Source | None = Field(None, description="held-out pairs; default: split off train")
-    fit: Source | None = Field(
-        None, description="pairs for fitting coefficients; default: the validation pairs"
-    )
-    tests: Sources = Field(default_factory=dict, description="name: file, test pairs")
-    candidates: Sources = Field(
-        default_factory=dict, description="name: file, scored candidates for best-of-n"
-    )
-    split_by: str | None = Field(
-        None, description="row field whose values never straddle a split, e.g. topic"
-    )
-    validation_share: float = Field(0.1, ge=0, lt=1, description="share split off train for validation")
-    test_share: float = Field(0.0, ge=0, lt=1, description="share split off train as test set 'test'")
-    max_train: int | None = Field(None, ge=1, description="draw at most so many training pairs")
-    max_validation: int | None = Field(None, ge=1, description="draw at most so many validation pairs")
-    max_test: int | None = Field(None, ge=1, description="draw at most so many pairs per test set")
-    max_prompts: int | None = Field(None, ge=1, description="draw at most so many prompts per candidate set")
-
-
-class Data(DataSettings, Run):
-    """Options of `moemerge.data.prepare`."""
-
-    tokenizer: Source | None = Field(None, description="model whose tokenizer measures max_length")
 
 
 class Recipe(Options):

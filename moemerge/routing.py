@@ -7,6 +7,7 @@ gate_mass: texts).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from moemerge.tokenise import Encoded
 FORMAT = "moemerge routing statistics 1"
 FILE = "statistics.safetensors"
 SIDES = ("chosen", "rejected")
+MAX_SUMS = 100_000_000  # numbers per group
 RESERVED = ("format", "layers", "groups", "num_experts", "num_experts_per_tok")
 Group = tuple[str, str]
 
@@ -162,7 +164,7 @@ class RoutingStatistics:
             if header.get("format") == FORMAT:
                 return _unpack(header, tensors)
             given = f"format {header.get('format')!r}"
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
             given = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"routing statistics cannot be read: {path}",
@@ -198,13 +200,19 @@ def _observer(sums: Sums, row: int) -> Callable[[Gating], None]:
 def _unpack(header: dict[str, str], tensors: dict[str, Tensor]) -> RoutingStatistics:
     groups = [(str(subset), str(side)) for subset, side in json.loads(header["groups"])]
     layers, experts = json.loads(header["layers"]), int(header["num_experts"])
+    size = len(layers) * experts * experts
+    if experts < 1 or not 0 < size <= MAX_SUMS or sorted({*map(int, layers)}) != layers:
+        raise ValueError(f"layers {layers} of {experts} experts"[:200])
     shapes = {name: value.shape for name, value in vars(Sums.zeros(len(layers), experts)).items()}
     for name, shape in shapes.items() if groups else ():
-        if tensors[name].shape != (len(groups), *shape) or not bool(tensors[name].isfinite().all()):
-            raise ValueError(f"tensor {name} of shape {list(tensors[name].shape)}, or not finite")
-    found = {group: Sums(**{n: tensors[n][g].clone() for n in shapes}) for g, group in enumerate(groups)}
+        found = tensors[name]
+        sound = found.shape == (len(groups), *shape) and found.dtype == torch.float64
+        least = -math.inf if name == "entropy_L" else 0.0  # rounding may bring an entropy below 0
+        if not sound or not bool(((found >= least) & found.isfinite()).all()):
+            raise ValueError(f"tensor {name}: {found.dtype} {list(found.shape)}, below 0 or not finite")
+    sums = {group: Sums(**{n: tensors[n][g].clone() for n in shapes}) for g, group in enumerate(groups)}
     meta = {key: text for key, text in header.items() if key not in RESERVED}
-    return RoutingStatistics(layers, experts, int(header["num_experts_per_tok"]), found, meta)
+    return RoutingStatistics(layers, experts, int(header["num_experts_per_tok"]), sums, meta)
 
 
 def gate_mass(

@@ -16,7 +16,7 @@ from moemerge.errors import DataError, suggest
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN = 10
-MAX_LINE = 16_000_000
+MAX_LINE, LEAST_LINE = 16_000_000, 20  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
 PARQUET_ROWS = 1000
 
@@ -141,7 +141,7 @@ def _lines(path: Path, packed: bool) -> Iterator[tuple[int, Row | BadRow]]:
 def _short_lines(handle: IO[bytes], budget: _Budget) -> Iterator[bytes | None]:
     """The lines of a file; None for one that is too long, which is never held whole."""
     while line := handle.readline(MAX_LINE):
-        budget.spend(len(line))
+        budget.spend(max(len(line), LEAST_LINE))
         whole = len(line) < MAX_LINE or line.endswith(b"\n")
         while len(line) == MAX_LINE and not line.endswith(b"\n"):
             line = handle.readline(MAX_LINE)

@@ -38,17 +38,16 @@ def write_run_page(run: Path, steps: Sequence[str], learned: str) -> Path:
         _steps(manifests),
         provenance_section(manifests),
     ]
-    return write_report(run, f"{run.resolve().name}: report of a run", sections)
+    return write_report(run, f"Run {run.resolve().name}", sections)
 
 
 def _is_to_read(section: Section) -> bool:
-    return any(any(table.prose()) for table in section.tables)
+    return any(any(table.prose()[1:]) for table in section.tables)
 
 
 def _with_verdict(first: Section, report: Mapping[str, Any], learned: str) -> Section:
-    verdict, grounds = summary.verdict_sentences(dict(report), learned)
-    text = [part for part in (grounds, first.lead, *first.text) if part]
-    return replace(first, lead=verdict, text=text)
+    text = [part for part in (first.lead, *first.text) if part]
+    return replace(first, lead=summary.verdict_sentences(dict(report), learned)[0], text=text)
 
 
 def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
@@ -73,8 +72,7 @@ def _data(section: Section, manifests: Mapping[str, Any]) -> Section:
     results = manifests.get("data", {}).get("results", {})
     if "rows" not in results:
         return section
-    prepared = row_table(results)
-    return replace(section, tables=[*section.tables, replace(prepared, title="Rows of the files given")])
+    return replace(section, tables=[*section.tables, row_table(results["rows"], "Rows of the files given")])
 
 
 def _steps(manifests: Mapping[str, Any]) -> Section:

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,8 +26,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from moemerge.checkpoint import Checkpoint
-from moemerge.errors import CheckpointError, DataError
-from moemerge.model_guards import refuse_own_class
+from moemerge.configs import load_config, tell_of_code, unloadable
+from moemerge.confined import refuse_foreign
+from moemerge.errors import CheckpointError, DataError, MoemergeError
+from moemerge.model_guards import refuse_larger, refuse_own_class
+from moemerge.token_limits import check_texts
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     token before it. Raises CheckpointError if there is no tokenizer, or neither token.
     """
     try:
+        if Path(path).exists():
+            refuse_foreign(Path(path))
+        if trust_remote_code:
+            tell_of_code(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(
+        tokenizer(["a"])
+    except MoemergeError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        raise unloadable(
             "the tokenizer cannot be loaded", path, error, "a folder or hub name with one"
         ) from error
     if tokenizer.pad_token is None:
@@ -94,9 +102,7 @@ def load_reward_model(
     """
     _register_moe()
     device = torch.device(device)
-    _refuse_pickle(path)
-    if Path(path).is_dir():
-        Checkpoint(path)
+    refuse_pickle(path)
     config = load_config(path, trust_remote_code)
     if not (trust_remote_code and has_own_code(config)):
         refuse_own_class(config.architectures, path)
@@ -104,6 +110,8 @@ def load_reward_model(
         fresh_head_seed = None
     if fresh_head_seed is not None:
         config.num_labels = 1
+    if Path(path).is_dir():
+        refuse_larger(Checkpoint(path), config)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     model, loading = _load_weights(path, config, wanted, trust_remote_code)
     _check_loading(path, model, loading, fresh_head_seed)
@@ -124,7 +132,8 @@ def _register_moe() -> None:
     importlib.import_module("moemerge.modelling").register()
 
 
-def _refuse_pickle(path: str) -> None:
+def refuse_pickle(path: str) -> None:
+    """Raise CheckpointError if the folder at `path` holds weights as pickles only."""
     folder = Path(path)
     pickled = sorted(p.name for p in folder.glob("*.bin") if p.name.startswith("pytorch_model"))
     if pickled and not list(folder.glob("*.safetensors")):
@@ -134,16 +143,6 @@ def _refuse_pickle(path: str) -> None:
             expected="safetensors: pickle files can run code when they are opened",
             fix="if you trust it, load it with transformers and save_pretrained it to another folder",
         )
-
-
-def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model. Raises CheckpointError if it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unloadable(
-            "the model's config cannot be read", path, error, "a model folder or hub name"
-        ) from error
 
 
 def claims_head(config: PreTrainedConfig) -> bool:
@@ -160,7 +159,7 @@ def _load_weights(
     path: str, config: PreTrainedConfig, dtype: Any, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        with _quiet_loading():
+        with quiet_loading():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 config=config,
@@ -170,14 +169,14 @@ def _load_weights(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # see load_config
         expected = "safetensors of a sequence classifier that agree with config.json"
-        raise _unloadable("the model cannot be loaded", path, error, expected) from error
+        raise unloadable("the model cannot be loaded", path, error, expected) from error
     return model, loading
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep back transformers' load report and progress bar: the loading info is checked in full."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -188,16 +187,6 @@ def _quiet_loading() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _unloadable(what: str, path: str, error: Exception, expected: str) -> CheckpointError:
-    reason = " ".join(str(error).split())
-    return CheckpointError(
-        f"{what}: {path}",
-        given=f"{type(error).__name__}: {reason[:500]}",
-        expected=expected,
-        fix="check the path and that every file of the model is there and whole",
-    )
 
 
 def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], seed: int | None) -> None:
@@ -278,6 +267,7 @@ def score(
     Raises DataError for a text without tokens, CheckpointError if a score is not finite.
     """
     _refuse_empty(encoded)
+    check_texts(model, encoded)
     scores = torch.empty(len(encoded))
     if not encoded:
         return scores

@@ -114,6 +114,15 @@ class MergeSource(ABC):
         found = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
         return [name for name in skeleton(self.dense_config()).state_dict() if name in found]
 
+    def size(self, dtype: torch.dtype, copies: int = 1) -> int:
+        """Bytes of the merged model's tensors in `dtype`, with so many copies of those that are merged."""
+        from moemerge.families.dense import skeleton
+
+        shapes = skeleton(self.dense_config()).state_dict()
+        merged = {tensor.dense for tensor in self.tensors}
+        numbers = (shapes[name].numel() * (copies if name in merged else 1) for name in self.names())
+        return sum(numbers) * dtype.itemsize
+
     def write_config(self, target: Path, dtype: torch.dtype) -> None:
         """Put the merged model's config, with `dtype`, into `target`."""
         config = self.dense_config()

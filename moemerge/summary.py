@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moemerge.weight_files import Fault
 
 Report = dict[str, Any]
 LONGEST_RESULT, MOST_RESULTS = 40, 6
@@ -55,6 +58,12 @@ def _merge(results: Report) -> str:
     return f"largest difference to what was meant {results['largest_difference']:.1e}"
 
 
+def _attack(results: Report) -> str:
+    low, high = results["interval"]
+    share = f"{results['success_rate']:.1%} ({low:.1%} to {high:.1%})"
+    return f"{results['succeeded']} of {results['attacked']} pairs fell: {share}"
+
+
 def _publish(results: Report) -> str:
     state = "pushed" if results["pushed"] else "staged, not pushed"
     return f"{len(results['files'])} files, {results['bytes'] / 1e6:.1f} MB, {state}"
@@ -69,6 +78,7 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
     "fit": lambda results: str(results["verdict"]),
     "merge": _merge,
     "evaluate": lambda results: f"{len(results['models'])} models",
+    "attack": _attack,
     "publish": _publish,
     "compare": lambda results: f"{results['models']} models, {results['seeds']} seeds",
 }
@@ -84,6 +94,12 @@ def table(report: Report) -> str:
     )
     rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
     return _markdown([title for title, _ in columns], rows)
+
+
+def fault_table(faults: Sequence[Fault]) -> str:
+    """One row per thing that is wrong with a folder."""
+    rows = [[fault.file, fault.what, fault.recorded, fault.found] for fault in faults]
+    return _markdown(["file", "what", "in the manifest", "found"], rows)
 
 
 def _sets(report: Report, probe: str) -> dict[str, Any]:
@@ -193,7 +209,8 @@ def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
 
 def verdict_over_seeds(group: Report, model: str) -> str:
     """Whether `model` is better than the baseline over seeds; `group` is one of compare.json."""
-    head = f"Did merging help here? {model} against {group['baseline']}, {len(group['seeds'])} seeds"
+    count = len(group["seeds"])
+    head = f"Did merging help here? {model} against {group['baseline']}, {count} seed{'s' * (count > 1)}"
     parts = []
     for what, measured in group["measures"].items():
         numbers = measured.get(model, {})

@@ -119,5 +119,5 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
         return BadRow("chat template refuses the messages")

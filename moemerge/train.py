@@ -28,16 +28,20 @@ from transformers.pytorch_utils import Conv1D
 from moemerge import runtime
 from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
 from moemerge.budget import scaled
+from moemerge.configs import load_config
 from moemerge.cost import flops_ratio
 from moemerge.data import EncodedPair, encode_pairs, read_pairs
-from moemerge.disk import write_whole
+from moemerge.disk import flush_and_forget, flush_tree, size_of, write_whole
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.layers import parse_layers
 from moemerge.moe import moe_layers
 from moemerge.plotting import Line, Panel, panels
+from moemerge.read_back import require_as_meant, tensor_digest
 from moemerge.recipe import Train
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer
+from moemerge.token_limits import check_config
+from moemerge.tokenise import texts_of
 
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 DONE = "done.json"
@@ -63,7 +67,8 @@ def train(options: Train, draft: Draft) -> None:
         best = _winner(reports)
         model = _finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
         model.save_pretrained(draft.folder)
-    bench.tokenizer.save_pretrained(draft.folder)
+        bench.tokenizer.save_pretrained(draft.folder)
+        _read_back(model, draft.folder, options.trust_remote_code)
     _write_history(reports[best]["history"], draft.folder)
     draft.results |= _results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
 
@@ -85,6 +90,7 @@ class _Bench:
     tokenizer: PreTrainedTokenizerBase
     pairs: list[EncodedPair]
     held_out: list[EncodedPair]
+    draft: Draft
 
 
 def _bench(options: Train, draft: Draft) -> _Bench:
@@ -99,7 +105,7 @@ def _bench(options: Train, draft: Draft) -> _Bench:
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, tokenizer, name, draft) for name, source in sides.items()}
-    return _Bench(device, tokenizer, read["pairs"], read["validation"])
+    return _Bench(device, tokenizer, read["pairs"], read["validation"], draft)
 
 
 def _read(
@@ -109,6 +115,7 @@ def _read(
         return []
     pairs, report = read_pairs(source, options)
     encoded = encode_pairs(tokenizer, pairs, options, report)
+    check_config(load_config(options.model, options.trust_remote_code), texts_of(encoded))
     draft.results.setdefault("rows", {})[name] = report.summary()
     return encoded
 
@@ -172,12 +179,14 @@ def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
 
     clock = time.perf_counter()
     model, roles = _prepare(bench, options, bench.device)
+    counts = _count(model, roles)
+    bench.draft.reserve(checkpoint_space(counts), there=size_of(home.parent))
     trainer = make_trainer(options, model, bench.tokenizer, roles, bench.pairs, bench.held_out, home)
     before = trainer.measure() if bench.held_out else None
     state = _fit(trainer, options.patience, before, home)
     assigned = trainer.schedule.sizes if trainer.schedule else []
     return _report(state, before) | {
-        "parameters": _count(model, roles),
+        "parameters": counts,
         **({"assigned": assigned} if assigned else {}),
         "seconds": round(time.perf_counter() - clock, 3),
     }
@@ -298,6 +307,21 @@ def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:
     for name, role in roles.items():
         counts[role] += model.get_parameter(name).numel()
     return {**counts, "trained": sum(counts.values()), "model": sum(p.numel() for p in model.parameters())}
+
+
+def checkpoint_space(parameters: dict[str, int]) -> int:
+    """Bytes that training writes: three checkpoints at most with two moments of AdamW each, and the model."""
+    return 4 * (3 * 3 * parameters["trained"] + parameters["model"])
+
+
+def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
+    """Load what was saved from the disk, and compare it with `model`, bit for bit."""
+    flush_tree(folder)
+    for path in folder.glob("*.safetensors"):
+        flush_and_forget(path)
+    meant = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
+    found = load_reward_model(str(folder), "cpu", torch.float32, trust_remote_code)
+    require_as_meant(folder, meant, found.state_dict().items())
 
 
 def _add_lora(model: PreTrainedModel, options: Train) -> None:

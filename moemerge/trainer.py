@@ -14,23 +14,31 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from moemerge.data import EncodedPair
-from moemerge.disk import flush_tree, write_whole
+from moemerge.disk import flush, flush_tree, write_whole
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.expert_schedule import FREE, ExpertSchedule, assign_experts
 from moemerge.moe import moe_layers
 from moemerge.recipe import Train
 from moemerge.scoring import bradley_terry, score_pairs
+
+C = TypeVar("C", bound=TrainingArguments)
 
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
@@ -164,7 +172,8 @@ class PairTrainer(RewardTrainer):
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         flush_tree(folder)
-        write_whole(folder / WHOLE, "flushed\n")
+        (folder / WHOLE).touch()
+        flush(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
@@ -277,7 +286,7 @@ def _arguments(
         # Rounded down: a short run must not spend its only step at rate zero.
         "warmup_steps": int(options.warmup * total_steps(options, num_pairs)),
         "max_grad_norm": options.max_grad_norm,
-        "bf16": _autocasts(options, device),
+        "bf16": autocasts(options.precision, device),
         "use_cpu": device.type == "cpu",
         "gradient_checkpointing": options.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -290,7 +299,7 @@ def _arguments(
         "greater_is_better": False,
         "logging_steps": logged,
     }
-    return _make_config(settings | _quiet(device))
+    return make_config(RewardConfig, settings | _quiet(device))
 
 
 def _quiet(device: torch.device) -> dict[str, Any]:
@@ -304,19 +313,21 @@ def _quiet(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _make_config(settings: dict[str, Any]) -> RewardConfig:
+def make_config(kind: type[C], settings: dict[str, Any]) -> C:
+    """TRL's training arguments of a `kind` for one device."""
     with warnings.catch_warnings():
         # TRL still uses transformers' old name for activation checkpointing.
         warnings.simplefilter("ignore", FutureWarning)
-        config = RewardConfig(**settings)
+        config = kind(**settings)
     config._n_gpu = min(config.n_gpu, 1)  # TRL refuses DataParallel; one process trains on one GPU
     return config
 
 
-def _autocasts(options: Train, device: torch.device) -> bool:
-    if options.precision == "auto":
+def autocasts(precision: str, device: torch.device) -> bool:
+    """Whether training runs under bfloat16 autocast."""
+    if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return options.precision == "bfloat16"
+    return precision == "bfloat16"
 
 
 def total_steps(options: Train, num_pairs: int) -> int:

@@ -7,16 +7,18 @@ to one (XFT, arXiv 2404.15247). Letters: N routed experts.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from moemerge import runtime
 from moemerge.alike import largest_difference, probe_batch, probe_scores, require_alike
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import Checkpoint, copy_side_files, write_checkpoint
+from moemerge.configs import load_config
 from moemerge.dense_checkpoint import source_names
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.families import family_of
@@ -48,17 +50,19 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     settings = _settings(options, config)
     moe = moe_config(config, settings)
     names = source_names(source, config)
+    layout = layout_of(moe)
+    draft.reserve(sum(map(math.prod, layout.moe.values())) * source.dtype(source.names[0]).itemsize)
     write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
-    write_layout(draft.folder, layout_of(moe))
+    write_layout(draft.folder, layout)
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
     _compare(options, draft, device)
 
 
 def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=options.trust_remote_code)
+    config = load_config(source.folder, options.trust_remote_code)
     if is_moe(config):
         raise UnsupportedError(
             "the model is a MoE already",

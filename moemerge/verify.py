@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,11 +36,16 @@ def verify(folder: str | Path, inputs: bool = False) -> Verification:
     Missing, added and changed files (by sha256, read in full), weights whose header cannot be read, and an
     index that disagrees with its shards are faults. Hidden files are not looked at. Inputs that are artifacts
     are verified in turn; those that are gone, or names on the hub, are listed as gone and are no faults.
-    Raises ArtifactError if `folder` has no manifest that can be read.
+    The folder of a run stands for those of its steps. Raises ArtifactError if there is no manifest to read.
     """
-    read_manifest(folder)
-    chain = _Chain(Verification())
-    chain.visit(Path(folder), inputs)
+    root = Path(folder)
+    steps = [home for home in sorted(root.glob("*/")) if holds_manifest(home)]
+    if holds_manifest(root) or not steps:
+        read_manifest(root)
+        steps = [root]
+    chain = _Chain(root, Verification())
+    for home in steps:
+        chain.visit(home, inputs)
     return chain.found
 
 
@@ -51,8 +56,10 @@ def verify_folder(folder: str | Path) -> list[Fault]:
 
 @dataclass
 class _Chain:
+    root: Path
     found: Verification
     seen: set[Path] = field(default_factory=set)
+    digests: dict[Path, str] = field(default_factory=dict)
 
     def visit(self, folder: Path, inputs: bool) -> None:
         """Check one artifact, and with `inputs` what it was made from; its faults name files below it."""
@@ -60,14 +67,13 @@ class _Chain:
             return
         self.seen.add(folder.resolve())
         self.found.folders.append(folder)
-        first = len(self.found.folders) == 1
         try:
             manifest = read_manifest(folder)
-            faults = list(_folder_faults(folder, manifest))
+            faults = list(_folder_faults(folder, manifest, self.digests))
             given = flat_inputs(manifest) if inputs else {}
         except (ArtifactError, KeyError, TypeError, AttributeError, ValueError) as error:
             faults, given = [_broken_manifest(error)], {}
-        self.found.faults += [one if first else _under(folder, one) for one in faults]
+        self._tell(one if folder == self.root else _under(folder, one) for one in faults)
         for name, record in given.items():
             self._input(name, record)
 
@@ -77,10 +83,14 @@ class _Chain:
             self.found.gone.append(f"{name}: {record.get('path') or record.get('hub')}")
             return
         root = path if path.is_dir() else path.parent
-        self.found.faults += [_under(root, one) for one in _file_faults(path, record["files"])]
+        self._tell(_under(root, one) for one in _file_faults(path, record["files"], self.digests))
         home = next((p for p in (root, root.parent) if holds_manifest(p)), None)
         if home is not None:
             self.visit(home, inputs=True)
+
+    def _tell(self, faults: Iterable[Fault]) -> None:
+        """Keep faults, once each: a file may be wrong by its own manifest and as an input."""
+        self.found.faults += [fault for fault in faults if fault not in self.found.faults]
 
 
 def _under(folder: Path, fault: Fault) -> Fault:
@@ -91,16 +101,16 @@ def _broken_manifest(error: Exception) -> Fault:
     return Fault(MANIFEST, "cannot be read", "a manifest", f"{type(error).__name__}: {error}"[:200])
 
 
-def _folder_faults(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]:
+def _folder_faults(folder: Path, manifest: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
     digest = manifest.get("sha256")
     if digest not in (None, own_digest(manifest)):
         yield Fault(MANIFEST, "changed", _brief(digest), _brief(own_digest(manifest)))
-    yield from _file_faults(folder, manifest["files"])
+    yield from _file_faults(folder, manifest["files"], digests)
     yield from weight_faults(folder, list(artifact_files(folder)))
 
 
-def _file_faults(path: Path, recorded: dict[str, Any]) -> Iterator[Fault]:
-    """How the files at `path` differ from those `recorded`."""
+def _file_faults(path: Path, recorded: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
+    """How the files at `path` differ from those `recorded`; `digests` are of files read before."""
     found = artifact_files(path)
     for name in sorted(recorded.keys() - found.keys()):
         yield Fault(name, "is missing", f"{recorded[name]['size']} bytes", "no file")
@@ -108,18 +118,18 @@ def _file_faults(path: Path, recorded: dict[str, Any]) -> Iterator[Fault]:
         yield Fault(name, "was added", "no file", f"{found[name].stat().st_size} bytes")
     both = sorted(found.keys() & recorded.keys())
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
-        checked = pool.map(lambda name: _changed(name, found[name], recorded[name]), both)
+        checked = pool.map(lambda name: _changed(name, found[name], recorded[name], digests), both)
         for fault in tqdm(checked, desc="verify", total=len(both), leave=False, disable=None):
             if fault is not None:
                 yield fault
 
 
-def _changed(name: str, path: Path, record: dict[str, Any]) -> Fault | None:
+def _changed(name: str, path: Path, record: dict[str, Any], digests: dict[Path, str]) -> Fault | None:
     try:
         size = path.stat().st_size
         if size != record["size"]:
             return Fault(name, "changed", f"{record['size']} bytes", f"{size} bytes")
-        digest = file_digest(path)
+        digest = digests.get(path) or digests.setdefault(path, file_digest(path))
     except OSError as error:
         return Fault(name, "cannot be read", f"{record['size']} bytes", str(error))
     return (

@@ -47,6 +47,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         before = self.loaded
+        self.call("Page.bringToFront")  # pages behind others are not drawn
         self.call("Page.navigate", url=file.resolve().as_uri())
         self.browser.wait(lambda: self.loaded > before)
 

@@ -1,4 +1,4 @@
-"""Broken and hostile files, made in code: what test_hostile.py feeds the command line, and fuzz.py starts from."""
+"""Broken and hostile files, made in code, for test_hostile.py and the fuzzer."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[4]["rejected"] = " ".join(["w7"] * 35)
     return evaluate(
         models={n: str(save_dense(folder / n, seed=i)) for i, n in enumerate(("a", "b"))},
-        pairs={"x/y": write(folder / "pairs.jsonl", rows), "z": write(folder / "more.jsonl", rows[:9])},
+        pairs={"x y": write(folder / "pairs.jsonl", rows), "z": write(folder / "more.jsonl", rows[:9])},
         probes=["accuracy", "biases"],
         bias_pairs=30,
         max_length=60,
@@ -336,11 +336,11 @@ def test_edited_answers_go_through_evaluate(evaluated: Path) -> None:
     report = json.loads((evaluated / "report.json").read_text())
     scores = load_file(evaluated / "scores.safetensors")
     assert list(report["probes"]) == ["accuracy", *BIASES]
-    found = report["probes"]["length"]["sets"]["x/y"]["edits"]["repetition"]
-    rows = scores["edits/x/y/length/repetition/rows"].tolist()
+    found = report["probes"]["length"]["sets"]["x y"]["edits"]["repetition"]
+    rows = scores["edits/x y/length/repetition/rows"].tolist()
     assert rows == sorted(set(rows)) and found["pairs"] == len(rows) <= 30
     assert found["left_out"] == {"longer than 60 tokens": 30 - len(rows)}
-    assert report["rows"]["edits/x/y/length/repetition"]["total"] == 30
+    assert report["rows"]["edits/x y/length/repetition"]["total"] == 30
     path = Path(json.loads((evaluated / "manifest.json").read_text())["options"]["models"]["b"])
     tokenizer, model = load_tokenizer(str(path)), load_reward_model(str(path), "cpu")
     row = json.loads((path.parent / "pairs.jsonl").read_text().splitlines()[rows[0] - 1])
@@ -350,7 +350,7 @@ def test_edited_answers_go_through_evaluate(evaluated: Path) -> None:
 
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits.item()
-    assert scores["edits/x/y/length/repetition/model/b"][0].item() == pytest.approx(expected, abs=1e-5)
+    assert scores["edits/x y/length/repetition/model/b"][0].item() == pytest.approx(expected, abs=1e-5)
     assert found["models"]["a"]["vs_baseline"] and "vs_baseline" not in found["models"]["b"]
     assert "edits/z/damage/truncated/model/a" in scores
 
@@ -358,8 +358,8 @@ def test_edited_answers_go_through_evaluate(evaluated: Path) -> None:
 def test_the_report_shows_every_bias(evaluated: Path) -> None:
     text = (evaluated / "report.md").read_text()
     for name in BIASES:
-        assert f"### {name.capitalize()}: edited answers on x/y" in text
+        assert f"### {name.capitalize()}: edited answers on x y" in text
         assert f"### {name.capitalize()}: worst cases on z" in text
         assert (evaluated / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert re.search(r"Left out for all models: .*repetition \d+ \(longer than 60 tokens\)", text)
-    assert "### Score against length on x/y" in text
+    assert "### Score against length on x y" in text

@@ -86,6 +86,6 @@ def test_a_shard_that_cannot_reach_the_disk_is_an_error(
     def full(path: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "flush", full)
+    monkeypatch.setattr(checkpoint, "flush_and_forget", full)
     with pytest.raises(OSError, match="no space"):
         write_checkpoint(tmp_path, [("a", torch.ones(3))], ALL)

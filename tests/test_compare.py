@@ -56,7 +56,7 @@ def cost(place: int, row: int) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one recipe with four seeds in a folder of their own, and things to be overlooked."""
+    """Runs of one recipe with four seeds, in a folder of their own, and what to overlook; read only."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     for row, seed in enumerate([7, 3, 11, 5]):
         run = folder / f"seed-{seed}"

@@ -17,7 +17,8 @@ from moemerge.artifacts import read_manifest
 from moemerge.cost import parameters
 from moemerge.data import Pair, encode, read_pairs
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluate import _pair_scores, evaluate
+from moemerge.evaluate import evaluate
+from moemerge.evaluation_sets import EvaluationSet, probe_inputs
 from moemerge.options import TextFormat
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle
@@ -129,7 +130,8 @@ def test_parameters_count_what_a_token_uses(world: dict[str, Any]) -> None:
 def test_equal_prompts_make_one_cluster_and_empty_ones_none() -> None:
     prompts = ["w1", "w2", "w1", "", "", [], [{"role": "user", "content": "w1"}]]
     some = [Pair(prompt, "a", "bcd", row=row) for row, prompt in enumerate(prompts)]
-    scores = _pair_scores(some, {"m": np.arange(14.0)})
+    one = EvaluationSet("pairs", "test", some, {}, {})
+    scores = probe_inputs([one], {"m": [torch.arange(14.0)]})["pairs"]["test"]
     assert scores.prompts.tolist() == [0, 1, 0, 2, 3, 4, 5]
     assert scores.lengths[0].tolist() == [1, 3] and scores.scores["m"][1].tolist() == [2, 3]
 

@@ -62,7 +62,7 @@ def test_a_figure_on_disk_is_what_was_drawn(tmp_path: Path, curves: Curves) -> N
     assert found.title == "Best of n" and found.alt == curves.words()[0]
     assert found.tables == curves.tables()
     assert Figure.load(tmp_path / "d.png").plot == Dots(
-        "accuracy", {"t": {"a": (0.5, 0, 1)}}, "accuracy", "a"
+        "Accuracy", {"t": {"a": (0.5, 0, 1)}}, "accuracy", "a"
     )
     drawn = HeatMap([[0.5, None]], "two lines", "x", "y", ["0", "1"], ["7"])
     assert Figure.load(tmp_path / "h.png").plot == drawn

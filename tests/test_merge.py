@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,13 +282,14 @@ def test_reading_back_notices_a_wrong_tensor(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk, or a writer, that changes one value: in an MLP, elsewhere, or loses a tensor."""
-    module = sys.modules["moemerge.merge"]
-    written = module.write_checkpoint
+    from moemerge import checkpoint
+
+    written = checkpoint.save_file
 
     def faulty(name: str, change: Callable[[Tensor], Tensor | None]) -> Callable[..., None]:
-        def write(folder: Path, tensors: Any, shard_size: int) -> None:
-            changed = ((n, change(t.clone()) if n == name else t) for n, t in tensors)
-            written(folder, ((n, t) for n, t in changed if t is not None), shard_size)
+        def write(shard: dict[str, Tensor], path: Path, metadata: Any) -> None:
+            changed = {n: change(t.clone()) if n == name else t for n, t in shard.items()}
+            written({n: t for n, t in changed.items() if t is not None}, path, metadata)
 
         return write
 
@@ -302,7 +302,7 @@ def test_reading_back_notices_a_wrong_tensor(
         ("model.norm.weight", nudge),
         ("model.norm.weight", lambda tensor: None),
     ):
-        monkeypatch.setattr(module, "write_checkpoint", faulty(name, change))
+        monkeypatch.setattr(checkpoint, "save_file", faulty(name, change))
         with pytest.raises(CheckpointError, match="not written as meant"):
             merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
 

@@ -13,6 +13,7 @@ from moemerge import pipeline, recipe_file, summary
 from moemerge import recipe as options_of
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
 from moemerge.errors import ArtifactError, Faults, OptionError
+from moemerge.locks import hold, lock_of
 from moemerge.options import Run, input_fields
 from moemerge.recipe import Recipe
 
@@ -199,6 +200,39 @@ def test_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
 def test_second_run_in_the_same_folder_is_refused(folder: Path, stages: FakeStages) -> None:
     with pipeline._alone(folder / "out"), pytest.raises(ArtifactError, match="another run"):
         pipeline.run_recipe("recipe.yml")
+
+
+def test_a_folder_that_no_step_wrote_is_not_replaced(folder: Path, stages: FakeStages) -> None:
+    """Such as the user's own data, in a run whose folder is the working directory."""
+    (folder / "out/data").mkdir(parents=True)
+    (folder / "out/data/mine").write_text("precious")
+    with pytest.raises(ArtifactError, match="no earlier result"):
+        pipeline.run_recipe("recipe.yml")
+    assert stages.calls == [] and (folder / "out/data/mine").read_text() == "precious"
+
+
+def test_a_step_whose_files_changed_is_run_again(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    (folder / "out/route/digest").write_text("other")
+    pipeline.run_recipe("recipe.yml")
+    assert stages.calls == ["route"]
+
+
+def test_a_run_is_refused_while_a_stage_makes_one_of_its_steps(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    (folder / "out/.route.abcdefgh.tmp").mkdir()
+    route = folder / "out/route"
+    with hold(lock_of(route), route), pytest.raises(ArtifactError, match="another run"):
+        pipeline.run_recipe("recipe.yml")
+    assert (folder / "out/.route.abcdefgh.tmp").is_dir()
+
+
+def test_no_secret_gets_into_the_copy_of_the_recipe(folder: Path, stages: FakeStages) -> None:
+    write(folder, **GOOD, publish={"base_model": "https://me:pass@hub/x"})
+    pipeline.run_recipe("recipe.yml")
+    written = [path.read_text() for path in (folder / "out").rglob("*.json")]
+    assert len(written) > 3 and not [text for text in written if "pass@" in text]
 
 
 def test_summary_and_recipe_are_written(folder: Path, stages: FakeStages) -> None:

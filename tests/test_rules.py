@@ -22,6 +22,9 @@ GROUND = {
     "fit_settings",
     "evaluate_settings",
     "comparison_settings",
+    "policy_settings",
+    "data_settings",
+    "attack_settings",
     "recipe",
     "artifacts",
     "layers",
@@ -31,17 +34,22 @@ GROUND = {
     "fingerprints",
     "environment",
     "redaction",
+    "confined",
+    "json_file",
 }
-STAGES = {"upcycle", "train", "route", "fit", "merge", "export", "evaluate", "publish", "compare"}
+STAGES = {
+    *("upcycle", "train", "route", "fit", "merge", "export", "evaluate", "compare", "publish"),
+    *("sample", "optimise", "attack"),
+}
 TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
     "click": {"cli"},
-    "trl": {"train", "trainer"},
+    "trl": {"train", "trainer", "policy_gradient"},
     "accelerate": {"train", "trainer"},
     "peft": {"train", "trainer"},
     # host_methods calls mergekit's methods; the bridge, which mergekit imports, must stay apart from it.
     "mergekit": {"mergekit_bridge", "host_methods"},
-    "datasets": {"rows", "train", "trainer"},
+    "datasets": {"rows", "train", "trainer", "policy_gradient"},
     "huggingface_hub": {"publish", "card", "checkpoint"},
     "matplotlib": {"plotting"},
     "cma": {"optimisers.evolution"},

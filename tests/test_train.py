@@ -17,7 +17,7 @@ from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
-from moemerge.artifacts import read_manifest
+from moemerge.artifacts import Draft, read_manifest
 from moemerge.data import Encoded, EncodedPair, Pair
 from moemerge.errors import DataError, OptionError
 from moemerge.moe import balance_loss, gate_weights, moe_layers
@@ -107,7 +107,9 @@ def make(world: Path, home: Path, model: str = "moe", pairs: str = "train", **op
     chosen = Train(**given, **options)
     tokenizer = load_tokenizer(given["model"])
     held = encoded(tokenizer, world / "held.jsonl")
-    bench = module._Bench(torch.device("cpu"), tokenizer, encoded(tokenizer, world / f"{pairs}.jsonl"), held)
+    bench = module._Bench(
+        torch.device("cpu"), tokenizer, encoded(tokenizer, world / f"{pairs}.jsonl"), held, Draft(home, home)
+    )
     loaded, roles = module._prepare(bench, chosen, bench.device)
     return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from moemerge import cli
 from moemerge.artifacts import Draft, Stage
 from moemerge.errors import ArtifactError
 from moemerge.options import Run, Source
@@ -103,8 +104,9 @@ def test_every_damage_is_found_and_named(made: Path, kind: str) -> None:
 
 
 def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not a moemerge artifact"):
-        verify_folder(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ArtifactError, match="not a moemerge artifact"):
+            verify_folder(folder)
 
 
 def test_the_chain_of_inputs_is_verified_where_it_still_exists(made: Path, tmp_path: Path) -> None:
@@ -124,6 +126,14 @@ def test_the_chain_of_inputs_is_verified_where_it_still_exists(made: Path, tmp_p
     )
 
 
+def test_the_folder_of_a_run_stands_for_its_steps(made: Path, tmp_path: Path) -> None:
+    copy(output=tmp_path / "other")
+    (tmp_path / "no-artifact").mkdir()
+    assert verify(tmp_path).folders == [made, tmp_path / "other"] and verify_folder(tmp_path) == []
+    (made / ONE).write_bytes(b"")
+    assert {fault.file for fault in verify_folder(tmp_path)} == {str(made / ONE)}
+
+
 def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) -> None:
     second = copy(source=str(made), output=tmp_path / "second")
     third = copy(source="owner/name", output=tmp_path / "third")
@@ -131,3 +141,26 @@ def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) 
     found = verify(second, inputs=True)
     assert found.faults == [] and found.gone == [f"source: {made}"]
     assert verify(third, inputs=True).gone == ["source: owner/name"]
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", *map(str, arguments)])
+    return (int(caught.value.code or 0), *capsys.readouterr())
+
+
+def test_the_command_ends_with_0_1_or_2_and_a_table_of_what_is_wrong(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = copy(source=str(made), output=tmp_path / "second")
+    assert command(capsys, second) == (0, "1 folder(s) verified: no fault(s)\n", "")
+    assert command(capsys, second, "--inputs")[:2] == (0, "2 folder(s) verified: no fault(s)\n")
+    (made / "config.json").unlink()
+    assert command(capsys, second)[0] == 0
+    code, out, _ = command(capsys, second, "--inputs")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[:-1]]
+    assert code == 1 and rows[0] == ["file", "what", "in the manifest", "found"]
+    assert rows[2:] == [[str(made / "config.json"), "is missing", "2 bytes", "no file"]]
+    (tmp_path / "nothing").mkdir()
+    code, out, err = command(capsys, tmp_path / "nothing")
+    assert (code, out) == (2, "") and err.count("to fix:") == 1

@@ -103,7 +103,7 @@ class Coefficients:
                 meta = {key: text for key, text in header.items() if key not in RESERVED}
                 return cls(json.loads(header["blocks"]), meta=meta, **tensors)
             given = f"format {header.get('format')!r}, tensors {', '.join(sorted(tensors)) or 'none'}"
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
             given = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"coefficients cannot be read: {path}",

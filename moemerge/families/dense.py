@@ -64,6 +64,14 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 @lru_cache(maxsize=8)
 def _skeleton(text: str) -> PreTrainedModel:
     values: dict[str, Any] = json.loads(text)
-    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    with torch.device("meta"):
-        return cast(PreTrainedModel, AutoModelForSequenceClassification.from_config(config))
+    try:
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        with torch.device("meta"):
+            return cast(PreTrainedModel, AutoModelForSequenceClassification.from_config(config))
+    except Exception as error:  # a model's class may raise anything at sizes that make no sense
+        raise CheckpointError(
+            "the config describes no model that can be made",
+            given=f"{values['model_type']}: {type(error).__name__}: {error}"[:500],
+            expected="sizes and names that the architecture knows",
+            fix="correct config.json, or copy the model again whole",
+        ) from error

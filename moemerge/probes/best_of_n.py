@@ -23,7 +23,7 @@ from scipy.special import gammaln
 from moemerge import plotting
 from moemerge.probes import over_optimisation
 from moemerge.probes.base import CandidateScores, Floats, Integers, Probe, Table
-from moemerge.probes.statistics import bootstrap_means, percentile_interval
+from moemerge.probes.statistics import banded, bootstrap_means
 from moemerge.recipe import EvaluateSettings
 
 log = logging.getLogger(__name__)
@@ -167,11 +167,11 @@ def _values(grid: Sequence[int], gold_RS: Floats, proxy_RS: Floats, best_RS: Flo
 def _curve(gold_RS: Floats, proxy_RS: Floats, confidence: float) -> dict[str, Any]:
     gap_RS = over_optimisation.implied(gold_RS, proxy_RS) - gold_RS
     curves = {"gold": gold_RS, "proxy": proxy_RS, "gap": gap_RS}
-    return {k: v for name, values in curves.items() for k, v in _banded(name, values, confidence).items()}
+    return {k: v for name, values in curves.items() for k, v in banded(name, values, confidence).items()}
 
 
 def _numbers(values: Mapping[str, Floats], confidence: float) -> dict[str, Any]:
-    return {k: v for name, found_R in values.items() for k, v in _banded(name, found_R, confidence).items()}
+    return {k: v for name, found_R in values.items() for k, v in banded(name, found_R, confidence).items()}
 
 
 def _versus(
@@ -191,12 +191,6 @@ def _versus(
     others = mine.keys() - {"peak_n", "fit_error"}
     found |= {f"{name}_minus_baseline": mine[name] - theirs[name] for name in mine if name in others}
     return _numbers(found, confidence)
-
-
-def _banded(name: str, values_RX: Floats, confidence: float) -> dict[str, Any]:
-    """The value, which comes first, and its percentile interval over the resamples that follow."""
-    low, high = percentile_interval(values_RX[1:], confidence)
-    return {name: values_RX[0].tolist(), f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -231,9 +225,9 @@ def _cost_table(name: str, measured: dict[str, Any], confidence: float) -> Table
             rows.append([f"{model} against {measured['baseline']}", *cells])
     note = (
         f"{confidence:.0%} intervals over prompts. Drop: gold score at its peak minus that at the last n. "
-        "Gap: area over KL between the gold score that the model's own score promises, going on as from "
-        "n = 1 to 2, and the real one. Regret: area between the best possible line and the real one. alpha, "
-        "beta: gold gain = d (alpha - beta d), d = sqrt(KL). Against the baseline: ratio of peak n, else "
+        "Gap: area over KL between the gold score that the model's own score promises, if it went on as from "
+        "n=1 to n=2, and the real one. Regret: area between the best possible line and the real one. alpha, "
+        "beta: gold gain = d (alpha - beta d), d = sqrt(KL). Against the baseline: the ratio of peak n, else "
         "differences."
     )
     header = ["model", "peak n", "drop", "gap", "regret", "alpha", "beta"]

@@ -60,7 +60,12 @@ def measure(
 def _measure_edit(
     pairs: PairScores, edit: EditScores, side: str, settings: EvaluateSettings, seed: int
 ) -> dict[str, Any]:
-    measured = {"pairs": len(edit.items), "prompts": 0, "left_out": edit.left_out, "models": {}}
+    measured: dict[str, Any] = {
+        "pairs": len(edit.items),
+        "prompts": 0,
+        "left_out": edit.left_out,
+        "models": {},
+    }
     if not edit.items:
         return measured
     models = list(pairs.scores)
@@ -199,7 +204,8 @@ def _effects(probe: str, name: str, measured: dict[str, Any], result: dict[str, 
     header = ["edit", "model", "shift (SD)", "minus baseline", "flipped", "minus baseline", "pairs"]
     side, verdict = result["side"], "of pairs judged rightly before, share in which the edited answer wins"
     if side == "chosen":
-        verdict = "share of pairs in which the edited answer scores above the chosen one itself"
+        verdict = "share of pairs in which the edited answer scores above the chosen one itself; "
+        verdict += "half, with a shift of 0, where a model does not see the difference"
     note = (
         f"Edits of the {side} answer. Shift: what the edit adds to its score, in standard deviations of the "
     )
@@ -243,17 +249,18 @@ def _worst_cases(probe: str, name: str, edits: dict[str, Any]) -> Table:
 
 
 def plot(probe: str, result: dict[str, Any], folder: Path) -> list[str]:
-    """PROBE.png: shift and interval of every model, one panel per set and edit; nothing without edits."""
+    """PROBE.png: shift and interval of every edit and model, one panel per set; nothing without edits."""
     panels = {
-        f"{edit} on {name}": {
-            model: (numbers["shift"], *numbers["shift_interval"]) for model, numbers in one["models"].items()
+        name: {
+            f"{edit}, {model}": (numbers["shift"], *numbers["shift_interval"])
+            for edit, one in measured["edits"].items()
+            if one["pairs"]
+            for model, numbers in one["models"].items()
         }
         for name, measured in result["sets"].items()
-        for edit, one in measured["edits"].items()
-        if one["pairs"]
     }
-    if not panels:
+    if not any(panels.values()):
         return []
-    baseline = next(iter(result["sets"].values()))["baseline"]
-    plotting.dots(panels, folder / f"{probe}.png", "shift in score (SD)", baseline)
+    label = f"{probe}: shift of the {result['side']} answer's score (SD)"
+    plotting.dots({name: rows for name, rows in panels.items() if rows}, folder / f"{probe}.png", label)
     return [f"{probe}.png"]

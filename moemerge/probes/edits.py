@@ -45,7 +45,7 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if part.strip()]
 
 
-def some_pairs(pairs: Sequence[Pair], most: int, seed: int) -> list[int]:
+def some_pairs(pairs: Sequence[Any], most: int, seed: int) -> list[int]:
     """Places of at most `most` pairs, drawn from `seed`, in order."""
     if len(pairs) <= most:
         return list(range(len(pairs)))

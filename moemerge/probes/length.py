@@ -51,7 +51,8 @@ def correlations(pairs: PairScores, settings: EvaluateSettings, seed: int) -> di
     """
     baseline = settings.baseline or next(iter(pairs.scores))
     longer_P = pairs.lengths[:, 0] - pairs.lengths[:, 1]
-    draws, found = {}, {}
+    draws: dict[str, Floats] = {}
+    found: dict[str, dict[str, Any]] = {}
     for model, scores_P2 in pairs.scores.items():
         margin_P = scores_P2[:, 0] - scores_P2[:, 1]
         moments_P5 = _moments(_standard(longer_P.astype(np.float64)), _standard(margin_P))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -110,3 +111,9 @@ def percentile_interval(draws_RX: Floats, confidence: float) -> tuple[Floats, Fl
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws_RX, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def banded(name: str, values_RX: Floats, confidence: float) -> dict[str, Any]:
+    """`name`, `name_low`, `name_high`: the values, which come first, and their interval over what follows."""
+    low, high = percentile_interval(values_RX[1:], confidence)
+    return {name: values_RX[0].tolist(), f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}

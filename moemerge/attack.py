@@ -1,0 +1,338 @@
+"""Stage `attack`: search for edits of rejected answers that a reward model scores above the chosen ones.
+
+After REFORM (arXiv 2507.06419), which lets the reward model itself guide the search for answers of the
+rejected class that it overrates, and patches it with them. There a language model's decoding is guided; here
+small edits are, by greedy or beam search. What keeps the class is the kind of edit, or a gold function.
+
+P pairs, chosen and rejected scores in [P, 2].
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from moemerge import data, plotting, runtime
+from moemerge.artifacts import Draft, stage, write_json
+from moemerge.attack_edits import chosen_edits
+from moemerge.attack_settings import AttackSettings
+from moemerge.errors import DataError
+from moemerge.probes.base import Edit, Floats, Table
+from moemerge.probes.edit_effects import excerpt
+from moemerge.probes.edits import apply, last_message, some_pairs
+from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson
+from moemerge.recipe import Attack
+from moemerge.rows import BadRow, Text, write_rows
+from moemerge.scoring import load_reward_model, load_tokenizer, score, score_pairs
+from moemerge.tokenise import Item, encode_all
+from moemerge.user_function import load_function
+
+log = logging.getLogger(__name__)
+Scorer = Callable[[Sequence[Item]], Floats]
+Gold = Callable[[Text, Text], float]
+Judge = Callable[[Text], bool]
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An answer on the way, its score, and the names of the edits that made it."""
+
+    text: Text
+    score: float
+    edits: tuple[str, ...] = ()
+
+
+@dataclass
+class Search:
+    """The search on one pair, which ends when the best of the beam scores above `goal`, the chosen answer.
+
+    `keeps_class` tells whether an edited answer is still the worse one.
+    """
+
+    pair: data.Pair
+    goal: float
+    beam: list[Variant]
+    random: Random
+    keeps_class: Judge
+    queries: int = 0
+    seen: set[str] = field(default_factory=set)
+
+    @property
+    def best(self) -> Variant:
+        """The answer with the highest score."""
+        return self.beam[0]
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether an edited rejected answer beats the chosen one."""
+        return self.best.score > self.goal
+
+    def proposals(self, edits: Mapping[str, Edit], count: int) -> list[Variant]:
+        """New answers, `count` tries from each of the beam, without scores."""
+        found = []
+        for variant in self.beam:
+            for name in self._names(list(edits), count):
+                text = apply(edits[name], self.pair.prompt, variant.text, "", self.random)
+                if text is not None and self._is_new(text) and self.keeps_class(text):
+                    found.append(Variant(text, np.nan, (*variant.edits, name)))
+        return found
+
+    def _names(self, names: list[str], count: int) -> list[str]:
+        """`count` names in random order, each about as often as any other."""
+        rounds = (self.random.sample(names, len(names)) for _ in range(-(-count // len(names))))
+        return [name for one in rounds for name in one][:count]
+
+    def _is_new(self, text: Text) -> bool:
+        key = last_message(text)
+        new = key not in self.seen
+        self.seen.add(key)
+        return new
+
+    def take(self, variants: Sequence[Variant], beam: int) -> None:
+        """Keep the best of the beam and of what was scored (NaN: could not be)."""
+        usable = [variant for variant in variants if np.isfinite(variant.score)]
+        self.queries += len(usable)
+        self.beam = sorted([*self.beam, *usable], key=lambda variant: -variant.score)[:beam]
+
+
+def _judge(pair: data.Pair, gold: Gold | None) -> Judge:
+    """Tells whether a text is worse than the chosen answer; without gold everything is."""
+    if gold is None:
+        return lambda text: True
+    limit = gold(pair.prompt, pair.chosen)
+    return lambda text: gold(pair.prompt, text) < limit
+
+
+def search(
+    pairs: Sequence[data.Pair],
+    scores_P2: Floats,
+    edits: Mapping[str, Edit],
+    scorer: Scorer,
+    settings: AttackSettings,
+    gold: Gold | None = None,
+    seed: int = 0,
+) -> list[Search]:
+    """Attack every pair; all are scored together, a step at a time.
+
+    `scorer` gives a score per (prompt, answer), NaN where there is none. With `gold`, an edited answer must
+    stay below the chosen one. The draws for a pair depend on `seed` and its row only.
+    """
+    searches = [
+        Search(pair, goal, [Variant(pair.rejected, start)], Random(f"{seed} {pair.row}"), _judge(pair, gold))
+        for pair, (goal, start) in zip(pairs, scores_P2.tolist(), strict=True)
+    ]
+    for one in searches:
+        one.seen.add(last_message(one.pair.rejected))
+    for _ in tqdm(range(settings.steps), desc="attack", unit="step", leave=False, disable=None):
+        asked = [(one, one.proposals(edits, settings.proposals)) for one in searches if not one.succeeded]
+        items = [(one.pair.prompt, variant.text) for one, variants in asked for variant in variants]
+        if not items:
+            break
+        values = iter(scorer(items).tolist())
+        for one, variants in asked:
+            scored = [Variant(variant.text, next(values), variant.edits) for variant in variants]
+            one.take(scored, settings.beam)
+    return searches
+
+
+@stage("attack", Attack)
+def attack(options: Attack, draft: Draft) -> None:
+    """Search among edits of rejected answers for some that the model scores above the chosen answer.
+
+    Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
+    one. Writes attacks.jsonl.gz (what came of each), patch.jsonl (the found pairs as training data for
+    `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
+    be attacked, OptionError for unknown edits or an unusable gold function.
+    """
+    gold = load_function(options.gold) if options.gold else None
+    edits = chosen_edits(options.edits, options.words, gold is not None)
+    device = runtime.use(options)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    model = load_reward_model(options.model, device, trust_remote_code=options.trust_remote_code)
+    encoded, rows = _read(options, tokenizer)
+    scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
+    right_P = scores_P2[:, 0] > scores_P2[:, 1]
+    agreed_P = np.array([_judge(one.pair, gold)(one.pair.rejected) for one in encoded])
+    if not (right_P & agreed_P).any():
+        raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
+    pairs = [one.pair for one, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
+    scorer = _scorer(model, tokenizer, options)
+    found = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
+    report = {
+        "pairs": len(encoded),
+        "judged_wrongly_before": int((~right_P).sum()),
+        "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
+        **summary(found, float(scores_P2.std()) or 1.0, options, options.seed),
+    }
+    _write(draft, found, report | {"rows": rows.summary()}, options.confidence)
+
+
+def _read(options: Attack, tokenizer: Any) -> tuple[list[data.EncodedPair], data.RowReport]:
+    pairs, rows = data.read_pairs(options.pairs, options)
+    encoded = data.encode_pairs(tokenizer, pairs, options, rows)
+    places = some_pairs(encoded, options.max_pairs or len(encoded), options.seed)
+    return [encoded[place] for place in places], rows
+
+
+def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:
+    def scores(items: Sequence[Item]) -> Floats:
+        found = dict(enumerate(encode_all(tokenizer, items)))
+        usable = {
+            place: one
+            for place, one in found.items()
+            if not isinstance(one, BadRow) and len(one.ids) <= options.max_length
+        }
+        values = np.full(len(items), np.nan)
+        values[list(usable)] = score(model, tokenizer, list(usable.values()), options.batch_tokens).numpy()
+        return values
+
+    return scores
+
+
+def _nothing_to_attack(pairs: int, right: int, agreed: int) -> DataError:
+    return DataError(
+        "there is no pair to attack",
+        given=f"{pairs} pairs, of which the model judges {right} rightly, and gold {agreed}",
+        expected="pairs whose chosen answer scores higher",
+        fix="give other pairs, or the model that was trained for them",
+    )
+
+
+def summary(found: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
+    """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its price.
+
+    `by_queries`: share of pairs on which so many scores at most were enough. `edits`: in how many of the
+    successes each took part. `worst`: the largest leads over the chosen answer, divided by `spread`.
+    """
+    hits = [one for one in found if one.succeeded]
+    queries_P = np.array([one.queries for one in found])
+    grid_G = np.unique(np.linspace(1, max(queries_P.max(), 1), 25).round()).astype(int)
+    success_PG = np.array([[one.succeeded and one.queries <= most for most in grid_G] for one in found])
+    sums = cluster_sums(success_PG.astype(np.float64), _clusters(found))
+    draws_RG = bootstrap_means(sums, settings.resamples, seed)
+    low_G, high_G = percentile_interval(draws_RG, settings.confidence)
+    repeated = len(sums) < len(found)
+    interval = (float(low_G[-1]), float(high_G[-1])) if repeated else None
+    return {
+        "attacked": len(found),
+        "prompts": len(sums),
+        "succeeded": len(hits),
+        "success_rate": len(hits) / len(found),
+        "interval": interval or wilson(len(hits), len(found), settings.confidence),
+        "interval_kind": "bootstrap over prompts" if repeated else "wilson",
+        "queries": {
+            "total": int(queries_P.sum()),
+            "per_pair": float(queries_P.mean()),
+            "median_of_successes": float(np.median([one.queries for one in hits])) if hits else None,
+        },
+        "by_queries": {
+            "queries": grid_G.tolist(),
+            "success": success_PG.mean(axis=0).tolist(),
+            "low": low_G.tolist(),
+            "high": high_G.tolist(),
+        },
+        "edits": dict(Counter(name for one in hits for name in sorted(set(one.best.edits))).most_common()),
+        "worst": [
+            _case(one, spread) for one in sorted(hits, key=lambda one: one.goal - one.best.score)[:SHOWN]
+        ],
+    }
+
+
+def _clusters(found: Sequence[Search]) -> Any:
+    keys = [json.dumps(one.pair.prompt or one.pair.row) for one in found]
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _case(one: Search, spread: float) -> dict[str, Any]:
+    text, before = last_message(one.best.text), last_message(one.pair.rejected)
+    change = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
+    return {
+        "row": one.pair.row,
+        "lead": (one.best.score - one.goal) / spread,
+        "edits": list(one.best.edits),
+        "prompt": excerpt(last_message(one.pair.prompt), -1),
+        "chosen": excerpt(last_message(one.pair.chosen)),
+        "rejected": excerpt(before, change),
+        "edited": excerpt(text, change),
+    }
+
+
+def _write(draft: Draft, found: Sequence[Search], report: dict[str, Any], confidence: float) -> None:
+    write_rows(draft.folder / "attacks.jsonl.gz", (_row(one) for one in found))
+    patch = [_patch(one) for one in found if one.succeeded]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patch)
+    (draft.folder / "patch.jsonl").write_text(lines, encoding="utf-8")
+    write_json(draft.folder / "report.json", report)
+    shown = "\n".join(table.markdown() for table in tables(report, confidence))
+    text = f"# Attack\n\n{shown}\n![attack.png](attack.png)\n"
+    (draft.folder / "report.md").write_text(text, encoding="utf-8")
+    curve = report["by_queries"]
+    line = plotting.Line(curve["queries"], curve["success"], curve["low"], curve["high"])
+    title = f"{report['attacked']} pairs attacked"
+    plotting.lines(
+        {"success": line}, draft.folder / "attack.png", title, "scores asked for, per pair", "success"
+    )
+    told = ("attacked", "succeeded", "success_rate", "interval", "queries", "rows")
+    draft.results |= {key: report[key] for key in told}
+    if not patch:
+        log.warning("no attack succeeded: patch.jsonl is empty")
+
+
+def _row(one: Search) -> dict[str, Any]:
+    outcome = {"edited": one.best.text, "edits": list(one.best.edits), "succeeded": one.succeeded}
+    scores = {"score_chosen": one.goal, "score_edited": one.best.score, "queries": one.queries}
+    return {**one.pair.plain(), "row": one.pair.row, **outcome, **scores}
+
+
+def _patch(one: Search) -> dict[str, Any]:
+    """The pair with the edited answer as the rejected one; its margin was for another answer."""
+    row = {**one.pair.plain(), "rejected": one.best.text}
+    row.pop("margin", None)
+    return row
+
+
+def tables(report: dict[str, Any], confidence: float) -> list[Table]:
+    """Success and its price, the edits that took part, and the worst cases to read."""
+    low, high = report["interval"]
+    queries = report["queries"]
+    median = queries["median_of_successes"]
+    facts = {
+        "pairs": report["pairs"],
+        "judged wrongly before": report["judged_wrongly_before"],
+        "label not shared by gold": report["label_not_shared_by_gold"],
+        "attacked": report["attacked"],
+        "succeeded": report["succeeded"],
+        "success rate": f"{report['success_rate']:.1%} ({low:.1%} to {high:.1%})",
+        "scores asked for, per pair": f"{queries['per_pair']:.1f}",
+        "of successes, median": "" if median is None else f"{median:g}",
+    }
+    note = (
+        f"{confidence:.0%} interval: {report['interval_kind']}. Success: the edited rejected answer scores "
+    )
+    note += "above the chosen one, though it is still the worse answer."
+    found = [
+        Table("Attack success", ["", "value"], [[name, str(value)] for name, value in facts.items()], note)
+    ]
+    if report["worst"]:
+        edits = [[name, str(count)] for name, count in report["edits"].items()]
+        found += [Table("Edits in successes", ["edit", "successes"], edits), _worst(report["worst"])]
+    return found
+
+
+def _worst(cases: Sequence[dict[str, Any]]) -> Table:
+    texts = ("prompt", "chosen", "rejected", "edited")
+    rows = [
+        [str(one["row"]), f"{one['lead']:+.2f}", ", ".join(one["edits"]), *(one[name] for name in texts)]
+        for one in cases
+    ]
+    note = "Lead: score of the edited answer minus that of the chosen one, in standard deviations of scores."
+    return Table("Worst cases", ["row", "lead (SD)", "edits", *texts], rows, note)

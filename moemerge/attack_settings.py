@@ -1,0 +1,31 @@
+"""Settings of the stage attack; recipe.py makes the stage's options of them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moemerge.options import Options
+
+
+class AttackSettings(Options):
+    """Reward-guided search for rejected answers that a reward model overrates once they are edited."""
+
+    max_pairs: int | None = Field(200, ge=1, description="draw at most so many pairs")
+    edits: list[str] = Field(
+        default_factory=list,
+        description="edits to search among (default: all that keep the content; with gold all)",
+    )
+    words: list[str] = Field(
+        default_factory=list, description="words that insert_word adds, in place of ours"
+    )
+    gold: str | None = Field(
+        None,
+        description="Python function gold(prompt, answer), as module:function: an edited answer counts only "
+        "while its gold score is below the chosen one's",
+    )
+    steps: int = Field(6, ge=1, description="most edits on top of each other")
+    proposals: int = Field(12, ge=1, description="edits tried per step and answer of the beam")
+    beam: int = Field(1, ge=1, description="answers kept per step; 1: greedy")
+    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")

@@ -1,0 +1,149 @@
+"""Pages: everything in one file, all text inert, markup that is whole; the same in markdown."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moemerge import plotting
+from moemerge.figures import Figure, Line
+from moemerge.html_report import Section, write_report
+from moemerge.probes.base import Table
+from moemerge.provenance_page import provenance_section
+
+EVIL = '</td></table><script>alert("1")</script><img src=x onerror=alert(1)> & "\' {{ 7 * 7 }}'
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, text by tag, and what is wrong with the nesting."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.faults: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        self.faults += self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if len(dict(attrs)) < len(attrs):
+            self.faults.append(f"{tag} has an attribute twice")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        self.text.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        """Attributes of every such tag."""
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def check_page(page: str) -> Outline:
+    """What must hold of every page of ours."""
+    outline = Outline(page)
+    assert page.startswith("<!DOCTYPE html>") and outline.faults == []
+    assert outline.all("script") == [] and outline.all("iframe") == [] and outline.all("form") == []
+    names = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    places = [attributes["href"] for attributes in outline.all("a")]
+    assert all(place is not None and place[0] == "#" and place[1:] in names for place in places)
+    for tag, attributes in outline.tags:
+        assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
+        for name in ("src", "href", "srcset"):
+            assert re.match("data:|#", attributes.get(name) or "#"), attributes
+    assert all(attributes["alt"] for attributes in outline.all("img"))
+    (policy,) = [
+        m["content"] for m in outline.all("meta") if m.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None and policy.startswith("default-src 'none'; img-src data:;")
+    return outline
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report in which every text is hostile, with a drawn figure and a foreign one; its folder."""
+    tmp_path = tmp_path_factory.mktemp("report")
+    plotting.lines({EVIL: Line([0, 1], [1, 2])}, tmp_path / "own.png", EVIL, EVIL, EVIL)
+    figures = [Figure.load(tmp_path / "own.png")]
+    (tmp_path / "a b.png").write_bytes((tmp_path / "own.png").read_bytes())
+    figures.append(Figure.load(tmp_path / "a b.png"))
+    table = Table(
+        EVIL, [EVIL, "n"], [[EVIL, "1"], ["![x](http://outside/x.png) [y](javascript:1)", "2"]], EVIL
+    )
+    sections = [Section(EVIL, [EVIL], [table], figures, [table], EVIL), Section("Empty")]
+    write_report(tmp_path, EVIL, sections)
+    return tmp_path
+
+
+def test_hostile_text_is_text(report: Path) -> None:
+    outline = check_page((report / "report.html").read_text())
+    for tag in ("title", "h1", "h2", "h3", "h4", "p", "th", "a", "summary"):
+        assert EVIL in "".join(outline.text[tag]), tag
+    assert len(outline.all("img")) == 2 and {one["alt"] for one in outline.all("img")} > {"a b"}
+
+
+def test_hostile_text_is_text_in_markdown(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    assert "<" not in re.sub(r"\]\(<a b\.png>\)", "", text)
+    assert re.findall(r"(?<!\\)!\[", text) == ["!["] * 2, "the two figures"
+    assert re.findall(r"\]\(([^)]*)\)", text) == ["own.png", "<a b.png>"]
+
+
+def test_the_page_holds_tables_and_figures_as_given(tmp_path: Path) -> None:
+    tall = Table(
+        "Numbers", ["model", "accuracy", "why"], [["a", "0.5", "x" * 61], ["b", "0.25", "y"]], "A note."
+    )
+    page = write_report(tmp_path, "Title", [Section("One", ["Words."], [tall], lead="Lead.")])
+    outline = check_page(page.read_text())
+    assert page == tmp_path / "report.html"
+    heads = [attributes for attributes in outline.all("th") if attributes["scope"] == "col"]
+    assert [one.get("class") for one in heads] == [None, "number", None]
+    assert [one.get("class") for one in outline.all("td")] == ["number", "prose"] * 2
+    assert outline.text["td"] == ["0.5", "x" * 61, "0.25", "y"]
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Title\n\n## One\n\n**Lead.**\n\nWords.\n\n" + tall.markdown())
+
+
+def test_tables_without_rows_are_shown(tmp_path: Path) -> None:
+    page = write_report(tmp_path, "t", [Section("s", tables=[Table("none", ["a", "b"], [])])])
+    assert len(check_page(page.read_text()).all("th")) == 2
+
+
+def test_provenance_tells_checksums_and_settings_but_no_paths() -> None:
+    digest = "0123456789abcdef" * 4
+    manifest = {
+        "inputs": {
+            "model": {"path": "/home/me/rm", "sha256": digest},
+            "pairs": {"test": {"hub": "owner/data:test", "sha256": "owner/data:test"}},
+        },
+        "options": {
+            "model": "/home/me/rm",
+            "pairs": {"test": "owner/data:test"},
+            "output": "/home/me/out",
+            "seed": 3,
+            "search": {"learning_rate": [0.1, 0.2]},
+            "fields": {},
+            "baseline": None,
+        },
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "hardware": {"machine": "x86_64", "cpus": 2, "system": "Linux"},
+        "started": "2026-01-02T03:04:05+00:00",
+    }
+    section = provenance_section({"one": manifest, "two": manifest})
+    assert section.text == ["Made with python 3.11, torch 2.13; Linux on x86_64, 2 CPUs; 2026-01-02."]
+    rows = [["model", "rm", digest[:16]], ["pairs test", "owner/data:test", ""]]
+    assert section.tables[0].rows == [[step, *row] for step in ("one", "two") for row in rows]
+    settings = [["seed", "3"], ["search.learning_rate", "0.1, 0.2"]]
+    assert section.folded[0].rows == [[step, *row] for step in ("one", "two") for row in settings]

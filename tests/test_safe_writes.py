@@ -1,0 +1,427 @@
+"""What is promised of outputs: whole or not there, old kept until new, locked, checked, and told when not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moemerge import artifacts, disk
+from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest, workspace
+from moemerge.errors import ArtifactError
+from moemerge.locks import hold, lock_of
+from moemerge.options import Run, Source
+from moemerge.verify import verify_folder
+
+TESTS = Path(__file__).parent
+# Child processes import this file without conftest, which imports much.
+FSYNC = getattr(sys.modules.get("conftest"), "FSYNC", os.fsync)
+
+
+class Write(Run):
+    """Options of a stage that writes one file."""
+
+    source: Source | None = None
+    text: str = "new"
+
+
+def body(options: Write, draft: Draft) -> None:
+    (draft.folder / "text").write_text(options.text)
+    HOOK(draft)
+
+
+def nothing(draft: Draft) -> None:
+    pass
+
+
+HOOK: Callable[[Draft], object] = nothing
+write = Stage("write", Write, body)
+
+
+@pytest.fixture
+def during(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Draft], object]], None]:
+    """Have something happen while the stage writes."""
+    return lambda hook: monkeypatch.setattr(sys.modules[__name__], "HOOK", hook)
+
+
+def text(folder: Path) -> str:
+    return (folder / "text").read_text()
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+# Killed: a child process dies at once, with nothing cleared away
+
+CHILD = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import test_safe_writes as t
+from pathlib import Path
+from moemerge import artifacts, disk
+
+output, place = Path(sys.argv[2]), sys.argv[3]
+die = lambda *_: os._exit(9)
+def then_die(function):
+    def both(*given):
+        function(*given)
+        os._exit(9)
+    return both
+if place == "body":
+    t.HOOK = die
+elif place == "sealed":
+    artifacts.put_in_place = die
+elif place == "between renames":
+    disk._exchange = lambda *_: False
+    rename = Path.rename
+    Path.rename = lambda path, target: then_die(rename)(path, target)
+elif place == "exchanged":
+    disk._exchange = then_die(disk._exchange)
+elif place == "renamed":
+    Path.rename = then_die(Path.rename)
+elif place == "in the lock":
+    artifacts.recover = die
+t.write(output=output, text="newer", overwrite=True)
+"""
+
+
+def killed(output: Path, place: str) -> None:
+    given = [sys.executable, "-c", CHILD, str(TESTS), str(output), place]
+    assert subprocess.run(given, cwd=TESTS.parent, timeout=120).returncode == 9
+
+
+@pytest.mark.parametrize(
+    ("place", "left"),
+    [
+        ("in the lock", "old"),
+        ("body", "old"),
+        ("sealed", "old"),
+        ("exchanged", "newer"),
+        ("between renames", None),
+    ],
+)
+def test_a_kill_leaves_the_old_or_the_new_output_whole_and_the_next_start_clears_up(
+    tmp_path: Path, place: str, left: str | None
+) -> None:
+    out = write(output=tmp_path / "out", text="old")
+    killed(out, place)
+    if left is None:
+        assert not out.exists(), "only where the system cannot exchange two names at once"
+        disk.recover(out)
+        left = "old"
+    assert text(out) == left and verify_folder(out) == []
+    write(output=out, text="last", overwrite=True)
+    assert text(out) == "last" and verify_folder(out) == [] and hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(("place", "made"), [("body", False), ("sealed", False), ("renamed", True)])
+def test_a_kill_leaves_a_new_output_whole_or_not_there(tmp_path: Path, place: str, made: bool) -> None:
+    killed(tmp_path / "out", place)
+    assert (tmp_path / "out").exists() == made
+    assert not made or verify_folder(tmp_path / "out") == []
+    write(output=tmp_path / "out", overwrite=made)
+    assert hidden(tmp_path) == []
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    killed(tmp_path / "out", "body")
+    assert lock_of(tmp_path / "out").exists()
+    assert text(write(output=tmp_path / "out")) == "new"
+
+
+def test_clearing_up_spares_other_outputs(tmp_path: Path) -> None:
+    """`out` and `out.v2` may be made side by side: neither takes the other's draft for its own leftover."""
+    others = [
+        ".out.v2.abcdefgh.tmp",
+        ".out.v2.old.tmp",
+        ".out.v2.0123456789abcdef.work",
+        ".outer.abcdefgh.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.abcdefgh.tmp").mkdir()
+    with workspace(Write(output=tmp_path / "out")):
+        pass
+    write(output=tmp_path / "out")
+    assert hidden(tmp_path) == sorted(others)
+
+
+# Existing outputs
+
+
+def test_an_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
+    out = write(output=tmp_path / "out", text="old")
+    with pytest.raises(ArtifactError, match="exists already"):
+        write(output=out)
+    assert text(out) == "old"
+
+
+def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(tmp_path: Path, during: Any) -> None:
+    out, seen = write(output=tmp_path / "out", text="old"), []
+    during(lambda draft: seen.append(text(out)))
+    write(output=out, overwrite=True)
+    assert seen == ["old"] and text(out) == "new"
+
+    def fail(draft: Draft) -> None:
+        raise RuntimeError
+
+    during(fail)
+    with pytest.raises(RuntimeError):
+        write(output=out, text="newer", overwrite=True)
+    assert text(out) == "new" and verify_folder(out) == [] and hidden(tmp_path) == []
+
+
+def test_overwrite_exchanges_without_a_moment_in_between(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("renameat2 is Linux's")
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.write_text("x")
+    assert disk._exchange(one, other)
+    assert one.is_file() and other.is_dir()
+    assert not disk._exchange(one, tmp_path / "gone")
+
+
+def test_overwrite_replaces_results_only(tmp_path: Path) -> None:
+    """Somebody's folder of photographs is not replaced, whatever was asked for."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.jpg").write_text("x")
+    with pytest.raises(ArtifactError, match="no earlier result"):
+        write(output=tmp_path / "photos", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    assert text(write(output=tmp_path / "empty", overwrite=True)) == "new"
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("output", ["in", "in/deeper", "."])
+def test_an_output_that_would_change_an_input_is_refused(tmp_path: Path, output: str) -> None:
+    made = write(output=tmp_path / "in")
+    before = fingerprint(made)
+    (tmp_path / "manifest.json").write_text('{"stage": 1}')
+    with pytest.raises(ArtifactError, match="would change an input"):
+        write(source=str(made), output=tmp_path / output, overwrite=True)
+    assert fingerprint(made) == before
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, during: Any) -> None:
+    (tmp_path / "pairs").write_text("1")
+    during(lambda draft: (tmp_path / "pairs").write_text("2"))
+    with pytest.raises(ArtifactError, match="input changed"):
+        write(source=str(tmp_path / "pairs"), output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
+
+
+def test_inputs_trusted_by_size_and_time_are_recorded_as_such(tmp_path: Path) -> None:
+    made = write(output=tmp_path / "in")
+    (tmp_path / "plain").write_text("x")
+    for source, how in ((made, "same size and time of change"), (tmp_path / "plain", "read in full")):
+        out = write(source=str(source), output=tmp_path / f"from-{source.name}")
+        (record,) = read_manifest(out)["inputs"]["source"]["files"].values()
+        assert record["checked"].startswith(how)
+    assert read_manifest(made)["files"]["text"]["checked"] == "read in full"
+
+
+# Locks
+
+
+def test_two_stages_on_one_output_are_refused(tmp_path: Path, during: Any) -> None:
+    out = tmp_path / "out"
+    during(lambda draft: write(output=out))
+    with pytest.raises(ArtifactError, match="another run") as caught:
+        write(output=out)
+    assert f"process {os.getpid()}" in caught.value.given
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_holds_against_whoever_opened_the_file_before_it_was_removed(tmp_path: Path) -> None:
+    path = tmp_path / ".out.lock"
+    with hold(path, tmp_path):
+        before = os.open(path, os.O_RDWR)
+    with hold(path, tmp_path):
+        assert not os.path.samestat(os.fstat(before), path.stat())
+        with pytest.raises(ArtifactError), hold(path, tmp_path):
+            pass
+    os.close(before)
+    assert not path.exists()
+
+
+# Disks
+
+
+def test_files_and_folders_are_flushed_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+
+    def note(handle: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        FSYNC(handle)
+
+    def rename(folder: Path, output: Path) -> None:
+        inside = {str(path) for path in (folder, *folder.rglob("*"))}
+        assert inside <= set(flushed) and flushed.index(str(folder / "manifest.json")) < len(flushed) - 1
+        disk.put_in_place(folder, output)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("asks Linux which file a number stands for")
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(artifacts, "put_in_place", rename)
+    write(output=tmp_path / "out")
+    assert flushed[-1] == str(tmp_path)
+
+
+def torch_failure() -> Exception:
+    return RuntimeError(
+        "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"
+    )
+
+
+def rust_failure() -> Exception:
+    from safetensors import SafetensorError
+
+    return SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+FULL = "the disk is full"
+FAILURES: dict[str, tuple[Callable[[], Exception], str]] = {
+    "full": (lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), FULL),
+    "quota": (lambda: OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "quota"),
+    "broken": (lambda: OSError(errno.EIO, os.strerror(errno.EIO)), "does not work"),
+    "read-only": (lambda: OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only"),
+    "torch": (torch_failure, FULL),
+    "safetensors": (rust_failure, FULL),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_disk_that_fails_midway_is_told_in_four_parts_and_leaves_nothing(
+    tmp_path: Path, during: Any, kind: str
+) -> None:
+    make, told = FAILURES[kind]
+
+    def fail(draft: Draft) -> None:
+        draft.reserve(3_000_000)
+        raise make()
+
+    during(fail)
+    with pytest.raises(ArtifactError, match=told) as caught:
+        write(output=tmp_path / "out")
+    assert str(tmp_path / "out") in caught.value.what and "same command again" in caught.value.fix
+    assert told != FULL or caught.value.expected == "room for 3.0 MB"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["flush", "fingerprint", "put_in_place", "write_json", "recover"])
+def test_a_disk_that_fails_while_sealing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(artifacts, place, fail)
+    with pytest.raises(ArtifactError, match="does not work"):
+        write(output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_of_ours_are_not_taken_for_a_full_disk(tmp_path: Path, during: Any) -> None:
+    def fail(draft: Draft) -> None:
+        raise KeyError("ours")
+
+    during(fail)
+    with pytest.raises(KeyError):
+        write(output=tmp_path / "out")
+
+
+def test_too_little_space_is_told_before_the_work_with_what_is_needed_and_free(
+    tmp_path: Path, during: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "free_space", lambda folder: 1_500_000)
+    during(lambda draft: draft.reserve(2_000_000_000))
+    with pytest.raises(ArtifactError, match="not enough space") as caught:
+        write(output=tmp_path / "out")
+    assert caught.value.given.startswith("1.5 MB free") and caught.value.expected.startswith("2.0 GB")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_back_is_not_kept(tmp_path: Path, during: Any) -> None:
+    during(lambda draft: (draft.folder / "model.safetensors").write_bytes(b"half of it"))
+    with pytest.raises(ArtifactError, match="not written as meant") as caught:
+        write(output=tmp_path / "out")
+    assert "model.safetensors" in caught.value.given and list(tmp_path.iterdir()) == []
+
+
+# Secrets
+
+
+def test_no_secret_gets_into_a_manifest(tmp_path: Path, during: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "aB3" * 11
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "from-the-environment")
+    during(
+        lambda draft: draft.results.update(url="https://me:pass@hub/x?sig=s3cr3t&n=1", seen=[{"t": token}])
+    )
+    out = write(
+        output=tmp_path / "out", text=f"https://me:pass@hub/x {token}", source="https://me:pass@hub/y"
+    )
+    found = (out / "manifest.json").read_text()
+    assert not [one for one in (token, "pass@", "s3cr3t", "from-the-environment") if one in found]
+    assert json.loads(found)["results"]["url"] == "https://***@hub/x?sig=***&n=1"
+    assert artifacts.why_stale("write", Write(**read_manifest(out)["options"])) is None
+
+
+# Signals
+
+WAITING = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import test_safe_writes as t
+from moemerge import cli, pipeline, recipe
+
+def wait(draft):
+    (draft.output.parent / "started").touch()
+    time.sleep(60)
+t.HOOK = wait
+class Stages:
+    def get(self, name):
+        return t.Stage("synthetic", recipe.Synthetic, lambda options, draft: wait(draft))
+pipeline.STAGES = Stages()
+cli.main(["synthetic", "--output", sys.argv[2]])
+"""
+
+
+@contextmanager
+def waiting(output: Path) -> Iterator[Any]:
+    given = [sys.executable, "-c", WAITING, str(TESTS), str(output)]
+    with subprocess.Popen(given, cwd=TESTS.parent, stderr=subprocess.PIPE, text=True) as process:
+        while not (output.parent / "started").exists():
+            assert process.poll() is None, process.stderr
+        yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_good_order_with_one_line_that_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with waiting(tmp_path / "out") as process:
+        assert len(hidden(tmp_path)) == 2, "a draft and a lock"
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert told.splitlines() == [
+        f"stopped by {number.name}, nothing is left half-written; "
+        f"to go on: moemerge synthetic --output {tmp_path / 'out'}"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["started"]
