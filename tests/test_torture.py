@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torture import Known, digests, look
 from torture_forks import Ending
 from torture_scenarios import Scenario
 
+import moemerge
 from moemerge.artifacts import artifact
 from moemerge.recipe import Upcycle
 
@@ -24,13 +26,14 @@ FOUR = "disk full\n  given: 1\n  expected: 2\n  to fix: 3"
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, tmpfs and the preloaded shim")
 def test_twenty_kills_and_bad_disks_break_no_promise() -> None:
+    same = {"PYTHONPATH": str(Path(moemerge.__file__).parent.parent)}  # of the moemerge under test
     command = [sys.executable, str(HERE / "torture.py"), "--trials", "21", "--seed", "5", "--stages"]
     done = subprocess.run(
         [*command, "upcycle", "merge", "overwrite"],
         capture_output=True,
         text=True,
         check=False,
-        cwd=HERE.parent,
+        env={**os.environ, **same},
     )
     assert "21 trials, 0 broken promises" in done.stdout, done.stdout + done.stderr[-2000:]
     assert done.returncode == 0 and re.search(r"killed at a time: exit codes .*-9: \d", done.stdout)

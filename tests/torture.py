@@ -77,7 +77,7 @@ class Tally:
 
 
 def digests(folder: Path) -> Digests:
-    """sha256 of all files below, by name; not of manifests, hidden files, and a run's page, with its times."""
+    """sha256 of all files below, by name; not of manifests, hidden files, a run's page with times."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"]
     named = {p.relative_to(folder).as_posix(): p for p in files}
     if not (folder / "manifest.json").exists():
