@@ -4,7 +4,7 @@ The label of a pair is always "chosen first", so each pair counts in both orders
 label 1, and with 1 - p and label 0. That is the same as asking how often the answer with the higher score is
 the chosen one, given the confidence max(p, 1 - p) in [1/2, 1]; a tie has confidence 1/2 and is half right.
 
-P pairs, B bins, K prompts, M models, R resamples.
+P pairs, B bins, K prompts, M models, R resamples, X = 1 + B measured values.
 """
 
 from __future__ import annotations
@@ -124,47 +124,46 @@ def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: in
 
 
 def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
-    models = list(pairs.scores)
-    baseline = settings.baseline or models[0]
-    differences = {m: scores_P2[:, 0] - scores_P2[:, 1] for m, scores_P2 in pairs.scores.items()}
-    wrong_PM = np.column_stack([expit(-d_P) ** 2 for d_P in differences.values()])
-    units = sampling_units(pairs.prompts)
-    draws_RM = bootstrap_means(cluster_sums(wrong_PM, units), settings.resamples, seed)
-    briers = dict(zip(models, wrong_PM.mean(axis=0).tolist(), strict=True))
-    draws = dict(zip(models, draws_RM.T, strict=True))
-    measured: dict[str, Any] = {}
-    for model, d_P in differences.items():
-        interval = _interval(draws[model], settings.confidence)
-        measured[model] = {"brier": briers[model], "brier_interval": interval}
-        measured[model] |= _measure_model(d_P, units, settings, seed)
-        if model != baseline:
-            measured[model]["vs_baseline"] = {
-                "difference": briers[model] - briers[baseline],
-                "interval": _interval(draws[model] - draws[baseline], settings.confidence),
-            }
+    models, units = list(pairs.scores), sampling_units(pairs.prompts)
+    differences = [scores_P2[:, 0] - scores_P2[:, 1] for scores_P2 in pairs.scores.values()]
+    values_PMX = np.stack([_columns(d_P) for d_P in differences], axis=1)
+    sums = cluster_sums(values_PMX.reshape(len(units), -1), units)
+    draws_RMX = bootstrap_means(sums, settings.resamples, seed).reshape(-1, *values_PMX.shape[1:])
+    means_MX = values_PMX.mean(axis=0)
+    baseline = models.index(settings.baseline or models[0])
+    measured = {}
+    for number, model in enumerate(models):
+        measured[model] = _summary(means_MX[number], draws_RMX[:, number], settings.confidence)
+        measured[model]["slope"] = slope(differences[number], units, settings.confidence)
+        measured[model]["diagram"] = Binned.of(differences[number]).diagram(units, settings.confidence)
+        if number != baseline:
+            gain_R = draws_RMX[:, number, 0] - draws_RMX[:, baseline, 0]
+            difference = float(means_MX[number, 0] - means_MX[baseline, 0])
+            interval = _interval(gain_R, settings.confidence)
+            measured[model]["vs_baseline"] = {"difference": difference, "interval": interval}
     prompts = len(np.unique(pairs.prompts))
-    return {"pairs": len(wrong_PM), "prompts": prompts, "baseline": baseline, "models": measured}
+    return {"pairs": len(units), "prompts": prompts, "baseline": models[baseline], "models": measured}
+
+
+def _columns(differences_P: Floats) -> Floats:
+    """Brier score of each pair, then its gap in each bin; X = 1 + B columns."""
+    return np.column_stack([expit(-differences_P) ** 2, Binned.of(differences_P).gaps()])
+
+
+def _summary(means_X: Floats, draws_RX: Floats, confidence: float) -> dict[str, Any]:
+    interval, chance = ece_interval(draws_RX[:, 1:], means_X[1:], confidence)
+    return {
+        "brier": float(means_X[0]),
+        "brier_interval": _interval(draws_RX[:, 0], confidence),
+        "ece": float(np.abs(means_X[1:]).sum()),
+        "ece_interval": interval,
+        "ece_by_chance": chance,
+    }
 
 
 def _interval(draws_R: Floats, confidence: float) -> Interval:
     low, high = percentile_interval(draws_R[:, None], confidence)
     return float(low[0]), float(high[0])
-
-
-def _measure_model(
-    differences_P: Floats, units_P: Integers, settings: EvaluateSettings, seed: int
-) -> dict[str, Any]:
-    binned = Binned.of(differences_P)
-    gaps_PB = binned.gaps()
-    gaps_RB = bootstrap_means(cluster_sums(gaps_PB, units_P), settings.resamples, seed)
-    interval, chance = ece_interval(gaps_RB, gaps_PB.mean(axis=0), settings.confidence)
-    return {
-        "ece": float(np.abs(gaps_PB.mean(axis=0)).sum()),
-        "ece_interval": interval,
-        "ece_by_chance": chance,
-        "slope": slope(differences_P, units_P, settings.confidence),
-        "diagram": binned.diagram(units_P, settings.confidence),
-    }
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
