@@ -127,7 +127,7 @@ def test_main_results_are_printed(main: Main, stages: FakeStages, tmp_path: Path
         (["train", "--epoch", "3"], "--epochs"),
         (["upcycle", "--gate", "soft"], "'xft', 'topk', 'prompt'"),
         (["check"], "RECIPE"),
-        (["nothing-like-it"], "choose one of: check, data"),
+        (["nothing-like-it"], "choose one of: check, compare, data"),
     ],
 )
 def test_usage_errors_name_the_near_ones(main: Main, arguments: list[str], text: str) -> None:
