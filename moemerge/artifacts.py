@@ -25,6 +25,7 @@ from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, s
 from moemerge.options import Options, Run, input_fields
 
 SCHEMA = 1
+MAX_FAULTS = 100
 MANIFEST = "manifest.json"
 PACKAGES = ("moemerge", "torch", "transformers", "trl", "mergekit", "peft", "safetensors")
 UNCOMPARED = {"output", "overwrite", "threads"}
@@ -76,7 +77,7 @@ def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: 
     try:
         return kind(**fields)
     except ValidationError as error:
-        faults = [_fault(kind, where, one) for one in error.errors()]
+        faults = [_fault(kind, where, one) for one in error.errors()[:MAX_FAULTS]]
     if len(faults) == 1:
         raise faults[0]
     raise Faults(where, faults)
