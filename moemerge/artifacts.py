@@ -30,6 +30,7 @@ from moemerge.redaction import redact, redacted
 from moemerge.weight_files import weight_faults
 
 SCHEMA = 1
+MAX_FAULTS = 100
 RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 UNCOMPARED = {"output", "overwrite", "threads"}
 
@@ -95,7 +96,7 @@ def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: 
     try:
         return kind(**fields)
     except ValidationError as error:
-        faults = [_fault(kind, where, one) for one in error.errors()]
+        faults = [_fault(kind, where, one) for one in error.errors()[:MAX_FAULTS]]
     if len(faults) == 1:
         raise faults[0]
     raise Faults(where, faults)

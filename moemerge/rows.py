@@ -16,7 +16,7 @@ from moemerge.errors import DataError, suggest
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN = 10
-MAX_LINE, LEAST_LINE = 16_000_000, 20  # bytes; an empty line costs time, too
+MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
 PARQUET_ROWS = 1000
 
