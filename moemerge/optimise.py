@@ -107,8 +107,8 @@ class _Meter:
         items = [(p, as_answer(p, text)) for p, text in zip(prompts, answers.texts, strict=True)]
         kl_B = kl_from(self.reference, self.policy, answers, self.options.temperature)
         columns = zip(items, self.gold(items), self.proxy(items), kl_B.tolist(), strict=True)
-        for place, ((prompt, answer), gold, proxy, kl) in enumerate(columns, start):
-            scores = {"gold": float(gold), "proxy": float(proxy), "kl": kl}
+        for place, ((prompt, answer), worth, proxy, kl) in enumerate(columns, start):
+            scores = {"gold": float(worth), "proxy": float(proxy), "kl": kl}
             number = place // self.options.measure_answers
             yield {"step": step, "number": number, "prompt": prompt, "answer": answer, **scores}
 
@@ -237,21 +237,12 @@ def table(report: dict[str, Any]) -> Table:
         rows.append([name, *ends, *(_cell(curves, cost) for cost in COSTS)])
         if "minus_baseline" in curves:
             versus = (_cell(curves, f"{cost}_minus_baseline") for cost in COSTS)
-            title = f"{name} minus {report['baseline']}"
-            rows.append(
-                [
-                    title,
-                    _cell(curves, "minus_baseline", 0),
-                    _cell(curves, "minus_baseline", -1),
-                    "",
-                    "",
-                    *versus,
-                ]
-            )
+            ends = [_cell(curves, "minus_baseline", place) for place in (0, -1)]
+            rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
     note = (
         f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
-        f"{report['confidence']:.0%} intervals over these. Drop: gold at its peak minus gold at the end. alpha, "
-        "beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
+        f"{report['confidence']:.0%} intervals over these. Drop: gold at its peak minus gold at the end. "
+        "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
     )
     return Table("Gold score while the policy is optimised", header, rows, note)
 
@@ -270,13 +261,9 @@ def _plot(report: dict[str, Any], path: Path) -> None:
 
 
 def _panel(report: dict[str, Any], name: str, over: str | None) -> plotting.Panel:
-    lines = {
-        model: plotting.Line(
-            curves[over] if over else report["steps"],
-            curves[name],
-            curves[f"{name}_low"],
-            curves[f"{name}_high"],
-        )
-        for model, curves in report["models"].items()
-    }
+    lines = {}
+    for model, curves in report["models"].items():
+        places = curves[over] if over else report["steps"]
+        ends = (curves[name + end] for end in ("", "_low", "_high"))
+        lines[model] = plotting.Line(places, *ends)
     return plotting.Panel(TITLES[name], lines, TITLES[over] if over else "step", TITLES[name])

@@ -66,7 +66,14 @@ def test_the_proxy_rises_and_a_hack_is_found(given: dict[str, Any], tmp_path: Pa
 
 
 def test_a_killed_run_goes_on_and_equal_seeds_give_equal_runs(given: dict[str, Any], tmp_path: Path) -> None:
-    short = {**TINY, "steps": 2, "measure_steps": 1, "measure_prompts": 4, "measure_answers": 2}
+    short = {
+        **TINY,
+        "steps": 2,
+        "measure_steps": 1,
+        "measure_prompts": 4,
+        "measure_answers": 2,
+        "batch_size": 8,
+    }
     calls: list[str] = []
 
     def rate(prompt: str, answer: str) -> float:
@@ -96,7 +103,7 @@ def test_chats_are_optimised_too(given: dict[str, Any], tmp_path: Path) -> None:
         gold_model=str(model),
         output=tmp_path / "run",
         kl_penalty=0.1,
-        **{**TINY, "steps": 2, "measure_steps": None},
+        **{**TINY, "steps": 2, "measure_steps": None, "batch_size": 16},
     )
     curves = json.loads((out / "report.json").read_text())["models"]["m"]
     rows = [row for _, row in read_rows(str(out / "samples.jsonl.gz")) if isinstance(row, dict)]

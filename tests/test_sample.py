@@ -20,6 +20,7 @@ from moemerge.artifacts import read_manifest
 from moemerge.data import distinct, read_candidates, read_prompts
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.evaluate import evaluate
+from moemerge.gold import model_judge
 from moemerge.options import TextFormat
 from moemerge.policy import answer_text, kl_from, load_policy, prompt_ids, sample_answers
 from moemerge.sample import sample
@@ -154,9 +155,9 @@ def test_samples_can_be_evaluated(folder: Path, tmp_path: Path) -> None:
     )
     source = str(drawn / "candidates.jsonl.gz")
     sets, _ = read_candidates(source, TextFormat())
-    last = [text.split()[-1] for one in sets for text in one.texts]
+    items = [(one.prompt, text) for one in sets for text in one.texts]
     gold = np.array([score for one in sets for score in one.gold])
-    assert len(sets) == 5 and gold == pytest.approx([word == "w5" for word in last], abs=0.4)
+    assert len(sets) == 5 and gold == pytest.approx(model_judge(liked, CPU, 64)(items), abs=1e-5)
     results = read_manifest(drawn)["results"]
     assert results["answers"] == len(gold) and results["answers"] + results["left_out"]["answers"] == 40
     out = evaluate(models={"m": liked}, candidates={"c": source}, resamples=100, output=tmp_path / "e")
