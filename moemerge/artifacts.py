@@ -184,6 +184,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
+def write_whole(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either its old content or all of the new."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(value), encoding="utf-8")
+    new.replace(path)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of an artifact. Raises ArtifactError if there is none or it is of another schema."""
     path = Path(folder) / MANIFEST

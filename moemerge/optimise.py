@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import gold, plotting, runtime
-from moemerge.artifacts import Draft, stage, workspace, write_json
+from moemerge.artifacts import Draft, stage, workspace, write_json, write_whole
 from moemerge.data import CandidateSet, distinct, read_prompts
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.gold import Judge
@@ -57,7 +57,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
         for number, name in enumerate(options.models):
             path = folder / f"{number}.json"
             if not path.exists():
-                _keep(path, _run(options, name, judge, device, folder))
+                write_whole(path, _run(options, name, judge, device, folder))
             runs[name] = json.loads(path.read_text(encoding="utf-8"))
             runtime.free_memory()
     report = _report(options, runs)
@@ -74,12 +74,6 @@ def _check_baseline(options: Optimise) -> None:
             expected=f"one of: {', '.join(options.models)}",
             fix=suggest(options.baseline, options.models),
         )
-
-
-def _keep(path: Path, run: Row) -> None:
-    new = path.with_suffix(".new")
-    write_json(new, run)
-    new.replace(path)
 
 
 @dataclass

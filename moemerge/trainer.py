@@ -30,6 +30,7 @@ from transformers import (
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
+from moemerge.artifacts import write_whole as write_whole
 from moemerge.data import EncodedPair
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.expert_schedule import FREE, ExpertSchedule, assign_experts
@@ -364,10 +365,3 @@ def _is_whole(checkpoint: Path) -> bool:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state as saved in `checkpoint`."""
     return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either its old content or all of the new."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value), encoding="utf-8")
-    new.replace(path)
