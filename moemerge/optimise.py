@@ -49,7 +49,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
     the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
     """
     _check_baseline(options)
-    device = runtime.use(options)
+    device = runtime.use_for_training(options)
     judge = gold.judge(options, device, options, options.trust_remote_code)
     assert judge is not None  # the options see to it
     with workspace(options) as folder:
@@ -224,7 +224,14 @@ def _write(draft: Draft, report: dict[str, Any], runs: dict[str, Row]) -> None:
 
 def table(report: dict[str, Any]) -> Table:
     """Where each model's run began, peaked and ended."""
-    header = ["model", "gold at step 0", "gold at the end", "proxy at the end", "KL at the end", *COSTS]
+    header = [
+        "model",
+        "gold at step 0",
+        "gold at the end",
+        "proxy at the end",
+        "KL at the end",
+        *map(_words, COSTS),
+    ]
     rows = []
     for name, curves in report["models"].items():
         ends = [_cell(curves, "gold", 0), *(_cell(curves, curve, -1) for curve in MEASURED)]
@@ -239,6 +246,10 @@ def table(report: dict[str, Any]) -> Table:
         "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
     )
     return Table("Gold score while the policy is optimised", header, rows, note)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _cell(curves: Row, name: str, place: int | None = None) -> str:

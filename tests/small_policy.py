@@ -16,10 +16,10 @@ CHAT = (
 )
 
 
-def save_policy(folder: Path, seed: int = 0, family: str = "llama", chat: bool = False) -> Path:
+def save_policy(folder: Path, seed: int = 0, chat: bool = False, **changes: object) -> Path:
     """A random causal language model with its tokenizer; with `chat`, with a template."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SIZES, **TINY[family], "num_hidden_layers": 1})
+    config = AutoConfig.for_model("llama", **{**SIZES, **TINY["llama"], "num_hidden_layers": 1, **changes})
     AutoModelForCausalLM.from_config(config).float().eval().save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT if chat else None

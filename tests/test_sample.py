@@ -137,7 +137,9 @@ def test_prompts_are_left_open(tmp_path: Path) -> None:
         prompt_ids(tiny_tokenizer(), ["  "])
 
 
-def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+def test_a_reward_model_is_no_policy_and_tied_heads_are_no_fault(tmp_path: Path) -> None:
+    tied, _ = load_policy(str(save_policy(tmp_path / "tied", tie_word_embeddings=True)), CPU)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     with pytest.raises(CheckpointError, match="is not a language model"):
         load_policy(str(save_dense(tmp_path / "dense")), CPU)
 
