@@ -94,14 +94,7 @@ class _Bench:
 
 
 def _bench(options: Train, draft: Draft) -> _Bench:
-    device = runtime.use(options)
-    if device.type == "cuda" and device.index:
-        raise OptionError(
-            "training uses the first GPU that it sees",
-            given=options.device,
-            expected="auto, cpu, cuda or cuda:0",
-            fix=f"set the environment variable CUDA_VISIBLE_DEVICES={device.index} and device to cuda",
-        )
+    device = runtime.use_for_training(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, tokenizer, name, draft) for name, source in sides.items()}
