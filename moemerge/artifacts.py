@@ -325,7 +325,7 @@ def why_stale(name: str, options: Run) -> str | None:
     changed = [k for k in wanted if k not in UNCOMPARED and wanted[k] != manifest["options"].get(k)]
     if changed:
         return f"changed: {', '.join(changed)}"
-    if own_digest(manifest) != manifest.get("sha256"):
+    if manifest.get("sha256", own_digest(manifest)) != own_digest(manifest):
         return "its manifest was changed"
     if sums(fingerprint(options.output, manifest["files"])["files"]) != sums(manifest["files"]):
         return "files are missing, were changed or added"
