@@ -341,7 +341,7 @@ def test_a_stage_from_python_writes_what_the_command_line_wrote(
 def test_importing_and_asking_for_help_load_nothing_heavy() -> None:
     code = (
         "import sys, moemerge, moemerge.cli; "
-        "[moemerge.cli.flags(name) for name in moemerge.cli.STAGE_COMMANDS]; "
+        "[moemerge.flags.flags(name) for name in moemerge.cli.STAGE_COMMANDS]; "
         "print(sorted({'torch', 'transformers', 'mergekit', 'numpy', 'wrapt'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
