@@ -338,7 +338,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def one(name: str, number: int, seed: int, report: Report) -> None:
-    """Make and read input `number` of a target; equal arguments give equal inputs."""
+    """Make and read input `number` of a target; equal arguments give equal texts."""
     target, draw = TARGETS[name], random.Random(f"{seed} {name} {number}")
     with tempfile.TemporaryDirectory(prefix="moemerge-fuzz-") as place:
         folder = Path(place)
