@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("moemerge", "merge_configs", "pyproject.toml", "README.md", "LICENSE")
-BUILD = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1]); b.build_sdist(sys.argv[1])"
+BUILD = "import setuptools.build_meta as backend, sys; getattr(backend, sys.argv[1])(sys.argv[2])"
 SMALL = [
     "synthetic.train_pairs=40", "synthetic.validation_pairs=20", "synthetic.test_pairs=20", "control=null",
     "synthetic.prompts=4", "synthetic.candidates=8", "synthetic.hidden_size=16", "synthetic.num_layers=1",
@@ -35,7 +35,9 @@ def build(folder: Path) -> list[Path]:
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
         copy(ROOT / part, source / part)
-    subprocess.run([sys.executable, "-c", BUILD, str(out)], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    for kind in ("build_wheel", "build_sdist"):
+        command = [sys.executable, "-c", BUILD, kind, str(out)]
+        subprocess.run(command, cwd=source, check=True, stdout=subprocess.DEVNULL)
     return [next(out.glob("*.whl")), next(out.glob("*.tar.gz"))]
 
 

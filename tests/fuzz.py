@@ -22,7 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -360,9 +360,10 @@ def one(name: str, number: int, seed: int, report: Report) -> None:
 def fuzz(count: int, seed: int = 0) -> Report:
     """Read `count` broken inputs, shared evenly by all targets."""
     report = Report()
-    for number in range(count):
-        name = list(TARGETS)[number % len(TARGETS)]
-        one(name, number // len(TARGETS), seed, report)
+    with suppress(KeyboardInterrupt):  # an interrupt ends early, with the counts so far
+        for number in range(count):
+            name = list(TARGETS)[number % len(TARGETS)]
+            one(name, number // len(TARGETS), seed, report)
     return report
 
 
