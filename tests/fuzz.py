@@ -22,7 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -338,7 +338,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def one(name: str, number: int, seed: int, report: Report) -> None:
-    """Make and read input `number` of a target; equal arguments give equal inputs."""
+    """Make and read input `number` of a target; equal arguments give equal texts."""
     target, draw = TARGETS[name], random.Random(f"{seed} {name} {number}")
     with tempfile.TemporaryDirectory(prefix="moemerge-fuzz-") as place:
         folder = Path(place)
@@ -360,9 +360,10 @@ def one(name: str, number: int, seed: int, report: Report) -> None:
 def fuzz(count: int, seed: int = 0) -> Report:
     """Read `count` broken inputs, shared evenly by all targets."""
     report = Report()
-    for number in range(count):
-        name = list(TARGETS)[number % len(TARGETS)]
-        one(name, number // len(TARGETS), seed, report)
+    with suppress(KeyboardInterrupt):  # an interrupt ends early, with the counts so far
+        for number in range(count):
+            name = list(TARGETS)[number % len(TARGETS)]
+            one(name, number // len(TARGETS), seed, report)
     return report
 
 
