@@ -62,7 +62,7 @@ def optimise_policy(
     answers to its prompt. Nothing is saved; TRL wants `folder` for an output folder.
     """
 
-    def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         pairs = zip(prompts, completion_ids, strict=True)
         items = [(p, as_answer(p, answer_text(tokenizer, p, ids))) for p, ids in pairs]
         return list(reward(items).tolist())
