@@ -280,7 +280,10 @@ def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float)
 
     given = read()
     for number, (one, way) in enumerate(islice(_rounds(known, ways, dice), trials)):
+        seen = len(tally.faults)
         attempt(one, draw(way, one, dice), read, given, tally)
+        for fault in tally.faults[seen:]:
+            say(f"broken: {fault}")
         if (number + 1) % 20 == 0:
             say(f"{number + 1} trials, {len(tally.faults)} broken promises")
         if time.monotonic() > deadline:
