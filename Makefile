@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml')
+SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml' -o -name '*.jinja')
 
 .PHONY: demo test torture fuzz wheel versions clean
 
@@ -21,6 +21,7 @@ test: $(VENV)/.test-installed
 torture: $(VENV)/.test-installed
 	$(BIN)/python tests/torture.py --trials 400
 	$(MAKE) fuzz
+
 # 10,000 broken inputs; prints how many were read and refused.
 fuzz: $(VENV)/.test-installed
 	$(BIN)/python tests/fuzz.py --count 10000
