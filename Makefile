@@ -4,9 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml')
+SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml' -o -name '*.jinja')
 
-.PHONY: demo test torture clean
+.PHONY: demo test torture fuzz wheel versions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moemerge run merge_configs/quickstart.yml
@@ -21,6 +21,18 @@ test: $(VENV)/.test-installed
 torture: $(VENV)/.test-installed
 	$(BIN)/python tests/torture.py --trials 400
 	$(MAKE) fuzz
+
+# 10,000 broken inputs; prints how many were read and refused.
+fuzz: $(VENV)/.test-installed
+	$(BIN)/python tests/fuzz.py --count 10000
+
+# Builds wheel and sdist, installs each into an empty environment, and makes a first small run there.
+wheel: $(VENV)/.test-installed
+	$(BIN)/python tests/check_wheel.py
+
+# A selection of tests under the oldest and the newest dependencies that pyproject.toml allows.
+versions: $(VENV)/.test-installed
+	$(BIN)/python tests/check_versions.py
 
 clean:
 	rm -rf $(VENV) build dist runs/quickstart *.egg-info

@@ -30,6 +30,7 @@ from moemerge.redaction import redact, redacted
 from moemerge.weight_files import weight_faults
 
 SCHEMA = 1
+MAX_FAULTS = 100
 RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 UNCOMPARED = {"output", "overwrite", "threads"}
 
@@ -95,7 +96,7 @@ def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: 
     try:
         return kind(**fields)
     except ValidationError as error:
-        faults = [_fault(kind, where, one) for one in error.errors()]
+        faults = [_fault(kind, where, one) for one in error.errors()[:MAX_FAULTS]]
     if len(faults) == 1:
         raise faults[0]
     raise Faults(where, faults)
@@ -324,7 +325,7 @@ def why_stale(name: str, options: Run) -> str | None:
     changed = [k for k in wanted if k not in UNCOMPARED and wanted[k] != manifest["options"].get(k)]
     if changed:
         return f"changed: {', '.join(changed)}"
-    if own_digest(manifest) != manifest.get("sha256"):
+    if manifest.get("sha256", own_digest(manifest)) != own_digest(manifest):
         return "its manifest was changed"
     if sums(fingerprint(options.output, manifest["files"])["files"]) != sums(manifest["files"]):
         return "files are missing, were changed or added"

@@ -170,7 +170,9 @@ def _card_data(
     base = options.base_model or _hub_base(chain)
     merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
     mixture = ["mixture-of-experts"] if _model_type(Path(options.model)).startswith(MIXTURES) else []
-    licence = {"license": options.license} if options.license else _inherited_license(base, chain)
+    licence: dict[str, Any] = (
+        {"license": options.license} if options.license else _inherited_license(base, chain)
+    )
     if not licence:
         log.warning("the card names no licence: no card of the dense model is on this machine; set license")
     return ModelCardData(

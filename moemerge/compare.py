@@ -299,7 +299,7 @@ def _plot_costs(group: Mapping[str, Any], place: int, folder: Path) -> list[str]
     if not flops or not panels:
         return []
     name = "cost.png" if place == 1 else f"cost-{place}.png"
-    plotting.panels(panels, folder / name, group["title"], log_x=True)
+    plotting.panels(panels, folder / name, group["title"])
     return [name]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from moemerge.errors import CheckpointError, MoemergeError
 from moemerge.families.dense import PREFIX
 from moemerge.json_file import read_config
-from moemerge.moe import MoeSettings
+from moemerge.moe_settings import MoeSettings
 
 log = logging.getLogger(__name__)
 

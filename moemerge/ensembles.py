@@ -64,7 +64,7 @@ def ensemble_facts(options: Evaluate, models: Mapping[str, Mapping[str, Any]]) -
 
 
 def check_ensembles(options: Evaluate) -> None:
-    """Raise OptionError for an ensemble of unknown or too few models, or one that is called like a model."""
+    """Raise OptionError for an ensemble of unknown models, or one that is called like a model."""
     for name, members in options.ensembles.items():
         unknown = [member for member in members if member not in options.models]
         if unknown:
@@ -73,13 +73,6 @@ def check_ensembles(options: Evaluate) -> None:
                 given=unknown[0],
                 expected=f"one of: {', '.join(options.models)}",
                 fix=suggest(unknown[0], options.models),
-            )
-        if len(set(members)) < max(2, len(members)):
-            raise OptionError(
-                f"ensemble {name} needs different models",
-                given=", ".join(members) or "none",
-                expected="two or more models, each once",
-                fix=f"correct the ensemble {name}",
             )
     for name in options.combinations().keys() & options.models.keys():
         raise OptionError(

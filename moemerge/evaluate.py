@@ -27,7 +27,7 @@ from moemerge.probes import PROBES, expand
 from moemerge.probes.accuracy import check_sections
 from moemerge.probes.base import Probe
 from moemerge.provenance_page import provenance_section
-from moemerge.recipe import Evaluate
+from moemerge.recipe import Evaluate, EvaluateSettings
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
         )
     asked = {name: PROBES.get(name) for name in expand(options.probes)}
     probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
-    for name in asked.keys() - probes.keys() if "probes" in options.model_fields_set else ():
+    chosen = options.probes != EvaluateSettings().probes
+    for name in asked.keys() - probes.keys() if chosen else ():
         log.warning("%s is left out: no %s are given", name, asked[name].needs)
     if not probes or not options.models:
         raise OptionError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moemerge.options import Sources
 from moemerge.policy_settings import GoldSource
@@ -47,6 +47,14 @@ class EvaluateSettings(GoldSource):
         description="mean; worst: the lowest of the members' (WCO); variance: mean - penalty * theirs (UWO)",
     )
     variance_penalty: float = Field(0.5, ge=0, description="of ensemble_by variance (arXiv 2310.02743)")
+
+    @field_validator("ensembles")
+    @classmethod
+    def _different_members(cls, ensembles: dict[str, list[str]]) -> dict[str, list[str]]:
+        for name, members in ensembles.items():
+            if len(members) < 2 or len(set(members)) < len(members):
+                raise ValueError(f"two or more different models in ensemble {name}")
+        return ensembles
 
     def combinations(self) -> dict[str, tuple[list[str], str]]:
         """Every ensemble's name in the report, NAME-HOW: its members, and how their scores are combined."""

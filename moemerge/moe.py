@@ -7,7 +7,7 @@ N routed experts, K routed experts per token, S selected token-expert pairs (T *
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,75 +16,12 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moemerge.errors import CheckpointError, UnsupportedError, suggest
+from moemerge.errors import UnsupportedError
 from moemerge.expert_schedule import FREE, by_token
+from moemerge.moe_settings import MoeSettings as MoeSettings
 
 LOAD_NOISE_STD = 1.0
 EPSILON = 1e-10
-GATES, ROUTERS, BALANCE_LOSSES = ("xft", "topk", "prompt"), ("linear", "mlp"), ("cv", "switch")
-
-
-@dataclass(frozen=True)
-class MoeSettings:
-    """What makes a dense model's config a MoE's; stored in the config as the field `moemerge`.
-
-    `dense_dtype` is that of the dense checkpoint, for the merge to give back: training widens to float32.
-    """
-
-    num_routed_experts: int
-    num_experts_per_tok: int
-    shared_expert: bool
-    layers: list[int]
-    gate: str
-    gate_shared_weight: float
-    router: str
-    router_init_std: float
-    balance_coefficient: float
-    balance_loss: str
-    dense_dtype: str
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> MoeSettings:
-        """Settings from a config's field; CheckpointError when a key is unknown or missing."""
-        known = {field.name for field in fields(cls)}
-        for name in values.keys() ^ known:
-            raise CheckpointError(
-                "the MoE config cannot be read",
-                given=f"{'unknown' if name in values else 'missing'} key {name!r}",
-                expected=f"the keys {', '.join(sorted(known))}",
-                fix=suggest(name, known) + " or use the moemerge version that wrote it",
-            )
-        found = cls(**values)
-        found._check()
-        return found
-
-    def _check(self) -> None:
-        """CheckpointError for values of another type, or out of range."""
-        numbers = (self.gate_shared_weight, self.router_init_std, self.balance_coefficient)
-        texts = (self.gate, self.router, self.balance_loss, self.dense_dtype)
-        whole = [self.num_routed_experts, self.num_experts_per_tok, *(self.layers or [-1])]
-        sound = (
-            all(type(value) in (int, float) and 0 <= value < float("inf") for value in numbers)
-            and all(type(value) is str for value in texts)
-            and all(type(value) is int and value >= 0 for value in whole)
-            and 1 <= self.num_experts_per_tok <= self.num_routed_experts
-            and type(self.shared_expert) is bool
-            and self.gate in GATES
-            and self.router in ROUTERS
-            and self.balance_loss in BALANCE_LOSSES
-            and isinstance(getattr(torch, self.dense_dtype, None), torch.dtype)
-        )
-        if not sound:
-            raise CheckpointError(
-                "the MoE config cannot be read",
-                given=str(self)[:300],
-                expected="numbers, texts and layers as upcycle writes them",
-                fix="copy the MoE again whole, or make it again",
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as they stand in the config."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moemerge import gold, plotting, runtime
 from moemerge.artifacts import Draft, stage, workspace, write_json
 from moemerge.data import CandidateSet, distinct, read_prompts
+from moemerge.disk import write_whole
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.gold import Judge
 from moemerge.policy import Answers, batch_seed, kl_from, load_policy, sample_answers, short_prompts
@@ -49,7 +50,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
     the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
     """
     _check_baseline(options)
-    device = runtime.use(options)
+    device = runtime.use_for_training(options)
     judge = gold.judge(options, device, options, options.trust_remote_code)
     assert judge is not None  # the options see to it
     with workspace(options) as folder:
@@ -57,7 +58,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
         for number, name in enumerate(options.models):
             path = folder / f"{number}.json"
             if not path.exists():
-                _keep(path, _run(options, name, judge, device, folder))
+                write_whole(path, json.dumps(_run(options, name, judge, device, folder)))
             runs[name] = json.loads(path.read_text(encoding="utf-8"))
             runtime.free_memory()
     report = _report(options, runs)
@@ -74,12 +75,6 @@ def _check_baseline(options: Optimise) -> None:
             expected=f"one of: {', '.join(options.models)}",
             fix=suggest(options.baseline, options.models),
         )
-
-
-def _keep(path: Path, run: Row) -> None:
-    new = path.with_suffix(".new")
-    write_json(new, run)
-    new.replace(path)
 
 
 @dataclass
@@ -107,8 +102,8 @@ class _Meter:
         items = [(p, as_answer(p, text)) for p, text in zip(prompts, answers.texts, strict=True)]
         kl_B = kl_from(self.reference, self.policy, answers, self.options.temperature)
         columns = zip(items, self.gold(items), self.proxy(items), kl_B.tolist(), strict=True)
-        for place, ((prompt, answer), gold, proxy, kl) in enumerate(columns, start):
-            scores = {"gold": float(gold), "proxy": float(proxy), "kl": kl}
+        for place, ((prompt, answer), worth, proxy, kl) in enumerate(columns, start):
+            scores = {"gold": float(worth), "proxy": float(proxy), "kl": kl}
             number = place // self.options.measure_answers
             yield {"step": step, "number": number, "prompt": prompt, "answer": answer, **scores}
 
@@ -230,30 +225,32 @@ def _write(draft: Draft, report: dict[str, Any], runs: dict[str, Row]) -> None:
 
 def table(report: dict[str, Any]) -> Table:
     """Where each model's run began, peaked and ended."""
-    header = ["model", "gold at step 0", "gold at the end", "proxy at the end", "KL at the end", *COSTS]
+    header = [
+        "model",
+        "gold at step 0",
+        "gold at the end",
+        "proxy at the end",
+        "KL at the end",
+        *map(_words, COSTS),
+    ]
     rows = []
     for name, curves in report["models"].items():
         ends = [_cell(curves, "gold", 0), *(_cell(curves, curve, -1) for curve in MEASURED)]
         rows.append([name, *ends, *(_cell(curves, cost) for cost in COSTS)])
         if "minus_baseline" in curves:
             versus = (_cell(curves, f"{cost}_minus_baseline") for cost in COSTS)
-            title = f"{name} minus {report['baseline']}"
-            rows.append(
-                [
-                    title,
-                    _cell(curves, "minus_baseline", 0),
-                    _cell(curves, "minus_baseline", -1),
-                    "",
-                    "",
-                    *versus,
-                ]
-            )
+            ends = [_cell(curves, "minus_baseline", place) for place in (0, -1)]
+            rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
     note = (
         f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
-        f"{report['confidence']:.0%} intervals over these. Drop: gold at its peak minus gold at the end. alpha, "
-        "beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
+        f"{report['confidence']:.0%} intervals over these. Drop: gold at its peak minus gold at the end. "
+        "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
     )
     return Table("Gold score while the policy is optimised", header, rows, note)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _cell(curves: Row, name: str, place: int | None = None) -> str:
@@ -270,13 +267,9 @@ def _plot(report: dict[str, Any], path: Path) -> None:
 
 
 def _panel(report: dict[str, Any], name: str, over: str | None) -> plotting.Panel:
-    lines = {
-        model: plotting.Line(
-            curves[over] if over else report["steps"],
-            curves[name],
-            curves[f"{name}_low"],
-            curves[f"{name}_high"],
-        )
-        for model, curves in report["models"].items()
-    }
+    lines = {}
+    for model, curves in report["models"].items():
+        places = curves[over] if over else report["steps"]
+        ends = (curves[name + end] for end in ("", "_low", "_high"))
+        lines[model] = plotting.Line(places, *ends)
     return plotting.Panel(TITLES[name], lines, TITLES[over] if over else "step", TITLES[name])

@@ -14,12 +14,13 @@ from typing import Any
 
 from moemerge import baselines, summary
 from moemerge import recipe as options_of
-from moemerge.artifacts import MANIFEST, RECIPE_COPY, Stage, plain_options, read_manifest, why_stale
+from moemerge.artifacts import RECIPE_COPY, Stage, plain_options, read_manifest, why_stale
 from moemerge.budget import shortfalls
 from moemerge.check import check_recipe, find_faults, load_recipe, model_names
 from moemerge.coefficients import FINDS_SHARED
 from moemerge.disk import disk_faults, leftovers, recover, write_whole
 from moemerge.errors import Faults, OptionError, suggest
+from moemerge.fingerprints import MANIFEST
 from moemerge.locks import hold, lock_of
 from moemerge.options import Options, Run, TextFormat
 from moemerge.recipe import Recipe

@@ -28,7 +28,7 @@ ON_DARK = {
     **{"#111111": "#f2f2f2", GREY: "#9aa0a6", GRID: "#3a4048", INK: "#d5dae0"},
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
-SVG_STYLE = {
+SVG_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moemerge",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), INK),
@@ -39,7 +39,8 @@ SVG_WIDTH = 4.3
 LONGEST_NAME = 32
 UNDRAWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _plainly(draw: Callable[P, R]) -> Callable[P, R]:

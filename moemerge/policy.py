@@ -54,11 +54,12 @@ def load_policy(
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
         with quiet_loading():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=wanted, trust_remote_code=trust, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise unloadable("the policy cannot be loaded", path, error, "a causal language model") from error
+    model, loading = found
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -130,8 +131,8 @@ def short_prompts(
 
 
 def sample_answers(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    policy: Any,
+    tokenizer: Any,
     prompts: Sequence[Text],
     seed: int,
     max_new_tokens: int,

@@ -58,11 +58,11 @@ def optimise_policy(
 ) -> None:
     """Train `policy` in place for `options.steps` towards `reward`, calling `visit` at every measurement.
 
-    Answers are drawn at `temperature` from all tokens. Each answer's baseline is the mean reward of the others
-    to its prompt. Nothing is saved; TRL wants `folder` for an output folder.
+    Answers are drawn at `temperature` from all tokens. Each answer's baseline is the mean reward of the other
+    answers to its prompt. Nothing is saved; TRL wants `folder` for an output folder.
     """
 
-    def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         pairs = zip(prompts, completion_ids, strict=True)
         items = [(p, as_answer(p, answer_text(tokenizer, p, ids))) for p, ids in pairs]
         return list(reward(items).tolist())
@@ -80,7 +80,7 @@ def optimise_policy(
 
 
 def _dataset(options: Optimise, prompts: Sequence[Text]) -> Dataset:
-    """The prompts, repeated if they are too few for a step: TRL draws a step's prompts without replacement."""
+    """The prompts, repeated if they are too few for a step, because TRL draws without replacement."""
     wanted = options.batch_size * options.gradient_accumulation // options.answers_per_prompt
     rows = list(prompts) * math.ceil(wanted / len(prompts))
     return Dataset.from_dict({"prompt": rows})

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from moemerge.data import collect
 from moemerge.errors import DataError
@@ -86,7 +86,7 @@ def _parse(row: Row, number: int, _: object) -> Choice:
     return Choice(_turns(row.get("prompt")), texts, len(chosen), version, subset, name, number)
 
 
-def _are_texts(values: Any) -> bool:
+def _are_texts(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
 
 
@@ -94,7 +94,7 @@ def _turns(prompt: Any) -> list[str]:
     """Contents of the prompt's messages; their roles are taken by turns, whatever they are called."""
     if isinstance(prompt, str):
         return [prompt]
-    contents = [turn.get("content") for turn in prompt if isinstance(turn, dict)] if prompt else []
+    contents: Any = [turn.get("content") for turn in prompt if isinstance(turn, dict)] if prompt else []
     if not _are_texts(contents):
         raise BadRow("prompt is neither text nor messages")
     if len(contents) % 2 == 0:

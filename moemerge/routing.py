@@ -24,6 +24,7 @@ from moemerge.moe import Gating, MoELayer, MoeSettings, moe_layers
 from moemerge.provenance import package_version
 from moemerge.scoring import batches, score
 from moemerge.tokenise import Encoded
+from moemerge.weight_files import order_metadata
 
 FORMAT = "moemerge routing statistics 1"
 FILE = "statistics.safetensors"
@@ -151,6 +152,7 @@ class RoutingStatistics:
         names = vars(Sums.zeros(1, 1))
         tensors = {n: torch.stack([vars(s)[n] for s in self.groups.values()]) for n in names if self.groups}
         save_file(tensors, path, metadata={**self.meta, **header})
+        order_metadata(path)
         return path
 
     @classmethod

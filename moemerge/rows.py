@@ -8,15 +8,16 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from moemerge.errors import DataError, suggest
 
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN = 10
-MAX_LINE, LEAST_LINE = 16_000_000, 20  # bytes; an empty line costs time, too
+MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
 PARQUET_ROWS = 1000
 
@@ -138,7 +139,7 @@ def _lines(path: Path, packed: bool) -> Iterator[tuple[int, Row | BadRow]]:
         _refuse_damaged(path, error)
 
 
-def _short_lines(handle: IO[bytes], budget: _Budget) -> Iterator[bytes | None]:
+def _short_lines(handle: BufferedIOBase, budget: _Budget) -> Iterator[bytes | None]:
     """The lines of a file; None for one that is too long, which is never held whole."""
     while line := handle.readline(MAX_LINE):
         budget.spend(max(len(line), LEAST_LINE))

@@ -21,6 +21,19 @@ def use(options: Run) -> torch.device:
     return pick_device(options.device)
 
 
+def use_for_training(options: Run) -> torch.device:
+    """As `use`; OptionError for any but the first GPU, because TRL's trainers take that."""
+    device = use(options)
+    if device.type == "cuda" and device.index:
+        raise OptionError(
+            "training uses the first GPU that it sees",
+            given=options.device,
+            expected="auto, cpu, cuda or cuda:0",
+            fix=f"set the environment variable CUDA_VISIBLE_DEVICES={device.index} and device to cuda",
+        )
+    return device
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One CPU thread for torch: more of them only wait for each other, where memory is what takes time."""

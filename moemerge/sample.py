@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge import gold, runtime
-from moemerge.artifacts import Draft, stage, workspace, write_json
+from moemerge.artifacts import Draft, stage, workspace
 from moemerge.data import CandidateSet, distinct, read_prompts
+from moemerge.disk import write_whole
 from moemerge.policy import batch_seed, load_policy, prompt_ids, sample_answers, short_prompts
 from moemerge.policy_settings import Sample
 from moemerge.preferences import as_answer
@@ -68,7 +69,7 @@ def _draw(
             path = folder / f"{number}.json"
             if not path.exists():
                 batch = [places[row] for row in rows]
-                _keep(path, _batch(options, policy, tokenizer, prompts, batch, number))
+                write_whole(path, json.dumps(_batch(options, policy, tokenizer, prompts, batch, number)))
             bar.update(len(rows))
             yield json.loads(path.read_text(encoding="utf-8"))
 
@@ -93,12 +94,6 @@ def _batch(
     tokens_B = answers.mask_BT[:, answers.start :].sum(dim=1)
     ended, tokens = answers.ended_B.tolist(), tokens_B.tolist()
     return {"places": places, "texts": answers.texts, "ended": ended, "tokens": tokens}
-
-
-def _keep(path: Path, drawn: Drawn) -> None:
-    new = path.with_suffix(".new")
-    write_json(new, drawn)
-    new.replace(path)
 
 
 def _gather(

@@ -29,6 +29,7 @@ from moemerge.checkpoint import Checkpoint
 from moemerge.configs import load_config, tell_of_code, unloadable
 from moemerge.confined import refuse_foreign
 from moemerge.errors import CheckpointError, DataError, MoemergeError
+from moemerge.json_file import read_config
 from moemerge.model_guards import refuse_larger, refuse_own_class
 from moemerge.token_limits import check_texts
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
@@ -62,6 +63,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         if Path(path).exists():
             refuse_foreign(Path(path))
+        if (Path(path) / "config.json").exists():
+            read_config(Path(path))
         if trust_remote_code:
             tell_of_code(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from moemerge import runtime
-from moemerge.artifacts import Draft, parse_options, stage, workspace, write_json
+from moemerge.artifacts import Draft, parse_options, stage, workspace
 from moemerge.budget import scaled
 from moemerge.configs import load_config
 from moemerge.cost import flops_ratio
@@ -36,14 +36,13 @@ from moemerge.errors import OptionError, UnsupportedError
 from moemerge.families import family_of
 from moemerge.layers import parse_layers
 from moemerge.moe import moe_layers
-from moemerge.plotting import Line, Panel, panels
 from moemerge.read_back import require_as_meant, tensor_digest
 from moemerge.recipe import Train
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer
 from moemerge.token_limits import check_config
 from moemerge.tokenise import texts_of
+from moemerge.training_report import report, results, write_history
 
-LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 DONE = "done.json"
 
 log = logging.getLogger(__name__)
@@ -69,8 +68,8 @@ def train(options: Train, draft: Draft) -> None:
         model.save_pretrained(draft.folder)
         bench.tokenizer.save_pretrained(draft.folder)
         _read_back(model, draft.folder, options.trust_remote_code)
-    _write_history(reports[best]["history"], draft.folder)
-    draft.results |= _results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
+    write_history(reports[best]["history"], draft.folder)
+    draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
 
 
 def _budgeted(options: Train) -> tuple[Train, float | None]:
@@ -94,14 +93,7 @@ class _Bench:
 
 
 def _bench(options: Train, draft: Draft) -> _Bench:
-    device = runtime.use(options)
-    if device.type == "cuda" and device.index:
-        raise OptionError(
-            "training uses the first GPU that it sees",
-            given=options.device,
-            expected="auto, cpu, cuda or cuda:0",
-            fix=f"set the environment variable CUDA_VISIBLE_DEVICES={device.index} and device to cuda",
-        )
+    device = runtime.use_for_training(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, tokenizer, name, draft) for name, source in sides.items()}
@@ -185,7 +177,7 @@ def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
     before = trainer.measure() if bench.held_out else None
     state = _fit(trainer, options.patience, before, home)
     assigned = trainer.schedule.sizes if trainer.schedule else []
-    return _report(state, before) | {
+    return report(state, before) | {
         "parameters": counts,
         **({"assigned": assigned} if assigned else {}),
         "seconds": round(time.perf_counter() - clock, 3),
@@ -210,30 +202,6 @@ def _fit(trainer: Any, patience: int | None, before: dict[str, float] | None, ho
     last = last_checkpoint(home)
     assert last is not None
     return read_state(last)
-
-
-def _report(state: dict[str, Any], before: dict[str, float] | None) -> dict[str, Any]:
-    history = [_entry(logged) for logged in state["log_history"]]
-    step, after = state["global_step"], None
-    if before:
-        start = {f"eval_{name}": value for name, value in before.items()}
-        history = [{"step": 0, "epoch": 0.0, **start}, *history]
-        best = min((e for e in history if "eval_loss" in e), key=lambda entry: entry["eval_loss"])
-        step, after = best["step"], {"loss": best["eval_loss"], "accuracy": best["eval_accuracy"]}
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    return {
-        "steps": state["global_step"],
-        "best_step": step,
-        "before": before,
-        "after": after,
-        "train_loss": losses[-1] if losses else None,
-        "tokens": state["num_input_tokens_seen"],
-        "history": history,
-    }
-
-
-def _entry(logged: dict[str, Any]) -> dict[str, Any]:
-    return {name: logged[name] for name in ("step", "epoch", *LOGGED) if name in logged}
 
 
 def _finished(bench: _Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
@@ -360,51 +328,3 @@ def _merge_lora(model: PreTrainedModel) -> None:
             module.merge()
             model.set_submodule(name, module.get_base_layer())
     vars(model).pop("peft_config", None)
-
-
-def _write_history(history: list[dict[str, Any]], folder: Path) -> None:
-    """The log as history.json (not finite: null), and its curves as history.png."""
-    write_json(folder / "history.json", [{k: _finite(v) for k, v in entry.items()} for entry in history])
-    pairs = {"Loss (nats)": ("loss", "eval_loss"), "Accuracy": ("accuracy", "eval_accuracy")}
-    plots = [
-        Panel(title, curves, "step", title.lower())
-        for title, names in pairs.items()
-        if (curves := _curves(history, dict(zip(("training", "validation"), names, strict=True))))
-    ]
-    if plots:
-        panels(plots, folder / "history.png", "Training")
-
-
-def _curves(history: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[str, Line]:
-    found = {}
-    for label, name in names.items():
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        points = [point for point in points if math.isfinite(point[1])]
-        if points:
-            found[label] = Line([step for step, _ in points], [value for _, value in points])
-    return found
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every number that JSON lacks turned into null."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _results(options: Train, reports: list[dict[str, Any]], best: int) -> dict[str, Any]:
-    """The winner's report without its history, and a line on each trial of a search."""
-    results = {name: _finite(value) for name, value in reports[best].items() if name != "history"}
-    results["seconds"] = round(sum(report["seconds"] for report in reports), 3)
-    if options.search:
-        tried = itertools.product(*options.search.values())
-        results["trials"] = [
-            {"options": dict(zip(options.search, values, strict=True)), **_summary(report)}
-            for values, report in zip(tried, reports, strict=True)
-        ]
-    return results
-
-
-def _summary(report: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: report[name] for name in ("best_step", "steps", "train_loss", "seconds")}
-    return {name: _finite(value) for name, value in (kept | report["after"]).items()}

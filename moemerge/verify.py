@@ -19,6 +19,8 @@ __all__ = ["Fault", "Verification", "verify", "verify_folder"]
 
 THREADS = 4
 SHORT = 12
+# What reading a manifest whose values are not what they should be can raise.
+BROKEN = (ArtifactError, KeyError, TypeError, AttributeError, ValueError, OSError)
 
 
 @dataclass
@@ -71,11 +73,14 @@ class _Chain:
             manifest = read_manifest(folder)
             faults = list(_folder_faults(folder, manifest, self.digests))
             given = flat_inputs(manifest) if inputs else {}
-        except (ArtifactError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except BROKEN as error:
             faults, given = [_broken_manifest(error)], {}
         self._tell(one if folder == self.root else _under(folder, one) for one in faults)
         for name, record in given.items():
-            self._input(name, record)
+            try:
+                self._input(name, record)
+            except BROKEN as error:
+                self._tell([_under(folder, _broken_manifest(error))])
 
     def _input(self, name: str, record: dict[str, Any]) -> None:
         path = Path(record.get("path", ""))
@@ -102,8 +107,8 @@ def _broken_manifest(error: Exception) -> Fault:
 
 
 def _folder_faults(folder: Path, manifest: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
-    digest = manifest.get("sha256")
-    if digest not in (None, own_digest(manifest)):
+    digest = str(manifest.get("sha256", "none of its own"))
+    if digest != own_digest(manifest):
         yield Fault(MANIFEST, "changed", _brief(digest), _brief(own_digest(manifest)))
     yield from _file_faults(folder, manifest["files"], digests)
     yield from weight_faults(folder, list(artifact_files(folder)))

@@ -75,3 +75,14 @@ def _shard_faults(folder: Path, file: str, wanted: set[str], index: str) -> Iter
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def order_metadata(path: Path) -> None:
+    """Sort the metadata in a safetensors header: the library writes them in an order that is drawn anew."""
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])

@@ -1,4 +1,7 @@
-"""A headless Chromium over its debugging pipe, with the standard library alone."""
+"""A headless Chromium over its debugging pipe, with the standard library alone.
+
+`python tests/browser.py PAGE PICTURE [WIDTH HEIGHT]` takes a screenshot of a page's first screen.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,3 +151,18 @@ class Browser:
             self._replies[message["id"]] = message
         elif message.get("sessionId") in self._pages:
             self._pages[message["sessionId"]].hear(message["method"], message["params"])
+
+
+def _screenshot(page: str, picture: str, width: str = "1200", height: str = "900") -> None:
+    program = find_browser()
+    assert program is not None, "no Chromium on this machine"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        browser = Browser(program, Path(folder))
+        opened = browser.new_page()
+        opened.open(Path(page), int(width), int(height))
+        Path(picture).write_bytes(opened.screenshot())
+        browser.close()
+
+
+if __name__ == "__main__":
+    _screenshot(*sys.argv[1:])

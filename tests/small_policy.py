@@ -16,10 +16,10 @@ CHAT = (
 )
 
 
-def save_policy(folder: Path, seed: int = 0, family: str = "llama", chat: bool = False) -> Path:
+def save_policy(folder: Path, seed: int = 0, chat: bool = False, **changes: object) -> Path:
     """A random causal language model with its tokenizer; with `chat`, with a template."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SIZES, **TINY[family], "num_hidden_layers": 1})
+    config = AutoConfig.for_model("llama", **{**SIZES, **TINY["llama"], "num_hidden_layers": 1, **changes})
     AutoModelForCausalLM.from_config(config).float().eval().save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT if chat else None
@@ -28,7 +28,7 @@ def save_policy(folder: Path, seed: int = 0, family: str = "llama", chat: bool =
 
 
 def save_last_word_model(folder: Path, liked: str, seed: int = 0) -> Path:
-    """A reward model whose score is 1 if a text's last word is `liked`, about 0 otherwise.
+    """A reward model whose score is 1 if a text's last word is `liked`, and nearer to 0 otherwise.
 
     Its tokenizer has no end token, unlike the policies'.
     """
@@ -42,7 +42,8 @@ def save_last_word_model(folder: Path, liked: str, seed: int = 0) -> Path:
         states_VD = model.model.norm(model.model.embed_tokens.weight)
         wanted_V = torch.zeros(len(states_VD))
         wanted_V[tokenizer.convert_tokens_to_ids(liked)] = 1.0
-        model.score.weight.copy_(torch.linalg.lstsq(states_VD, wanted_V[:, None]).solution.T)
+        head_D = torch.linalg.lstsq(states_VD, wanted_V[:, None]).solution[:, 0]
+        model.score.weight.copy_(head_D / (states_VD @ head_D).max())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

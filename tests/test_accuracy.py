@@ -92,12 +92,10 @@ def test_wilson_agrees_with_scipy() -> None:
         assert (low[0], high[0]) == pytest.approx((expected.low, expected.high))
 
 
-def test_where_resamples_cannot_differ_each_prompt_counts_once() -> None:
+def test_where_all_rows_agree_each_prompt_counts_once() -> None:
     expected = stats.binomtest(12, 12).proportion_ci(0.95, "wilson")
     found = share_interval(np.ones(60), np.ones(400), prompts=12, confidence=0.95)
     assert found == pytest.approx((expected.low, expected.high))
-    low, high = share_interval(np.array([0.0, 1.0]), np.full(400, 0.5), prompts=1, confidence=0.95)
-    assert high - low > 0.8, "one prompt tells next to nothing"
 
 
 # Accuracy
@@ -134,6 +132,16 @@ def test_sections_are_their_pairs_and_unknown_subsets_are_refused() -> None:
     assert {c["tests"] for s in measured["subsets"].values() for c in s["comparisons"]} == {3}
     with pytest.raises(OptionError, match="did you mean 's1'"):
         check_sections(EvaluateSettings(sections={"a": ["s0", "s11"]}), ["s0", "s1", "s2"])
+
+
+def test_of_one_prompt_pairs_are_the_units() -> None:
+    scores = random_pairs(50, models=2, prompts=1)
+    apart = pair_scores(scores.scores, subsets=scores.subsets, lengths=scores.lengths)
+    for probe in ("accuracy", "calibration"):
+        one, other = (measure(probe, s) for s in (scores, apart))
+        one, other = one.get("all", one), other.get("all", other)
+        assert (one["prompts"], other["prompts"]) == (1, 50)
+        assert one["models"] == other["models"] and one.get("comparisons") == other.get("comparisons")
 
 
 def test_the_pairs_without_a_subset_can_be_named() -> None:

@@ -15,13 +15,14 @@ from conftest import save_dense
 from safetensors.torch import load_file
 from scipy import stats
 
+from moemerge.check import find_faults
 from moemerge.data import Pair, encode
 from moemerge.evaluate import evaluate
 from moemerge.probes import BIASES, PROBES, expand
 from moemerge.probes.base import EditScores, PairScores
 from moemerge.probes.edit_effects import excerpt, interval_of
 from moemerge.probes.edits import last_message, make_edits, some_pairs
-from moemerge.recipe import EvaluateSettings
+from moemerge.recipe import EvaluateSettings, Recipe
 from moemerge.rows import Text
 from moemerge.scoring import load_reward_model, load_tokenizer
 
@@ -297,6 +298,17 @@ def test_small_helpers() -> None:
     assert excerpt(text).startswith("000") and excerpt(text).endswith("…") and excerpt("a\n b") == "a b"
     assert excerpt(text, -1).startswith("…") and excerpt(text, -1).endswith("099")
     assert "050" in excerpt(text, 200) and "000" not in excerpt(text, 200)
+
+
+def test_recipes_may_ask_for_all_at_once() -> None:
+    known, unknown = (
+        [
+            str(fault)
+            for fault in find_faults(Recipe(output=Path("o"), synthetic={}, evaluate={"probes": names}))
+        ]
+        for names in (["accuracy", "biases"], ["biasses"])
+    )
+    assert known == [] and "unknown evaluate.probes" in unknown[0]
 
 
 # Through evaluate

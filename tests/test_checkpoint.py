@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moemerge import checkpoint
 from moemerge.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
+from moemerge.weight_files import order_metadata
 
 ALL = 10**9
 
@@ -54,6 +57,20 @@ def test_shards_are_filled_in_order_named_and_indexed(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == 4 * 130
     assert {path.name for path in tmp_path.iterdir()} == {one, two, three, INDEX}
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in tmp_path.glob("*.safetensors"))
+
+
+def test_equal_metadata_give_equal_bytes_whatever_their_order(tmp_path: Path) -> None:
+    """safetensors keeps them in a hash table, which is seeded anew in every process."""
+    meta = {f"key {number}": f'{number} \u00e4 \n "' for number in range(20)}
+    written = set()
+    for place, names in enumerate((list(meta), list(reversed(meta)))):
+        path = tmp_path / f"{place}.safetensors"
+        save_file({"a": torch.arange(3)}, path, metadata={name: meta[name] for name in names})
+        order_metadata(path)
+        written.add(path.read_bytes())
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata() == meta and opened.get_tensor("a").tolist() == [0, 1, 2]
+    assert len(written) == 1
 
 
 def test_one_shard_needs_no_index(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moemerge import plotting, summary
+from moemerge import cli, plotting, summary
 from moemerge.artifacts import artifact, read_manifest, write_json
 from moemerge.compare import compare, t_interval
 from moemerge.errors import ArtifactError, OptionError
@@ -244,3 +244,19 @@ def test_a_folder_stands_for_its_runs_and_only_once(study: Path) -> None:
         .endswith("seed-3/evaluate")
     )
     assert len(Compare(runs=[str(study / "seed-3/evaluate"), str(study)], output=Path("out")).runs) == 4
+
+
+def test_the_command_line_takes_runs_without_a_flag(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(study / "seed-3"), str(study / "seed-5")]
+    for arguments in (["compare", *runs], ["compare", "--runs", *runs]):
+        output = tmp_path / f"out{len(arguments)}"
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*arguments, "--output", str(output)])
+        assert ended.value.code == 0 and "3 models, 2 seeds" in capsys.readouterr().out
+    tables = [path.read_text() for path in tmp_path.glob("out*/compare.md")]
+    assert len(tables) == 2 and tables[0] == tables[1]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", str(study / "plain"), "--output", str(tmp_path / "none")])
+    assert ended.value.code == 2 and "no evaluation in" in capsys.readouterr().err

@@ -156,6 +156,17 @@ def test_rows_too_long_for_one_tokenizer_are_dropped_for_all(world: dict[str, An
     assert "best_of_n" not in report["probes"]
 
 
+def test_only_probes_that_were_asked_for_are_missed(
+    world: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"dense": world["models"]["dense"]}
+    some = {**world, "models": models, "candidates": {}}
+    evaluate(**some, output=tmp_path / "e")
+    assert "left out" not in caplog.text
+    evaluate(**some, probes=["accuracy", "best_of_n"], output=tmp_path / "f")
+    assert "best_of_n is left out" in caplog.text
+
+
 def test_faults(world: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="did you mean 'dense'"):
         evaluate(**world, baseline="dens", output=tmp_path / "e")

@@ -15,13 +15,13 @@ from moemerge.optimise import _by_prompt, optimise
 from moemerge.rows import read_rows
 
 TINY: dict[str, Any] = {
-    "steps": 40,
-    "batch_size": 64,
+    "steps": 24,
+    "batch_size": 32,
     "answers_per_prompt": 8,
-    "learning_rate": 2e-2,
+    "learning_rate": 3e-2,
     "max_new_tokens": 2,
     "measure_prompts": 16,
-    "measure_steps": 10,
+    "measure_steps": 8,
     "resamples": 100,
 }
 
@@ -47,7 +47,7 @@ def test_the_proxy_rises_and_a_hack_is_found(given: dict[str, Any], tmp_path: Pa
     """Two models that like one word each; gold dislikes the second's."""
     out = optimise(**given, **TINY, output=tmp_path / "run")
     report = json.loads((out / "report.json").read_text())
-    assert report["steps"] == [0, 10, 20, 30, 40] and report["baseline"] == "w7"
+    assert report["steps"] == [0, 8, 16, 24] and report["baseline"] == "w7"
     assert report["prompts"] == {"trained": 44, "measured": 16}
     for curves in report["models"].values():
         assert curves["kl"][0] == pytest.approx(0, abs=1e-6) and curves["kl"][-1] > 0.3
@@ -55,18 +55,25 @@ def test_the_proxy_rises_and_a_hack_is_found(given: dict[str, Any], tmp_path: Pa
         assert curves["proxy_low"][-1] > 1
     good, hacked = report["models"]["w7"], report["models"]["w5"]
     assert good["gold"][0] == hacked["gold"][0]
-    assert hacked["gold"][-1] < -0.5 and hacked["drop_low"] > 0 and hacked["peak_step"] <= 10
+    assert hacked["gold"][-1] < -0.5 and hacked["drop_low"] > 0 and hacked["peak_step"] <= 8
     assert hacked["minus_baseline_high"][-1] < 0 and "minus_baseline" not in good
     rows = [row for _, row in read_rows(str(out / "samples.jsonl.gz")) if isinstance(row, dict)]
-    last = [row for row in rows if row["model"] == "w5" and row["step"] == 40]
-    assert len(rows) == 2 * 5 * 64 and np.mean([row["gold"] for row in last]) == hacked["gold"][-1]
+    last = [row for row in rows if row["model"] == "w5" and row["step"] == 24]
+    assert len(rows) == 2 * 4 * 64 and np.mean([row["gold"] for row in last]) == hacked["gold"][-1]
     assert [row["gold"] for row in last] == [dislikes_w5("", row["answer"]) for row in last]
     text = (out / "report.md").read_text()
     assert "| w5 minus w7 |" in text and (out / "optimise.png").stat().st_size > 1000
 
 
 def test_a_killed_run_goes_on_and_equal_seeds_give_equal_runs(given: dict[str, Any], tmp_path: Path) -> None:
-    short = {**TINY, "steps": 2, "measure_steps": 1, "measure_prompts": 4, "measure_answers": 2}
+    short = {
+        **TINY,
+        "steps": 2,
+        "measure_steps": 1,
+        "measure_prompts": 4,
+        "measure_answers": 2,
+        "batch_size": 8,
+    }
     calls: list[str] = []
 
     def rate(prompt: str, answer: str) -> float:
@@ -96,7 +103,7 @@ def test_chats_are_optimised_too(given: dict[str, Any], tmp_path: Path) -> None:
         gold_model=str(model),
         output=tmp_path / "run",
         kl_penalty=0.1,
-        **{**TINY, "steps": 2, "measure_steps": None},
+        **{**TINY, "steps": 2, "measure_steps": None, "batch_size": 16},
     )
     curves = json.loads((out / "report.json").read_text())["models"]["m"]
     rows = [row for _, row in read_rows(str(out / "samples.jsonl.gz")) if isinstance(row, dict)]

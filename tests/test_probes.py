@@ -97,7 +97,7 @@ def test_best_of_n_curves_and_references() -> None:
     assert "minus_baseline" not in measured["models"]["m0"]
 
 
-@pytest.mark.parametrize("name", ["accuracy", "best_of_n"])
+@pytest.mark.parametrize("name", ["accuracy", "calibration", "best_of_n"])
 def test_the_baseline_asked_for_is_compared_with(name: str) -> None:
     """Swapping the baseline turns the sign of the differences, and of their intervals."""
     probe = PROBES.get(name)
@@ -256,7 +256,7 @@ def test_small_tests_of_statistics() -> None:
     assert low == 0 and high == pytest.approx(0.2775, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "best_of_n"])
+@pytest.mark.parametrize("name", ["accuracy", "calibration", "best_of_n"])
 def test_plots_are_drawn_and_the_same_each_time(name: str, tmp_path: Path) -> None:
     probe = PROBES.get(name)
     scores = pairs(60, subsets=2) if probe.needs == "pairs" else candidates([8] * 6)

@@ -21,7 +21,7 @@ from test_html_report import check_page
 from moemerge.artifacts import read_manifest
 from moemerge.evaluate import evaluate
 
-EVIL = "<script>alert(1)</script>"
+EVIL = "<img src=x onerror=alert(1)>"
 OUTSIDE = '<img src="http://127.0.0.1:9/x.png" alt="x"><script>document.title = "ran"</script></main>'
 
 
@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "candidates": {"bon": str(home / "candidates.jsonl")},
     }
     options = {"bad_rows": "skip", "resamples": 100, "threads": 1, "device": "cpu"}
+    options["probes"] = ["accuracy", "best_of_n"]
     return evaluate(models=models, **given, **options, output=home / "evaluation")
 
 
@@ -57,13 +58,13 @@ def test_the_page_says_all(folder: Path) -> None:
     assert f"Against base: {EVIL}: " in "".join(outline.text["p"])
     report, manifest = json.loads((folder / "report.json").read_text()), read_manifest(folder)
     accuracy = report["probes"]["accuracy"]["sets"][EVIL]["all"]["models"]["base"]["accuracy"]
-    assert any(cell.startswith(f"{accuracy:.3f} (") for cell in outline.text["td"])
+    assert f"{accuracy:.3f}" in outline.text["span"]
     for given in manifest["inputs"]["models"].values():
         assert given["sha256"][:16] in outline.text["td"]
     assert any(cell.startswith("no answer") or "empty" in cell for cell in outline.text["td"])
-    assert len(outline.all("img")) == 3
     alt = [image["alt"] or "" for image in outline.all("img")]
-    assert f"base {accuracy:.4g}"[:9] in alt[0] and "goes from" in alt[1]
+    assert len(alt) >= len(report["plots"]) >= 2
+    assert f"base {accuracy:.4g}"[:9] in alt[0] and any("goes from" in text for text in alt)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_quiet_and_alone(page: Page, folder: Path) -> None:
     assert {url for url in page.requests if not url.startswith("data:")} == {place}
     assert page.complaints == []
     assert page.value("[...document.images].every(image => image.complete && image.naturalWidth > 100)")
-    assert page.value("document.images.length") == 3 and page.value("document.scripts.length") == 0
+    assert page.value("document.images.length") >= 3 and page.value("document.scripts.length") == 0
 
 
 def test_the_policy_keeps_out_what_gets_in(browser: Browser, folder: Path) -> None:

@@ -41,9 +41,9 @@ STAGES = {
     *("upcycle", "train", "route", "fit", "merge", "export", "evaluate", "compare", "publish"),
     *("sample", "optimise", "attack"),
 }
-TOP = {"cli", "__main__", "pipeline", "check", "recipe_file"}
+TOP = {"cli", "flags", "__main__", "pipeline", "check", "recipe_file"}
 HOMES = {
-    "click": {"cli"},
+    "click": {"cli", "flags"},
     "trl": {"train", "trainer", "policy_gradient"},
     "accelerate": {"train", "trainer"},
     "peft": {"train", "trainer"},

@@ -20,6 +20,7 @@ from moemerge.artifacts import read_manifest
 from moemerge.data import distinct, read_candidates, read_prompts
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.evaluate import evaluate
+from moemerge.gold import model_judge
 from moemerge.options import TextFormat
 from moemerge.policy import answer_text, kl_from, load_policy, prompt_ids, sample_answers
 from moemerge.sample import sample
@@ -136,7 +137,9 @@ def test_prompts_are_left_open(tmp_path: Path) -> None:
         prompt_ids(tiny_tokenizer(), ["  "])
 
 
-def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+def test_a_reward_model_is_no_policy_and_tied_heads_are_no_fault(tmp_path: Path) -> None:
+    tied, _ = load_policy(str(save_policy(tmp_path / "tied", tie_word_embeddings=True)), CPU)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     with pytest.raises(CheckpointError, match="is not a language model"):
         load_policy(str(save_dense(tmp_path / "dense")), CPU)
 
@@ -154,9 +157,9 @@ def test_samples_can_be_evaluated(folder: Path, tmp_path: Path) -> None:
     )
     source = str(drawn / "candidates.jsonl.gz")
     sets, _ = read_candidates(source, TextFormat())
-    last = [text.split()[-1] for one in sets for text in one.texts]
+    items = [(one.prompt, text) for one in sets for text in one.texts]
     gold = np.array([score for one in sets for score in one.gold])
-    assert len(sets) == 5 and gold == pytest.approx([word == "w5" for word in last], abs=0.4)
+    assert len(sets) == 5 and gold == pytest.approx(model_judge(liked, CPU, 64)(items), abs=1e-5)
     results = read_manifest(drawn)["results"]
     assert results["answers"] == len(gold) and results["answers"] + results["left_out"]["answers"] == 40
     out = evaluate(models={"m": liked}, candidates={"c": source}, resamples=100, output=tmp_path / "e")

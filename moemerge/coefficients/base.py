@@ -21,6 +21,7 @@ from moemerge.blocks import BLOCK, layer_of
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.fit_settings import FitSettings
 from moemerge.provenance import package_version
+from moemerge.weight_files import order_metadata
 
 if TYPE_CHECKING:
     from moemerge.routing import RoutingStatistics
@@ -77,6 +78,7 @@ class Coefficients:
         header = {"format": FORMAT, "blocks": json.dumps(self.blocks), "version": package_version()}
         tensors = {"alpha_LN": self.alpha_LN.contiguous(), "shared_L": self.shared_L.contiguous()}
         save_file(tensors, folder / FILE, metadata={**header, **self.meta})
+        order_metadata(folder / FILE)
         table = [{"block": name, "shared": shared, "alpha": alpha} for name, shared, alpha in self.table()]
         write_json(folder / TABLE, {**header, **self.meta, "blocks": table})
         return folder / FILE

@@ -18,7 +18,7 @@ from moemerge import plotting
 from moemerge.errors import OptionError, suggest
 from moemerge.probes import comparisons
 from moemerge.probes.base import Floats, PairScores, Probe, Table
-from moemerge.probes.statistics import bootstrap_means, cluster_sums, share_interval
+from moemerge.probes.statistics import bootstrap_means, cluster_sums, sampling_units, share_interval
 from moemerge.recipe import EvaluateSettings
 
 NO_SUBSET = "(none)"
@@ -33,7 +33,7 @@ def check_sections(settings: EvaluateSettings, subsets: Iterable[str]) -> None:
                 raise OptionError(
                     f"section {section} names a subset that no test set has",
                     given=name,
-                    expected=f"one of: {', '.join(sorted(known))}",
+                    expected="subsets of the test sets",
                     fix=suggest(name, known),
                 )
 
@@ -41,7 +41,8 @@ def check_sections(settings: EvaluateSettings, subsets: Iterable[str]) -> None:
 def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
     """Accuracy of every model per test set: `all` pairs, the `sections` asked for, `subsets` if several.
 
-    Intervals are Wilson's, or from a bootstrap over prompts where prompts repeat (`interval_kind`).
+    Intervals are Wilson's, or from a bootstrap over prompts where prompts repeat (`interval_kind`); of a part
+    with one prompt, Wilson's over its pairs.
     `comparisons`: every two models on the same pairs, with Holm's p over all of a set; over all its sections;
     over all its subsets. A section's accuracy is the mean over its pairs.
     """
@@ -75,7 +76,8 @@ def _measure_parts(
 def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
     models = list(pairs.scores)
     right_PM = np.column_stack([scores[:, 0] > scores[:, 1] for scores in pairs.scores.values()])
-    sums = cluster_sums(right_PM.astype(np.float64), pairs.prompts)
+    units = sampling_units(pairs.prompts)
+    sums = cluster_sums(right_PM.astype(np.float64), units)
     draws_RM = bootstrap_means(sums, settings.resamples, seed)
     baseline = models.index(settings.baseline or models[0])
     measured = {}
@@ -85,17 +87,15 @@ def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> d
         measured[model] = {**_plain_numbers(pairs.scores[model]), "interval": interval}
         if number != baseline:
             both = [number, baseline]
-            versus = comparisons.difference(
-                right_PM[:, both], draws_RM[:, both], pairs.prompts, settings.confidence
-            )
+            versus = comparisons.difference(right_PM[:, both], draws_RM[:, both], units, settings.confidence)
             measured[model]["vs_baseline"] = _renamed(versus)
     return {
         "pairs": len(right_PM),
-        "prompts": len(sums),
+        "prompts": len(np.unique(pairs.prompts)),
         "interval_kind": "bootstrap over prompts" if len(sums) < len(right_PM) else "wilson",
         "baseline": models[baseline],
         "models": measured,
-        "comparisons": comparisons.all_pairs(models, right_PM, draws_RM, pairs.prompts, settings.confidence),
+        "comparisons": comparisons.all_pairs(models, right_PM, draws_RM, units, settings.confidence),
         "always_longer": float((pairs.lengths[:, 0] > pairs.lengths[:, 1]).mean()),
         "always_shorter": float((pairs.lengths[:, 0] < pairs.lengths[:, 1]).mean()),
     }
@@ -138,7 +138,7 @@ def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
     for rule in ("always_longer", "always_shorter"):
         rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", "", "", "", "", ""])
     note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {part['interval_kind']}. "
-    units = "prompts" if part["prompts"] < part["pairs"] else "pairs"
+    units = "pairs" if part["interval_kind"] == "wilson" else "prompts"
     note += f"A tie is an error. Baseline: {part['baseline']}; p: exact McNemar test over {units}."
     return Table(f"Accuracy on {name}", header, rows, note)
 
@@ -158,9 +158,10 @@ def _part_tables(title: str, kind: str, parts: dict[str, Any], confidence: float
     for name, part in parts.items():
         cells = [_with_interval(part["models"][m]) for m in models]
         rules = [f"{part[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
-        rows.append([name, str(part["pairs"]), *cells, *rules])
-    note = f"{confidence:.0%} intervals, each by itself. A tie is an error."
-    header = [kind, "pairs", *models, "always longer", "always shorter"]
+        rows.append([name, str(part["pairs"]), str(part["prompts"]), *cells, *rules])
+    note = f"{confidence:.0%} intervals, each by itself, over prompts where these repeat (too narrow if they "
+    note += "are few), over pairs if there is one. A tie is an error."
+    header = [kind, "pairs", "prompts", *models, "always longer", "always shorter"]
     found = [Table(f"Accuracy on {title}", header, rows, note)]
     baseline = next(iter(parts.values()))["baseline"]
     return found + ([comparisons.against(title, parts, baseline, confidence)] if len(models) > 1 else [])

@@ -261,7 +261,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[str]:
             _panel(measured, "proxy", "model's own score (standardised)"),
             _panel(measured, "gap", "gold score promised minus real"),
         ]
-        plotting.panels(three, folder / names[-1], title=f"Best of n on {name}", columns=3)
+        plotting.panels(three, folder / names[-1], title=f"Best of n on {name}")
     return names
 
 

@@ -4,7 +4,7 @@ The label of a pair is always "chosen first", so each pair counts in both orders
 label 1, and with 1 - p and label 0. That is the same as asking how often the answer with the higher score is
 the chosen one, given the confidence max(p, 1 - p) in [1/2, 1]; a tie has confidence 1/2 and is half right.
 
-P pairs, B bins, K prompts, M models, R resamples.
+P pairs, B bins, K prompts, M models, R resamples, X = 1 + B measured values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from scipy.special import expit
 
 from moemerge import plotting
 from moemerge.probes.base import Floats, Integers, Interval, PairScores, Probe, Table
-from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson_band
+from moemerge.probes.statistics import (
+    bootstrap_means,
+    cluster_sums,
+    percentile_interval,
+    sampling_units,
+    wilson_band,
+)
 from moemerge.recipe import EvaluateSettings
 
 BINS = 10
@@ -52,16 +58,16 @@ class Binned:
         gaps_PB[np.arange(len(self.place)), self.place] = self.right - self.confidence
         return gaps_PB
 
-    def diagram(self, prompts: Integers, confidence: float) -> dict[str, list[Any]]:
+    def diagram(self, units_P: Integers, confidence: float) -> dict[str, list[Any]]:
         """Per bin that has pairs: their number, mean confidence, share right, its Wilson interval.
 
-        Of the pairs with one prompt in one bin, the interval counts one.
+        Of the pairs of one unit (prompt) in one bin, the interval counts one.
         """
         counts_B = np.bincount(self.place, minlength=BINS)
         sums = [np.bincount(self.place, v_P, minlength=BINS) for v_P in (self.confidence, self.right)]
         filled = counts_B > 0
         sure, right = (sum_B[filled] / counts_B[filled] for sum_B in sums)
-        places = np.unique(np.column_stack([self.place, prompts]), axis=0)[:, 0]
+        places = np.unique(np.column_stack([self.place, units_P]), axis=0)[:, 0]
         trials = np.bincount(places, minlength=BINS)[filled]
         low, high = wilson_band(right, trials, confidence)
         curves = {"pairs": counts_B[filled], "confidence": sure, "right": right, "low": low, "high": high}
@@ -83,7 +89,7 @@ def ece_interval(gaps_RB: Floats, gaps_B: Floats, confidence: float) -> tuple[In
     return (low, max(high, found)), float(chance_R.mean())
 
 
-def slope(differences_P: Floats, prompts: Integers, confidence: float) -> dict[str, Any] | None:
+def slope(differences_P: Floats, units_P: Integers, confidence: float) -> dict[str, Any] | None:
     """The b for which sigmoid(b d) has the highest likelihood (Cox 1958), with an interval; 1 if calibrated.
 
     Below 1 the differences are too large: the model is too sure. The interval is normal, with the sandwich
@@ -91,17 +97,17 @@ def slope(differences_P: Floats, prompts: Integers, confidence: float) -> dict[s
     """
     if not differences_P.min() < 0 < differences_P.max():
         return None
-    unit_P = differences_P / np.abs(differences_P).max()
+    scaled_P = differences_P / np.abs(differences_P).max()
 
     def rise(b: float) -> float:
-        return float((unit_P * expit(-b * unit_P)).sum())
+        return float((scaled_P * expit(-b * scaled_P)).sum())
 
     reach = 1.0
     while rise(-reach) < 0 or rise(reach) > 0:
         reach *= 2
     best = float(brentq(rise, -reach, reach, xtol=1e-12))
-    curvature = float((unit_P**2 * expit(best * unit_P) * expit(-best * unit_P)).sum())
-    score_K = cluster_sums((unit_P * expit(-best * unit_P))[:, None], prompts)[:, 0]
+    curvature = float((scaled_P**2 * expit(best * scaled_P) * expit(-best * scaled_P)).sum())
+    score_K = cluster_sums((scaled_P * expit(-best * scaled_P))[:, None], units_P)[:, 0]
     error = math.sqrt(float((score_K**2).sum())) / curvature
     scale, z = float(np.abs(differences_P).max()), float(stats.norm.ppf((1 + confidence) / 2))
     return {"value": best / scale, "interval": ((best - z * error) / scale, (best + z * error) / scale)}
@@ -118,46 +124,46 @@ def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: in
 
 
 def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
-    models = list(pairs.scores)
-    baseline = settings.baseline or models[0]
-    differences = {m: scores_P2[:, 0] - scores_P2[:, 1] for m, scores_P2 in pairs.scores.items()}
-    wrong_PM = np.column_stack([expit(-d_P) ** 2 for d_P in differences.values()])
-    draws_RM = bootstrap_means(cluster_sums(wrong_PM, pairs.prompts), settings.resamples, seed)
-    briers = dict(zip(models, wrong_PM.mean(axis=0).tolist(), strict=True))
-    draws = dict(zip(models, draws_RM.T, strict=True))
-    measured: dict[str, Any] = {}
-    for model, d_P in differences.items():
-        interval = _interval(draws[model], settings.confidence)
-        measured[model] = {"brier": briers[model], "brier_interval": interval}
-        measured[model] |= _measure_model(d_P, pairs.prompts, settings, seed)
-        if model != baseline:
-            measured[model]["vs_baseline"] = {
-                "difference": briers[model] - briers[baseline],
-                "interval": _interval(draws[model] - draws[baseline], settings.confidence),
-            }
+    models, units = list(pairs.scores), sampling_units(pairs.prompts)
+    differences = [scores_P2[:, 0] - scores_P2[:, 1] for scores_P2 in pairs.scores.values()]
+    values_PMX = np.stack([_columns(d_P) for d_P in differences], axis=1)
+    sums = cluster_sums(values_PMX.reshape(len(units), -1), units)
+    draws_RMX = bootstrap_means(sums, settings.resamples, seed).reshape(-1, *values_PMX.shape[1:])
+    means_MX = values_PMX.mean(axis=0)
+    baseline = models.index(settings.baseline or models[0])
+    measured = {}
+    for number, model in enumerate(models):
+        measured[model] = _summary(means_MX[number], draws_RMX[:, number], settings.confidence)
+        measured[model]["slope"] = slope(differences[number], units, settings.confidence)
+        measured[model]["diagram"] = Binned.of(differences[number]).diagram(units, settings.confidence)
+        if number != baseline:
+            gain_R = draws_RMX[:, number, 0] - draws_RMX[:, baseline, 0]
+            difference = float(means_MX[number, 0] - means_MX[baseline, 0])
+            interval = _interval(gain_R, settings.confidence)
+            measured[model]["vs_baseline"] = {"difference": difference, "interval": interval}
     prompts = len(np.unique(pairs.prompts))
-    return {"pairs": len(wrong_PM), "prompts": prompts, "baseline": baseline, "models": measured}
+    return {"pairs": len(units), "prompts": prompts, "baseline": models[baseline], "models": measured}
+
+
+def _columns(differences_P: Floats) -> Floats:
+    """Brier score of each pair, then its gap in each bin; X = 1 + B columns."""
+    return np.column_stack([expit(-differences_P) ** 2, Binned.of(differences_P).gaps()])
+
+
+def _summary(means_X: Floats, draws_RX: Floats, confidence: float) -> dict[str, Any]:
+    interval, chance = ece_interval(draws_RX[:, 1:], means_X[1:], confidence)
+    return {
+        "brier": float(means_X[0]),
+        "brier_interval": _interval(draws_RX[:, 0], confidence),
+        "ece": float(np.abs(means_X[1:]).sum()),
+        "ece_interval": interval,
+        "ece_by_chance": chance,
+    }
 
 
 def _interval(draws_R: Floats, confidence: float) -> Interval:
     low, high = percentile_interval(draws_R[:, None], confidence)
     return float(low[0]), float(high[0])
-
-
-def _measure_model(
-    differences_P: Floats, prompts: Integers, settings: EvaluateSettings, seed: int
-) -> dict[str, Any]:
-    binned = Binned.of(differences_P)
-    gaps_PB = binned.gaps()
-    gaps_RB = bootstrap_means(cluster_sums(gaps_PB, prompts), settings.resamples, seed)
-    interval, chance = ece_interval(gaps_RB, gaps_PB.mean(axis=0), settings.confidence)
-    return {
-        "ece": float(np.abs(gaps_PB.mean(axis=0)).sum()),
-        "ece_interval": interval,
-        "ece_by_chance": chance,
-        "slope": slope(differences_P, prompts, settings.confidence),
-        "diagram": binned.diagram(prompts, settings.confidence),
-    }
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -171,8 +177,8 @@ def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table
         brier = _ranged(numbers["brier"], numbers["brier_interval"])
         ece, chance = _ranged(numbers["ece"], numbers["ece_interval"]), f"{numbers['ece_by_chance']:.4f}"
         found, versus = numbers["slope"], numbers.get("vs_baseline")
-        shown = _ranged(found["value"], found["interval"], 3) if found else "none"
-        change = _ranged(versus["difference"], versus["interval"], sign="+") if versus else "baseline"
+        shown = _ranged(found["value"], found["interval"], ".3g") if found else "none"
+        change = _ranged(versus["difference"], versus["interval"], "+.4f") if versus else "baseline"
         rows.append([model, brier, change, ece, chance, shown])
     header = ["model", "Brier", "minus baseline", "ECE", "ECE by chance", "slope"]
     note = f"Of sigmoid(score difference) on {measured['pairs']} pairs, {measured['prompts']} prompts, "
@@ -183,9 +189,8 @@ def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table
     return Table(f"Calibration on {name}", header, rows, note)
 
 
-def _ranged(value: float, interval: Interval, digits: int = 4, sign: str = "") -> str:
+def _ranged(value: float, interval: Interval, form: str = ".4f") -> str:
     low, high = interval
-    form = f"{sign}.{digits}f"
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 

@@ -19,24 +19,24 @@ Comparison = dict[str, Any]
 
 
 def difference(
-    right_P2: NDArray[np.bool_], draws_R2: Floats, prompts: Integers, confidence: float
+    right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers, confidence: float
 ) -> Comparison:
-    """First model minus second: accuracy, paired bootstrap interval over prompts, exact McNemar p.
+    """First model minus second: accuracy, paired bootstrap interval, exact McNemar p.
 
-    Where prompts repeat, McNemar's test takes whole prompts (`clustered_mcnemar`).
+    Where pairs share a unit (a prompt), McNemar's test takes units whole (`clustered_mcnemar`).
     """
     gain_P = right_P2[:, 0].astype(np.int64) - right_P2[:, 1]
     ours, theirs = int((gain_P > 0).sum()), int((gain_P < 0).sum())
     low, high = percentile_interval(draws_R2[:, [0]] - draws_R2[:, [1]], confidence)
-    _, numbers = np.unique(prompts, return_inverse=True)
-    by_prompt = np.bincount(numbers, gain_P).round().astype(np.int64)
-    repeated = len(by_prompt) < len(gain_P)
+    _, numbers = np.unique(units_P, return_inverse=True)
+    by_unit = np.bincount(numbers, gain_P).round().astype(np.int64)
+    shared = len(by_unit) < len(gain_P)
     return {
         "difference": (ours - theirs) / len(gain_P),
         "interval": (float(low[0]), float(high[0])),
         "first_alone": ours,
         "second_alone": theirs,
-        "p": clustered_mcnemar(by_prompt) if repeated else mcnemar(ours, theirs),
+        "p": clustered_mcnemar(by_unit) if shared else mcnemar(ours, theirs),
     }
 
 
@@ -44,13 +44,13 @@ def all_pairs(
     models: Sequence[str],
     right_PM: NDArray[np.bool_],
     draws_RM: Floats,
-    prompts: Integers,
+    units_P: Integers,
     confidence: float,
 ) -> list[Comparison]:
     """`difference` of each two models, in the order of `models`."""
     return [
         {"first": models[one], "second": models[other]}
-        | difference(right_PM[:, [one, other]], draws_RM[:, [one, other]], prompts, confidence)
+        | difference(right_PM[:, [one, other]], draws_RM[:, [one, other]], units_P, confidence)
         for one, other in itertools.combinations(range(len(models)), 2)
     ]
 
@@ -86,7 +86,7 @@ def against(name: str, parts: Mapping[str, Any], baseline: str, confidence: floa
         rows.append([part, str(measured["pairs"]), *(_signed(*found[model]) for model in models)])
     tests = next(iter(parts.values()))["comparisons"][0]["tests"]
     note = f"{confidence:.0%} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons of "
-    note += "two models on one of these parts. Of few prompts the interval is too narrow: then read p."
+    note += "two models on one of these parts. Of few prompts intervals are too narrow: read p."
     return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note)
 
 

@@ -25,7 +25,13 @@ from numpy.typing import NDArray
 from moemerge import plotting
 from moemerge.probes.base import ChoiceScores, Floats, Probe, Table
 from moemerge.probes.rewardbench_ties import TIES, ties_scores
-from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval, share_interval
+from moemerge.probes.statistics import (
+    bootstrap_means,
+    cluster_sums,
+    percentile_interval,
+    sampling_units,
+    share_interval,
+)
 from moemerge.recipe import EvaluateSettings
 
 SECTIONS = {
@@ -171,7 +177,7 @@ def _measure_subset(
         return ties_scores(list(scorers.values()), rows, settings.resamples, seed), {}
     columns = {name: results(scores_C, rows) for name, scores_C in scorers.items()}
     counted_QM = np.column_stack([counted_Q for counted_Q, _ in columns.values()])
-    sums = cluster_sums(counted_QM, rows.prompts)
+    sums = cluster_sums(counted_QM, sampling_units(rows.prompts))
     draws_RM = bootstrap_means(sums, settings.resamples, seed)
     more = {
         model: {

@@ -31,12 +31,12 @@ def wilson_band(share_X: Floats, trials_X: Integers, confidence: float) -> tuple
 def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: float) -> Interval:
     """Interval of the mean of `right_P`: Wilson's, or the bootstrap's (`draws_R`) if prompts repeat.
 
-    Where all rows agree, or all have one prompt, resamples cannot differ: then each of the `prompts` counts
-    as one observation. The bootstrap also serves rows that are neither 0 nor 1.
+    Where all rows agree resamples cannot differ: then each of the `prompts` counts as one observation. The
+    bootstrap also serves rows that are neither 0 nor 1.
     """
     share = float(right_P.mean())
-    stuck, whole = share in (0.0, 1.0) or prompts == 1, bool(np.isin(right_P, (0, 1)).all())
-    if stuck or (whole and prompts == len(right_P)):
+    unanimous, whole = share in (0.0, 1.0), bool(np.isin(right_P, (0, 1)).all())
+    if unanimous or (whole and prompts == len(right_P)):
         return wilson(share * prompts, prompts, confidence)
     low, high = percentile_interval(draws_R[:, None], confidence)
     return float(low[0]), float(high[0])
@@ -75,6 +75,15 @@ def holm(p_X: Floats) -> Floats:
     adjusted_X = np.empty(len(p_X))
     adjusted_X[order] = np.minimum(np.maximum.accumulate(steps_X), 1)
     return adjusted_X
+
+
+def sampling_units(prompts_P: Integers) -> Integers:
+    """What is resampled whole: rows with equal numbers. Prompts; if all rows have one prompt, single rows.
+
+    With one prompt nothing can be said about others, and the rows stand for more rows like them.
+    """
+    one = len(np.unique(prompts_P)) == 1
+    return np.arange(len(prompts_P), dtype=np.int64) if one else prompts_P
 
 
 def cluster_sums(values_PX: Floats, clusters: Integers) -> Floats:
