@@ -30,6 +30,8 @@ REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 TOLD_BY_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# torch's writer has no number; what it says of a disk that fails otherwise is the same.
+TOLD_OF_A_FULL_DISK = ("PytorchStreamWriter failed", "No space left", "inline_container.cc", "iostream error")
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF}
 
 
@@ -208,7 +210,7 @@ def _told(text: str) -> int | None:
     number = re.search(r"\(os error (\d+)\)", text)
     if number:
         return int(number.group(1))
-    return errno.ENOSPC if "PytorchStreamWriter failed" in text or "No space left" in text else None
+    return errno.ENOSPC if any(one in text for one in TOLD_OF_A_FULL_DISK) else None
 
 
 def _line(error: BaseException) -> str:

@@ -169,13 +169,15 @@ def attempt(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Di
     scenario = known.scenario
     with disk(scenario.home, trial.room):
         prepare(scenario)
+        if trial.room is not None:
+            resize(scenario.home, shutil.disk_usage(scenario.home).used + trial.room)
         ending = fork(scenario.arguments, scenario.home, trial.spoil, trial.delay, trial.kind)
         where = f"{scenario.name}, {trial.way}"
         tally.trials[scenario.name, trial.way] += 1
         tally.endings[trial.way][ending.code] += 1
         tally.faults += [f"{where}: {one}" for one in look(known, ending, inputs, given)]
         if trial.room is not None:
-            subprocess.run(["mount", "-o", "remount,size=1g", str(scenario.home)], check=True)
+            resize(scenario.home, 1 << 30)
         if ending.code != 0 and (scenario.again or scenario.before or not scenario.output.exists()):
             ending = fork(scenario.arguments, scenario.home, lambda: None, None, signal.SIGKILL)
             again = [
@@ -189,7 +191,7 @@ def attempt(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Di
 
 @contextmanager
 def disk(folder: Path, room: int | None) -> Iterator[None]:
-    """A file system of `room` bytes at `folder`; the one that is there if None."""
+    """A file system of its own at `folder`, to be cut to size; the one that is there if `room` is None."""
     if room is None:
         yield
         return
@@ -200,6 +202,10 @@ def disk(folder: Path, room: int | None) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def resize(folder: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
 
 
 def may_mount(folder: Path) -> bool:
