@@ -95,4 +95,4 @@ def test_what_is_left_is_looked_at(seen: str, known: Known) -> None:
 
 def test_other_bytes_in_a_whole_output_are_seen(known: Known) -> None:
     other = Known(known.scenario, 1.0, 1, 1, {**known.digests, "config.json": "0"})
-    assert broken(other, GOOD, nothing) == ["other bytes than an undisturbed run"]
+    assert broken(other, GOOD, nothing) == ["other bytes than an undisturbed run: config.json"]

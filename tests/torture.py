@@ -129,7 +129,9 @@ def _other_bytes(known: Known, ending: Ending) -> Iterator[str]:
         wrong = [name for name in made if "/" in name and made[name] != known.digests.get(name)]
         yield from (f"other bytes in {name}" for name in wrong)
     elif scenario.output.exists() and digests(scenario.output) not in whole:
-        yield "other bytes than an undisturbed run"
+        found, wanted = digests(scenario.output), known.digests
+        names = sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name))
+        yield f"other bytes than an undisturbed run: {', '.join(names[:5])}"
 
 
 # --- trials
