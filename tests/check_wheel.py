@@ -46,7 +46,11 @@ def install(archive: Path, folder: Path, reuse: bool) -> Path:
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    extra = ["--no-deps", "--no-build-isolation"] if reuse else ["-c", str(ROOT / "constraints.txt")]
+    extra = (
+        ["--no-deps", "--no-build-isolation", "--ignore-installed"]
+        if reuse
+        else ["-c", str(ROOT / "constraints.txt")]
+    )
     if reuse:
         site = next((folder / "lib").glob("python*")) / "site-packages"
         lent = sysconfig.get_paths()["purelib"]
