@@ -18,9 +18,11 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from moemerge import data, plotting, runtime
+from moemerge import gold as gold_scores
 from moemerge.artifacts import Draft, stage, write_json
 from moemerge.attack_edits import chosen_edits
 from moemerge.attack_settings import AttackSettings
@@ -33,7 +35,6 @@ from moemerge.recipe import Attack
 from moemerge.rows import BadRow, Text, write_rows
 from moemerge.scoring import load_reward_model, load_tokenizer, score, score_pairs
 from moemerge.tokenise import Item, encode_all
-from moemerge.user_function import load_function
 
 log = logging.getLogger(__name__)
 Scorer = Callable[[Sequence[Item]], Floats]
@@ -144,6 +145,12 @@ def search(
     return searches
 
 
+def _gold(options: Attack, device: torch.device) -> Gold | None:
+    """The gold score of one answer, by the function or reward model that the options name."""
+    judge = gold_scores.judge(options, device, options, options.trust_remote_code)
+    return None if judge is None else lambda prompt, text: float(judge([(prompt, text)])[0])
+
+
 @stage("attack", Attack)
 def attack(options: Attack, draft: Draft) -> None:
     """Search among edits of rejected answers for some that the model scores above the chosen answer.
@@ -153,9 +160,9 @@ def attack(options: Attack, draft: Draft) -> None:
     `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
     be attacked, OptionError for unknown edits or an unusable gold function.
     """
-    gold = load_function(options.gold) if options.gold else None
-    edits = chosen_edits(options.edits, options.words, gold is not None)
     device = runtime.use(options)
+    gold = _gold(options, device)
+    edits = chosen_edits(options.edits, options.words, gold is not None)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     model = load_reward_model(options.model, device, trust_remote_code=options.trust_remote_code)
     encoded, rows = _read(options, tokenizer)

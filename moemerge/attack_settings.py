@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from moemerge.options import Options
+from moemerge.policy_settings import GoldSource
 
 
-class AttackSettings(Options):
-    """Reward-guided search for rejected answers that a reward model overrates once they are edited."""
+class AttackSettings(GoldSource):
+    """Reward-guided search for rejected answers that a reward model overrates once they are edited.
+
+    With gold, an edited answer counts only while its gold score is below the chosen one's.
+    """
 
     max_pairs: int | None = Field(200, ge=1, description="draw at most so many pairs")
     edits: list[str] = Field(
@@ -17,11 +20,6 @@ class AttackSettings(Options):
     )
     words: list[str] = Field(
         default_factory=list, description="words that insert_word adds, in place of ours"
-    )
-    gold: str | None = Field(
-        None,
-        description="Python function gold(prompt, answer), as module:function: an edited answer counts only "
-        "while its gold score is below the chosen one's",
     )
     steps: int = Field(6, ge=1, description="most edits on top of each other")
     proposals: int = Field(12, ge=1, description="edits tried per step and answer of the beam")

@@ -276,9 +276,9 @@ def test_faults(attacked: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "golds.py").write_text("def never(prompt, answer):\n    return 0.0\n")
     options = {**attacked["options"], "output": tmp_path / "e"}
     with pytest.raises(DataError, match="no pair to attack"):
-        attack(**options, gold=f"{tmp_path}/golds.py:never")
+        attack(**options, gold_function=f"{tmp_path}/golds.py:never")
     with pytest.raises(OptionError, match="there is no function"):
-        attack(**options, gold="golds")
+        attack(**options, gold_function="golds")
     with pytest.raises(OptionError, match="unknown edit"):
         attack(**{**options, "edits": ["insert_wrod"]})
     assert not (tmp_path / "e").exists()
