@@ -25,13 +25,12 @@ joint, warm, ensemble and uniform have seen the same pairs; so have those tuned,
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study import Measures, Row, accuracy, done, measures, once, read, scored, table, write
+import study
+from study import Measures, Row, accuracy, measures, once, read, scored, write
 
 from moemerge import fit_models, merge_models, train, write_world
 from moemerge.synthetic import WORTH, Worth, gold_reward
@@ -179,22 +178,7 @@ def measured(home: Path, setting: Setting, seed: int) -> dict[str, Measures]:
     return {name: measures(of) for name, of in scores.items()}
 
 
-def main() -> None:
-    """Read the command line, run, and print a table per setting."""
-    parser = argparse.ArgumentParser(description="Specialists merged against joint training.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("runs/specialists"))
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--baseline", default="joint", help="model that the others are compared with")
-    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
-    given = parser.parse_args()
-    for name in given.settings:
-        homes = {seed: given.output / name.replace(" ", "-") / f"seed-{seed}" for seed in given.seeds}
-        found = {
-            seed: done(home, partial(measured, home, SETTINGS[name], seed)) for seed, home in homes.items()
-        }
-        print(table(name, found, given.baseline, given.confidence), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    study.run(
+        "Specialists merged against joint training.", SETTINGS, measured, Path("runs/specialists"), "joint"
+    )

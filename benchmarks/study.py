@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -15,6 +17,7 @@ from scipy.stats import t
 
 from moemerge import evaluate
 
+S = TypeVar("S")
 Measures: TypeAlias = dict[str, float]
 Row: TypeAlias = dict[str, Any]
 Scores: TypeAlias = dict[str, Any]
@@ -105,3 +108,26 @@ def interval(values: list[float], confidence: float) -> str:
         return f"{values[0]:+.3f}"
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return f"{fmean(values):+.3f} ± {half:.3f}"
+
+
+def run(
+    what: str,
+    settings: Mapping[str, S],
+    measured: Callable[[Path, S, int], dict[str, Measures]],
+    output: Path,
+    baseline: str,
+) -> None:
+    """Read the command line, run every seed of every setting, and print a table per setting."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings))
+    parser.add_argument("--baseline", default=baseline, help="model that the others are compared with")
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
+    given = parser.parse_args()
+    for name in given.settings:
+        homes = {seed: given.output / name.replace(" ", "-") / f"seed-{seed}" for seed in given.seeds}
+        found = {
+            seed: done(home, partial(measured, home, settings[name], seed)) for seed, home in homes.items()
+        }
+        print(table(name, found, given.baseline, given.confidence), flush=True)

@@ -18,15 +18,14 @@ thread; about eight minutes per seed and setting.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import study
 from specialists import rated
-from study import Measures, done, measures, once, read, scored, table, write
+from study import Measures, measures, once, read, scored, write
 
 from moemerge import fit, merge, merge_models, route, train, upcycle, write_world
 from moemerge.synthetic import WORTH, Worth
@@ -152,22 +151,11 @@ def measured(home: Path, setting: Setting, seed: int) -> dict[str, Measures]:
     return {name: measures(of) for name, of in scores.items()}
 
 
-def main() -> None:
-    """Read the command line, run, and print a table per setting."""
-    parser = argparse.ArgumentParser(description="Upcycled and merged against dense of equal budget.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("runs/upcycling"))
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--baseline", default="control", help="model that the others are compared with")
-    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
-    given = parser.parse_args()
-    for name in given.settings:
-        homes = {seed: given.output / name.replace(" ", "-") / f"seed-{seed}" for seed in given.seeds}
-        found = {
-            seed: done(home, partial(measured, home, SETTINGS[name], seed)) for seed, home in homes.items()
-        }
-        print(table(name, found, given.baseline, given.confidence), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    study.run(
+        "Upcycled and merged against dense of equal budget.",
+        SETTINGS,
+        measured,
+        Path("runs/upcycling"),
+        "control",
+    )
