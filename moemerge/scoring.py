@@ -106,6 +106,7 @@ def load_reward_model(
     _register_moe()
     device = torch.device(device)
     refuse_pickle(path)
+    weights = Checkpoint(path) if Path(path).is_dir() else None
     config = load_config(path, trust_remote_code)
     if not (trust_remote_code and has_own_code(config)):
         refuse_own_class(config.architectures, path)
@@ -113,8 +114,8 @@ def load_reward_model(
         fresh_head_seed = None
     if fresh_head_seed is not None:
         config.num_labels = 1
-    if Path(path).is_dir():
-        refuse_larger(Checkpoint(path), config)
+    if weights is not None:
+        refuse_larger(weights, config)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     model, loading = _load_weights(path, config, wanted, trust_remote_code)
     _check_loading(path, model, loading, fresh_head_seed)

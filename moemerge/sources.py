@@ -6,6 +6,7 @@ no more of it than this. Shapes: N weighted members (routed experts, or models),
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -192,6 +193,12 @@ class ExpertSource(MergeSource):
     def fingerprint(self) -> str:
         """sha256 over weights and config."""
         return model_fingerprint(self.folder)
+
+    def size(self, dtype: torch.dtype, copies: int = 1) -> int:
+        """As of any source, without asking the model's class."""
+        kept = sum(math.prod(self.weights.shape(name)) for name in self.backbone)
+        merged = sum(math.prod(tensor.shape) for tensor in self.tensors)
+        return (kept + copies * merged) * dtype.itemsize
 
     def kept(self, name: str) -> Tensor:
         """The tensor `name` of the backbone."""

@@ -135,7 +135,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "lone_surrogate": (BASE + 'output: "a\\ud800b"\n', "UTF-8"),
     "long_name": (BASE + "output: " + "a" * 5000 + "\n", "bytes a part"),
     "long_path": ("output: x\nmodel: " + "/a" * 3000 + "\n", "characters"),
-    "huge_number": (BASE + "output: x\nseed: 1" + "0" * 5000 + "\n", "seed"),
+    "huge_number": (BASE + "output: x\nseed: 1" + "0" * 5000 + "\n", "valid YAML"),
     "large_seed": (BASE + "output: x\nseed: 1" + "0" * 30 + "\n", "seed"),
     "infinity": (BASE + "output: x\ntrain: {{learning_rate: .inf}}\n", "finite"),
     "nan": (BASE + "output: x\ntrain: {{learning_rate: .nan}}\n", "learning_rate"),

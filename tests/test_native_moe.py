@@ -308,10 +308,12 @@ def test_our_own_export_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", NO_SIBLING)
 def test_types_without_a_sibling_are_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    save_file({"score.weight": torch.zeros(1, 2)}, tmp_path / "model.safetensors")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": kind}))
+    save_file({"score.weight": torch.zeros(1, 2)}, model / "model.safetensors")
     with pytest.raises(UnsupportedError) as caught:
-        merge(model=str(tmp_path), method="linear", output=tmp_path / "dense")
+        merge(model=str(model), method="linear", output=tmp_path / "dense")
     assert kind in str(caught.value) and NO_SIBLING[kind] in str(caught.value)
 
 

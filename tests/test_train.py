@@ -57,7 +57,7 @@ def write(path: Path, made: list[dict[str, Any]]) -> str:
 def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training; one test draws."""
     if request.node.name != "test_output_is_quiet_complete_and_alone":
-        monkeypatch.setattr(module, "panels", lambda *_: None)
+        monkeypatch.setattr("moemerge.training_report.panels", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -395,7 +395,7 @@ def test_run_killed_after_its_last_step_trains_no_further(
     stopped = run(world, tmp_path / "straight", **options)
     assert stopped["best_step"] < stopped["steps"] < 36
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(module, "_report", raiser("killed"))
+        patch.setattr(module, "report", raiser("killed"))
         run(world, tmp_path / "killed", **options)
     from moemerge.trainer import PairTrainer
 

@@ -161,7 +161,7 @@ def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["verify", *map(str, arguments)])
+        cli.main(["verify", "--quiet", *map(str, arguments)])
     return (int(caught.value.code or 0), *capsys.readouterr())
 
 
