@@ -160,6 +160,7 @@ def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) 
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()  # what earlier steps logged
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", "--quiet", *map(str, arguments)])
     return (int(caught.value.code or 0), *capsys.readouterr())
