@@ -17,7 +17,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Stopped, so that everything is cleared away; a second one ends at once."""
+    """SIGINT and SIGTERM raise Stopped, so that everything is cleared away; a second one ends at once.
+
+    What libraries make of it, a ValueError out of compiled code for one, is Stopped again at the end.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -25,13 +28,20 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         for one in before:
             signal.signal(one, signal.SIG_DFL)
+        struck.append(number)
         raise Stopped(number)
+
+    struck: list[int] = []
 
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         for one in before:
             signal.signal(one, stop)
         yield
+    except Exception as error:
+        if struck:
+            raise Stopped(struck[0]) from error
+        raise
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)

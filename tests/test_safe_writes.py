@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest, workspa
 from moemerge.errors import ArtifactError
 from moemerge.locks import hold, lock_of
 from moemerge.options import Run, Source
+from moemerge.stopping import Stopped, stoppable
 from moemerge.verify import verify_folder
 
 TESTS = Path(__file__).parent
@@ -425,3 +427,15 @@ def test_a_signal_ends_in_good_order_with_one_line_that_says_how_to_go_on(
         f"to go on: moemerge synthetic --output {tmp_path / 'out'}"
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["started"]
+
+
+def test_a_signal_that_a_library_turns_into_its_own_error_is_a_signal_again() -> None:
+    with pytest.raises(Stopped) as caught, stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Stopped as stopped:
+            raise ValueError("could not determine the shape") from stopped
+    assert caught.value.number == signal.SIGTERM
+    with pytest.raises(ValueError, match="mine"), stoppable():
+        raise ValueError("mine")
