@@ -203,8 +203,9 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault("the index of shards cannot be read", str(error), "a weight_map") from error
         shards = set(files.values())
+        listed = {path.name for path in self.folder.iterdir() if path.is_file()}
         for file in shards:
-            if Path(file).name != file or not (self.folder / file).is_file():
+            if file not in listed:
                 raise self._fault("a shard named in the index is not there", file, "a file in this folder")
         held = {(name, file) for file in shards for name in _open_file(self.folder / file).keys()}
         if held != set(files.items()):

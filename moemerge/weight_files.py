@@ -61,7 +61,7 @@ def _index_faults(path: Path, name: str) -> Iterator[Fault]:
 
 
 def _shard_faults(folder: Path, file: str, wanted: set[str], index: str) -> Iterator[Fault]:
-    if Path(file).name != file or not (folder / file).is_file():
+    if file not in {path.name for path in folder.iterdir() if path.is_file()}:
         yield Fault(index, "names a file that is not there", "a file beside the index", file)
         return
     try:
