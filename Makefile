@@ -17,9 +17,9 @@ test: $(VENV)/.test-installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Hundreds of kills, full disks and failing writes against every stage, and mutated inputs: most of an hour.
+# Hundreds of kills, full disks and failing writes against every stage, and mutated inputs: a quarter of an hour.
 torture: $(VENV)/.test-installed
-	$(BIN)/python tests/torture.py --trials 400
+	$(BIN)/python tests/torture.py --trials 600
 	$(MAKE) fuzz
 
 # 10,000 broken inputs; prints how many were read and refused.

@@ -429,6 +429,18 @@ def test_a_signal_ends_in_good_order_with_one_line_that_says_how_to_go_on(
     assert [path.name for path in tmp_path.iterdir()] == ["started"]
 
 
+def test_a_signal_in_a_destructor_is_not_lost(capsys):
+    class Ending:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped) as caught, stoppable():
+        Ending()
+        time.sleep(5)
+    assert caught.value.number == signal.SIGTERM
+    assert "ignored" not in capsys.readouterr().err
+
+
 def test_a_signal_that_a_library_turns_into_its_own_error_is_a_signal_again() -> None:
     with pytest.raises(Stopped) as caught, stoppable():
         try:

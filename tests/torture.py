@@ -1,6 +1,6 @@
 """Kills, full disks and failing writes, hundreds of times, against every stage; are the promises kept?
 
-    python tests/torture.py [--trials 400] [--minutes 240] [--seed 0] [--stages merge train ...]
+    python tests/torture.py [--trials 600] [--minutes 240] [--seed 0] [--stages merge train ...]
 
 What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
 else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that
@@ -49,6 +49,7 @@ WAYS = (
     "file limit",
     "signal",
 )
+KILLS = WAYS[:2]  # twice in every round
 Digests = dict[str, str]
 
 
@@ -265,7 +266,7 @@ def references(all_scenarios: list[Scenario], made: Path, only: list[str]) -> It
 
 
 def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float) -> Tally:
-    """`trials` trials over the stages named in `only` (all if empty), spread evenly over stages and ways.
+    """`trials` trials over the stages named in `only` (all if empty), spread over stages and ways.
 
     After `minutes` no more of them are begun.
     """
@@ -302,7 +303,7 @@ def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float)
 def _rounds(known: list[Known], ways: list[str], dice: random.Random) -> Iterator[tuple[Known, str]]:
     """All stages in all ways, round after round, slow ones in a share of the rounds."""
     while True:
-        for way in ways:
+        for way in (*ways, *(way for way in KILLS if way in ways)):
             yield from ((one, way) for one in known if dice.random() < one.scenario.share)
 
 
@@ -338,7 +339,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=400)
+    parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="*", default=[])
     parser.add_argument("--minutes", type=float, default=240.0)

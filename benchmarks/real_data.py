@@ -1,0 +1,258 @@
+"""Merged reward models against dense ones of equal budget on people's judgements, over seeds.
+
+python benchmarks/real_data.py MODELS DATA --seeds 1 2 3 --output runs/real_data [--settings NAME ...]
+
+MODELS: folder written by fetch_models.py; the encoder in it, 22M parameters, is what everything starts from.
+DATA: folder with ukp_convarg, hh_rlhf, tulu_human_eval and summ_human_bon (rows as moemerge reads them).
+Every setting of SETTINGS deals pairs; the seed draws them, for ukp also the debates that are held out. Each
+training tries two learning rates, and the loss on validation pairs chooses rate and step, never in the middle
+of training. What exists under the output folder is not made again. One thread; 15 to 30 minutes per seed.
+
+    base              the encoder with a reward head, trained on the base's pairs
+    control           base, trained on
+    control, all      the same with the fitting pairs added
+    warm              average of two dense models of half the epochs each, in other orders
+    ensemble          mean of these two models' scores
+    moe               mixture made of base, trained as the control is
+    moe: METHOD       its merge
+    A, B              with parts: the control's pairs dealt to two specialists
+    A+B: METHOD       average of A and B, equal or by coefficients fitted on the fitting pairs
+    specialists       mean of A's and B's scores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from study import Row, once, read, write
+
+from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
+
+Options: TypeAlias = dict[str, Any]
+Files: TypeAlias = dict[str, str]
+
+RATES: Options = {"learning_rate": 3e-5, "search": {"learning_rate": [3e-5, 1e-4]}}
+MIXTURE: Options = {"num_routed_experts": 4, "num_experts_per_tok": 2, "layers": "last:3"}
+MERGES: dict[str, Options] = {"uniform": {}, "usage": {}, "learned": {"max_epochs": 4}}
+HELPFUL = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Pairs by what they are for, test pairs and candidates by the name of their set."""
+
+    pairs: dict[str, list[Row]]
+    tests: dict[str, list[Row]]
+    candidates: dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How data are dealt by a seed, how many of the base's and training labels are flipped, longest text."""
+
+    deal: Callable[[Path, random.Random, int], Dealt]
+    max_length: int
+    label_noise: float = 0.0
+    epochs: float = 1.0
+    parts: bool = False
+
+
+def deal_ukp(data: Path, draw: random.Random, seed: int) -> Dealt:
+    """Debates never straddle a split; seeds 1 to 5 hold out three of the sixteen each, never the same."""
+    rows = read(data / "ukp_convarg/pairs.jsonl.gz")
+    debates = sorted({row["subset"].split("_")[0] for row in rows})
+    random.Random(0).shuffle(debates)
+    order = debates[3 * (seed - 1) % 15 :] + debates[: 3 * (seed - 1) % 15]
+    test, held_out, rest = (
+        shuffled((row for row in rows if row["subset"].split("_")[0] in chosen), draw)
+        for chosen in (order[:3], order[3:6], order[6:])
+    )
+    arguments = read(data / "ukp_convarg/candidates.jsonl.gz")
+    candidates = [row for row in arguments if row["subset"].split("_")[0] in order[:3]]
+    pairs = {
+        "base": rest[:240],
+        "train": rest[240:720],
+        "validation": held_out[:120],
+        "fit": held_out[120:240],
+    }
+    return Dealt(pairs, {"other_debates": test[:400]}, {"arguments": candidates})
+
+
+def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
+    """Helpful and harmless pairs in equal numbers, split by first turn as the data come."""
+    train, held_out, test = (read(data / f"hh_rlhf/{name}.jsonl.gz") for name in ("train", "val", "test"))
+    helpful, harmless = halves(train, draw)
+    held_a, held_b = halves(held_out, draw)
+    test_a, test_b = halves(test, random.Random(0))
+    pairs = {
+        "base": mixed(helpful[:100], harmless[:100]),
+        "a": helpful[100:320],
+        "b": harmless[100:320],
+        "train": mixed(helpful[100:320], harmless[100:320]),
+        "validation": mixed(held_a[:60], held_b[:60]),
+        "fit": mixed(held_a[60:110], held_b[60:110]),
+    }
+    tulu = shuffled(read(data / "tulu_human_eval/pairs.jsonl.gz"), random.Random(0))
+    tests = {"helpful": test_a[:250], "harmless": test_b[:250], "tulu": tulu[:150]}
+    topical = read(data / "summ_human_bon/topical_chat_candidates.jsonl.gz")
+    return Dealt(pairs, tests, {"topical_chat": topical})
+
+
+def shuffled(rows: Iterable[Row], draw: random.Random) -> list[Row]:
+    """The rows in an order of the draw."""
+    found = list(rows)
+    draw.shuffle(found)
+    return found
+
+
+def halves(rows: Iterable[Row], draw: random.Random) -> tuple[list[Row], list[Row]]:
+    """The helpful and the harmless rows that are short enough, shuffled."""
+    fitting = [row for row in rows if longest(row) < 700]
+    a, b = ([row for row in fitting if (row["subset"] in HELPFUL) is side] for side in (True, False))
+    return shuffled(a, draw), shuffled(b, draw)
+
+
+def longest(row: Row) -> int:
+    """Characters of the longer text."""
+    return len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"]))
+
+
+def mixed(a: Sequence[Row], b: Sequence[Row]) -> list[Row]:
+    """Rows of a and b in turn."""
+    return [row for both in zip(a, b, strict=True) for row in both]
+
+
+def flipped(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
+    """The rows, each with its answers swapped with probability `share`."""
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if draw.random() < share else row
+        for row in rows
+    ]
+
+
+def dealt(home: Path, data: Path, setting: Setting, seed: int) -> dict[str, Files]:
+    """Files of this seed's pairs, tests and candidates, by name."""
+    draw = random.Random(seed)
+    found = setting.deal(data, draw, seed)
+    noisy = {
+        name: rows if name in ("validation", "fit") else flipped(rows, setting.label_noise, draw)
+        for name, rows in found.pairs.items()
+    }
+    home.mkdir(parents=True, exist_ok=True)
+    kinds = {"pairs": noisy, "tests": found.tests, "candidates": found.candidates}
+    for kind, sets in kinds.items():
+        write(home / kind, sets)
+    return {kind: {name: str(home / kind / f"{name}.jsonl") for name in sets} for kind, sets in kinds.items()}
+
+
+def dense_models(home: Path, base: str, pairs: Files, common: Options) -> Files:
+    """The control, with more pairs, and the average of two of half its epochs."""
+    half = {"epochs": common["epochs"] / 2}
+    orders: dict[str, Options] = {f"warm-{i}": {"seed": 1000 * i + common["seed"], **half} for i in (1, 2)}
+    ways: dict[str, Options] = {"control": {}, **orders}
+    trained = {
+        name: once(home / name, train, model=base, **(common | {"pairs": pairs["train"]} | options))
+        for name, options in ways.items()
+    }
+    both = write(home / "all", {"all": read_plain(pairs["train"]) + read_plain(pairs["fit"])}) / "all.jsonl"
+    trained["control, all"] = once(home / "control-all", train, model=base, **(common | {"pairs": str(both)}))
+    return trained | {"warm": once(home / "warm", merge_models, models=[trained[name] for name in orders])}
+
+
+def read_plain(path: str) -> list[Row]:
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def mixtures(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+    """The mixture and its merges."""
+    seed = {"seed": common["seed"]}
+    start = once(home / "upcycle", upcycle, model=base, **seed, **MIXTURE)
+    moe = once(home / "moe", train, model=start, **(common | {"pairs": pairs["train"]}))
+    yield "moe", moe
+    text = {"max_length": common["max_length"], "bad_rows": "skip", **seed}
+    routing = once(home / "routing", route, model=moe, pairs=pairs["train"], max_pairs=200, **text)
+    text |= {"pairs": pairs["fit"], "validation": pairs["validation"], "sensitivity": False}
+    for method, options in MERGES.items():
+        found = once(
+            home / f"fit-{method}", fit, model=moe, method=method, routing=routing, **options, **text
+        )
+        yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=found)
+
+
+def specialists(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+    """A and B, and their averages."""
+    both = [once(home / part, train, model=base, **(common | {"pairs": pairs[part]})) for part in ("a", "b")]
+    yield from zip("AB", both, strict=True)
+    yield "A+B: uniform", once(home / "both-uniform", merge_models, models=both)
+    text = {"max_length": common["max_length"], "bad_rows": "skip", "seed": common["seed"]}
+    text |= {"pairs": pairs["fit"], "validation": pairs["validation"], "sensitivity": False}
+    found = once(home / "both-fit", fit_models, models=both, **MERGES["learned"], **text)
+    yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=found)
+
+
+def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int) -> str:
+    """Make every model of this seed and evaluate them; the evaluation's folder."""
+    files = dealt(home, given.data, setting, seed)
+    pairs = files["pairs"]
+    common: Options = {
+        "batch_size": 16,
+        "max_length": setting.max_length,
+        "bad_rows": "skip",
+        "patience": None,
+    }
+    common |= {
+        "patience": None,
+        "group_by_length": True,
+        "seed": seed,
+        "validation": pairs["validation"],
+        **RATES,
+    }
+    plain = common | {"pairs": pairs["base"], "learning_rate": 5e-5, "search": {}, "epochs": 2.0}
+    plain |= {"eval_steps": 15}
+    base = once(home / "base", train, model=str(given.models / "minilm"), **plain)
+    common |= {"epochs": setting.epochs, "eval_steps": 10}
+    models = {"base": base, **dense_models(home, base, pairs, common)}
+    models |= dict(mixtures(home, base, pairs, common))
+    ensembles = {"ensemble": ["warm-1", "warm-2"]}
+    if setting.parts:
+        models |= dict(specialists(home, base, pairs, common))
+        ensembles["specialists"] = ["A", "B"]
+    measured: Options = {"pairs": files["tests"], "candidates": files["candidates"], "baseline": "control"}
+    measured |= {"ensembles": ensembles, "ensemble_by": ["mean"], "seed": seed, "bad_rows": "skip"}
+    return once(home / "evaluation", evaluate, models=models, max_length=256, **measured)
+
+
+SETTINGS = {
+    "ukp": Setting(deal_ukp, max_length=128),
+    "ukp, noisy": Setting(deal_ukp, max_length=128, label_noise=0.3),
+    "hh": Setting(deal_hh, max_length=256, parts=True),
+}
+
+
+def main() -> None:
+    """Run every seed of every setting, and print a table per setting."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=Path("runs/real_data"))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
+    given = parser.parse_args()
+    for name in given.settings:
+        home = given.output / name.replace(", ", "-")
+        runs = [evaluated(home / f"seed-{seed}", given, SETTINGS[name], seed) for seed in given.seeds]
+        place = home / "comparison"
+        compare(output=place, runs=runs, baseline="control", confidence=given.confidence, overwrite=True)
+        print(name, (place / "compare.md").read_text(encoding="utf-8"), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
