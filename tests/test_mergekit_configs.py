@@ -157,6 +157,7 @@ def test_every_example_is_tested_and_shipped_but_is_no_recipe() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folder = ROOT / "merge_configs"
     shipped = {path for glob in data["moemerge.merge_configs"] for path in folder.glob(glob)}
+    shipped |= {path for glob in data["moemerge.merge_configs.mergekit"] for path in CONFIGS.glob(glob)}
     assert shipped == set(folder.rglob("*.yml"))
     for path in CONFIGS.glob("*.yml"):
         assert all(len(line) <= 120 for line in path.read_text().splitlines()), path

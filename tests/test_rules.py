@@ -204,7 +204,8 @@ def test_the_wheel_has_every_folder_and_pins_cover_every_dependency() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {f"moemerge.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == folders | {"moemerge", "moemerge.merge_configs"}
+    recipes = {"moemerge.merge_configs", "moemerge.merge_configs.mergekit"}
+    assert set(project["tool"]["setuptools"]["packages"]) == folders | recipes | {"moemerge"}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
     pinned = set(re.findall(r"^([\w-]+)==\d", pins, re.M))
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["test"]]
