@@ -5,12 +5,12 @@ python benchmarks/real_data.py MODELS DATA --seeds 1 2 3 --output runs/real_data
 MODELS: folder written by fetch_models.py; the encoder in it, 22M parameters, is what everything starts from.
 DATA: folder with ukp_convarg, hh_rlhf, tulu_human_eval and summ_human_bon (rows as moemerge reads them).
 Every setting of SETTINGS deals pairs; the seed draws them, for ukp also the debates that are held out. Each
-training tries two learning rates, and the loss on validation pairs chooses rate and step, never in the middle
-of training. What exists under the output folder is not made again. One thread; 15 to 30 minutes per seed.
+training tries the setting's learning rates, and the loss on validation pairs chooses rate and step, never in
+the middle of training. What exists under the output folder is not made again. One thread; 15 to 30 minutes per
+seed.
 
     base              the encoder with a reward head, trained on the base's pairs
     control           base, trained on
-    control, all      the same with the fitting pairs added
     warm              average of two dense models of half the epochs each, in other orders
     ensemble          mean of these two models' scores
     moe               mixture made of base, trained as the control is
@@ -23,7 +23,6 @@ of training. What exists under the output folder is not made again. One thread; 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, ro
 Options: TypeAlias = dict[str, Any]
 Files: TypeAlias = dict[str, str]
 
-RATES: Options = {"learning_rate": 3e-5, "search": {"learning_rate": [3e-5, 1e-4]}}
 MIXTURE: Options = {"num_routed_experts": 4, "num_experts_per_tok": 2, "layers": "last:3"}
 MERGES: dict[str, Options] = {"uniform": {}, "usage": {}, "learned": {"max_epochs": 4}}
 HELPFUL = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -58,6 +56,7 @@ class Setting:
 
     deal: Callable[[Path, random.Random, int], Dealt]
     max_length: int
+    rates: tuple[float, ...] = (1e-4, 2e-4)
     label_noise: float = 0.0
     epochs: float = 1.0
     parts: bool = False
@@ -99,9 +98,9 @@ def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
         "fit": mixed(held_a[60:110], held_b[60:110]),
     }
     tulu = shuffled(read(data / "tulu_human_eval/pairs.jsonl.gz"), random.Random(0))
-    tests = {"helpful": test_a[:250], "harmless": test_b[:250], "tulu": tulu[:150]}
+    tests = {"helpful": test_a[:150], "harmless": test_b[:150], "tulu": tulu[:150]}
     topical = read(data / "summ_human_bon/topical_chat_candidates.jsonl.gz")
-    return Dealt(pairs, tests, {"topical_chat": topical})
+    return Dealt(pairs, tests, {"topical_chat": topical[:40]})
 
 
 def shuffled(rows: Iterable[Row], draw: random.Random) -> list[Row]:
@@ -152,7 +151,7 @@ def dealt(home: Path, data: Path, setting: Setting, seed: int) -> dict[str, File
 
 
 def dense_models(home: Path, base: str, pairs: Files, common: Options) -> Files:
-    """The control, with more pairs, and the average of two of half its epochs."""
+    """The control, and the average of two trainings of half its epochs."""
     half = {"epochs": common["epochs"] / 2}
     orders: dict[str, Options] = {f"warm-{i}": {"seed": 1000 * i + common["seed"], **half} for i in (1, 2)}
     ways: dict[str, Options] = {"control": {}, **orders}
@@ -160,14 +159,7 @@ def dense_models(home: Path, base: str, pairs: Files, common: Options) -> Files:
         name: once(home / name, train, model=base, **(common | {"pairs": pairs["train"]} | options))
         for name, options in ways.items()
     }
-    both = write(home / "all", {"all": read_plain(pairs["train"]) + read_plain(pairs["fit"])}) / "all.jsonl"
-    trained["control, all"] = once(home / "control-all", train, model=base, **(common | {"pairs": str(both)}))
     return trained | {"warm": once(home / "warm", merge_models, models=[trained[name] for name in orders])}
-
-
-def read_plain(path: str) -> list[Row]:
-    """The rows of a .jsonl file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def mixtures(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
@@ -201,23 +193,11 @@ def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int
     """Make every model of this seed and evaluate them; the evaluation's folder."""
     files = dealt(home, given.data, setting, seed)
     pairs = files["pairs"]
-    common: Options = {
-        "batch_size": 16,
-        "max_length": setting.max_length,
-        "bad_rows": "skip",
-        "patience": None,
-    }
-    common |= {
-        "patience": None,
-        "group_by_length": True,
-        "seed": seed,
-        "validation": pairs["validation"],
-        **RATES,
-    }
-    plain = common | {"pairs": pairs["base"], "learning_rate": 5e-5, "search": {}, "epochs": 2.0}
-    plain |= {"eval_steps": 15}
-    base = once(home / "base", train, model=str(given.models / "minilm"), **plain)
-    common |= {"epochs": setting.epochs, "eval_steps": 10}
+    common: Options = {"batch_size": 16, "max_length": setting.max_length, "bad_rows": "skip"}
+    common |= {"group_by_length": True, "patience": None, "seed": seed, "learning_rate": setting.rates[0]}
+    base = once(home / "base", train, model=str(given.models / "minilm"), pairs=pairs["base"], **common)
+    common |= {"validation": pairs["validation"], "epochs": setting.epochs, "eval_steps": 12}
+    common |= {"search": {"learning_rate": list(setting.rates)}}
     models = {"base": base, **dense_models(home, base, pairs, common)}
     models |= dict(mixtures(home, base, pairs, common))
     ensembles = {"ensemble": ["warm-1", "warm-2"]}
@@ -232,7 +212,7 @@ def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int
 SETTINGS = {
     "ukp": Setting(deal_ukp, max_length=128),
     "ukp, noisy": Setting(deal_ukp, max_length=128, label_noise=0.3),
-    "hh": Setting(deal_hh, max_length=256, parts=True),
+    "hh": Setting(deal_hh, max_length=256, rates=(1e-4,), parts=True),
 }
 
 
