@@ -6,8 +6,8 @@ MODELS: folder written by fetch_models.py; the encoder in it, 22M parameters, is
 DATA: folder with ukp_convarg, hh_rlhf, tulu_human_eval and summ_human_bon (rows as moemerge reads them).
 Every setting of SETTINGS deals pairs; the seed draws them, for ukp also the debates that are held out. Each
 training tries the setting's learning rates, and the loss on validation pairs chooses rate and step, never in
-the middle of training. What exists under the output folder is not made again. One thread; 15 to 30 minutes per
-seed.
+the middle of training. What exists under the output folder is not made again. One thread; 15 to 30 minutes
+per seed.
 
     base              the encoder with a reward head, trained on the base's pairs
     control           base, trained on
