@@ -94,8 +94,8 @@ def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
         "a": helpful[100:320],
         "b": harmless[100:320],
         "train": mixed(helpful[100:320], harmless[100:320]),
-        "validation": mixed(held_a[:60], held_b[:60]),
-        "fit": mixed(held_a[60:110], held_b[60:110]),
+        "validation": mixed(held_a[:50], held_b[:50]),
+        "fit": mixed(helpful[320:370], harmless[320:370]),
     }
     tulu = shuffled(read(data / "tulu_human_eval/pairs.jsonl.gz"), random.Random(0))
     tests = {"helpful": test_a[:150], "harmless": test_b[:150], "tulu": tulu[:150]}

@@ -23,7 +23,7 @@ SMALL = [
     "synthetic.train_pairs=40", "synthetic.validation_pairs=20", "synthetic.test_pairs=20", "control=null",
     "synthetic.prompts=4", "synthetic.candidates=8", "synthetic.hidden_size=16", "synthetic.num_layers=1",
     "base.max_steps=1", "base.search={}", "train.max_steps=1", "train.search={}", "fit.max_epochs=1",
-    "also_merge=[]",
+    "also_merge=[]", "evaluate.baseline=null",
 ]  # fmt: skip
 
 
