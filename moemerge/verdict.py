@@ -100,8 +100,8 @@ def _against_chance(report: Report, model: str) -> str:
         low, high = numbers["interval"]
         place = "above" if low > 0.5 else "below" if high < 0.5 else "not clearly above"
         told.append(
-            f"accuracy {name} {numbers['accuracy']:.3f} ({low:.3f} to {high:.3f}) is {place} chance, 0.5; "
-            f"{rule.replace('_', ' ')} gives {whole[rule]:.3f}"
+            f"accuracy {numbers['accuracy']:.3f} on {name} ({low:.3f} to {high:.3f}), {place} chance (0.5); "
+            f"preferring the {rule.removeprefix('always_')} answer gives {whole[rule]:.3f}"
         )
     return f"{model}: {'. '.join(told)}." if told else ""
 

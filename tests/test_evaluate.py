@@ -179,7 +179,11 @@ def test_the_command_line_tells_of_a_plain_model(
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert ended.value.code == 0 and lines[0] == f"{tmp_path / 'e'}  1 model"
     assert [line.split()[1] for line in lines[1:4:2]] == ["model", "rm"]
-    assert lines[4].startswith("rm: accuracy test 0.") and " chance, 0.5; always " in lines[4]
+    assert (
+        lines[4].startswith("rm: accuracy 0.")
+        and " on test (0." in lines[4]
+        and " chance (0.5); " in lines[4]
+    )
     assert lines[5] == f"Report: {tmp_path / 'e/report.html'}"
     page = (tmp_path / "e/report.md").read_text()
     assert f"**{lines[4]}**" in page and "aseline" not in page.split("## Provenance")[0]

@@ -243,7 +243,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[str]:
         }
         curves["calibrated"] = plotting.Line([0.5, 1.0], [0.5, 1.0], reference=True)
         panels.append(plotting.Panel(name, curves, "confidence", "share right"))
-    plotting.panels(panels, folder / "calibration.png")
+    plotting.panels(panels, folder / "calibration.png", title="Reliability diagram")
     return ["calibration.png"]
 
 
