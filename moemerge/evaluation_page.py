@@ -44,7 +44,7 @@ def _models_and_data(report: Mapping[str, Any]) -> Section:
 
 
 def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    return KINDS["rewardbench"] if name == "rewardbench" else name.replace("_", " ").capitalize()
 
 
 def _summary(report: Mapping[str, Any]) -> Section:
@@ -67,7 +67,7 @@ def _compared(report: Mapping[str, Any]) -> str:
         kind, _, name = place.partition("/")
         sets.setdefault(kind, []).append(name)
     told = {kind: name for kind, name in KINDS.items() if kind in sets}
-    on = " and ".join(f"{name} ({', '.join(sets[kind])})" for kind, name in told.items())
+    on = ", ".join(f"{name} ({', '.join(sets[kind])})" for kind, name in told.items())
     models = ", ".join(report["models"])
     if len(report["models"]) == 1:
         return f"{models}, measured on {on}."

@@ -180,7 +180,8 @@ def differences(report: Report, model: str) -> Iterator[Difference]:
         return
     for name, measured in _sets(report, "accuracy").items():
         versus = measured["all"]["models"][model]["vs_baseline"]
-        yield Difference(f"accuracy {name}", versus["difference"], *versus["interval"], versus["p"])
+        low, high = versus["interval"]
+        yield Difference(f"accuracy {name}", versus["difference"], low, high, versus["p"])
     for name, measured in _sets(report, "rewardbench").items():
         for part, numbers in rewardbench_parts(measured).items():
             yield _in_comparisons(

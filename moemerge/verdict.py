@@ -133,7 +133,8 @@ def _over_seeds(group: Report, model: str) -> Iterator[Difference]:
     for what, measured in group["measures"].items():
         numbers = measured.get(model, {})
         if numbers.get("interval"):
-            yield Difference(what, numbers["difference"], *numbers["interval"], numbers["p"])
+            low, high = numbers["interval"]
+            yield Difference(what, numbers["difference"], low, high, numbers["p"])
 
 
 def _confidence(report: Report) -> float:
