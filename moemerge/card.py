@@ -19,11 +19,15 @@ from moemerge import recipe
 from moemerge.artifacts import expect_stage, read_manifest
 from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError
+from moemerge.evaluation_page import main_numbers
 from moemerge.fingerprints import MANIFEST, fingerprint
 from moemerge.options import Run, input_fields
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
 from moemerge.recipe import Publish
+from moemerge.report_file import read_report
+from moemerge.summary import rewardbench_parts
+from moemerge.verdict import standing
 
 SHORT = 12
 LICENCE = ("license", "license_name", "license_link")
@@ -124,7 +128,7 @@ def find_evaluation(model: Path, folder: str) -> Evaluation:
             expected="an evaluation of the very files to publish",
             fix="evaluate this model, or leave the evaluation out",
         )
-    report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+    report = read_report(folder)
     own = model.resolve().name
     return Evaluation(Path(folder), report, own if own in names else names[0])
 
@@ -220,6 +224,11 @@ def _eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:
     for name, measured in probes.get("accuracy", {}).get("sets", {}).items():
         value = measured["all"]["models"][evaluation.model]["accuracy"]
         yield _eval_result(name, "accuracy", "Accuracy on preference pairs", value)
+    for name, measured in probes.get("rewardbench", {}).get("sets", {}).items():
+        for part, numbers in rewardbench_parts(measured).items():
+            title = f"RewardBench {measured['version']}, {part}"
+            value = numbers["models"][evaluation.model]["score"]
+            yield _eval_result(name, f"rewardbench_{measured['version']}_score", title, value)
     for name, measured in probes.get("best_of_n", {}).get("sets", {}).items():
         value, last = measured["models"][evaluation.model]["gold"][-1], measured["n"][-1]
         yield _eval_result(name, f"gold_best_of_{last}", f"Gold score of the best of {last}", value)
@@ -337,7 +346,11 @@ def _coefficients(manifest: dict[str, Any]) -> list[str]:
 
 def _evaluation(evaluation: Evaluation) -> list[str]:
     results = evaluation.report["probes"]
-    tables = [table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])]
+    tables = [main_numbers(evaluation.report)]
+    tables += [
+        table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])
+    ]
     plots = [f"![{plot}](plots/{plot})" for plot in evaluation.report["plots"]]
     intro = f"In the tables and plots this model is called **{evaluation.model}**."
-    return ["## Evaluation", intro, *(table.markdown().rstrip() for table in tables), *plots]
+    words = [text for text in [standing(evaluation.report)] if text]
+    return ["## Evaluation", intro, *words, *(table.markdown().rstrip() for table in tables), *plots]

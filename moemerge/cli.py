@@ -18,7 +18,7 @@ from moemerge.errors import MoemergeError, suggest
 from moemerge.flags import StageCommand, given_options
 from moemerge.redaction import redact
 from moemerge.stopping import Stopped, stoppable
-from moemerge.summary import headline
+from moemerge.summary import headline, table
 
 if TYPE_CHECKING:
     from moemerge.pipeline import StepReport
@@ -96,6 +96,17 @@ def run_stage(stage: str, **values: Any) -> None:
     output = STAGES.get(stage)(**given_options(stage, values))
     if leads():
         click.echo(f"{output}  {headline(stage, read_manifest(output)['results'])}")
+        if stage == "evaluate":
+            _tell_evaluation(output)
+
+
+def _tell_evaluation(folder: Path) -> None:
+    from moemerge.report_file import read_report
+    from moemerge.verdict import standing
+
+    report = read_report(folder)
+    parts = [table(report), standing(report), f"Report: {folder / 'report.html'}"]
+    click.echo("\n" + "\n\n".join(part for part in parts if part))
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

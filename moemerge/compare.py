@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from moemerge import plotting
+from moemerge import plotting, verdict
 from moemerge.artifacts import RECIPE_COPY, Draft, expect_stage, stage, write_json
 from moemerge.cost import COSTS
 from moemerge.errors import ArtifactError, OptionError, suggest
@@ -23,6 +23,7 @@ from moemerge.figures import Figure
 from moemerge.html_report import Section, write_report
 from moemerge.probes.base import Interval, Table
 from moemerge.recipe import Compare
+from moemerge.report_file import FORMAT, read_report
 
 # What runs of one recipe may differ in.
 FREE = {"seed", "seeds", "output", "threads", "device"}
@@ -46,18 +47,22 @@ def compare(options: Compare, draft: Draft) -> None:
         for place, group in enumerate(groups, 1)
     ]
     written = {
+        "format": FORMAT,
         "confidence": options.confidence,
         "groups": groups,
         "plots": [n for names in plots for n in names],
     }
     write_json(draft.folder / "compare.json", written)
     tables = [_table(group, options.confidence) for group in groups]
-    text = "\n".join(table.markdown() for table in tables)
+    words = [verdict.standing_over_seeds(group, options.confidence) for group in groups]
+    text = "\n".join(
+        table.markdown() + f"\n{word}\n" * bool(word) for table, word in zip(tables, words, strict=True)
+    )
     (draft.folder / "compare.md").write_text(text, encoding="utf-8")
     figures = [[Figure.load(draft.folder / name) for name in names] for names in plots]
     sections = [
-        Section(group["title"], tables=[table], figures=shown)
-        for group, table, shown in zip(groups, tables, figures, strict=True)
+        Section(group["title"], tables=[table], figures=shown, lead=word)
+        for group, table, shown, word in zip(groups, tables, figures, words, strict=True)
     ]
     write_report(draft.folder, "Comparison over seeds", sections)
     seeds = sorted({seed for group in groups for seed in group["seeds"]})
@@ -91,7 +96,7 @@ def _read(folder: str) -> _Run:
     return _Run(
         folder,
         manifest["options"]["seed"],
-        json.loads((path / "report.json").read_text(encoding="utf-8"))["baseline"],
+        read_report(folder)["baseline"],
         _recipe(path.resolve().parent / RECIPE_COPY),
         dict(_measures(main, set(models))),
         {model: _cost(facts) for model, facts in models.items()},
@@ -227,6 +232,7 @@ def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Co
             paired_S = values_S - np.array([run.measures[what][baseline] for run in runs])
             found[model]["difference"] = float(paired_S.mean())
             found[model]["interval"] = t_interval(paired_S.tolist(), options.confidence)
+            found[model]["p"] = t_test(paired_S.tolist())
     return found
 
 
@@ -237,6 +243,16 @@ def t_interval(values_S: Sequence[float], confidence: float) -> Interval | None:
     mean, error = float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
     half = float(stats.t.ppf((1 + confidence) / 2, len(values_S) - 1)) * error
     return mean - half, mean + half
+
+
+def t_test(values_S: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test that the mean of independent values is 0; None for a single one."""
+    if len(values_S) < 2:
+        return None
+    mean, error = float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
+    if error == 0:
+        return float(mean == 0)
+    return 2 * float(stats.t.sf(abs(mean) / error, len(values_S) - 1))
 
 
 def _table(group: Mapping[str, Any], confidence: float) -> Table:

@@ -28,7 +28,9 @@ from moemerge.probes.accuracy import check_sections
 from moemerge.probes.base import Probe
 from moemerge.provenance_page import provenance_section
 from moemerge.recipe import Evaluate, EvaluateSettings
+from moemerge.report_file import FORMAT
 from moemerge.scoring import load_reward_model, load_tokenizer, score
+from moemerge.summary import rewardbench_parts
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
     }
     report = {
+        "format": FORMAT,
         # Without times: evaluated again, the same models give the same report.
         "models": {
             name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()
@@ -154,7 +157,7 @@ def _write(draft: Draft, probes: Mapping[str, Probe], report: dict[str, Any]) ->
 
 
 def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy, gold score at the largest n, and overall scores of RewardBench, by set and model."""
+    """Accuracy, gold score at the largest n, and scores of RewardBench to show first, by set and model."""
     found: dict[str, Any] = {}
     for name, measured in results.get("accuracy", {}).get("sets", {}).items():
         models = cast(dict[str, Any], measured["all"]["models"])
@@ -163,7 +166,7 @@ def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         last = {model: curve["gold"][-1] for model, curve in measured["models"].items()}
         found.setdefault("best_of_n_gold", {})[name] = {"n": measured["n"][-1], **last}
     for name, measured in results.get("rewardbench", {}).get("sets", {}).items():
-        for part, numbers in measured["overall"].items():
+        for part, numbers in rewardbench_parts(measured).items():
             values = {model: of_model["score"] for model, of_model in numbers["models"].items()}
             found.setdefault("rewardbench", {}).setdefault(name, {})[part] = values
     return found

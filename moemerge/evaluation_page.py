@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moemerge import protocol, summary
+from moemerge import protocol, summary, verdict
 from moemerge.cost import COSTS
 from moemerge.figures import Figure
 from moemerge.html_report import Section
@@ -44,15 +44,20 @@ def _models_and_data(report: Mapping[str, Any]) -> Section:
 
 
 def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+    return KINDS["rewardbench"] if name == "rewardbench" else name.replace("_", " ").capitalize()
 
 
 def _summary(report: Mapping[str, Any]) -> Section:
+    lead = verdict.standing(dict(report))
+    return Section("Summary", [_compared(report)], [main_numbers(report)], lead=lead)
+
+
+def main_numbers(report: Mapping[str, Any]) -> Table:
+    """The table to see first, on the page and on a card."""
     header, rows = summary.main_table(dict(report))
     known = [result["confidence"] for result in report["probes"].values() if "confidence" in result]
-    note = f"In brackets: {known[0]:.0%} intervals." if known else ""
-    table = Table("Main numbers", header, rows, note)
-    return Section("Summary", [_compared(report)], [table], lead=summary.standing(dict(report)))
+    note = f"In brackets: {known[0]:.0%} intervals, each by itself." if known else ""
+    return Table("Main numbers", header, rows, note)
 
 
 def _compared(report: Mapping[str, Any]) -> str:
@@ -62,8 +67,10 @@ def _compared(report: Mapping[str, Any]) -> str:
         kind, _, name = place.partition("/")
         sets.setdefault(kind, []).append(name)
     told = {kind: name for kind, name in KINDS.items() if kind in sets}
-    on = " and ".join(f"{name} ({', '.join(sets[kind])})" for kind, name in told.items())
+    on = ", ".join(f"{name} ({', '.join(sets[kind])})" for kind, name in told.items())
     models = ", ".join(report["models"])
+    if len(report["models"]) == 1:
+        return f"{models}, measured on {on}."
     return (
         f"{models}, compared on {on}. All models scored the same rows; differences to {report['baseline']} "
         "are paired, row by row."

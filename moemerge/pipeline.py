@@ -25,6 +25,7 @@ from moemerge.locks import hold, lock_of
 from moemerge.options import Options, Run, TextFormat
 from moemerge.recipe import Recipe
 from moemerge.registry import Registry
+from moemerge.report_file import outdated, read_report
 
 __all__ = ["STAGES", "check_recipe", "load_recipe", "plan", "run_recipe", "templates", "write_template"]
 
@@ -129,7 +130,7 @@ def run_recipe(
 
 def _run_step(step: Step) -> StepReport:
     started = time.perf_counter()
-    reason = why_stale(step.stage, step.options)
+    reason = why_stale(step.stage, step.options) or outdated(step.options.output, step.stage)
     if reason is not None:
         log.info("%s starts: %s", step.name, reason)
         STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
@@ -141,24 +142,29 @@ def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     """The last word on a run; on runs with several seeds their comparison has it."""
     if not recipe.seeds:
         return _last_word(recipe, reports)
+    from moemerge.verdict import verdict_over_seeds
+
     runs = [_last_word(one, reports) for one in by_seed(recipe)]
     folder = recipe.output / "compare"
     table = (folder / "compare.md").read_text(encoding="utf-8").strip()
-    report = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    verdict = summary.verdict_over_seeds(report["groups"][0], f"merge-{recipe.fit.method}")
+    report = read_report(folder, "compare")
+    learned = f"merge-{recipe.fit.method}"
+    verdict = verdict_over_seeds(report["groups"][0], learned, report["confidence"])
     pictures = [folder / name for name in report["plots"]]
     page = folder / "report.html"
     return RunReport(recipe.output, reports, table, verdict, pictures, page, runs[0].merged)
 
 
 def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
-    report = json.loads((recipe.output / "evaluate" / "report.json").read_text(encoding="utf-8"))
+    from moemerge.verdict import verdict
+
+    report = read_report(recipe.output / "evaluate")
     learned = f"merge-{recipe.fit.method}"
-    table, verdict = summary.table(report), summary.verdict(report, learned)
-    write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{verdict}\n")
+    table, words = summary.table(report), verdict(report, learned)
+    write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{words}\n")
     pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
     page = _page(recipe.output, [step.name for step in plan(recipe)], learned)
-    return RunReport(recipe.output, reports, table, verdict, pictures, page, recipe.output / learned)
+    return RunReport(recipe.output, reports, table, words, pictures, page, recipe.output / learned)
 
 
 def _page(run: Path, steps: Sequence[str], learned: str) -> Path:

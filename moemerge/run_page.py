@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moemerge import summary
+from moemerge import summary, verdict
 from moemerge.artifacts import read_manifest
 from moemerge.evaluation_page import evaluation_sections, row_table
 from moemerge.figures import Figure
 from moemerge.html_report import Section, write_report
 from moemerge.probes.base import Table
 from moemerge.provenance_page import provenance_section
+from moemerge.report_file import read_report
 
 PAGE = "report.html"
 
@@ -25,7 +25,7 @@ def write_run_page(run: Path, steps: Sequence[str], learned: str) -> Path:
     steps: names of its steps in order; learned: the merged model that the verdict is about.
     """
     manifests = {step: read_manifest(run / step) for step in steps}
-    report = json.loads((run / "evaluate" / "report.json").read_text(encoding="utf-8"))
+    report = read_report(run / "evaluate")
     first, *measured = evaluation_sections(report, run / "evaluate")
     to_read = [section for section in measured[:-1] if _is_to_read(section)]
     probes = [section for section in measured[:-1] if not _is_to_read(section)]
@@ -47,7 +47,7 @@ def _is_to_read(section: Section) -> bool:
 
 def _with_verdict(first: Section, report: Mapping[str, Any], learned: str) -> Section:
     text = [part for part in (first.lead, *first.text) if part]
-    return replace(first, lead=summary.verdict_sentences(dict(report), learned)[0], text=text)
+    return replace(first, lead=verdict.verdict_sentences(dict(report), learned)[0], text=text)
 
 
 def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:

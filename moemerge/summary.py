@@ -1,8 +1,9 @@
-"""The last word of a run: one table over all models, and whether merging helped here."""
+"""What came of a stage in a line, and of an evaluation in one table over all models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
     "route": _route,
     "fit": lambda results: str(results["verdict"]),
     "merge": _merge,
-    "evaluate": lambda results: f"{len(results['models'])} models",
+    "evaluate": lambda results: f"{len(results['models'])} model{'s' * (len(results['models']) != 1)}",
     "attack": _attack,
     "publish": _publish,
     "compare": lambda results: f"{results['models']} models, {results['seeds']} seeds",
@@ -85,10 +86,11 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
 
 
 def table(report: Report) -> str:
-    """One row per model: accuracy with interval on each test set, gold score of the best of n on each
-    candidate set, parameters that one token uses. `report` is what evaluate wrote as report.json.
+    """One row per model: accuracy with interval on each test set, scores on RewardBench, gold score of the
+    best of n on each candidate set, parameters that one token uses. `report` is evaluate's report.json.
     """
-    columns = [("model", {name: name for name in report["models"]}), *_accuracy(report), *_gold(report)]
+    names = ("model", {name: name for name in report["models"]})
+    columns = [names, *_accuracy(report), *_rewardbench(report), *_gold(report)]
     columns.append(
         ("parameters used", {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()})
     )
@@ -118,6 +120,25 @@ def _accuracy(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
         )
 
 
+def rewardbench_parts(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores to show first: overall ones; of a part of a benchmark its sections, else its subsets."""
+    return dict(measured["overall"] or measured["sections"] or measured["subsets"])
+
+
+def _rewardbench(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, measured in _sets(report, "rewardbench").items():
+        for part, numbers in rewardbench_parts(measured).items():
+            cells = {
+                m: f"{v['score']:.3f} ({v['interval'][0]:.3f}-{v['interval'][1]:.3f})"
+                for m, v in numbers["models"].items()
+            }
+            yield _rewardbench_title(name, measured, part), cells
+
+
+def _rewardbench_title(name: str, measured: Mapping[str, Any], part: str) -> str:
+    return f"RewardBench {measured['version']} {name}, {part}"
+
+
 def _gold(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
     for name, measured in _sets(report, "best_of_n").items():
         for place, n in enumerate(measured["n"]):
@@ -139,14 +160,58 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A model's difference to the baseline in one measure, its paired interval, and its two-sided p."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def differences(report: Report, model: str) -> Iterator[Difference]:
+    """All that `model` is compared in with the report's baseline; nothing for the baseline itself."""
+    if model == report["baseline"]:
+        return
+    for name, measured in _sets(report, "accuracy").items():
+        versus = measured["all"]["models"][model]["vs_baseline"]
+        low, high = versus["interval"]
+        yield Difference(f"accuracy {name}", versus["difference"], low, high, versus["p"])
+    for name, measured in _sets(report, "rewardbench").items():
+        for part, numbers in rewardbench_parts(measured).items():
+            yield _in_comparisons(
+                _rewardbench_title(name, measured, part), numbers, model, report["baseline"]
+            )
+    for name, measured in _sets(report, "best_of_n").items():
+        curve = measured["models"][model]
+        value, low, high = (curve[f"minus_baseline{end}"][-1] for end in ("", "_low", "_high"))
+        yield Difference(f"gold {name} at n={measured['n'][-1]}", value, low, high, curve["minus_baseline_p"])
+
+
+def _in_comparisons(what: str, numbers: Mapping[str, Any], model: str, baseline: str) -> Difference:
+    """`model` minus `baseline` among the differences of every two models."""
+    (one,) = [c for c in numbers["comparisons"] if {c["first"], c["second"]} == {model, baseline}]
+    sign = 1 if one["first"] == model else -1
+    low, high = sorted(sign * end for end in one["interval"])
+    return Difference(what, sign * one["difference"], low, high, one["p"])
+
+
 def main_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table to see first: one row per model, every measure beside its difference to
     the baseline; of best-of-n the largest n.
     """
+    known = {model: {one.what: str(one) for one in differences(report, model)} for model in report["models"]}
     columns = [("model", {name: name for name in report["models"]})]
-    for title, cells in [*_accuracy(report), *_last_gold(report)]:
-        versus = {m: dict(_verdicts(report, m)).get(title, "") for m in report["models"]}
-        columns += [(title, cells), (f"minus {report['baseline']}", versus)]
+    for title, cells in [*_accuracy(report), *_rewardbench(report), *_last_gold(report)]:
+        columns.append((title, cells))
+        if len(known) > 1:
+            versus = {model: found.get(title, "baseline") for model, found in known.items()}
+            columns.append((f"minus {report['baseline']}", versus))
     used = {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()}
     columns.append(("parameters used", used))
     rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
@@ -157,85 +222,3 @@ def _last_gold(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
     for name, measured in _sets(report, "best_of_n").items():
         cells = {model: f"{curve['gold'][-1]:.2f}" for model, curve in measured["models"].items()}
         yield f"gold {name} at n={measured['n'][-1]}", cells
-
-
-def _verdicts(report: Report, model: str) -> Iterator[tuple[str, str]]:
-    """What is compared, and difference and interval to the baseline."""
-    if model != report["baseline"]:
-        for what, difference, low, high in _differences(report, model):
-            yield what, f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
-
-
-def standing(report: Report) -> str:
-    """How the models stand against the baseline, in words; models about which the same is true share a
-    sentence.
-    """
-    groups: dict[str, list[str]] = {}
-    for model in report["models"]:
-        if model != report["baseline"]:
-            groups.setdefault(_in_words(_differences(report, model)), []).append(model)
-    told = " ".join(f"{', '.join(models)}: {words}." for words, models in groups.items())
-    return f"Against {report['baseline']}: {told}" if told else ""
-
-
-def _in_words(differences: Iterator[tuple[str, float, float, float]]) -> str:
-    found: dict[str, list[str]] = {BETTER: [], BELOW: []}
-    for what, _, low, high in differences:
-        if low > 0 or high < 0:
-            found[BETTER if low > 0 else BELOW].append(what)
-    clear = [f"{word} in {', '.join(where)}" for word, where in found.items() if where]
-    return "; ".join(clear) or SAME
-
-
-def verdict(report: Report, model: str) -> str:
-    """Whether `model` is better than the report's baseline, in words, set by set, by the paired intervals."""
-    return " ".join(verdict_sentences(report, model)).strip()
-
-
-def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
-    """The verdict in a sentence, and what it stands on; "" if there is nothing to compare."""
-    baseline = report["baseline"]
-    if model == baseline:
-        return f"Did merging help here? {model} is the baseline itself; nothing to compare.", ""
-    found = [(what, *_judge(*numbers)) for what, *numbers in _differences(report, model)]
-    words = {word for _, word, _ in found}
-    clear = sorted(words - {SAME})
-    head = {0: SAME, 1: clear[0] if clear else ""}.get(
-        len(clear), "helped in one place, made it worse in another"
-    )
-    parts = "; ".join(f"{what}: {word} ({numbers})" for what, word, numbers in found)
-    return f"Did merging help here? {model} against {baseline}: {head}.", f"{parts}."
-
-
-def verdict_over_seeds(group: Report, model: str) -> str:
-    """Whether `model` is better than the baseline over seeds; `group` is one of compare.json."""
-    count = len(group["seeds"])
-    head = f"Did merging help here? {model} against {group['baseline']}, {count} seed{'s' * (count > 1)}"
-    parts = []
-    for what, measured in group["measures"].items():
-        numbers = measured.get(model, {})
-        if numbers.get("interval"):
-            word, text = _judge(numbers["difference"], *numbers["interval"])
-            parts.append(f"{what}: {word} ({text})")
-    return f"{head}. {'; '.join(parts) or 'Nothing to compare: it takes two seeds and another model'}."
-
-
-HELPED, WORSE, SAME = "helped", "made it worse", "no difference beyond the interval"
-EQUAL = "no difference at all"
-BETTER, BELOW = "better", "worse"
-
-
-def _differences(report: Report, model: str) -> Iterator[tuple[str, float, float, float]]:
-    """What is compared, the difference to the baseline, and its paired interval."""
-    for name, measured in _sets(report, "accuracy").items():
-        versus = measured["all"]["models"][model]["vs_baseline"]
-        yield f"accuracy {name}", versus["difference"], *versus["interval"]
-    for name, measured in _sets(report, "best_of_n").items():
-        curve = measured["models"][model]
-        ends = (curve[f"minus_baseline{end}"][-1] for end in ("", "_low", "_high"))
-        yield f"gold {name} at n={measured['n'][-1]}", *ends
-
-
-def _judge(difference: float, low: float, high: float) -> tuple[str, str]:
-    word = HELPED if low > 0 else WORSE if high < 0 else EQUAL if low == high else SAME
-    return word, f"{difference:+.3f}, {low:+.3f} to {high:+.3f}"

@@ -15,7 +15,7 @@ from moemerge.errors import OptionError
 from moemerge.probes import PROBES
 from moemerge.probes.accuracy import check_sections
 from moemerge.probes.base import PairScores
-from moemerge.probes.calibration import BINS, Binned, slope
+from moemerge.probes.calibration import BINS, MIN_PAIRS, Binned, slope
 from moemerge.probes.statistics import clustered_mcnemar, holm, mcnemar, share_interval, wilson_band
 from moemerge.recipe import EvaluateSettings
 
@@ -350,3 +350,29 @@ def test_calibration_tables_and_diagram(tmp_path: Path) -> None:
     assert second.rows[0][-1] == "none"
     assert probe.plot(whole, tmp_path) == ["calibration.png"]
     assert (tmp_path / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_calibration_by_subset_is_that_of_the_subset_alone() -> None:
+    random, names = np.random.default_rng(0), np.repeat(["a", "", "few"], [MIN_PAIRS, 150, MIN_PAIRS - 1])
+    scores = {name: random.normal(size=(len(names), 2)) for name in ("m", "n")}
+    pairs = pair_scores(scores, subsets=names)
+    found = measure("calibration", pairs)
+    assert (list(found["subsets"]), found["small_subsets"]) == (["(none)", "a"], ["few"])
+    for name, subset in (("a", "a"), ("(none)", "")):
+        alone, part = measure("calibration", pairs.part(pairs.subsets == subset)), found["subsets"][name]
+        assert alone["subsets"] == {} and part["pairs"] == alone["pairs"]
+        for model, numbers in part["models"].items():
+            assert {key: alone["models"][model][key] for key in numbers} == numbers
+    probe = PROBES.get("calibration")
+    _, table = probe.tables({"confidence": 0.95, "bins": BINS, "sets": {"t": found}})
+    assert [row[:3] for row in table.rows[:2]] == [["(none)", "150", "m"], ["(none)", "150", "n"]]
+    brier, ece = (found["subsets"]["a"]["models"]["n"][key] for key in ("brier", "ece"))
+    assert table.rows[3][3].startswith(f"{brier:.3f} (") and table.rows[3][4].startswith(f"{ece:.3f} (")
+    assert table.note.endswith(f"Left out, fewer than {MIN_PAIRS} pairs: few.")
+
+
+def test_subsets_that_are_all_small_are_told() -> None:
+    pairs = pair_scores({"m": np.random.default_rng(0).normal(size=(40, 2))}, subsets=["a", "b"] * 20)
+    found = {"confidence": 0.95, "bins": BINS, "sets": {"t": measure("calibration", pairs)}}
+    (table,) = PROBES.get("calibration").tables(found)
+    assert table.note.endswith(f"Not by subset: each has fewer than {MIN_PAIRS} pairs.")

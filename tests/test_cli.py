@@ -25,6 +25,7 @@ from moemerge import recipe as options_of
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
 from moemerge.errors import DataError
 from moemerge.options import Run
+from moemerge.report_file import FORMAT
 
 ROOT = Path(__file__).parent.parent
 Main = Callable[..., tuple[int, str, str]]
@@ -58,6 +59,8 @@ class FakeStages:
         if self.fault is not None:
             raise self.fault
         (draft.folder / "file").write_text("x")
+        report = {"format": FORMAT, "models": {}, "baseline": "", "probes": {}}
+        (draft.folder / "report.json").write_text(json.dumps(report))
         draft.results |= {"pairs": 3, "loss": 0.123456, "name": "n" * 99, "sizes": {"train": 5}}
 
 
@@ -110,7 +113,8 @@ def test_defaults_are_those_of_the_options(main: Main, stages: FakeStages, tmp_p
 
 def test_lists_and_sources(main: Main, stages: FakeStages, tmp_path: Path) -> None:
     sources = ["--models", "a=x/y", "--models", "b=z", "--pairs", "t=f", "--probes", "accuracy"]
-    main("evaluate", *sources, "--output", tmp_path / "out")
+    code, _, err = main("evaluate", *sources, "--output", tmp_path / "out")
+    assert code == 0, err
     assert stages.options.models == {"a": "x/y", "b": "z"} and stages.options.probes == ["accuracy"]
 
 

@@ -13,9 +13,11 @@ from scipy import stats
 
 from moemerge import cli, plotting, summary
 from moemerge.artifacts import artifact, read_manifest, write_json
-from moemerge.compare import compare, t_interval
+from moemerge.compare import compare, t_interval, t_test
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.recipe import Compare, Evaluate
+from moemerge.report_file import FORMAT
+from moemerge.verdict import standing_over_seeds, verdict_over_seeds
 
 ACCURACY = {  # by model and seed
     "dense": [0.70, 0.74, 0.69, 0.75],
@@ -32,7 +34,7 @@ def evaluation(
     options = Evaluate(models={name: f"hub/{name}" for name in models}, output=folder, seed=seed)
     gold = {name: GOLD[name][row] for name in models}
     with artifact("evaluate", options) as draft:
-        write_json(draft.folder / "report.json", {"baseline": "dense"})
+        write_json(draft.folder / "report.json", {"format": FORMAT, "baseline": "dense"})
         draft.results |= {
             "models": {name: cost(place, row) for place, name in enumerate(models, 1)},
             "main": {
@@ -169,19 +171,44 @@ def test_one_seed_has_no_interval_and_few_say_so(study: Path, tmp_path: Path) ->
     found = report["groups"][0]["measures"]["accuracy in_distribution"]["merged"]
     assert found["interval"] is None and found["sd"] is None and found["difference"] == pytest.approx(0.01)
     assert "Fewer than 3 seeds" in (tmp_path / "one/compare.md").read_text()
-    assert "takes two seeds" in summary.verdict_over_seeds(report["groups"][0], "merged")
+    assert "takes two seeds" in verdict_over_seeds(report["groups"][0], "merged", 0.95)
     compared(tmp_path / "two", study / "seed-3", study / "seed-5/evaluate")
     assert "Fewer than 3 seeds" in (tmp_path / "two/compare.md").read_text()
 
 
-def test_verdict_over_seeds_follows_the_interval(group: dict[str, Any]) -> None:
-    text = summary.verdict_over_seeds(group, "merged")
+def test_verdict_over_seeds_pays_for_its_comparisons(group: dict[str, Any], output: Path) -> None:
+    """The accuracy's interval is clear by itself; of two comparisons, it is not at the 0.05 level."""
+    found = group["measures"]["accuracy in_distribution"]["merged"]
+    reference = stats.ttest_rel(ACCURACY["merged"], ACCURACY["control"]).pvalue
+    assert found["interval"][0] > 0 and found["p"] == pytest.approx(reference) and 0.025 < reference < 0.05
+    text = verdict_over_seeds(group, "merged", 0.95)
     assert text.startswith(
-        "Did merging help here? merged against control, 4 seeds. accuracy in_distribution: helped ("
+        "Did merging help here? merged against control, 4 seeds: no clear difference (at level 0.05 after "
+        "Holm's correction for 2 comparisons). accuracy in_distribution: no clear difference (+0.018, "
     )
-    assert "gold wide at n=8: no difference beyond the interval (+0.2" in text
-    assert "accuracy in_distribution: made it worse (" in summary.verdict_over_seeds(group, "dense")
-    assert "Nothing to compare" in summary.verdict_over_seeds(group, "control")
+    assert f"p {2 * reference:.2g})" in text and "gold wide at n=8: no clear difference (+0.2" in text
+    assert "accuracy in_distribution: helped (" in verdict_over_seeds(group, "merged", 0.9)
+    assert "accuracy in_distribution: made it worse (" in verdict_over_seeds(group, "dense", 0.95)
+    assert "Nothing to compare" in verdict_over_seeds(group, "control", 0.95)
+    words = "Against control: dense, merged: no clear difference. Judged at level 0.05 after Holm"
+    assert words in standing_over_seeds(group, 0.95) and words in (output / "compare.md").read_text()
+    assert words in (output / "report.html").read_text()
+    assert "dense: worse in accuracy in_distribution. merged: no" in standing_over_seeds(group, 0.9)
+
+
+def test_t_test_is_scipys() -> None:
+    values = [0.3, -0.1, 0.25, 0.8, 0.0]
+    assert t_test(values) == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
+    assert (t_test([0.25]), t_test([0.0, 0.0]), t_test([0.25, 0.25])) == (None, 1.0, 0.0)
+
+
+def test_an_evaluation_of_an_older_version_is_refused(study: Path, tmp_path: Path) -> None:
+    path = study / "seed-3/evaluate/report.json"
+    path.write_text('{"baseline": "dense"}')
+    with pytest.raises(ArtifactError, match="cannot be shown by this version") as caught:
+        compared(tmp_path / "out", study)
+    assert caught.value.given == "format without a number" and str(FORMAT) in caught.value.expected
+    assert "evaluate again" in caught.value.fix and not (tmp_path / "out").exists()
 
 
 def test_recipes_that_differ_in_more_than_seeds_are_compared_apart(study: Path, tmp_path: Path) -> None:

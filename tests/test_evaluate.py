@@ -13,6 +13,7 @@ import torch
 from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 
+from moemerge import cli
 from moemerge.artifacts import read_manifest
 from moemerge.cost import parameters
 from moemerge.data import Pair, encode, read_pairs
@@ -165,6 +166,27 @@ def test_only_probes_that_were_asked_for_are_missed(
     assert "left out" not in caplog.text
     evaluate(**some, probes=["accuracy", "best_of_n"], output=tmp_path / "f")
     assert "best_of_n is left out" in caplog.text
+
+
+def test_the_command_line_tells_of_a_plain_model(
+    world: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that moemerge did not make, alone, on pairs: table, how it stands, where the report is."""
+    arguments = ["evaluate", "--models", f"rm={world['models']['other']}", "--resamples", "100"]
+    arguments += ["--pairs", f"test={world['pairs']['test']}", "--max-length", "80", "--bad-rows", "skip"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--output", str(tmp_path / "e")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert ended.value.code == 0 and lines[0] == f"{tmp_path / 'e'}  1 model"
+    assert [line.split()[1] for line in lines[1:4:2]] == ["model", "rm"]
+    assert (
+        lines[4].startswith("rm: accuracy 0.")
+        and " on test (0." in lines[4]
+        and " chance (0.5); " in lines[4]
+    )
+    assert lines[5] == f"Report: {tmp_path / 'e/report.html'}"
+    page = (tmp_path / "e/report.md").read_text()
+    assert f"**{lines[4]}**" in page and "aseline" not in page.split("## Provenance")[0]
 
 
 def test_faults(world: dict[str, Any], tmp_path: Path) -> None:

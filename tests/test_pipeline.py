@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
-from moemerge import pipeline, recipe_file, summary
+from moemerge import pipeline, recipe_file, report_file, summary
 from moemerge import recipe as options_of
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
 from moemerge.errors import ArtifactError, Faults, OptionError
 from moemerge.locks import hold, lock_of
 from moemerge.options import Run, input_fields
 from moemerge.recipe import Recipe
+from moemerge.report_file import FORMAT
+from moemerge.run_page import write_run_page
 
 REPORT = {
+    "format": FORMAT,
     "models": {
         name: {"active_parameters": 10}
         for name in ("dense", "control", "moe", "merge-usage", "merge-learned")
@@ -25,6 +28,7 @@ REPORT = {
     "baseline": "control",
     "probes": {
         "accuracy": {
+            "confidence": 0.95,
             "sets": {
                 "test": {
                     "all": {
@@ -32,13 +36,13 @@ REPORT = {
                             name: {
                                 "accuracy": 0.75,
                                 "interval": [0.7, 0.8],
-                                "vs_baseline": {"difference": 0.02, "interval": [0.01, 0.03]},
+                                "vs_baseline": {"difference": 0.02, "interval": [0.01, 0.03], "p": 0.004},
                             }
                             for name in ("dense", "control", "moe", "merge-usage", "merge-learned")
                         }
                     }
                 }
-            }
+            },
         }
     },
 }
@@ -513,54 +517,11 @@ def test_inputs_lie_beside_the_recipe_or_in_the_working_directory(folder: Path) 
 # The last word
 
 
-def report_with(low: float, high: float) -> dict[str, Any]:
-    report = json.loads(json.dumps(REPORT))
-    versus = {"difference": (low + high) / 2, "interval": [low, high]}
-    report["probes"]["accuracy"]["sets"]["test"]["all"]["models"]["merge-learned"]["vs_baseline"] = versus
-    curve = {
-        "gold": [0.1, 0.4],
-        "minus_baseline": [0, 0.2],
-        "minus_baseline_low": [0, -0.1],
-        "minus_baseline_high": [0, 0.5],
-    }
-    models = {name: curve for name in report["models"]}
-    report["probes"]["best_of_n"] = {"sets": {"wide": {"n": [1, 2], "models": models}}}
-    return report
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "word"),
-    [
-        (0.01, 0.03, "helped"),
-        (-0.03, -0.01, "made it worse"),
-        (-0.01, 0.03, "no difference beyond the interval"),
-    ],
-)
-def test_verdict_follows_the_paired_interval(low: float, high: float, word: str) -> None:
-    text = summary.verdict(report_with(low, high), "merge-learned")
-    assert f"merge-learned against control: {word}. " in text
-    assert f"accuracy test: {word} ({(low + high) / 2:+.3f}, {low:+.3f} to {high:+.3f})" in text
-    assert "gold wide at n=2: no difference beyond the interval (+0.200, -0.100 to +0.500)" in text
-
-
-def test_verdict_tells_both_when_sets_disagree() -> None:
-    report = report_with(0.01, 0.03)
-    report["probes"]["best_of_n"]["sets"]["wide"]["models"]["merge-learned"]["minus_baseline_high"] = [
-        0,
-        -0.05,
-    ]
-    assert "helped in one place, made it worse in another" in summary.verdict(report, "merge-learned")
-
-
-def test_verdict_says_so_when_the_models_are_alike() -> None:
-    report = report_with(0.0, 0.0)
-    del report["probes"]["best_of_n"]
-    assert "merge-learned against control: no difference at all. " in summary.verdict(report, "merge-learned")
-    assert "nothing to compare" in summary.verdict(report, "control")
-
-
 def test_table_has_a_row_per_model() -> None:
-    lines = summary.table(report_with(0.01, 0.03)).splitlines()
+    report = json.loads(json.dumps(REPORT))
+    models = {name: {"gold": [0.1, 0.4]} for name in report["models"]}
+    report["probes"]["best_of_n"] = {"sets": {"wide": {"n": [1, 2], "models": models}}}
+    lines = summary.table(report).splitlines()
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
         "model",
         "accuracy test",
@@ -576,6 +537,28 @@ def test_manifest_is_of_the_stage_that_the_plan_names(folder: Path, stages: Fake
     pipeline.run_recipe("recipe.yml")
     for step in pipeline.plan(pipeline.load_recipe("recipe.yml")):
         assert read_manifest(step.options.output)["stage"] == step.stage
+
+
+def test_an_evaluation_of_an_older_version_is_made_again(
+    folder: Path, stages: FakeStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    monkeypatch.setattr(report_file, "FORMAT", FORMAT + 1)
+    monkeypatch.setitem(REPORT, "format", FORMAT + 1)
+    report = pipeline.run_recipe("recipe.yml")
+    assert stages.calls == ["evaluate", "publish"]  # publish, because its evaluation is another
+    reasons = {step.name: step.reason for step in report.steps}
+    assert reasons["evaluate"] == f"its report.json is of format {FORMAT}, not format {FORMAT + 1}"
+
+
+def test_the_page_of_a_run_refuses_an_evaluation_of_another_version(
+    folder: Path, stages: FakeStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pipeline.run_recipe("recipe.yml").output
+    monkeypatch.setattr(report_file, "FORMAT", FORMAT + 1)
+    with pytest.raises(ArtifactError, match="cannot be shown by this version"):
+        write_run_page(run, ["evaluate"], "merge-learned")
 
 
 def test_headlines_say_what_a_stage_came_to() -> None:

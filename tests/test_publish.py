@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from small_chain import make_chain
 from small_moe import make_moe
 
+from moemerge import report_file
 from moemerge.artifacts import artifact, read_manifest
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.evaluate import evaluate
@@ -76,6 +77,42 @@ def test_card_body(run: dict[str, Path], tmp_path: Path) -> None:
     assert f"`pairs.jsonl` ({digest})" in text
     assert "### Accuracy on hh" in text and "![accuracy.png](plots/accuracy.png)" in text
     assert "**ours**" in text
+
+
+def test_rewardbench_is_on_the_card(run: dict[str, Path], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"w{i}", "chosen": "w3", "rejected": f"w{i + 2} w5", "subset": subset}
+        for subset in ("mt-bench-easy", "donotanswer")
+        for i in range(9)
+    ]
+    (tmp_path / "rb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = evaluate(
+        models={"ours": str(run["merged"])},
+        rewardbench={"rb": str(tmp_path / "rb.jsonl")},
+        rewardbench_template="plain",
+        resamples=100,
+        output=tmp_path / "e",
+    )
+    card = ModelCard.load(
+        publish(model=str(run["merged"]), evaluation=str(evaluation), output=tmp_path / "p") / "README.md"
+    )
+    sections = json.loads((evaluation / "report.json").read_text())["probes"]["rewardbench"]["sets"]["rb"][
+        "sections"
+    ]
+    expected = {f"RewardBench 1, {n}": one["models"]["ours"]["score"] for n, one in sections.items()}
+    assert set(sections) == {"Chat", "Safety"}
+    found = {one.metric_name: one.metric_value for one in card.data.eval_results}
+    assert found == {name: pytest.approx(score, abs=1e-6) for name, score in expected.items()}
+    assert "### Main numbers" in card.text and "| RewardBench 1 rb, Chat |" in card.text
+    assert "### RewardBench 1 on rb" in card.text
+
+
+def test_an_evaluation_of_another_version_is_refused(
+    run: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_file, "FORMAT", report_file.FORMAT + 1)
+    with pytest.raises(ArtifactError, match="cannot be shown by this version"):
+        publish(model=str(run["merged"]), evaluation=str(run["evaluation"]), output=tmp_path / "p")
 
 
 def test_no_local_path_leaks(run: dict[str, Path], tmp_path: Path) -> None:

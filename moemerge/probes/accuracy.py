@@ -17,11 +17,9 @@ from scipy.special import log_expit
 from moemerge import plotting
 from moemerge.errors import OptionError, suggest
 from moemerge.probes import comparisons
-from moemerge.probes.base import Floats, PairScores, Probe, Table
+from moemerge.probes.base import NO_SUBSET, Floats, PairScores, Probe, Table
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, sampling_units, share_interval
 from moemerge.recipe import EvaluateSettings
-
-NO_SUBSET = "(none)"
 
 
 def check_sections(settings: EvaluateSettings, subsets: Iterable[str]) -> None:
@@ -128,18 +126,25 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
-    header = ["model", "accuracy", f"{confidence:.0%} interval", "ties", "loss", "minus baseline", "p"]
+    header, compared = (
+        ["model", "accuracy", f"{confidence:.0%} interval", "ties", "loss"],
+        len(part["models"]) > 1,
+    )
+    header += ["minus baseline", "p"] if compared else []
     rows = []
     for model, numbers in part["models"].items():
         low, high = numbers["interval"]
         row = [model, f"{numbers['accuracy']:.4f}", f"{low:.4f} to {high:.4f}"]
-        row += [str(numbers["ties"]), f"{numbers['loss']:.4f}", *_versus(numbers.get("vs_baseline"))]
-        rows.append(row)
+        row += [str(numbers["ties"]), f"{numbers['loss']:.4f}"]
+        rows.append(row + (_versus(numbers.get("vs_baseline")) if compared else []))
     for rule in ("always_longer", "always_shorter"):
-        rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", "", "", "", "", ""])
-    note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {part['interval_kind']}. "
-    units = "pairs" if part["interval_kind"] == "wilson" else "prompts"
-    note += f"A tie is an error. Baseline: {part['baseline']}; p: exact McNemar test over {units}."
+        rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", *[""] * (len(header) - 2)])
+    kind, units = (
+        ("Wilson's", "pairs") if part["interval_kind"] == "wilson" else (part["interval_kind"], "prompts")
+    )
+    note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {kind}. A tie is an error."
+    if compared:
+        note += f" Baseline: {part['baseline']}; p: exact McNemar test over {units}."
     return Table(f"Accuracy on {name}", header, rows, note)
 
 
@@ -159,8 +164,8 @@ def _part_tables(title: str, kind: str, parts: dict[str, Any], confidence: float
         cells = [_with_interval(part["models"][m]) for m in models]
         rules = [f"{part[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
         rows.append([name, str(part["pairs"]), str(part["prompts"]), *cells, *rules])
-    note = f"{confidence:.0%} intervals, each by itself, over prompts where these repeat (too narrow if they "
-    note += "are few), over pairs if there is one. A tie is an error."
+    note = f"{confidence:.0%} intervals, each by itself; where prompts repeat, from a bootstrap over "
+    note += "prompts (too narrow if they are few), or over pairs if all have one prompt. A tie is an error."
     header = [kind, "pairs", "prompts", *models, "always longer", "always shorter"]
     found = [Table(f"Accuracy on {title}", header, rows, note)]
     baseline = next(iter(parts.values()))["baseline"]

@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Interval = tuple[float, float]
 LONG_TEXT = 60
+NO_SUBSET = "(none)"  # how pairs without a subset are named in reports
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from scipy.special import gammaln
 from moemerge import plotting
 from moemerge.probes import over_optimisation
 from moemerge.probes.base import CandidateScores, Floats, Integers, Probe, Table
-from moemerge.probes.statistics import banded, bootstrap_means
+from moemerge.probes.statistics import banded, bootstrap_means, resampled_p
 from moemerge.recipe import EvaluateSettings
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def measure(sets: Mapping[str, CandidateScores], settings: EvaluateSettings, see
     * `drop`: gold at its peak minus gold at the last n; its interval takes the peak's n as given.
     * `gap_area`: over-optimisation, between what the proxy promises and gold (over_optimisation.gap_area).
     * `regret_area`: between the best possible line and gold. Both areas are over KL, gold's unit times nats.
+    * `minus_baseline_p`: of the gold score's difference at the last n, by Student's t over prompts.
     * `alpha`, `beta`: gold gain = d (alpha - beta d), d = sqrt(KL), and `fit_error`; from 3 candidates on.
 
     `peak_n` has the interval of the peak's n over resamples, and `peak_n_over_baseline` its ratio to that of
@@ -118,6 +119,7 @@ def _measure_set(name: str, scores: CandidateScores, settings: EvaluateSettings,
             model: _curve(gold[model][:, shown], proxy[model][:, shown], settings.confidence)
             | _numbers(values[model], settings.confidence)
             | _versus(gold, values, model, baseline, shown, settings.confidence)
+            | _p_at_last_n(gold, model, baseline, len(scores.sizes))
             for model in scores.scores
         },
     }
@@ -191,6 +193,13 @@ def _versus(
     others = mine.keys() - {"peak_n", "fit_error"}
     found |= {f"{name}_minus_baseline": mine[name] - theirs[name] for name in mine if name in others}
     return _numbers(found, confidence)
+
+
+def _p_at_last_n(gold: Mapping[str, Floats], model: str, baseline: str, prompts: int) -> dict[str, float]:
+    if model == baseline:
+        return {}
+    gain_R = (gold[model] - gold[baseline])[:, -1]
+    return {"minus_baseline_p": resampled_p(float(gain_R[0]), gain_R[1:], prompts)}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

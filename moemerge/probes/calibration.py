@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from moemerge import plotting
-from moemerge.probes.base import Floats, Integers, Interval, PairScores, Probe, Table
+from moemerge.probes.base import NO_SUBSET, Floats, Integers, Interval, PairScores, Probe, Table
 from moemerge.probes.statistics import (
     bootstrap_means,
     cluster_sums,
@@ -32,6 +32,7 @@ from moemerge.probes.statistics import (
 from moemerge.recipe import EvaluateSettings
 
 BINS = 10
+MIN_PAIRS = 100  # of a subset; with fewer, ten bins hold little but noise
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,27 @@ def slope(differences_P: Floats, units_P: Integers, confidence: float) -> dict[s
 def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
     """Brier score (1 - p)^2, ECE over 10 bins, slope and reliability diagram, per test set and model.
 
-    Brier: bootstrap interval over prompts, and paired difference to the baseline. A model that says nothing
-    (all ties) has Brier 0.25 and ECE 0.
+    If there are several, also of each of the `subsets` with 100 pairs or more, but for slope and diagram; the
+    others are named in `small_subsets`. Brier: bootstrap interval over prompts, and paired difference to the
+    baseline. A model that says nothing (all ties) has Brier 0.25 and ECE 0.
     """
-    found = {name: _measure_set(pairs, settings, seed) for name, pairs in sets.items()}
+    found = {
+        name: _measure_set(pairs, settings, seed) | _by_subset(pairs, settings, seed)
+        for name, pairs in sets.items()
+    }
     return {"confidence": settings.confidence, "bins": BINS, "sets": found}
+
+
+def _by_subset(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    names, counts = np.unique(pairs.subsets, return_counts=True)
+    measured: dict[str, Any] = {}
+    for subset in names[counts >= MIN_PAIRS].tolist() if len(names) > 1 else []:
+        part = _measure_set(pairs.part(pairs.subsets == subset), settings, seed)
+        for numbers in part["models"].values():
+            del numbers["slope"], numbers["diagram"]
+        measured[subset or NO_SUBSET] = part
+    small = names[counts < MIN_PAIRS].tolist() if len(names) > 1 else []
+    return {"subsets": measured, "small_subsets": [subset or NO_SUBSET for subset in small]}
 
 
 def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
@@ -167,26 +184,48 @@ def _interval(draws_R: Floats, confidence: float) -> Interval:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One table per test set."""
-    return [_table(name, measured, result) for name, measured in result["sets"].items()]
+    """One table per test set, and one of its subsets."""
+    found = []
+    for name, measured in result["sets"].items():
+        found.append(_table(name, measured, result))
+        found += [_subset_table(name, measured, result["confidence"])] if measured["subsets"] else []
+    return found
 
 
 def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table:
-    rows = []
+    rows, compared = [], len(measured["models"]) > 1
     for model, numbers in measured["models"].items():
         brier = _ranged(numbers["brier"], numbers["brier_interval"])
         ece, chance = _ranged(numbers["ece"], numbers["ece_interval"]), f"{numbers['ece_by_chance']:.4f}"
         found, versus = numbers["slope"], numbers.get("vs_baseline")
         shown = _ranged(found["value"], found["interval"], ".3g") if found else "none"
         change = _ranged(versus["difference"], versus["interval"], "+.4f") if versus else "baseline"
-        rows.append([model, brier, change, ece, chance, shown])
-    header = ["model", "Brier", "minus baseline", "ECE", "ECE by chance", "slope"]
+        rows.append([model, brier, *[change] * compared, ece, chance, shown])
+    header = ["model", "Brier", *["minus baseline"] * compared, "ECE", "ECE by chance", "slope"]
     note = f"Of sigmoid(score difference) on {measured['pairs']} pairs, {measured['prompts']} prompts, "
     note += f"each pair in both orders; {result['confidence']:.0%} intervals over prompts. Brier: 0.25 says "
     note += "nothing. "
     note += f"ECE: {result['bins']} bins of confidence; by chance: its mean if the model were calibrated. "
     note += "Slope: 1 is calibrated, below 1 too sure, above 1 not sure enough, none: no finite one is best."
+    if measured["small_subsets"] and not measured["subsets"]:
+        note += f" Not by subset: each has fewer than {MIN_PAIRS} pairs."
     return Table(f"Calibration on {name}", header, rows, note)
+
+
+def _subset_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+    rows = []
+    for subset, part in measured["subsets"].items():
+        for model, numbers in part["models"].items():
+            brier, ece = (
+                _ranged(numbers[key], numbers[f"{key}_interval"], ".3f") for key in ("brier", "ece")
+            )
+            rows.append([subset, str(part["pairs"]), model, brier, ece, f"{numbers['ece_by_chance']:.3f}"])
+    note = f"{confidence:.0%} intervals, each by itself. By chance: the mean ECE of a calibrated model on so "
+    note += "many pairs; fewer pairs give a larger one."
+    if measured["small_subsets"]:
+        note += f" Left out, fewer than {MIN_PAIRS} pairs: {', '.join(measured['small_subsets'])}."
+    header = ["subset", "pairs", "model", "Brier", "ECE", "ECE by chance"]
+    return Table(f"Calibration on {name}, by subset", header, rows, note)
 
 
 def _ranged(value: float, interval: Interval, form: str = ".4f") -> str:
@@ -204,7 +243,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[str]:
         }
         curves["calibrated"] = plotting.Line([0.5, 1.0], [0.5, 1.0], reference=True)
         panels.append(plotting.Panel(name, curves, "confidence", "share right"))
-    plotting.panels(panels, folder / "calibration.png")
+    plotting.panels(panels, folder / "calibration.png", title="Reliability diagram")
     return ["calibration.png"]
 
 

@@ -29,6 +29,7 @@ from moemerge.probes.statistics import (
     bootstrap_means,
     cluster_sums,
     percentile_interval,
+    resampled_p,
     sampling_units,
     share_interval,
 )
@@ -143,14 +144,31 @@ def _measure_benchmark(
     sections, overall = aggregate(values, version)
     models, expected = list(next(iter(parts.values())).scores), ROWS_1 if version == 1 else ROWS_2
     result: dict[str, Any] = {"version": version, "baseline": settings.baseline or models[0]}
+    units = {subset: _units(rows) for subset, rows in parts.items()}
     for kind, averages in {"overall": overall, "sections": sections, "subsets": values}.items():
-        result[kind] = {n: _summary(models, v, settings.confidence) for n, v in averages.items()}
+        result[kind] = {
+            name: _summary(models, values_VM, _units_of(name, units), settings.confidence)
+            for name, values_VM in averages.items()
+        }
     for subset, part in result["subsets"].items():
         part |= {"rows": len(parts[subset].sizes), "expected": expected.get(subset)}
         for model, more in measured[subset][1].items():
             part["models"][model] |= more
     missing = [name for name in expected if name not in parts]
     return result | {"missing": missing if len(missing) < len(expected) else []}
+
+
+def _units(rows: ChoiceScores) -> int:
+    """How many units are resampled: prompts, of Ties the pairs of rows about one question."""
+    if rows.version == 2 and rows.subsets[0].lower() == TIES.lower():
+        return len({name.split(":")[1] for name in rows.ids.tolist()})
+    return len(np.unique(sampling_units(rows.prompts)))
+
+
+def _units_of(part: str, units: Mapping[str, int]) -> int:
+    """The units of a subset; of a section, all of its subsets'; of an overall score, all there are."""
+    within = {**SECTIONS, PRIOR_SETS: PRIOR}.get(part, [part] if part in units else units)
+    return sum(units[subset] for subset in within if subset in units)
 
 
 def _by_subset(files: Mapping[str, ChoiceScores]) -> dict[str, ChoiceScores]:
@@ -191,7 +209,7 @@ def _measure_subset(
     return np.vstack([counted_QM.mean(axis=0), draws_RM]), more
 
 
-def _summary(models: list[str], values_VM: Floats, confidence: float) -> dict[str, Any]:
+def _summary(models: list[str], values_VM: Floats, units: int, confidence: float) -> dict[str, Any]:
     """Value and interval of each model, the two baselines, and the differences of every two models."""
     low, high = (ends.tolist() for ends in percentile_interval(values_VM[1:], confidence))
     scores = values_VM[0].tolist()
@@ -210,6 +228,7 @@ def _summary(models: list[str], values_VM: Floats, confidence: float) -> dict[st
                 "second": models[other],
                 "difference": float(gain_V[0]),
                 "interval": (float(ends[0][0]), float(ends[1][0])),
+                "p": resampled_p(float(gain_V[0]), gain_V[1:], units),
             }
         )
     return found

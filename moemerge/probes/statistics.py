@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,18 @@ def clustered_mcnemar(differences_K: Integers) -> float:
         chances = np.convolve(chances, spaced)
     sums = np.abs(np.arange(len(chances)) - len(chances) // 2)
     return min(1.0, float(chances[sums >= abs(int(differences_K.sum()))].sum()))
+
+
+def resampled_p(difference: float, draws_R: Floats, units: int) -> float:
+    """Two-sided p of a mean `difference` over `units` by Student's t; the error is that of its resamples.
+
+    Never below 2^(1 - units), the sign test's p if all units agree; so 1 for a single unit.
+    """
+    floor = 2.0 ** (1 - units)
+    error = float(draws_R.std(ddof=1)) * math.sqrt(units / max(units - 1, 1))
+    if units < 2 or difference == 0 or error == 0:
+        return 1.0 if difference == 0 else min(1.0, floor)
+    return max(floor, 2 * float(stats.t.sf(abs(difference) / error, units - 1)))
 
 
 def holm(p_X: Floats) -> Floats:

@@ -1,0 +1,261 @@
+"""The verdict: words, Holm's correction on simulated data, what is compared, reports of older versions.
+
+F families, M models besides the baseline, Q prompts, R resamples.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_pipeline import REPORT
+from test_rewardbench import choice_scores
+
+from moemerge import summary
+from moemerge.errors import ArtifactError
+from moemerge.probes import PROBES
+from moemerge.probes.base import CandidateScores, PairScores
+from moemerge.probes.statistics import bootstrap_means, mcnemar, resampled_p
+from moemerge.recipe import EvaluateSettings
+from moemerge.report_file import FORMAT, outdated, read_report
+from moemerge.summary import Difference, differences
+from moemerge.verdict import judge, standing, verdict
+
+
+def report_with(low: float, high: float, p: float = 0.01) -> dict[str, Any]:
+    report = json.loads(json.dumps(REPORT))
+    versus = {"difference": (low + high) / 2, "interval": [low, high], "p": p}
+    report["probes"]["accuracy"]["sets"]["test"]["all"]["models"]["merge-learned"]["vs_baseline"] = versus
+    curve = {
+        "gold": [0.1, 0.4],
+        "minus_baseline": [0, 0.2],
+        "minus_baseline_low": [0, -0.1],
+        "minus_baseline_high": [0, 0.5],
+        "minus_baseline_p": 0.2,
+    }
+    models = {name: dict(curve) for name in report["models"]}
+    report["probes"]["best_of_n"] = {"sets": {"wide": {"n": [1, 2], "models": models}}}
+    return report
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "word"),
+    [
+        (0.01, 0.03, 0.01, "helped"),
+        (-0.03, -0.01, 0.01, "made it worse"),
+        (-0.01, 0.03, 0.3, "no clear difference"),
+        (0.01, 0.03, 0.03, "no clear difference"),  # clear by itself, not as one of two
+    ],
+)
+def test_verdict_follows_the_interval_and_the_corrected_p(
+    low: float, high: float, p: float, word: str
+) -> None:
+    text = verdict(report_with(low, high, p), "merge-learned")
+    assert f"merge-learned against control: {word} (at level 0.05 after Holm's correction for 2 comp" in text
+    numbers = f"{(low + high) / 2:+.3f}, {low:+.3f} to {high:+.3f}; p {min(2 * p, 0.4 if p > 0.2 else 1):.2g}"
+    assert f"accuracy test: {word} ({numbers})" in text
+    assert "gold wide at n=2: no clear difference (+0.200, -0.100 to +0.500; p " in text
+
+
+def test_verdict_tells_both_when_sets_disagree() -> None:
+    report = report_with(0.01, 0.03)
+    curve = report["probes"]["best_of_n"]["sets"]["wide"]["models"]["merge-learned"]
+    curve |= {"minus_baseline_high": [0, -0.05], "minus_baseline_p": 0.001}
+    assert "helped in one place, made it worse in another" in verdict(report, "merge-learned")
+
+
+def test_verdict_says_so_when_the_models_are_alike() -> None:
+    report = report_with(0.0, 0.0, 1.0)
+    del report["probes"]["best_of_n"]
+    text = verdict(report, "merge-learned")
+    assert "merge-learned against control: no difference at all (at level 0.05, one comparison). " in text
+    assert "nothing to compare" in verdict(report, "control")
+
+
+def test_models_that_stand_alike_share_a_sentence_and_all_comparisons_count() -> None:
+    """Of 8 comparisons the smallest p must be at most 0.05 / 8."""
+    report = report_with(-0.01, 0.03, 0.5)
+    assert standing(report) == (
+        "Against control: dense, moe, merge-usage: better in accuracy test. merge-learned: no clear "
+        "difference. Judged at level 0.05 after Holm's correction for 8 comparisons."
+    )
+    for model in report["models"]:
+        report["probes"]["accuracy"]["sets"]["test"]["all"]["models"][model]["vs_baseline"]["p"] = 0.008
+    assert "dense, moe, merge-usage, merge-learned: no clear difference. " in standing(report)
+
+
+def test_a_single_model_stands_against_chance_and_length() -> None:
+    settings, random = EvaluateSettings(resamples=100), np.random.default_rng(0)
+    scores = np.column_stack([random.normal(size=200) + 1, random.normal(size=200)])
+    lengths = np.column_stack([np.arange(200) % 4, np.full(200, 2)])
+    pairs = PairScores({"rm": scores}, np.full(200, ""), np.arange(200), lengths)
+    found = PROBES.get("accuracy").measure({"test": pairs}, settings, 0)
+    report = {"models": {"rm": {"active_parameters": 1}}, "baseline": "rm", "probes": {"accuracy": found}}
+    text = standing(report)
+    assert text.startswith("rm: accuracy 0.7")
+    assert text.endswith(", above chance (0.5); preferring the shorter answer gives 0.500.")
+    assert summary.main_table(report)[0] == ["model", "accuracy test", "parameters used"]
+    (table,) = PROBES.get("accuracy").tables(found)
+    assert table.header[-1] == "loss" and "McNemar" not in table.note
+
+
+# Simulated families
+
+
+def families(effect: float) -> list[list[Difference]]:
+    """1000 reports: 3 models against one baseline in accuracy (300 pairs) and gold score (40 prompts).
+
+    All share the baseline's noise. `effect` moves the first model's gold score, in standard deviations.
+    """
+    random, count, models = np.random.default_rng(3), 1000, 3
+    base_FPM = random.random((count, 300, 1)) < 0.7
+    right_FPM = np.where(
+        random.random((count, 300, models)) < 0.8, base_FPM, random.random((count, 300, models)) < 0.7
+    )
+    alone_FM = (right_FPM & ~base_FPM).sum(1), (~right_FPM & base_FPM).sum(1)
+    gains_QFM = random.standard_t(5, (40, count, models)) + random.standard_t(5, (40, count, 1))
+    gains_QFM[:, :, 0] += effect * gains_QFM.std()
+    flat_QX = gains_QFM.reshape(40, -1)
+    draws_RX = bootstrap_means(np.column_stack([flat_QX, np.ones(40)]), 300, 1)
+    low_X, high_X = np.quantile(draws_RX, [0.025, 0.975], axis=0)
+    p_X = [resampled_p(value, draws_RX[:, x], 40) for x, value in enumerate(flat_QX.mean(0).tolist())]
+    gold_FM = np.array(
+        [Difference("gold", *one) for one in zip(flat_QX.mean(0), low_X, high_X, p_X, strict=True)],
+        dtype=object,
+    ).reshape(count, models)
+    return [
+        [accuracy_difference(int(us), int(them)) for us, them in zip(*alone, strict=True)] + list(golds)
+        for *alone, golds in zip(*alone_FM, gold_FM, strict=True)
+    ]
+
+
+@cache
+def accuracy_difference(ours: int, theirs: int) -> Difference:
+    value, half = (ours - theirs) / 300, 1.96 * np.sqrt(ours + theirs) / 300
+    return Difference("accuracy", value, value - half, value + half, mcnemar(ours, theirs))
+
+
+def test_where_nothing_differs_a_false_word_is_as_rare_as_promised() -> None:
+    """Of 1000 reports; uncorrected, every fourth would have one."""
+    found = families(0.0)
+    false = np.mean([any(word != "no clear difference" for word, _ in judge(one, 0.05)) for one in found])
+    helped = np.mean([any(word == "helped" for word, _ in judge(one, 0.05)) for one in found])
+    uncorrected = np.mean([any(one.low > 0 or one.high < 0 for one in family) for family in found])
+    assert 0.01 < helped < false <= 0.05 and uncorrected > 0.15, (helped, false, uncorrected)
+
+
+def test_a_planted_effect_is_found() -> None:
+    found = families(0.8)
+    planted, others = zip(*[(judge(one, 0.05)[3], judge(one, 0.05)[4:]) for one in found], strict=True)
+    assert np.mean([word == "helped" for word, _ in planted]) > 0.9
+    assert np.mean([any(word != "no clear difference" for word, _ in one) for one in others]) <= 0.05
+
+
+def test_p_from_resamples_is_students() -> None:
+    values = np.random.default_rng(0).normal(0.3, 1, 25)
+    draws = bootstrap_means(np.column_stack([values, np.ones(25)]), 40_000, 0)[:, 0]
+    expected = stats.ttest_1samp(values, 0).pvalue
+    assert resampled_p(values.mean(), draws, 25) == pytest.approx(expected, rel=0.05)
+
+
+def test_p_of_units_that_all_agree_is_the_sign_tests() -> None:
+    alike = np.full(100, 0.25)
+    assert resampled_p(0.25, alike, 5) == pytest.approx(stats.binomtest(5, 5).pvalue)
+    assert (resampled_p(0.25, alike, 1), resampled_p(0.0, 0 * alike, 9)) == (1.0, 1.0)
+
+
+# What is compared
+
+
+def test_gold_is_compared_prompt_by_prompt() -> None:
+    random = np.random.default_rng(0)
+    gold = random.normal(size=(30, 4))
+    scores = {"a": gold.ravel() + random.normal(size=120), "b": random.normal(size=120)}
+    sets = {"wide": CandidateScores(scores, gold.ravel(), np.ones(120, dtype=np.int64), np.full(30, 4))}
+    found = PROBES.get("best_of_n").measure(sets, EvaluateSettings(resamples=20_000), 0)
+    best = {name: gold[np.arange(30), values.reshape(30, 4).argmax(1)] for name, values in scores.items()}
+    expected = stats.ttest_rel(best["b"], best["a"]).pvalue
+    curves = found["sets"]["wide"]["models"]
+    assert curves["b"]["minus_baseline_p"] == pytest.approx(expected, rel=0.1)
+    assert "minus_baseline_p" not in curves["a"]
+    report = {"models": scores, "baseline": "a", "probes": {"best_of_n": found}}
+    (one,) = differences(report, "b")
+    assert (one.what, one.p) == ("gold wide at n=4", curves["b"]["minus_baseline_p"])
+
+
+@pytest.fixture(scope="module")
+def benchmarked() -> dict[str, Any]:
+    """A report on two subsets of RewardBench 2, 60 rows each, of a better and a worse model."""
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "subset": subset,
+            "scores": {"worse": random.normal(size=4), "better": random.normal(size=4) + [2, 0, 0, 0]},
+        }
+        for subset in ("Math", "Focus")
+        for _ in range(60)
+    ]
+    settings = EvaluateSettings(resamples=500)
+    found = PROBES.get("rewardbench").measure({"rb": choice_scores(rows)}, settings, 0)
+    models = {name: {"active_parameters": 1} for name in ("worse", "better")}
+    return {"models": models, "baseline": "worse", "probes": {"rewardbench": found}}
+
+
+def test_rewardbench_is_in_tables_and_verdict(benchmarked: dict[str, Any]) -> None:
+    titles = ["RewardBench 2 rb, Math", "RewardBench 2 rb, Focus"]
+    header, rows = summary.main_table(benchmarked)
+    assert header == ["model", titles[0], "minus worse", titles[1], "minus worse", "parameters used"]
+    assert rows[0][2] == "baseline" and rows[1][2].startswith("+0.") and "(+0." in rows[1][2]
+    subset = benchmarked["probes"]["rewardbench"]["sets"]["rb"]["subsets"]["Math"]["models"]["better"]
+    assert rows[1][1].startswith(f"{subset['score']:.3f} (")
+    assert all(title in summary.table(benchmarked) for title in titles)
+    assert standing(benchmarked).startswith(f"Against worse: better: better in {', '.join(titles)}.")
+
+
+def test_differences_have_the_sign_of_model_minus_baseline(benchmarked: dict[str, Any]) -> None:
+    (ahead, _), (behind, _) = (
+        list(differences({**benchmarked, "baseline": baseline}, model))
+        for baseline, model in (("worse", "better"), ("better", "worse"))
+    )
+    assert ahead.value == pytest.approx(-behind.value) and ahead.p == behind.p
+    assert (ahead.low, ahead.high) == pytest.approx(
+        (-behind.high, -behind.low)
+    ) and 0 < ahead.low < ahead.high
+
+
+# Reports of other versions
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ('{"models": {}}', "format without a number"),
+        (json.dumps({"format": FORMAT + 1}), f"format {FORMAT + 1}"),
+        ('{"format": 2', "Expecting"),
+        ("[2]", "holds a list"),
+        (None, "No such file"),
+    ],
+)
+def test_a_report_that_cannot_be_shown_is_refused_in_four_parts(
+    text: str | None, given: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ArtifactError, match="cannot be shown by this version") as caught:
+        read_report(tmp_path)
+    assert given in caught.value.given and caught.value.expected == f"format {FORMAT}"
+    assert caught.value.fix.startswith("evaluate again")
+    assert given in str(outdated(tmp_path, "evaluate")) and outdated(tmp_path, "merge") is None
+
+
+def test_a_report_of_this_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps({"format": FORMAT, "groups": []}))
+    assert read_report(tmp_path, "compare")["groups"] == [] and outdated(tmp_path, "compare") is None
