@@ -12,7 +12,7 @@ from moemerge.errors import OptionError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-LEADING = {"compare": "--runs"}  # the flag that arguments before any flag belong to
+LEADING = {"compare": "--runs", "evaluate": "--models"}  # the flag that arguments before any flag belong to
 
 
 class StageCommand(click.Command):
@@ -75,7 +75,7 @@ def _flag(name: str, field: FieldInfo) -> Flag:
     if kinds == [bool]:
         return Flag([f"{dashed}/--no-{dashed[2:]}", name], default=None, help=help)
     if dict in kinds:
-        return Flag([dashed, name], multiple=True, metavar=_mapping_metavar(field.annotation), help=help)
+        return Flag([dashed, name], multiple=True, metavar=_mapping_metavar(field), help=help)
     if list in kinds:
         return Flag([dashed, name], multiple=True, metavar="VALUE", help=help + "; several, or repeated")
     if all(isinstance(kind, str) for kind in kinds):
@@ -98,8 +98,16 @@ def _kinds(annotation: Any) -> list[Any]:
     return [] if annotation is type(None) else [annotation]
 
 
-def _mapping_metavar(annotation: Any) -> str:
-    return "NAME=VALUE,..." if list in _kinds(_value_type(annotation)) else "NAME=VALUE"
+def _mapping_metavar(field: FieldInfo) -> str:
+    if _names_inputs(field):
+        return "[NAME=]SOURCE"
+    return "NAME=VALUE,..." if list in _kinds(_value_type(field.annotation)) else "NAME=VALUE"
+
+
+def _names_inputs(field: FieldInfo) -> bool:
+    from moemerge.options import INPUT
+
+    return dict in _kinds(field.annotation) and INPUT in field.metadata
 
 
 def _value_type(annotation: Any) -> Any:
@@ -128,8 +136,8 @@ def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if value is None or value == ():
             continue
-        annotation = fields[name].annotation
-        given[name] = _parse(name, value, annotation)
+        unnamed = _names_inputs(fields[name]) and not any("=" in one for one in value)
+        given[name] = list(value) if unnamed else _parse(name, value, fields[name].annotation)
     return given
 
 

@@ -5,10 +5,20 @@ This file imports nothing heavy: `moemerge --help` and `moemerge check` depend o
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from moemerge.errors import suggest
 
@@ -36,11 +46,30 @@ def _file_name(name: str) -> str:
     return name
 
 
+def name_of(source: str) -> str:
+    """A short name for something to read: its last part without extension, `test` for data/test.jsonl.gz."""
+    last = os.path.basename(os.path.abspath(source)).replace(":", "-")
+    return last if os.path.isdir(source) else SUFFIX.sub("", last)
+
+
+def _by_name(sources: Any) -> Any:
+    """A list of sources, or a single one, by their own names."""
+    listed = [sources] if isinstance(sources, str) else sources
+    if not isinstance(listed, list) or not all(isinstance(source, str) for source in listed):
+        return sources
+    names = [name_of(source) for source in listed]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"names, as name=source: {twice[0]} would be the name of two")
+    return dict(zip(names, listed, strict=True))
+
+
 MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
+SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 INPUT = _Input()
 Named = Annotated[str, AfterValidator(_nameable)]
 Source = Annotated[str, INPUT, AfterValidator(_nameable)]
-Sources = Annotated[dict[Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)], Named], INPUT]
+Name = Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)]
+Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name)]
 SourceList = Annotated[list[Named], INPUT]
 Output = Annotated[Path, AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers

@@ -293,9 +293,11 @@ class Export(Members, Run):
 class Evaluate(EvaluateSettings, TextFormat, Run):
     """Options of `moemerge evaluate`."""
 
-    models: Sources = Field(description="name=folder or hub name, one per model")
-    pairs: Sources = Field(default_factory=dict, description="name=file, preference pairs")
-    candidates: Sources = Field(default_factory=dict, description="name=file, prompts with scored candidates")
+    models: Sources = Field(description="folders or hub names; without name= each gets its own")
+    pairs: Sources = Field(default_factory=dict, description="files or hub name:split, preference pairs")
+    candidates: Sources = Field(
+        default_factory=dict, description="files or hub name:split, prompts with scored candidates"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 

@@ -166,8 +166,22 @@ def test_faults_of_a_stage_end_with_code_2_and_no_traceback(
 
 
 def test_name_value_flags_need_both(main: Main, tmp_path: Path) -> None:
-    code, _, err = main("evaluate", "--models", "folder", "--output", tmp_path / "out")
-    assert code == 2 and "bad option --models" in err and "name=value" in err
+    arguments = ("evaluate", "m", "--pairs", "p", "--fields", "text", "--output", tmp_path / "out")
+    code, _, err = main(*arguments)
+    assert code == 2 and "bad option --fields" in err and "name=value" in err
+    code, _, err = main("evaluate", "a=m", "n", "--pairs", "p", "--output", tmp_path / "out")
+    assert code == 2 and "bad option --models" in err and "given:    n" in err
+
+
+def test_what_is_evaluated_has_names_of_its_own(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    arguments = ("evaluate", "runs/q/a", "me/b", "--pairs", "x/t.jsonl.gz", "--candidates", "c=y/n.jsonl")
+    assert main(*arguments, "--rewardbench", "me/bench:test", "--output", tmp_path / "out")[0] == 0
+    given = stages.options
+    assert given.models == {"a": "runs/q/a", "b": "me/b"} and given.pairs == {"t": "x/t.jsonl.gz"}
+    assert given.candidates == {"c": "y/n.jsonl"} and given.rewardbench == {"bench-test": "me/bench:test"}
+    assert options_of.Evaluate(models="q/a/", output=tmp_path / "o").models == {"a": "q/a/"}
+    code, _, err = main("evaluate", "q/a", "p/a", "--pairs", "p", "--output", tmp_path / "o")
+    assert code == 2 and "a would be the name of two" in err
 
 
 def test_interrupt_ends_with_130(main: Main, stages: FakeStages, tmp_path: Path) -> None:
