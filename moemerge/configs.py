@@ -14,6 +14,9 @@ from moemerge.families.dense import PREFIX
 from moemerge.json_file import read_config
 from moemerge.moe_settings import MoeSettings
 
+NO_PAD = -1  # how the first conversions of Llama, and others after them, say that there is none
+COUNTED_FROM_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta")
+
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +32,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
         if trust_remote_code:
             tell_of_code(str(source))
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        _check_pad(config.get_text_config())
+        _settle_pad(config, source)
         _check_layers(config)
         return config
     except MoemergeError:
@@ -40,10 +43,23 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
         ) from error
 
 
-def _check_pad(config: PreTrainedConfig) -> None:
-    pad, size = config.pad_token_id, getattr(config, "vocab_size", None)
-    if pad is not None and not 0 <= pad < (size or math.inf):
-        raise ValueError(f"pad_token_id {pad} is no token of a vocabulary of {size}")
+def _settle_pad(config: PreTrainedConfig, source: str | Path) -> None:
+    """A pad token of -1 is none, as if null stood there; any other that the vocabulary lacks is a fault.
+
+    transformers takes -1 as it stands: decoders then find no padding and score the last pad token.
+    """
+    text = config.get_text_config()
+    pad, size = text.pad_token_id, getattr(text, "vocab_size", None)
+    family = text.model_type.removeprefix(PREFIX).replace("_", "-")
+    if pad == NO_PAD and family not in COUNTED_FROM_PAD:
+        text.pad_token_id = config.pad_token_id = None
+    elif pad is not None and not 0 <= pad < (size or math.inf):
+        raise CheckpointError(
+            f"the pad token of {source} is no token",
+            given=f"pad_token_id {pad}, a vocabulary of {size}",
+            expected="a token of the vocabulary" + ", from which positions are counted" * (pad == NO_PAD),
+            fix="set pad_token_id in its config.json to the one that its tokenizer pads with",
+        )
 
 
 def _check_layers(config: PreTrainedConfig) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moemerge.artifacts import flat_inputs, holds_manifest, own_digest, read_manifest
 from moemerge.errors import ArtifactError
 from moemerge.fingerprints import MANIFEST, artifact_files, file_digest
+from moemerge.manifests import flat_inputs, holds_manifest, load_manifest, own_digest, read_manifest
 from moemerge.weight_files import Fault, weight_faults
 
 __all__ = ["Fault", "Verification", "verify", "verify_folder"]
@@ -43,7 +43,7 @@ def verify(folder: str | Path, inputs: bool = False) -> Verification:
     root = Path(folder)
     steps = [home for home in sorted(root.glob("*/")) if holds_manifest(home)]
     if holds_manifest(root) or not steps:
-        read_manifest(root)
+        load_manifest(root)
         steps = [root]
     chain = _Chain(root, Verification())
     for home in steps:
@@ -103,7 +103,8 @@ def _under(folder: Path, fault: Fault) -> Fault:
 
 
 def _broken_manifest(error: Exception) -> Fault:
-    return Fault(MANIFEST, "cannot be read", "a manifest", f"{type(error).__name__}: {error}"[:200])
+    reason = error.given if isinstance(error, ArtifactError) else f"{type(error).__name__}: {error}"
+    return Fault(MANIFEST, "cannot be read", "a manifest", reason[:200])
 
 
 def _folder_faults(folder: Path, manifest: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
