@@ -15,7 +15,8 @@ from moemerge.json_file import read_config
 from moemerge.moe_settings import MoeSettings
 
 NO_PAD = -1  # how the first conversions of Llama, and others after them, say that there is none
-COUNTED_FROM_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta")
+# Families that count positions from the pad token, and one whose config must have one.
+NEEDS_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder")
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,13 @@ def _settle_pad(config: PreTrainedConfig, source: str | Path) -> None:
     text = config.get_text_config()
     pad, size = text.pad_token_id, getattr(text, "vocab_size", None)
     family = text.model_type.removeprefix(PREFIX).replace("_", "-")
-    if pad == NO_PAD and family not in COUNTED_FROM_PAD:
+    if pad == NO_PAD and family not in NEEDS_PAD:
         text.pad_token_id = config.pad_token_id = None
     elif pad is not None and not 0 <= pad < (size or math.inf):
         raise CheckpointError(
             f"the pad token of {source} is no token",
             given=f"pad_token_id {pad}, a vocabulary of {size}",
-            expected="a token of the vocabulary" + ", from which positions are counted" * (pad == NO_PAD),
+            expected="a token of the vocabulary" + ", which this family needs" * (pad == NO_PAD),
             fix="set pad_token_id in its config.json to the one that its tokenizer pads with",
         )
 
