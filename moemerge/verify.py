@@ -15,8 +15,9 @@ from moemerge.fingerprints import MANIFEST, artifact_files, file_digest
 from moemerge.manifests import flat_inputs, holds_manifest, load_manifest, own_digest, read_manifest
 from moemerge.weight_files import Fault, weight_faults
 
-__all__ = ["Fault", "Verification", "verify", "verify_folder"]
+__all__ = ["UNCHECKED", "Fault", "Verification", "verify", "verify_folder"]
 
+UNCHECKED = "cannot be checked"  # what a manifest without a checksum of its own is
 THREADS = 4
 SHORT = 12
 # What reading a manifest whose values are not what they should be can raise.
@@ -36,9 +37,11 @@ def verify(folder: str | Path, inputs: bool = False) -> Verification:
     """Hold every file of an artifact against its manifest; with `inputs`, also what it was made from.
 
     Missing, added and changed files (by sha256, read in full), weights whose header cannot be read, and an
-    index that disagrees with its shards are faults. Hidden files are not looked at. Inputs that are artifacts
-    are verified in turn; those that are gone, or names on the hub, are listed as gone and are no faults.
-    The folder of a run stands for those of its steps. Raises ArtifactError if there is no manifest to read.
+    index that disagrees with its shards are faults; so is, as UNCHECKED, a manifest of an older version, which
+    has no checksum of its own, though its files are held against it. Hidden files are not looked at. Inputs
+    that are artifacts are verified in turn, wherever their paths in the manifest lead; those that are gone,
+    or names on the hub, are listed as gone and are no faults. The folder of a run stands for those of its
+    steps. Raises ArtifactError if there is no manifest to read.
     """
     root = Path(folder)
     steps = [home for home in sorted(root.glob("*/")) if holds_manifest(home)]
@@ -108,9 +111,11 @@ def _broken_manifest(error: Exception) -> Fault:
 
 
 def _folder_faults(folder: Path, manifest: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
-    digest = str(manifest.get("sha256", "none of its own"))
-    if digest != own_digest(manifest):
-        yield Fault(MANIFEST, "changed", _brief(digest), _brief(own_digest(manifest)))
+    digest = own_digest(manifest)
+    if "sha256" not in manifest:
+        yield Fault(MANIFEST, UNCHECKED, "no checksum of its own", "written by an older version")
+    elif manifest["sha256"] != digest:
+        yield Fault(MANIFEST, "changed", _brief(str(manifest["sha256"])), _brief(digest))
     yield from _file_faults(folder, manifest["files"], digests)
     yield from weight_faults(folder, list(artifact_files(folder)))
 
