@@ -192,8 +192,8 @@ def verify(folder: Path, inputs: bool) -> int:
     click.echo(f"{len(found.folders)} folder(s) verified: {len(found.faults) - old or 'no'} fault(s)")
     if old:
         click.echo(
-            f"{old} manifest(s) cannot be checked: an older version wrote them, without their own checksum. To "
-            "have one, run the same command with --overwrite, or remove the folder and run the recipe again."
+            f"{old} manifest(s) cannot be checked: an older version wrote them, without their own checksum. "
+            "To have one, run the same command with --overwrite, or remove the folder and run the recipe again."
         )
     return FAULTY if found.faults else 0
 

@@ -37,7 +37,7 @@ def verify(folder: str | Path, inputs: bool = False) -> Verification:
     """Hold every file of an artifact against its manifest; with `inputs`, also what it was made from.
 
     Missing, added and changed files (by sha256, read in full), weights whose header cannot be read, and an
-    index that disagrees with its shards are faults; so is, as UNCHECKED, a manifest of an older version, which
+    index that disagrees with its shards are faults; so is, as UNCHECKED, an older version's manifest, which
     has no checksum of its own, though its files are held against it. Hidden files are not looked at. Inputs
     that are artifacts are verified in turn, wherever their paths in the manifest lead; those that are gone,
     or names on the hub, are listed as gone and are no faults. The folder of a run stands for those of its
