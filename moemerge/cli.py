@@ -193,7 +193,7 @@ def verify(folder: Path, inputs: bool) -> int:
     if old:
         click.echo(
             f"{old} manifest(s) cannot be checked: an older version wrote them, without their own checksum. "
-            "To have one, run the same command with --overwrite, or remove the folder and run the recipe again."
+            "To have one, run the same command with --overwrite, or the recipe again without the folder."
         )
     return FAULTY if found.faults else 0
 

@@ -8,12 +8,19 @@ from functools import cache
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
+from moemerge.confined import refuse_foreign, refuse_paths
 from moemerge.errors import CheckpointError, MoemergeError
 from moemerge.families.dense import PREFIX
-from moemerge.json_file import read_config
+from moemerge.json_file import read_config, read_object
 from moemerge.moe_settings import MoeSettings
 
+ADAPTER = "adapter_config.json"
+# transformers takes what these hold for arguments of the tokenizer's class.
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What older versions saved, and transformers replaces by what lies in the folder.
+REPLACED = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 NO_PAD = -1  # how the first conversions of Llama, and others after them, say that there is none
 # Families that count positions from the pad token, and one whose config must have one.
 NEEDS_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder")
@@ -28,8 +35,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
     CheckpointError for a config that is missing, or that its own class refuses.
     """
     try:
-        if Path(source).is_dir():
-            read_config(Path(source))
+        check_files(source)
         if trust_remote_code:
             tell_of_code(str(source))
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -42,6 +48,39 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
         raise unloadable(
             "the model's config cannot be read", source, error, "a model folder or hub name"
         ) from error
+
+
+def check_files(source: str | Path) -> None:
+    """Raise unless what transformers reads beside weights, of a folder or hub name, names nothing elsewhere.
+
+    CheckpointError for an adapter, whose base is wherever it says; ArtifactError for links out of a folder and
+    for a tokenizer's files elsewhere; ValueError or OSError for a config.json that cannot be used.
+    """
+    if Path(source).exists():
+        refuse_foreign(Path(source))
+    if (_file(source, ADAPTER) or Path()).is_file():
+        raise CheckpointError(
+            f"{source} is an adapter (LoRA), not a whole model",
+            given=ADAPTER,
+            expected="a whole model",
+            fix="load it on its base (PEFT), merge_and_unload(), save_pretrained()",
+        )
+    config = _file(source, "config.json")
+    if config is not None:
+        read_config(config.parent)
+    for name in TOKENIZER_FILES:
+        path = _file(source, name)
+        if path is not None:
+            values = read_object(path)
+            refuse_paths({key: values[key] for key in values.keys() - REPLACED}, path.parent, name)
+
+
+def _file(source: str | Path, name: str) -> Path | None:
+    """Where the file `name` of a folder or hub name is, fetched if need be; None if it has none."""
+    if Path(source).exists():
+        return Path(source) / name if (Path(source) / name).exists() else None
+    found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _settle_pad(config: PreTrainedConfig, source: str | Path) -> None:
