@@ -327,7 +327,7 @@ def _fingerprints(value: Any, known: Any = None) -> Any:
         return {"hub": redact(value), "sha256": redact(value)}
     refuse_foreign(path)
     files = (known or {}).get("files")
-    if files is None and (path / MANIFEST).exists():
+    if files is None and holds_manifest(path):
         files = read_manifest(path)["files"]
     licence = stated_licence(path)
     return fingerprint(path, files) | ({"license": licence} if licence else {})

@@ -19,6 +19,7 @@ from moemerge import recipe
 from moemerge.artifacts import expect_stage
 from moemerge.errors import ArtifactError
 from moemerge.fingerprints import MANIFEST, fingerprint
+from moemerge.json_file import read_object
 from moemerge.manifests import Manifest, flat_inputs, read_manifest, stated_licence
 from moemerge.options import Run
 from moemerge.probes import PROBES
@@ -26,6 +27,8 @@ from moemerge.probes.base import Table
 from moemerge.recipe import Publish
 
 SHORT = 12
+# What values of any kind, where a stage would write others, can raise.
+NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
 MODEL_STAGES = ("merge", "train", "upcycle", "export")
 MIXTURES = ("moemerge_", "qwen2_moe")
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
@@ -65,12 +68,31 @@ class Evaluation:
     report: dict[str, Any]
     model: str
 
+    @property
+    def plots(self) -> list[Path]:
+        """The files beside the report that it names as its plots."""
+        named = {str(name) for name in self.report["plots"]}
+        return [path for path in sorted(self.folder.iterdir()) if path.name in named and path.is_file()]
+
 
 def make_card(options: Publish) -> ModelCard:
     """The card of `options.model`, from its manifest and those of everything that it came from.
 
-    Raises ArtifactError if no stage wrote the folder as a model, or the evaluation does not hold it.
+    Raises ArtifactError if no stage wrote the folder as a model, the evaluation does not hold it, or what
+    manifests and report hold is not what a stage writes there.
     """
+    try:
+        return _card(options)
+    except NONSENSE as error:
+        raise ArtifactError(
+            "no card can be made of what the manifests and the report tell",
+            given=f"{type(error).__name__}: {error}"[:300],
+            expected="values as the stages write them",
+            fix="run the stage that wrote the model, or evaluate, again",
+        ) from error
+
+
+def _card(options: Publish) -> ModelCard:
     folder = Path(options.model)
     home = home_of(folder)
     manifest = expect_stage(home, *MODEL_STAGES)
@@ -123,7 +145,7 @@ def find_evaluation(model: Path, folder: str) -> Evaluation:
             expected="an evaluation of the very files to publish",
             fix="evaluate this model, or leave the evaluation out",
         )
-    report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+    report = read_object(Path(folder) / "report.json")
     own = model.resolve().name
     return Evaluation(Path(folder), report, own if own in names else names[0])
 
@@ -310,6 +332,6 @@ def _coefficients(manifest: Manifest) -> list[str]:
 def _evaluation(evaluation: Evaluation) -> list[str]:
     results = evaluation.report["probes"]
     tables = [table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])]
-    plots = [f"![{plot}](plots/{plot})" for plot in evaluation.report["plots"]]
+    plots = [f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots]
     intro = f"In the tables and plots this model is called **{evaluation.model}**."
     return ["## Evaluation", intro, *(table.markdown().rstrip() for table in tables), *plots]

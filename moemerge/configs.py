@@ -53,7 +53,7 @@ def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
 def check_files(source: str | Path) -> None:
     """Raise unless what transformers reads beside weights, of a folder or hub name, names nothing elsewhere.
 
-    CheckpointError for an adapter, whose base is wherever it says; ArtifactError for links out of a folder and
+    CheckpointError for an adapter, whose base may be anywhere; ArtifactError for links out of a folder and
     for a tokenizer's files elsewhere; ValueError or OSError for a config.json that cannot be used.
     """
     if Path(source).exists():

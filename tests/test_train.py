@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts import Draft, read_manifest
 from moemerge.data import Encoded, EncodedPair, Pair
-from moemerge.errors import DataError, OptionError
+from moemerge.errors import DataError, MoemergeError, OptionError
 from moemerge.moe import balance_loss, gate_weights, moe_layers
 from moemerge.recipe import Train
 from moemerge.scoring import load_reward_model, load_tokenizer, score_pairs
@@ -402,6 +404,37 @@ def test_run_killed_after_its_last_step_trains_no_further(
     monkeypatch.setattr(PairTrainer, "training_step", raiser("trained on"))
     run(world, tmp_path / "killed", **options)
     assert not moved(tmp_path / "straight", tmp_path / "killed")
+
+
+class Pickled:
+    """A pickle of this makes a folder when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_pickle_in_the_workspace_runs_nothing_when_training_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"held": True, "max_steps": 4, "eval_steps": 1}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(module, "report", raiser("killed"))
+        run(world, tmp_path / "killed", **options)
+    last = max(tmp_path.glob(".killed.*.work/*/checkpoint-*"), key=lambda path: path.name)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (last / name).read_bytes()
+        torch.save(Pickled(tmp_path / "ran"), last / name)
+        try:
+            run(world, tmp_path / "killed", **options)
+            print(name, "went through")
+        except BaseException as e:
+            print(name, type(e), str(e)[:300])
+        assert not (tmp_path / "ran").exists()
+        if last.exists(): (last / name).write_bytes(whole)
+    assert 0
 
 
 def raiser(text: str) -> Any:
