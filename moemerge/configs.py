@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from moemerge.confined import refuse_foreign, refuse_paths
 from moemerge.errors import CheckpointError, MoemergeError
