@@ -25,11 +25,19 @@ from moemerge.environment import hardware, versions
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, suggest
 from moemerge.fingerprints import MANIFEST, fingerprint, sums
 from moemerge.locks import hold, lock_of
+from moemerge.manifests import (
+    SCHEMA,
+    chain_of,
+    flat_inputs,
+    holds_manifest,
+    own_digest,
+    stated_licence,
+)
+from moemerge.manifests import read_manifest as read_manifest
 from moemerge.options import Options, Run, input_fields
 from moemerge.redaction import redact, redacted
 from moemerge.weight_files import weight_faults
 
-SCHEMA = 1
 MAX_FAULTS = 100
 RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 UNCOMPARED = {"output", "overwrite", "threads"}
@@ -181,12 +189,6 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         )
 
 
-def holds_manifest(folder: Path) -> bool:
-    """Whether there is a manifest of ours, damaged or not, and not some other tool's file of that name."""
-    path = folder / MANIFEST
-    return path.is_file() and b'"stage"' in path.read_bytes()
-
-
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -213,11 +215,13 @@ def _local_inputs(options: Run) -> Iterator[tuple[str, Path]]:
 
 def _beginning(name: str, options: Run) -> dict[str, Any]:
     """What a manifest can tell before the work begins."""
+    inputs = {key: _fingerprints(value) for key, value in input_fields(options).items()}
     return {
         "schema": SCHEMA,
         "stage": name,
         "options": plain_options(options),
-        "inputs": {key: _fingerprints(value) for key, value in input_fields(options).items()},
+        "inputs": inputs,
+        "chain": chain_of(flat_inputs({"inputs": inputs}).values()),
         "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
     }
 
@@ -276,30 +280,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
-def own_digest(manifest: dict[str, Any]) -> str:
-    """sha256 over a manifest's values, its own digest left out."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an artifact. Raises ArtifactError if there is none or it is of another schema."""
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["schema"] == SCHEMA:
-            return dict(manifest)
-        given = f"schema {manifest['schema']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        given = str(error)
-    raise ArtifactError(
-        f"{folder} is not a moemerge artifact",
-        given=given,
-        expected=f"a folder with {MANIFEST}, schema {SCHEMA}",
-        fix="give the folder that an earlier stage wrote, or run that stage again",
-    )
-
-
 def expect_stage(folder: str | Path, *stages: str) -> dict[str, Any]:
     """The manifest of an artifact that one of `stages` wrote; ArtifactError otherwise."""
     manifest = read_manifest(folder)
@@ -336,14 +316,6 @@ def why_stale(name: str, options: Run) -> str | None:
     return None
 
 
-def flat_inputs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A manifest's inputs by name; those of a mapping under NAME.KEY."""
-    flat: dict[str, dict[str, Any]] = {}
-    for name, given in manifest["inputs"].items():
-        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
-    return flat
-
-
 def _fingerprints(value: Any, known: Any = None) -> Any:
     """Fingerprint of one source, or of a mapping or list of sources; a hub name stands for itself."""
     if isinstance(value, list):
@@ -355,9 +327,10 @@ def _fingerprints(value: Any, known: Any = None) -> Any:
         return {"hub": redact(value), "sha256": redact(value)}
     refuse_foreign(path)
     files = (known or {}).get("files")
-    if files is None and (path / MANIFEST).exists():
+    if files is None and holds_manifest(path):
         files = read_manifest(path)["files"]
-    return fingerprint(path, files)
+    licence = stated_licence(path)
+    return fingerprint(path, files) | ({"license": licence} if licence else {})
 
 
 def _digests(record: Any) -> Any:

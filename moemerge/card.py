@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from moemerge import recipe
-from moemerge.artifacts import expect_stage, read_manifest
-from moemerge.coefficients.base import Coefficients
+from moemerge.artifacts import expect_stage
 from moemerge.errors import ArtifactError
 from moemerge.evaluation_page import main_numbers
 from moemerge.fingerprints import MANIFEST, fingerprint
-from moemerge.options import Run, input_fields
+from moemerge.manifests import Manifest, flat_inputs, read_manifest, stated_licence
+from moemerge.options import Run
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
 from moemerge.recipe import Publish
@@ -30,7 +30,8 @@ from moemerge.summary import rewardbench_parts
 from moemerge.verdict import standing
 
 SHORT = 12
-LICENCE = ("license", "license_name", "license_link")
+# What values of any kind, where a stage would write others, can raise.
+NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
 MODEL_STAGES = ("merge", "train", "upcycle", "export")
 MIXTURES = ("moemerge_", "qwen2_moe")
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
@@ -70,18 +71,37 @@ class Evaluation:
     report: dict[str, Any]
     model: str
 
+    @property
+    def plots(self) -> list[Path]:
+        """The files beside the report that it names as its plots."""
+        named = {str(name) for name in self.report["plots"]}
+        return [path for path in sorted(self.folder.iterdir()) if path.name in named and path.is_file()]
+
 
 def make_card(options: Publish) -> ModelCard:
     """The card of `options.model`, from its manifest and those of everything that it came from.
 
-    Raises ArtifactError if no stage wrote the folder as a model, or the evaluation does not hold it.
+    Raises ArtifactError if no stage wrote the folder as a model, the evaluation does not hold it, or what
+    manifests and report hold is not what a stage writes there.
     """
+    try:
+        return _card(options)
+    except NONSENSE as error:
+        raise ArtifactError(
+            "no card can be made of what the manifests and the report tell",
+            given=f"{type(error).__name__}: {error}"[:300],
+            expected="values as the stages write them",
+            fix="run the stage that wrote the model, or evaluate, again",
+        ) from error
+
+
+def _card(options: Publish) -> ModelCard:
     folder = Path(options.model)
     home = home_of(folder)
     manifest = expect_stage(home, *MODEL_STAGES)
     _require_one_model(folder, manifest)
     evaluation = find_evaluation(folder, options.evaluation) if options.evaluation else None
-    chain = list(ancestors(home))
+    chain = ancestors(manifest)
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
     parts = [f"# {title}", _kind(manifest, folder), _loading(title, folder)]
@@ -99,7 +119,7 @@ def home_of(model: Path) -> Path:
     return model
 
 
-def _require_one_model(folder: Path, manifest: dict[str, Any]) -> None:
+def _require_one_model(folder: Path, manifest: Manifest) -> None:
     if (folder / "config.json").is_file():
         return
     members = manifest["results"].get("models", [])
@@ -133,26 +153,18 @@ def find_evaluation(model: Path, folder: str) -> Evaluation:
     return Evaluation(Path(folder), report, own if own in names else names[0])
 
 
-def ancestors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Manifests of everything that `folder` was made from and that is still as it was, then its own."""
-    seen: set[Path] = set()
+def ancestors(manifest: Manifest) -> list[Manifest]:
+    """What a manifest carries of everything that its folder was made from, then itself.
 
-    def visit(place: Path) -> Iterator[dict[str, Any]]:
-        if place.resolve() in seen:
-            return
-        seen.add(place.resolve())
-        manifest = read_manifest(place)
-        for given in _inputs(manifest).values():
-            yield from visit_input(given)
-        yield manifest
-
-    def visit_input(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        path = Path(given.get("path", ""))
-        home = next((p for p in (path, *path.parents[:2]) if (p / MANIFEST).is_file()), None)
-        if "path" in given and home and path.exists() and _digest(path) == given["sha256"]:
-            yield from visit(home)
-
-    yield from visit(folder)
+    No path in it is followed: whoever wrote it would choose what is read.
+    """
+    if "chain" not in manifest:
+        log.warning(
+            "the card tells of the last stage only: an older version wrote its manifest; run %s again to "
+            "have all of them, from the first to the last",
+            manifest["stage"],
+        )
+    return [*manifest.get("chain", []), manifest]
 
 
 def _digest(path: Path) -> str:
@@ -160,16 +172,8 @@ def _digest(path: Path) -> str:
     return str(fingerprint(path, known)["sha256"])
 
 
-def _inputs(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The manifest's inputs by name; those of a mapping under NAME.KEY."""
-    flat: dict[str, dict[str, Any]] = {}
-    for name, given in manifest["inputs"].items():
-        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
-    return flat
-
-
 def _card_data(
-    title: str, options: Publish, chain: list[dict[str, Any]], evaluation: Evaluation | None
+    title: str, options: Publish, chain: list[Manifest], evaluation: Evaluation | None
 ) -> ModelCardData:
     base = options.base_model or _hub_base(chain)
     merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
@@ -191,10 +195,10 @@ def _card_data(
     )
 
 
-def _origins(chain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _origins(chain: list[Manifest]) -> list[Manifest]:
     """Models that no stage of the chain made: the dense model at its start."""
     made = {tuple(sorted(r["sha256"] for r in manifest["files"].values())) for manifest in chain}
-    found = [given for manifest in chain for name, given in _inputs(manifest).items() if name == "model"]
+    found = [given for manifest in chain for name, given in flat_inputs(manifest).items() if name == "model"]
     return [
         given
         for given in found
@@ -202,21 +206,16 @@ def _origins(chain: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _hub_base(chain: list[dict[str, Any]]) -> str | None:
+def _hub_base(chain: list[Manifest]) -> str | None:
     return next((given["hub"] for given in _origins(chain) if "hub" in given), None)
 
 
-def _inherited_license(base: str | None, chain: list[dict[str, Any]]) -> dict[str, str]:
-    """What the dense model's own card says about its licence, if that card is on this machine."""
+def _inherited_license(base: str | None, chain: list[Manifest]) -> dict[str, str]:
+    """What the dense model's own card says of its licence: in the hub's cache, or as a stage noted."""
+    noted = [given.get("license") for given in _origins(chain)]
     cached = try_to_load_from_cache(base, "README.md") if base and base.count("/") == 1 else None
-    cards = [cached] if isinstance(cached, str) else []
-    cards += [str(Path(given["path"]) / "README.md") for given in _origins(chain) if "path" in given]
-    for card in cards:
-        if Path(card).is_file():
-            stated = ModelCard.load(card, ignore_metadata_errors=True).data
-            if stated.get("license"):
-                return {key: str(stated.get(key)) for key in LICENCE if stated.get(key)}
-    return {}
+    cards = [stated_licence(Path(cached).parent)] if isinstance(cached, str) else []
+    return next((dict(stated) for stated in [*cards, *noted] if stated), {})
 
 
 def _eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:
@@ -256,7 +255,7 @@ def _model_type(folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
 
 
-def _made_from(chain: list[dict[str, Any]]) -> str:
+def _made_from(chain: list[Manifest]) -> str:
     rows = [_stage_row(manifest) for manifest in chain]
     table = Table(
         "Stages, in order", ["stage", "from", "settings other than the defaults", "moemerge", "when"], rows
@@ -264,8 +263,8 @@ def _made_from(chain: list[dict[str, Any]]) -> str:
     return table.markdown().rstrip()
 
 
-def _stage_row(manifest: dict[str, Any]) -> list[str]:
-    sources = [f"{name}: {_source_name(given)}" for name, given in _inputs(manifest).items()]
+def _stage_row(manifest: Manifest) -> list[str]:
+    sources = [f"{name}: {_source_name(given)}" for name, given in flat_inputs(manifest).items()]
     settings = [f"{name}={_brief(value)}" for name, value in _changed_settings(manifest).items()]
     version = manifest["versions"].get("moemerge", "")
     return [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
@@ -274,16 +273,15 @@ def _stage_row(manifest: dict[str, Any]) -> list[str]:
 def _source_name(given: dict[str, Any]) -> str:
     if "hub" in given:
         return f"`{given['hub']}`" if not Path(given["hub"]).is_absolute() else f"`{Path(given['hub']).name}`"
-    return f"`{Path(given['path']).name}` ({given['sha256'][:SHORT]})"
+    return f"`{Path(given.get('path', '')).name}` ({given['sha256'][:SHORT]})"
 
 
-def _changed_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+def _changed_settings(manifest: Manifest) -> dict[str, Any]:
     """Options other than their defaults, without paths and what does not change results."""
     kind = getattr(recipe, manifest["stage"].title(), None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, Run)):
         return {}
-    options = kind.model_construct(**manifest["options"])
-    left_out = {*input_fields(options), *Run.model_fields} - {"seed"}
+    left_out = {*manifest["inputs"], *Run.model_fields} - {"seed"}
     fields = {name: field for name, field in kind.model_fields.items() if name not in left_out}
     given = {name: manifest["options"][name] for name in fields if name in manifest["options"]}
     return {
@@ -297,7 +295,7 @@ def _brief(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
-def _kind(manifest: dict[str, Any], folder: Path) -> str:
+def _kind(manifest: Manifest, folder: Path) -> str:
     """What sort of model this is, in a few sentences."""
     if manifest["stage"] == "export":
         if manifest["options"].get("form") == "qwen2_moe":
@@ -319,26 +317,21 @@ def _kind(manifest: dict[str, Any], folder: Path) -> str:
     return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
 
 
-def _host_method(manifest: dict[str, Any]) -> str | None:
+def _host_method(manifest: Manifest) -> str | None:
     """mergekit's method that merged the model; None for the routing-normalised average."""
     ours = recipe.MergeSettings.model_fields["method"].default
     method = str(manifest["options"].get("method", ours))
     return None if method == ours else method
 
 
-def _coefficients(manifest: dict[str, Any]) -> list[str]:
-    """The coefficient table of a merged model, while the file is still the one that was merged with."""
-    given = manifest["inputs"].get("coefficients") if _host_method(manifest) is None else None
-    path = Path(given["path"]) if given and "path" in given else None
-    if given is None or path is None or not path.exists() or _digest(path) != given["sha256"]:
+def _coefficients(manifest: Manifest) -> list[str]:
+    """The coefficients that a model was merged with, block by block."""
+    found = manifest["results"].get("table") if _host_method(manifest) is None else None
+    if not found:
         return []
-    coefficients = Coefficients.load(path)
     member = "model" if manifest["options"].get("models") else "expert"
-    header = ["block", "shared", *(f"{member} {i}" for i in range(coefficients.num_experts))]
-    rows = [
-        [block, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)]
-        for block, shared, alpha_N in coefficients.table()
-    ]
+    header = ["block", "shared", *(f"{member} {i}" for i in range(len(found[0][2])))]
+    rows = [[str(block), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for block, shared, alpha_N in found]
     what = "merged tensor of the block" if member == "model" else "matrix of the layer's MLP"
     note = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i, for every {what}."
     return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]
@@ -350,7 +343,7 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
     tables += [
         table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])
     ]
-    plots = [f"![{plot}](plots/{plot})" for plot in evaluation.report["plots"]]
+    plots = [f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots]
     intro = f"In the tables and plots this model is called **{evaluation.model}**."
     words = [text for text in [standing(evaluation.report)] if text]
     return ["## Evaluation", intro, *words, *(table.markdown().rstrip() for table in tables), *plots]

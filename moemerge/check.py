@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from moemerge import baselines
 from moemerge.artifacts import RECIPE_COPY, parse_options
-from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
+from moemerge.confined import refuse_foreign
+from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, UnsupportedError, suggest
 from moemerge.families import FAMILIES, family_called
 from moemerge.json_file import LAYERS, read_config
 from moemerge.layers import parse_layers
@@ -184,11 +185,16 @@ def local_config(recipe: Recipe) -> Tree | None:
 
 def _fault_of_config(recipe: Recipe) -> str | None:
     """Why there is no local config; None if there is one."""
+    if not recipe.model:
+        return "no model"
     try:
-        read_config(Path(recipe.model)) if recipe.model else None
-        return None if recipe.model else "no model"
+        refuse_foreign(Path(recipe.model))
+        read_config(Path(recipe.model))
+        return None
     except (OSError, ValueError) as error:
         return str(error)
+    except ArtifactError as error:
+        return error.given
 
 
 def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:

@@ -21,6 +21,7 @@ from moemerge.cost import COSTS
 from moemerge.errors import ArtifactError, OptionError, suggest
 from moemerge.figures import Figure
 from moemerge.html_report import Section, write_report
+from moemerge.json_file import read_object
 from moemerge.probes.base import Interval, Table
 from moemerge.recipe import Compare
 from moemerge.report_file import FORMAT, read_report
@@ -92,11 +93,24 @@ def _read(folder: str) -> _Run:
             fix="evaluate first, or correct runs",
         )
     manifest = expect_stage(folder, "evaluate")
+    try:
+        return _run(folder, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+        raise ArtifactError(
+            f"the evaluation {folder} cannot be read",
+            given=f"{type(error).__name__}: {error}"[:300],
+            expected="report and manifest as evaluate writes them",
+            fix="evaluate again",
+        ) from error
+
+
+def _run(folder: str, manifest: Mapping[str, Any]) -> _Run:
+    path = Path(folder)
     models, main = manifest["results"]["models"], manifest["results"]["main"]
     return _Run(
         folder,
         manifest["options"]["seed"],
-        read_report(folder)["baseline"],
+        str(read_report(folder)["baseline"]),
         _recipe(path.resolve().parent / RECIPE_COPY),
         dict(_measures(main, set(models))),
         {model: _cost(facts) for model, facts in models.items()},
@@ -105,7 +119,7 @@ def _read(folder: str) -> _Run:
 
 def _recipe(path: Path) -> dict[str, Any]:
     """What the run's recipe sets, by dotted names; nothing for an evaluation outside a run."""
-    return dict(_flat(json.loads(path.read_text(encoding="utf-8")))) if path.exists() else {}
+    return dict(_flat(read_object(path))) if path.exists() else {}
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moemerge.errors import ArtifactError
 
@@ -27,6 +29,31 @@ def refuse_foreign(source: Path) -> None:
                 expected="files and folders, and links to such in the same folder",
                 fix="put a copy of the file in its place, or remove it",
             )
+
+
+def refuse_paths(values: Any, home: Path, file: str) -> None:
+    """Raise ArtifactError if a text in `values`, those of the JSON `file` in `home`, names a file elsewhere.
+
+    Who takes such values for arguments, as transformers does with those of tokenizers, would read that file,
+    and write what it holds into what it saves.
+    """
+    queue, inside = [values], home.resolve()
+    while queue:
+        value = queue.pop()
+        if isinstance(value, dict | list):
+            queue += value.values() if isinstance(value, dict) else value
+        for named in [value, os.path.join(home, value)] if isinstance(value, str) else []:
+            if os.path.exists(named) and not os.path.isdir(named) and not _is_in(named, inside):
+                raise ArtifactError(
+                    f"{home} names a file that is not its own",
+                    given=f"{value[:200]} in {file}",
+                    expected="files of the same folder",
+                    fix=f"take this value out of {file}",
+                )
+
+
+def _is_in(path: str, home: Path) -> bool:
+    return any(Path(path).resolve().is_relative_to(place) for place in _homes(home))
 
 
 def _homes(root: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder, where what every model has is of its type. Raises as read_object."""
     config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
-    for name in ELSEWHERE:
-        if "/" in str(config.get(name, "")) or (name == "transformers_weights" and config.get(name)):
-            raise ValueError(f"{name} {config[name]!r} names code or weights that are not in the folder")
+    for name, value in _entries(config):
+        if name in ELSEWHERE and ("/" in str(value) or (name == "transformers_weights" and value)):
+            raise ValueError(f"{name} {value!r} names code or weights that are not in the folder")
     heads = config.get("architectures")
     kind = config.get("model_type", "")
     if not isinstance(kind, str):
@@ -52,3 +53,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= MAX_LAYERS:
             raise ValueError(f"{name} {number!r} is no number from 1 to {MAX_LAYERS}")
     return config
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values in a config and in the configs and lists within it."""
+    queue: list[Any] = [config]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            queue += value.values()
+        elif isinstance(value, list):
+            queue += value

@@ -61,6 +61,7 @@ def merge(options: Merge, draft: Draft) -> None:
         "merged_tensors": len(source.tensors),
         "other_tensors": len(source.backbone),
         "coefficients": way.coefficients.meta if way.coefficients else None,
+        "table": list(way.coefficients.table()) if way.coefficients else None,
         "caveats": list(source.caveats),
     }
 

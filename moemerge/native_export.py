@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, Qwen2MoeConfig
+from transformers import PreTrainedConfig, Qwen2MoeConfig, Qwen2MoeForSequenceClassification
 
 from moemerge import runtime
 from moemerge.alike import largest_difference, probe_batch, probe_scores, require_alike
@@ -71,7 +71,7 @@ def write_native(options: Export, draft: Draft) -> None:
     assert options.model is not None, "recipe.Export asks for it"
     source = MoeCheckpoint(options.model)
     config = native_config(source)
-    draft.reserve(source.size(source.dtype, copies=1 + source.num_members))
+    draft.reserve(_numbers(config) * source.dtype.itemsize)
     write_checkpoint(draft.folder, native_tensors(source), options.shard_size)
     config.save_pretrained(draft.folder)
     copy_side_files(source.folder, draft.folder)
@@ -83,6 +83,13 @@ def write_native(options: Export, draft: Draft) -> None:
         )
     draft.results |= {"form": options.form, "scales": {"shared": shared, "routed": routed}, "exact": exact}
     _compare(options, source, draft)
+
+
+def _numbers(config: Qwen2MoeConfig) -> int:
+    """How many numbers the weights of a model of `config` are."""
+    with torch.device("meta"):
+        model = Qwen2MoeForSequenceClassification(config)
+    return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
 def native_config(source: MoeCheckpoint) -> Qwen2MoeConfig:

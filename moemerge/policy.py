@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moemerge.checkpoint import Checkpoint
 from moemerge.configs import unloadable
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.policy_settings import Optimise, Sample
@@ -50,6 +52,8 @@ def load_policy(
     that are missing, as of a reward model, or misshapen, and for pickled weights.
     """
     refuse_pickle(path)
+    if Path(path).is_dir():
+        Checkpoint(path)
     tokenizer = load_tokenizer(path, trust)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
@@ -57,7 +61,7 @@ def load_policy(
             found: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=wanted, trust_remote_code=trust, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # see configs.load_config
         raise unloadable("the policy cannot be loaded", path, error, "a causal language model") from error
     model, loading = found
     missing = sorted(loading["missing_keys"])
@@ -69,6 +73,8 @@ def load_policy(
             fix="give a language model, such as the one that the reward model was made from",
         )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # What is left unset when text is generated, transformers takes from here.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(device).eval(), tokenizer
 
 

@@ -167,8 +167,8 @@ def _link(source: Path, target: Path) -> None:
 def _stage_plots(model: Path, evaluation: str, folder: Path) -> None:
     found = find_evaluation(model, evaluation)
     (folder / "plots").mkdir()
-    for plot in found.report["plots"]:
-        shutil.copy2(found.folder / plot, folder / "plots" / plot)
+    for plot in found.plots:
+        shutil.copy2(plot, folder / "plots" / plot.name)
 
 
 def push_folder(folder: Path, repo: str, public: bool, endpoint: str | None = None) -> str:

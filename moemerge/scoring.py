@@ -26,10 +26,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from moemerge.checkpoint import Checkpoint
-from moemerge.configs import load_config, tell_of_code, unloadable
-from moemerge.confined import refuse_foreign
+from moemerge.configs import check_files, load_config, tell_of_code, unloadable
 from moemerge.errors import CheckpointError, DataError, MoemergeError
-from moemerge.json_file import read_config
 from moemerge.model_guards import refuse_larger, refuse_own_class
 from moemerge.token_limits import check_texts
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
@@ -61,14 +59,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     token before it. Raises CheckpointError if there is no tokenizer, or neither token.
     """
     try:
-        if Path(path).exists():
-            refuse_foreign(Path(path))
-        if (Path(path) / "config.json").exists():
-            read_config(Path(path))
+        check_files(path)
         if trust_remote_code:
             tell_of_code(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer(["a"])
+        tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.eos_token  # noqa: B018 (a few classes have none)
     except MoemergeError:
         raise
     except Exception as error:  # a broken tokenizer.json raises a bare Exception

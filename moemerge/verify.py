@@ -10,13 +10,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moemerge.artifacts import flat_inputs, holds_manifest, own_digest, read_manifest
 from moemerge.errors import ArtifactError
 from moemerge.fingerprints import MANIFEST, artifact_files, file_digest
+from moemerge.manifests import flat_inputs, holds_manifest, load_manifest, own_digest, read_manifest
 from moemerge.weight_files import Fault, weight_faults
 
-__all__ = ["Fault", "Verification", "verify", "verify_folder"]
+__all__ = ["UNCHECKED", "Fault", "Verification", "verify", "verify_folder"]
 
+UNCHECKED = "cannot be checked"  # what a manifest without a checksum of its own is
 THREADS = 4
 SHORT = 12
 # What reading a manifest whose values are not what they should be can raise.
@@ -36,14 +37,16 @@ def verify(folder: str | Path, inputs: bool = False) -> Verification:
     """Hold every file of an artifact against its manifest; with `inputs`, also what it was made from.
 
     Missing, added and changed files (by sha256, read in full), weights whose header cannot be read, and an
-    index that disagrees with its shards are faults. Hidden files are not looked at. Inputs that are artifacts
-    are verified in turn; those that are gone, or names on the hub, are listed as gone and are no faults.
-    The folder of a run stands for those of its steps. Raises ArtifactError if there is no manifest to read.
+    index that disagrees with its shards are faults; so is, as UNCHECKED, an older version's manifest, which
+    has no checksum of its own, though its files are held against it. Hidden files are not looked at. Inputs
+    that are artifacts are verified in turn, wherever their paths in the manifest lead; those that are gone,
+    or names on the hub, are listed as gone and are no faults. The folder of a run stands for those of its
+    steps. Raises ArtifactError if there is no manifest to read.
     """
     root = Path(folder)
     steps = [home for home in sorted(root.glob("*/")) if holds_manifest(home)]
     if holds_manifest(root) or not steps:
-        read_manifest(root)
+        load_manifest(root)
         steps = [root]
     chain = _Chain(root, Verification())
     for home in steps:
@@ -103,13 +106,16 @@ def _under(folder: Path, fault: Fault) -> Fault:
 
 
 def _broken_manifest(error: Exception) -> Fault:
-    return Fault(MANIFEST, "cannot be read", "a manifest", f"{type(error).__name__}: {error}"[:200])
+    reason = error.given if isinstance(error, ArtifactError) else f"{type(error).__name__}: {error}"
+    return Fault(MANIFEST, "cannot be read", "a manifest", reason[:200])
 
 
 def _folder_faults(folder: Path, manifest: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
-    digest = str(manifest.get("sha256", "none of its own"))
-    if digest != own_digest(manifest):
-        yield Fault(MANIFEST, "changed", _brief(digest), _brief(own_digest(manifest)))
+    digest = own_digest(manifest)
+    if "sha256" not in manifest:
+        yield Fault(MANIFEST, UNCHECKED, "no checksum of its own", "written by an older version")
+    elif manifest["sha256"] != digest:
+        yield Fault(MANIFEST, "changed", _brief(str(manifest["sha256"])), _brief(digest))
     yield from _file_faults(folder, manifest["files"], digests)
     yield from weight_faults(folder, list(artifact_files(folder)))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,35 @@ PAIR = {"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}
 CANDIDATES = {"prompt": "w1", "candidates": [{"text": "w3", "score": 1.0}, {"text": "w4", "score": 0.0}]}
 RECIPE = "output: run\nmodel: dense\ndata: {train: pairs.jsonl, test_share: 0.1}\n"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+_SEEN: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if (
+        _SEEN is not None
+        and event in ("open", "os.listdir", "os.scandir")
+        and isinstance(arguments[0], str | bytes)
+    ):
+        _SEEN.append(os.path.realpath(os.fsdecode(arguments[0])))
+
+
+def opened_by(work: Callable[[], object]) -> list[str]:
+    """The real paths of all files and folders that Python opens or lists in `work`, by its audit events."""
+    global _SEEN
+    if _note not in _HOOKED:
+        sys.addaudithook(_note)
+        _HOOKED.append(_note)
+    _SEEN = []
+    try:
+        work()
+        return _SEEN
+    finally:
+        _SEEN = None
+
+
+_HOOKED: list[Any] = []
 
 
 def jsonl(path: Path, rows: Iterable[Any]) -> Path:

@@ -32,6 +32,7 @@ def make_chain(root: Path) -> dict[str, Path]:
     merge = Merge(model=str(root / "train"), coefficients=str(root / "fit"), output=root / "merged")
     with artifact("merge", merge) as draft:
         save_dense(draft.folder, seed=1)
+        draft.results["table"] = list(Coefficients.load(root / "fit").table())
     models = {"trained": str(root / "train"), "ours": str(root / "merged")}
     evaluate(models=models, pairs={"hh": str(pairs)}, resamples=100, output=root / "evaluation")
     return {name: root / name for name in ("train", "fit", "merged", "evaluation")}

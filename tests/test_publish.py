@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import save_dense
+from hostile_files import edit_json, opened_by
 from huggingface_hub import ModelCard
 from small_chain import make_chain
-from small_moe import make_moe
 
 from moemerge import report_file
-from moemerge.artifacts import artifact, read_manifest
+from moemerge.artifacts import artifact, read_manifest, write_json
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.evaluate import evaluate
 from moemerge.export import export
+from moemerge.manifests import own_digest, stated_licence
 from moemerge.publish import publish
-from moemerge.recipe import Train
+from moemerge.recipe import Publish, Train
 from moemerge.upcycle import upcycle
 
 
@@ -134,6 +136,64 @@ def test_licence_comes_from_the_dense_model(tmp_path: Path) -> None:
     assert "merge" not in data.tags
 
 
+def test_the_chain_is_carried_along_and_no_path_in_a_manifest_is_followed(tmp_path: Path) -> None:
+    """A card tells of every stage, though all it was made from is gone, and opens nothing outside."""
+    dense = save_dense(tmp_path / "away" / "dense")
+    (dense / "README.md").write_text("---\nlicense: 'mit'\n---\n")
+    moe = upcycle(model=str(dense), output=tmp_path / "moe", num_experts_per_tok=2)
+    members = export(model=str(moe), output=tmp_path / "members")
+    manifest = json.loads((members / "manifest.json").read_text())
+    assert [one["stage"] for one in manifest["chain"]] == ["upcycle"]
+    for place in ("/etc", str(tmp_path / "away"), str(members / ".." / "moe"), "../moe"):
+        manifest["inputs"]["model"]["path"] = manifest["chain"][0]["inputs"]["model"]["path"] = place
+        write_json(members / "manifest.json", manifest | {"sha256": own_digest(manifest)})
+        options = Publish(model=str(members / "shared"), output=tmp_path / "card", overwrite=True)
+        opened = opened_by(partial(publish, options))
+        outside = [str(moe), str(tmp_path / "away"), "/etc"]
+        assert [name for name in opened if name.startswith(tuple(outside))] == []
+        assert any(name.startswith(str(members)) for name in opened)
+    card = ModelCard.load(tmp_path / "card" / "README.md")
+    assert "| upcycle |" in card.text and "| export |" in card.text and card.data.license == "mit"
+
+
+def test_a_changed_input_has_no_chain_and_an_old_manifest_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_dense(tmp_path / "dense")
+    moe = upcycle(model=str(tmp_path / "dense"), output=tmp_path / "moe", num_experts_per_tok=2)
+    (moe / "more.txt").write_text("added: all else is as it was")
+    whole = export(model=str(moe), output=tmp_path / "a")
+    assert [one["stage"] for one in read_manifest(whole)["chain"]] == ["upcycle"]
+    edit_json(moe / "tokenizer_config.json", model_max_length=77)
+    with caplog.at_level(logging.WARNING, "moemerge"):
+        assert read_manifest(export(model=str(moe), output=tmp_path / "b"))["chain"] == []
+    assert "was changed since it was made" in caplog.text
+    manifest = read_manifest(whole)
+    del manifest["chain"]
+    write_json(whole / "manifest.json", manifest | {"sha256": own_digest(manifest)})
+    with caplog.at_level(logging.WARNING, "moemerge"):
+        publish(model=str(whole / "shared"), output=tmp_path / "card")
+    assert "an older version wrote its manifest" in caplog.text
+
+
+HEADS: dict[str, tuple[str, dict[str, str]]] = {
+    "plain": ("license: mit", {"license": "mit"}),
+    "laughs": ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: *b", {}),
+    "list": ("license: [mit]", {}),
+    "tag": ("license: !!python/object/apply:os.system ['x']", {}),
+    "long": ("license: " + "x" * 1000, {}),
+    "not_utf8": ("license: mit\nother: \udcff", {"license": "mit"}),
+    "name_alone": ("license_name: mine", {}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_licence_is_read_from_a_card_without_trusting_it(name: str, tmp_path: Path) -> None:
+    text, expected = HEADS[name]
+    (tmp_path / "README.md").write_bytes(f"---\n{text}\n---\n".encode("utf-8", "surrogateescape"))
+    assert stated_licence(tmp_path) == expected
+
+
 def test_faults(run: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="another stage"):
         publish(model=str(run["fit"]), output=tmp_path / "p")
@@ -192,7 +252,8 @@ def test_a_folder_that_does_not_verify_is_refused(harm: str, run: dict[str, Path
 
 
 def test_exported_members_and_the_stock_form_have_cards(tmp_path: Path) -> None:
-    moe = make_moe(tmp_path / "moe", gate="topk")
+    dense = save_dense(tmp_path / "dense")
+    moe = upcycle(model=str(dense), output=tmp_path / "moe", num_experts_per_tok=2, gate="topk")
     members = export(model=str(moe), output=tmp_path / "members")
     stock = export(model=str(moe), form="qwen2_moe", output=tmp_path / "stock")
     one = publish(model=str(members / "expert-1"), repo="me/one", output=tmp_path / "a")

@@ -27,6 +27,7 @@ GROUND = {
     "attack_settings",
     "recipe",
     "artifacts",
+    "manifests",
     "layers",
     "weight_files",
     "disk",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CORE, SIZES, TINY, save_dense, tiny_tokenizer
+from hostile_files import edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -59,6 +60,35 @@ def test_any_padding_of_the_tokenizer_gives_the_same(side: str, pad: str | None,
     assert (found - one_at_a_time(model, texts())).abs().max() <= 1e-5
     loaded.padding_side = side
     assert torch.equal(score(model, loaded, texts(), 300), found)
+
+
+NEEDS_A_PAD_TOKEN = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder"}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_pad_token_of_minus_one_is_none_or_refused(family: str, tmp_path: Path) -> None:
+    """transformers itself would find no padding then, and take a shorter text's score from a pad token."""
+    folder = save_dense(tmp_path / "m", family)
+    whole = load_reward_model(str(folder), "cpu")
+    edit_json(folder / "config.json", pad_token_id=-1)
+    if family in NEEDS_A_PAD_TOKEN:
+        with pytest.raises(CheckpointError, match="pad token .* is no token") as caught:
+            load_reward_model(str(folder), "cpu")
+        assert "set pad_token_id in its config.json" in caught.value.fix
+        return
+    model, tokenizer = load_reward_model(str(folder), "cpu"), load_tokenizer(str(folder))
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    assert torch.equal(score(model, tokenizer, texts(8), 300), score(whole, tokenizer, texts(8), 300))
+
+
+def test_a_moe_of_a_model_with_a_pad_token_of_minus_one(tmp_path: Path) -> None:
+    folder = save_dense(tmp_path / "m")
+    expected = score(load_reward_model(str(folder), "cpu"), load_tokenizer(str(folder)), texts(8), 300)
+    edit_json(folder / "config.json", pad_token_id=-1)
+    moe = str(upcycle(model=str(folder), output=tmp_path / "moe", num_experts_per_tok=2))
+    found = score(load_reward_model(moe, "cpu"), load_tokenizer(moe), texts(8), 300)
+    assert (found - expected).abs().max() <= 1e-5
+    assert AutoConfig.from_pretrained(moe).pad_token_id != -1
 
 
 def test_batches_keep_the_token_budget_and_every_row() -> None:

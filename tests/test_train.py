@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import pickle
 import random
 import signal
 import subprocess
@@ -402,6 +404,40 @@ def test_run_killed_after_its_last_step_trains_no_further(
     monkeypatch.setattr(PairTrainer, "training_step", raiser("trained on"))
     run(world, tmp_path / "killed", **options)
     assert not moved(tmp_path / "straight", tmp_path / "killed")
+
+
+class Pickled:
+    """A pickle of this makes a folder when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_pickle_in_the_workspace_runs_nothing_when_training_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a trainer state, which only others can have put there, is refused unread."""
+    from moemerge.trainer import PairTrainer
+
+    options, step = {"held": True, "max_steps": 3, "eval_steps": 1}, PairTrainer.training_step
+
+    def killed(self: Any, *given: Any) -> Any:
+        return raiser("killed")() if self.state.global_step == 1 else step(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(PairTrainer, "training_step", killed)
+        run(world, tmp_path / "out", **options)
+    (home,) = tmp_path.glob(".out.*.work/*/checkpoint-*")
+    for name in ("optimizer.pt", "rng_state.pth"):
+        whole = (home / name).read_bytes()
+        torch.save(Pickled(tmp_path / "ran"), home / name)
+        with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+            run(world, tmp_path / "out", **options)
+        assert not (tmp_path / "ran").exists()
+        (home / name).write_bytes(whole)
 
 
 def raiser(text: str) -> Any:

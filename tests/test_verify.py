@@ -150,6 +150,24 @@ def test_a_manifest_with_any_bit_flipped_is_a_fault(made: Path, tmp_path: Path) 
         assert found, place
 
 
+def test_a_manifest_of_an_older_version_cannot_be_checked_and_its_files_are(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = copy(source=str(made), output=tmp_path / "second")
+    manifest = json.loads((made / "manifest.json").read_text())
+    for key in ("sha256", "chain"):
+        del manifest[key]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    (fault,) = verify_folder(made)
+    assert (fault.file, fault.what) == ("manifest.json", "cannot be checked")
+    code, out, _ = command(capsys, second, "--inputs")
+    assert code == 1 and "2 folder(s) verified: no fault(s)\n" in out
+    assert "1 manifest(s) cannot be checked: an older version" in out and "--overwrite" in out
+    flip(made / ONE)
+    assert {one.what for one in verify_folder(made)} == {"cannot be checked", "changed"}
+    assert "1 folder(s) verified: 1 fault(s)\n" in command(capsys, made)[1]
+
+
 def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) -> None:
     second = copy(source=str(made), output=tmp_path / "second")
     third = copy(source="owner/name", output=tmp_path / "third")
