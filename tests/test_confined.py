@@ -23,6 +23,7 @@ from moemerge.errors import ArtifactError, CheckpointError, MoemergeError
 from moemerge.manifests import own_digest
 from moemerge.policy import load_policy, sample_answers
 from moemerge.publish import publish
+from moemerge.report_file import FORMAT
 from moemerge.sample import sample
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle
@@ -245,13 +246,14 @@ def test_an_evaluation_names_no_plots_elsewhere_and_nonsense_is_refused(tmp_path
     out = publish(model=model, evaluation=str(evaluation), output=tmp_path / "card")
     assert [path.name for path in (out / "plots").iterdir()] == ["accuracy.png"]
     assert [path for path in tmp_path.rglob("secret.png")] == [secret]
-    for nonsense in ([], {}, {"plots": 5, "probes": {}}, {"plots": [], "probes": 5}):
+    strange = ({"plots": 5, "probes": {}}, {"plots": [], "probes": 5})
+    for nonsense in ([], {}, *({"format": FORMAT, **one} for one in strange)):
         spoil(evaluation, nonsense)
-        with pytest.raises(ArtifactError, match="no card can be made"):
+        with pytest.raises(ArtifactError, match="no card can be made|cannot be shown"):
             publish(model=model, evaluation=str(evaluation), output=tmp_path / "p")
     for nonsense in ([], {}, deep(100_000)):
         spoil(evaluation, nonsense)
-        with pytest.raises(ArtifactError, match="cannot be read"):
+        with pytest.raises(ArtifactError, match="cannot be shown"):
             compare(runs=[str(evaluation)] * 2, output=tmp_path / "c")
     assert not (tmp_path / "p").exists() and not (tmp_path / "c").exists()
 
