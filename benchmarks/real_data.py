@@ -60,6 +60,7 @@ class Setting:
     label_noise: float = 0.0
     epochs: float = 1.0
     parts: bool = False
+    mixture: bool = True
 
 
 def deal_ukp(data: Path, draw: random.Random, seed: int) -> Dealt:
@@ -80,7 +81,14 @@ def deal_ukp(data: Path, draw: random.Random, seed: int) -> Dealt:
         "validation": held_out[:120],
         "fit": held_out[120:240],
     }
+    pairs |= dict(zip("ab", by_debate(pairs["train"], order[6:11]), strict=True))
     return Dealt(pairs, {"other_debates": test[:400]}, {"arguments": candidates})
+
+
+def by_debate(rows: Iterable[Row], first: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """The rows of the first debates, and those of the others."""
+    a, b = ([row for row in rows if (row["subset"].split("_")[0] in first) is side] for side in (True, False))
+    return a, b
 
 
 def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
@@ -151,7 +159,7 @@ def dealt(home: Path, data: Path, setting: Setting, seed: int) -> dict[str, File
 
 
 def dense_models(home: Path, base: str, pairs: Files, common: Options) -> Files:
-    """The control, and the average of two trainings of half its epochs."""
+    """The control, two trainings of half its epochs, and their average."""
     half = {"epochs": common["epochs"] / 2}
     orders: dict[str, Options] = {f"warm-{i}": {"seed": 1000 * i + common["seed"], **half} for i in (1, 2)}
     ways: dict[str, Options] = {"control": {}, **orders}
@@ -198,9 +206,11 @@ def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int
     base = once(home / "base", train, model=str(given.models / "minilm"), pairs=pairs["base"], **common)
     common |= {"validation": pairs["validation"], "epochs": setting.epochs, "eval_steps": 12}
     common |= {"search": {"learning_rate": list(setting.rates)}}
-    models = {"base": base, **dense_models(home, base, pairs, common)}
-    models |= dict(mixtures(home, base, pairs, common))
-    ensembles = {"ensemble": ["warm-1", "warm-2"]}
+    dense, ensembles = dense_models(home, base, pairs, common), {}
+    models = {"control": dense["control"]}
+    if setting.mixture:
+        models = {"base": base, **dense, **dict(mixtures(home, base, pairs, common))}
+        ensembles["ensemble"] = ["warm-1", "warm-2"]
     if setting.parts:
         models |= dict(specialists(home, base, pairs, common))
         ensembles["specialists"] = ["A", "B"]
@@ -212,6 +222,7 @@ def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int
 SETTINGS = {
     "ukp": Setting(deal_ukp, max_length=128),
     "ukp, noisy": Setting(deal_ukp, max_length=128, label_noise=0.3),
+    "ukp, parts": Setting(deal_ukp, max_length=128, parts=True, mixture=False),
     "hh": Setting(deal_hh, max_length=256, rates=(1e-4,), parts=True),
 }
 
