@@ -27,7 +27,7 @@ from moemerge.artifacts import Draft, stage, write_json
 from moemerge.attack_edits import chosen_edits
 from moemerge.attack_settings import AttackSettings
 from moemerge.errors import DataError
-from moemerge.probes.base import Edit, Floats, Table
+from moemerge.probes.base import Edit, Floats, Table, percent
 from moemerge.probes.edit_effects import excerpt
 from moemerge.probes.edits import apply, last_message, some_pairs
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson
@@ -322,10 +322,8 @@ def tables(report: dict[str, Any], confidence: float) -> list[Table]:
         "scores asked for, per pair": f"{queries['per_pair']:.1f}",
         "of successes, median": "" if median is None else f"{median:g}",
     }
-    note = (
-        f"{confidence:.0%} interval: {report['interval_kind']}. Success: the edited rejected answer scores "
-    )
-    note += "above the chosen one, though it is still the worse answer."
+    note = f"{percent(confidence)} interval: {report['interval_kind']}. Success: the edited rejected answer "
+    note += "scores above the chosen one, though it is still the worse answer."
     found = [
         Table("Attack success", ["", "value"], [[name, str(value)] for name, value in facts.items()], note)
     ]

@@ -22,7 +22,7 @@ from moemerge.errors import ArtifactError, OptionError, suggest
 from moemerge.figures import Figure
 from moemerge.html_report import Section, write_report
 from moemerge.json_file import read_object
-from moemerge.probes.base import Interval, Table
+from moemerge.probes.base import Interval, Table, percent
 from moemerge.recipe import Compare
 from moemerge.report_file import FORMAT, read_report
 
@@ -278,7 +278,9 @@ def _table(group: Mapping[str, Any], confidence: float) -> Table:
         speed = f"{costs['tokens_per_second']:,.0f}" if "tokens_per_second" in costs else ""
         rows.append([model, *cells, *(f"{costs[key]:,.0f}" if key in costs else "" for key in COSTS), speed])
     note = f"Means over {len(group['seeds'])} seeds ({', '.join(map(str, group['seeds']))}). Differences are "
-    note += f"paired by seed, with {confidence:.0%} t-intervals over seeds. Tokens per second as measured."
+    note += (
+        f"paired by seed, with {percent(confidence)} t-intervals over seeds. Tokens per second as measured."
+    )
     if len(group["seeds"]) < FEW_SEEDS:
         note += f" Fewer than {FEW_SEEDS} seeds: they say little about other seeds."
     title = group["title"] or f"{len(group['costs'])} models over {len(group['seeds'])} seeds"

@@ -11,7 +11,7 @@ from moemerge.cost import COSTS
 from moemerge.figures import Figure
 from moemerge.html_report import Section
 from moemerge.probes import PROBES
-from moemerge.probes.base import Table
+from moemerge.probes.base import Table, percent
 
 KINDS = {"pairs": "preference pairs", "candidates": "scored candidates", "rewardbench": "RewardBench"}
 
@@ -56,7 +56,7 @@ def main_numbers(report: Mapping[str, Any]) -> Table:
     """The table to see first, on the page and on a card."""
     header, rows = summary.main_table(dict(report))
     known = [result["confidence"] for result in report["probes"].values() if "confidence" in result]
-    note = f"In brackets: {known[0]:.0%} intervals, each by itself." if known else ""
+    note = f"In brackets: {percent(known[0])} intervals, each by itself." if known else ""
     return Table("Main numbers", header, rows, note)
 
 

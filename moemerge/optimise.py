@@ -27,7 +27,7 @@ from moemerge.policy import Answers, batch_seed, kl_from, load_policy, sample_an
 from moemerge.policy_settings import Optimise
 from moemerge.preferences import as_answer
 from moemerge.probes import over_optimisation
-from moemerge.probes.base import Floats, Table
+from moemerge.probes.base import Floats, Table, percent
 from moemerge.probes.statistics import banded, bootstrap_means
 from moemerge.rows import Row, Text, write_rows
 
@@ -243,7 +243,7 @@ def table(report: dict[str, Any]) -> Table:
             rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
     note = (
         f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
-        f"{report['confidence']:.0%} intervals over these. Drop: gold at its peak minus gold at the end. "
+        f"{percent(report['confidence'])} intervals over these. Drop: gold at its peak minus that at the end. "
         "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
     )
     return Table("Gold score while the policy is optimised", header, rows, note)

@@ -17,7 +17,7 @@ from scipy.special import log_expit
 from moemerge import plotting
 from moemerge.errors import OptionError, suggest
 from moemerge.probes import comparisons
-from moemerge.probes.base import NO_SUBSET, Floats, PairScores, Probe, Table
+from moemerge.probes.base import NO_SUBSET, Floats, PairScores, Probe, Table, percent
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, sampling_units, share_interval
 from moemerge.recipe import EvaluateSettings
 
@@ -127,7 +127,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
     header, compared = (
-        ["model", "accuracy", f"{confidence:.0%} interval", "ties", "loss"],
+        ["model", "accuracy", f"{percent(confidence)} interval", "ties", "loss"],
         len(part["models"]) > 1,
     )
     header += ["minus baseline", "p"] if compared else []
@@ -164,7 +164,7 @@ def _part_tables(title: str, kind: str, parts: dict[str, Any], confidence: float
         cells = [_with_interval(part["models"][m]) for m in models]
         rules = [f"{part[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
         rows.append([name, str(part["pairs"]), str(part["prompts"]), *cells, *rules])
-    note = f"{confidence:.0%} intervals, each by itself; where prompts repeat, from a bootstrap over "
+    note = f"{percent(confidence)} intervals, each by itself; where prompts repeat, from a bootstrap over "
     note += "prompts (too narrow if they are few), or over pairs if all have one prompt. A tie is an error."
     header = [kind, "pairs", "prompts", *models, "always longer", "always shorter"]
     found = [Table(f"Accuracy on {title}", header, rows, note)]

@@ -206,3 +206,8 @@ class Probe:
     tables: Callable[[dict[str, Any]], list[Table]]
     plot: Callable[[dict[str, Any], Path], list[str]]
     edits: Edits | None = None
+
+
+def percent(share: float) -> str:
+    """A share as readers say it: 95% for 0.95, 97.5% for 0.975."""
+    return f"{100 * share:g}%"

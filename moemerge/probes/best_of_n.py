@@ -22,7 +22,7 @@ from scipy.special import gammaln
 
 from moemerge import plotting
 from moemerge.probes import over_optimisation
-from moemerge.probes.base import CandidateScores, Floats, Integers, Probe, Table
+from moemerge.probes.base import CandidateScores, Floats, Integers, Probe, Table, percent
 from moemerge.probes.statistics import banded, bootstrap_means, resampled_p
 from moemerge.recipe import EvaluateSettings
 
@@ -219,7 +219,7 @@ def _gold_table(name: str, measured: dict[str, Any], confidence: float) -> Table
         rows.append([reference, *(f"{value:.3f}" for value in values), ""])
     candidates = " to ".join(str(count) for count in sorted(set(measured["candidates"])))
     note = f"{measured['prompts']} prompts with {candidates} candidates; "
-    note += f"{confidence:.0%} intervals over prompts. Baseline: {measured['baseline']}."
+    note += f"{percent(confidence)} intervals over prompts. Baseline: {measured['baseline']}."
     return Table(f"Gold score of the best of n on {name}", header, rows, note)
 
 
@@ -233,7 +233,7 @@ def _cost_table(name: str, measured: dict[str, Any], confidence: float) -> Table
             cells = [_cell(curve, "peak_n_over_baseline", "x"), *(_cell(curve, d, "+") for d in differences)]
             rows.append([f"{model} against {measured['baseline']}", *cells])
     note = (
-        f"{confidence:.0%} intervals over prompts. Drop: gold score at its peak minus that at the last n. "
+        f"{percent(confidence)} intervals over prompts. Drop: gold at its peak minus that at the last n. "
         "Gap: area over KL between the gold score that the model's own score promises, if it went on as from "
         "n=1 to n=2, and the real one. Regret: area between the best possible line and the real one. alpha, "
         "beta: gold gain = d (alpha - beta d), d = sqrt(KL). Against the baseline: the ratio of peak n, else "

@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from moemerge import plotting
-from moemerge.probes.base import NO_SUBSET, Floats, Integers, Interval, PairScores, Probe, Table
+from moemerge.probes.base import NO_SUBSET, Floats, Integers, Interval, PairScores, Probe, Table, percent
 from moemerge.probes.statistics import (
     bootstrap_means,
     cluster_sums,
@@ -203,7 +203,9 @@ def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table
         rows.append([model, brier, *[change] * compared, ece, chance, shown])
     header = ["model", "Brier", *["minus baseline"] * compared, "ECE", "ECE by chance", "slope"]
     note = f"Of sigmoid(score difference) on {measured['pairs']} pairs, {measured['prompts']} prompts, "
-    note += f"each pair in both orders; {result['confidence']:.0%} intervals over prompts. Brier: 0.25 says "
+    note += (
+        f"each pair in both orders; {percent(result['confidence'])} intervals over prompts. Brier: 0.25 says "
+    )
     note += "nothing. "
     note += f"ECE: {result['bins']} bins of confidence; by chance: its mean if the model were calibrated. "
     note += "Slope: 1 is calibrated, below 1 too sure, above 1 not sure enough, none: no finite one is best."
@@ -220,8 +222,10 @@ def _subset_table(name: str, measured: dict[str, Any], confidence: float) -> Tab
                 _ranged(numbers[key], numbers[f"{key}_interval"], ".3f") for key in ("brier", "ece")
             )
             rows.append([subset, str(part["pairs"]), model, brier, ece, f"{numbers['ece_by_chance']:.3f}"])
-    note = f"{confidence:.0%} intervals, each by itself. By chance: the mean ECE of a calibrated model on so "
-    note += "many pairs; fewer pairs give a larger one."
+    note = (
+        f"{percent(confidence)} intervals, each by itself. By chance: the mean ECE of a calibrated model on "
+    )
+    note += "so many pairs; fewer pairs give a larger one."
     if measured["small_subsets"]:
         note += f" Left out, fewer than {MIN_PAIRS} pairs: {', '.join(measured['small_subsets'])}."
     header = ["subset", "pairs", "model", "Brier", "ECE", "ECE by chance"]

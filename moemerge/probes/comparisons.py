@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.probes.base import Floats, Integers, Table
+from moemerge.probes.base import Floats, Integers, Table, percent
 from moemerge.probes.statistics import clustered_mcnemar, holm, mcnemar, percentile_interval
 
 Comparison = dict[str, Any]
@@ -64,7 +64,7 @@ def adjust(comparisons: Iterable[Comparison]) -> None:
 
 def table(name: str, comparisons: Sequence[Comparison], confidence: float) -> Table:
     """Every comparison of one test set."""
-    header = ["A", "B", "A minus B", f"{confidence:.0%} interval", "only A right", "only B right"]
+    header = ["A", "B", "A minus B", f"{percent(confidence)} interval", "only A right", "only B right"]
     rows = []
     for one in comparisons:
         low, high = one["interval"]
@@ -85,8 +85,10 @@ def against(name: str, parts: Mapping[str, Any], baseline: str, confidence: floa
         found |= {one["second"]: (one, -1) for one in measured["comparisons"] if one["first"] == baseline}
         rows.append([part, str(measured["pairs"]), *(_signed(*found[model]) for model in models)])
     tests = next(iter(parts.values()))["comparisons"][0]["tests"]
-    note = f"{confidence:.0%} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons of "
-    note += "two models on one of these parts. Of few prompts intervals are too narrow: read p."
+    note = (
+        f"{percent(confidence)} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons "
+    )
+    note += "of two models on one of these parts. Of few prompts intervals are too narrow: read p."
     return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moemerge import plotting
-from moemerge.probes.base import Edits, EditScores, Floats, Interval, PairScores, Probe, Table
+from moemerge.probes.base import Edits, EditScores, Floats, Interval, PairScores, Probe, Table, percent
 from moemerge.probes.edits import last_message
 from moemerge.probes.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson
 from moemerge.recipe import EvaluateSettings
@@ -209,7 +209,7 @@ def _effects(probe: str, name: str, measured: dict[str, Any], result: dict[str, 
     note = (
         f"Edits of the {side} answer. Shift: what the edit adds to its score, in standard deviations of the "
     )
-    note += f"model's scores. Flipped: {verdict}. {result['confidence']:.0%} intervals over prompts."
+    note += f"model's scores. Flipped: {verdict}. {percent(result['confidence'])} intervals over prompts."
     return Table(f"{probe.capitalize()}: edited answers on {name}", header, rows, note + _left_out(measured))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moemerge.probes.base import Case, Edits, Floats, PairScores, Table
+from moemerge.probes.base import Case, Edits, Floats, PairScores, Table, percent
 from moemerge.probes.edit_effects import edit_probe, interval_of, with_interval
 from moemerge.probes.statistics import bootstrap_means, cluster_sums
 from moemerge.recipe import EvaluateSettings
@@ -121,7 +121,9 @@ def _table(name: str, models: dict[str, Any], confidence: float) -> Table:
         row += [with_interval(versus["correlation"], versus["interval"]) if versus else "baseline"]
         rows.append([*row, *("" if share is None else f"{share:.1%}" for share in shares)])
     note = "Correlation over pairs: score of chosen minus rejected against their characters, "
-    note += f"{confidence:.0%} intervals over prompts. Length is no merit: 0 is the aim at equal accuracy."
+    note += (
+        f"{percent(confidence)} intervals over prompts. Length is no merit: 0 is the aim at equal accuracy."
+    )
     return Table(f"Score against length on {name}", header, rows, note)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge import plotting
-from moemerge.probes.base import ChoiceScores, Floats, Probe, Table
+from moemerge.probes.base import ChoiceScores, Floats, Probe, Table, percent
 from moemerge.probes.rewardbench_ties import TIES, ties_scores
 from moemerge.probes.statistics import (
     bootstrap_means,
@@ -252,7 +252,7 @@ def _score_table(name: str, measured: dict[str, Any], confidence: float) -> Tabl
             rules = [f"{numbers[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
             rows.append([f"{kind.removesuffix('s')}: {part}", _row_count(numbers), *cells, *rules])
     models = list(next(iter(measured["subsets"].values()))["models"])
-    note = f"{RULES[measured['version']]} {confidence:.0%} intervals over prompts, each by itself."
+    note = f"{RULES[measured['version']]} {percent(confidence)} intervals over prompts, each by itself."
     if measured["missing"]:
         note += f" Not a whole benchmark: without {', '.join(measured['missing'])}."
     title = f"RewardBench {measured['version']} on {name}"
@@ -284,7 +284,7 @@ def _comparison_table(name: str, measured: dict[str, Any], confidence: float) ->
             ]
             rows.append(row)
     note = f"{len(rows)} paired differences; each interval takes its own by itself."
-    header = ["score", "A", "B", "A minus B", f"{confidence:.0%} interval"]
+    header = ["score", "A", "B", "A minus B", f"{percent(confidence)} interval"]
     return Table(f"Every two models on RewardBench {measured['version']}, {name}", header, rows, note)
 
 
