@@ -243,7 +243,7 @@ def table(report: dict[str, Any]) -> Table:
             rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
     note = (
         f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
-        f"{percent(report['confidence'])} intervals over these. Drop: gold at its peak minus that at the end. "
+        f"{percent(report['confidence'])} intervals over these. Drop: highest gold minus that at the end. "
         "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
     )
     return Table("Gold score while the policy is optimised", header, rows, note)
