@@ -20,7 +20,7 @@ from moemerge.artifacts import expect_stage
 from moemerge.errors import ArtifactError
 from moemerge.evaluation_page import main_numbers
 from moemerge.fingerprints import MANIFEST, fingerprint
-from moemerge.manifests import Manifest, flat_inputs, read_manifest, stated_licence
+from moemerge.manifests import NONSENSE, Manifest, flat_inputs, read_manifest, stated_licence
 from moemerge.options import Run
 from moemerge.probes import PROBES
 from moemerge.probes.base import Table
@@ -30,8 +30,6 @@ from moemerge.summary import rewardbench_parts
 from moemerge.verdict import standing
 
 SHORT = 12
-# What values of any kind, where a stage would write others, can raise.
-NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
 MODEL_STAGES = ("merge", "train", "upcycle", "export")
 MIXTURES = ("moemerge_", "qwen2_moe")
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}

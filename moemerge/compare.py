@@ -22,6 +22,7 @@ from moemerge.errors import ArtifactError, OptionError, suggest
 from moemerge.figures import Figure
 from moemerge.html_report import Section, write_report
 from moemerge.json_file import read_object
+from moemerge.manifests import NONSENSE
 from moemerge.probes.base import Interval, Table, percent
 from moemerge.recipe import Compare
 from moemerge.report_file import FORMAT, read_report
@@ -95,7 +96,7 @@ def _read(folder: str) -> _Run:
     manifest = expect_stage(folder, "evaluate")
     try:
         return _run(folder, manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+    except NONSENSE as error:
         raise ArtifactError(
             f"the evaluation {folder} cannot be read",
             given=f"{type(error).__name__}: {error}"[:300],

@@ -18,6 +18,8 @@ from moemerge.fingerprints import MANIFEST, sums
 from moemerge.json_file import read_object
 
 SCHEMA = 1
+# What values of any kind, where a stage would write others, can raise.
+NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
 CARRIED = ("stage", "options", "inputs", "files", "versions", "started")
 MAX_HEAD = 100_000  # bytes of a README.md that are looked at
 FRONT = re.compile(r"---[ \t]*\r?\n(.*?)^---", re.S | re.M)

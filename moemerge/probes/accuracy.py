@@ -126,10 +126,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
-    header, compared = (
-        ["model", "accuracy", f"{percent(confidence)} interval", "ties", "loss"],
-        len(part["models"]) > 1,
-    )
+    compared = len(part["models"]) > 1
+    header = ["model", "accuracy", f"{percent(confidence)} interval", "ties", "loss"]
     header += ["minus baseline", "p"] if compared else []
     rows = []
     for model, numbers in part["models"].items():
@@ -139,9 +137,8 @@ def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
         rows.append(row + (_versus(numbers.get("vs_baseline")) if compared else []))
     for rule in ("always_longer", "always_shorter"):
         rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", *[""] * (len(header) - 2)])
-    kind, units = (
-        ("Wilson's", "pairs") if part["interval_kind"] == "wilson" else (part["interval_kind"], "prompts")
-    )
+    wilson = part["interval_kind"] == "wilson"
+    kind, units = ("Wilson's", "pairs") if wilson else (part["interval_kind"], "prompts")
     note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {kind}. A tie is an error."
     if compared:
         note += f" Baseline: {part['baseline']}; p: exact McNemar test over {units}."
