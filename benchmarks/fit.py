@@ -150,8 +150,8 @@ def steps(moe: Path, way: str, pairs: list[EncodedPair], size: int) -> Callable[
     merged = MergedModel(source, alpha_LN, shared_L, keep=way == "resident")
     if way == "xft":
         xft = Xft(source, merged)
-        for parameter in merged.model.parameters():
-            parameter.requires_grad_(False)
+        for module in merged.model.requires_grad_(False).modules():
+            vars(module).pop("forward", None)  # ours
         return lambda at: xft.step(at, shared_L, pairs, size)
     objective = objective_of(merged, pairs, size)
     return lambda at: our_step(merged, objective, at, shared_L)

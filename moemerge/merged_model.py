@@ -1,7 +1,7 @@
 """A merge in memory, and its gradient with respect to the merge coefficients.
 
-The dense model is merged once per point. While a loss runs backward, each MLP weight's gradient dW is reduced
-to the scalars <dW, W_i> the moment it is there, and freed: no graph reaches through the merge.
+The dense model is merged once per point. While the last loss runs backward, each MLP weight's gradient dW is
+reduced to the scalars <dW, W_i> the moment it is there, and freed: no graph reaches through the merge.
 
 Shapes: L blocks, N weighted members (routed experts, or models), P pairs, B sequences.
 """
@@ -23,6 +23,7 @@ from moemerge.families.dense import dense_class
 from moemerge.scoring import collate, in_head, score_pairs
 from moemerge.sources import MergedTensor, MergeSource
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
+from moemerge.weight_gradients import WeightGradient
 
 KEPT_ON_CPU = 2**30
 # Numbers handled at a time: what a core's cache holds of all that takes part.
@@ -59,11 +60,12 @@ class MergedModel:
     """The dense reward model whose merged tensors are the routing-normalised average of a source's members.
 
     `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
-    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, but none outlives
-    `gradient`. Averages have the members' dtype; but for rounding they are the merged checkpoint's. On a CPU
-    a MoE's experts of float32 are used where they lie, in mapped files. Other members are read whenever
-    needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then they are kept
-    (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless given.
+    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, or `put_off` does for
+    them, but none outlives `gradient`. Averages have the members' dtype; but for rounding they are the merged
+    checkpoint's. On a CPU a MoE's experts of float32 are used where they lie, in mapped files. Other members
+    are read whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then
+    they are kept (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless
+    given.
     """
 
     def __init__(
@@ -87,10 +89,9 @@ class MergedModel:
         self.model = self._build(dtype)
         columns = source.num_members + 1
         self._dots = torch.zeros(len(shared_L), columns, dtype=torch.float64, device=self.device)
+        self.put_off: dict[str, WeightGradient] = {}
         for tensor in source.tensors:
-            parameter = self.model.get_parameter(tensor.dense)
-            parameter.requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(self._reducer(tensor))
+            self._watch(tensor.dense, self._reducer(tensor))
 
     @torch.no_grad()
     def merge(self, alpha_LN: Tensor, shared_L: Tensor) -> None:
@@ -162,17 +163,29 @@ class MergedModel:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.to(self.source.dtype).view(tensor.shape)
 
+    def _watch(self, name: str, reduce: Callable[[Tensor], None]) -> None:
+        """Have `reduce` called with the gradient of a parameter, summed over a step's backward passes."""
+        path, _, kind = name.rpartition(".")
+        module, parameter = self.model.get_submodule(path), self.model.get_parameter(name)
+        if type(module) is nn.Linear and kind == "weight":
+            self.put_off[name] = WeightGradient(module, reduce, lambda: self._last)
+            return
+
+        def hook(parameter: Tensor) -> None:
+            if self._last:
+                gradient, parameter.grad = parameter.grad, None
+                assert gradient is not None
+                reduce(gradient)
+
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+
     def _reducer(self, tensor: MergedTensor) -> Callable[[Tensor], None]:
-        """A hook that adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
+        """What adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
         row = self.rows[tensor.dense]
         columns = slice(0 if self.source.has_shared else 1, None)
 
         @torch.no_grad()
-        def reduce(parameter: Tensor) -> None:
-            if not self._last:
-                return
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
+        def reduce(gradient: Tensor) -> None:
             dots_M = torch.zeros(len(self.source.member_names), dtype=torch.float64, device=self.device)
             begin, gradient_X = 0, gradient.flatten()
             for piece in self._pieces(tensor):

@@ -6,7 +6,6 @@ Shapes: L layers with experts, N routed experts.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moemerge import plotting, runtime
 from moemerge.artifacts import Draft, stage
 from moemerge.checkpoint import local_folder
-from moemerge.data import Encoded, EncodedPair, encode_pairs, read_pairs
+from moemerge.data import EncodedPair, encode_pairs, read_pairs
 from moemerge.diversity import barriers, disagreement, measure_updates, score_pairs_at
 from moemerge.diversity_report import Diversity, Judgement
 from moemerge.families.dense import require_moe
@@ -27,9 +26,10 @@ from moemerge.moe_checkpoint import MoeCheckpoint
 from moemerge.probes.base import Table
 from moemerge.provenance import model_fingerprint
 from moemerge.recipe import Route
-from moemerge.routing import Group, RoutingStatistics
+from moemerge.routing import SIDES, RoutingStatistics
 from moemerge.scoring import load_reward_model, load_tokenizer, score
 from moemerge.speculation import Speculation, speculation
+from moemerge.tokenise import texts_of
 from moemerge.uncertainty import member_points
 
 PROBE_SHARED_WEIGHT = 0.5
@@ -107,18 +107,10 @@ def collect(
     layers = moe_layers(model)
     settings = MoeSettings.read(model.config.moemerge)
     statistics = RoutingStatistics(settings.layers, settings.num_routed_experts, settings.num_experts_per_tok)
-    for (subset, side), texts in _by_group(pairs).items():
-        with statistics.observe(layers, subset, side):
-            score(model, tokenizer, texts, batch_tokens, progress=f"route {subset} {side}".replace("  ", " "))
+    groups = [(pair.pair.subset, side) for pair in pairs for side in SIDES]
+    with statistics.observe(layers, groups) as on_batch:
+        score(model, tokenizer, texts_of(pairs), batch_tokens, "route", on_batch)
     return statistics
-
-
-def _by_group(pairs: Sequence[EncodedPair]) -> dict[Group, list[Encoded]]:
-    groups: dict[Group, list[Encoded]] = defaultdict(list)
-    for pair in pairs:
-        groups[pair.pair.subset, "chosen"].append(pair.chosen)
-        groups[pair.pair.subset, "rejected"].append(pair.rejected)
-    return groups
 
 
 def _summary(statistics: RoutingStatistics) -> dict[str, Any]:

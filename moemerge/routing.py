@@ -1,7 +1,7 @@
 """Routing statistics of a MoE: sums over tokens, per layer and expert, by subset and side of the pair.
 
-Shapes: G groups (subset, side), L layers with experts, N routed experts, K of them per token, T tokens (in
-gate_mass: texts).
+Shapes: G groups (subset, side), L layers with experts, N routed experts, K of them per token, B texts of a
+batch, T tokens (in gate_mass: texts).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moemerge.errors import CheckpointError, DataError
 from moemerge.moe import Gating, MoELayer, MoeSettings, moe_layers
 from moemerge.provenance import package_version
-from moemerge.scoring import batches, score
+from moemerge.scoring import OnBatch, score
 from moemerge.tokenise import Encoded
 from moemerge.weight_files import order_metadata
 
@@ -31,7 +33,8 @@ FILE = "statistics.safetensors"
 SIDES = ("chosen", "rejected")
 MAX_SUMS = 100_000_000  # numbers per group
 RESERVED = ("format", "layers", "groups", "num_experts", "num_experts_per_tok")
-Group = tuple[str, str]
+Group: TypeAlias = tuple[str, str]
+ObserverOf: TypeAlias = Callable[[int, list[int]], Callable[[Gating], None]]
 
 
 @dataclass
@@ -52,11 +55,14 @@ class Sums:
     together_LNN: Tensor
 
     @classmethod
-    def zeros(cls, layers: int, experts: int) -> Sums:
-        """Sums over no tokens."""
+    def zeros(cls, layers: int, experts: int, *groups: int) -> Sums:
+        """Sums over no tokens; with `groups`, that many of each along a first dimension."""
         L, N = layers, experts
         shapes = ((L, N), (L, N), (L, N), (L,), (L,), (L,), (L, N, N))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        return cls(*(torch.zeros((*groups, *shape), dtype=torch.float64) for shape in shapes))
+
+    def __getitem__(self, group: int) -> Sums:
+        return Sums(**{name: value[group] for name, value in vars(self).items()})
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(**{name: value + getattr(other, name) for name, value in vars(self).items()})
@@ -76,16 +82,23 @@ class RoutingStatistics:
     meta: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def observe(self, moe_layers: dict[int, MoELayer], subset: str, side: str) -> Iterator[None]:
-        """While open, every forward pass through `moe_layers` is added to the group (subset, side)."""
-        sums = self.groups.setdefault((subset, side), Sums.zeros(len(self.layers), self.num_experts))
-        try:
-            for row, number in enumerate(self.layers):
-                moe_layers[number].observer = _observer(sums, row)
-            yield
-        finally:
-            for number in self.layers:
-                moe_layers[number].observer = None
+    def observe(self, moe_layers: dict[int, MoELayer], groups: Sequence[Group]) -> Iterator[OnBatch]:
+        """While open, forward passes through `moe_layers` are counted; added to `self.groups` at the end.
+
+        `groups` has the (subset, side) of every text. What it gives must be called with the rows of each
+        batch, places in `groups`, before that batch runs: `score` does so with its `on_batch`.
+        """
+        names = list(dict.fromkeys(groups))
+        group_of_text = torch.tensor([names.index(group) for group in groups])
+        sums = Sums.zeros(len(self.layers), self.num_experts, len(names))
+        layers = [moe_layers[number] for number in self.layers]
+        with _observing(
+            layers, lambda place, rows: partial(_add, sums, place, group_of_text[rows])
+        ) as on_batch:
+            yield on_batch
+        for place, group in enumerate(names):
+            before = self.groups.get(group, Sums.zeros(len(self.layers), self.num_experts))
+            self.groups[group] = before + sums[place]
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics over the tokens of both. Raises CheckpointError if they are of different models."""
@@ -180,23 +193,49 @@ def _shape(statistics: RoutingStatistics) -> tuple[list[int], int, int]:
     return statistics.layers, statistics.num_experts, statistics.num_experts_per_tok
 
 
-def _observer(sums: Sums, row: int) -> Callable[[Gating], None]:
-    """A callback that adds one layer's gating to row number `row` of `sums`; padding is left out."""
+@contextmanager
+def _observing(layers: Sequence[MoELayer], observer_of: ObserverOf) -> Iterator[OnBatch]:
+    """While open, each batch told is seen by `observer_of(place of the layer, rows)` in every layer."""
 
-    def add(gating: Gating) -> None:
-        real_T = gating.mask_T
-        s_TN = gating.probabilities_TN[real_T].double()
-        index_TK, weights_TK = gating.index_TK[real_T], gating.weights_TK[real_T].double()
-        selected_TN = torch.zeros_like(s_TN).scatter_(1, index_TK, 1.0)
-        sums.selections_LN[row] += selected_TN.sum(0).cpu()
-        sums.gate_LN[row] += torch.zeros_like(s_TN).scatter_(1, index_TK, weights_TK).sum(0).cpu()
-        sums.probability_LN[row] += s_TN.sum(0).cpu()
-        sums.shared_L[row] += gating.shared_T[real_T].double().sum().cpu()
-        sums.entropy_L[row] += torch.special.entr(s_TN).sum().cpu()
-        sums.tokens_L[row] += len(s_TN)
-        sums.together_LNN[row] += (selected_TN.T @ selected_TN).cpu()
+    def on_batch(rows: list[int]) -> None:
+        for place, layer in enumerate(layers):
+            layer.observer = observer_of(place, rows)
 
-    return add
+    try:
+        yield on_batch
+    finally:
+        for layer in layers:
+            layer.observer = None
+
+
+def _add(sums: Sums, place: int, group_B: Tensor, gating: Gating) -> None:
+    """Add one layer's gating of a batch to the groups of its texts."""
+    by_text = partial(_by_text, mask_T=gating.mask_T, texts=len(group_B))
+    s_BTN = by_text(gating.probabilities_TN)
+    selected_BTN = by_text(_spread(gating, torch.ones_like(gating.weights_TK)))
+    found = Sums(
+        selections_LN=selected_BTN.sum(1),
+        gate_LN=by_text(_spread(gating, gating.weights_TK)).sum(1),
+        probability_LN=s_BTN.sum(1),
+        shared_L=by_text(gating.shared_T).sum(1),
+        entropy_L=torch.special.entr(s_BTN).sum((1, 2)),
+        tokens_L=by_text(gating.mask_T).sum(1),
+        together_LNN=selected_BTN.mT @ selected_BTN,
+    )
+    for name, value_B in vars(found).items():
+        vars(sums)[name][:, place].index_add_(0, group_B, value_B.cpu())
+
+
+def _spread(gating: Gating, values_TK: Tensor) -> Tensor:
+    """Values of the selected experts among all, [T, N] float64; 0 for the others."""
+    zeros_TN = torch.zeros_like(gating.probabilities_TN, dtype=torch.float64)
+    return zeros_TN.scatter_(1, gating.index_TK, values_TK.double())
+
+
+def _by_text(values_T: Tensor, mask_T: Tensor, texts: int) -> Tensor:
+    """Values of flattened tokens by text, [T, ...] -> [B, T, ...] float64; 0 for padding."""
+    padding_T = ~mask_T.view(-1, *[1] * (values_T.dim() - 1))
+    return values_T.double().masked_fill(padding_T, 0).unflatten(0, (texts, -1))
 
 
 def _unpack(header: dict[str, str], tensors: dict[str, Tensor]) -> RoutingStatistics:
@@ -221,29 +260,15 @@ def gate_mass(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Encoded], batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Scores of a MoE, [T] float32, and its routed gate weights summed over each text's tokens, [T, L, N]."""
-    layers = moe_layers(model)
-    scores_T = torch.empty(len(texts))
+    layers = list(moe_layers(model).values())
     experts = MoeSettings.read(model.config.moemerge).num_routed_experts
     mass_TLN = torch.zeros(len(texts), len(layers), experts, dtype=torch.float64)
-    try:
-        for rows in batches([len(text.ids) for text in texts], batch_tokens):
-            for place, layer in enumerate(layers.values()):
-                layer.observer = _summing(mass_TLN, rows, place)
-            # These rows are one batch, longest first: score takes them as they are.
-            scores_T[rows] = score(model, tokenizer, [texts[row] for row in rows], batch_tokens)
-    finally:
-        for layer in layers.values():
-            layer.observer = None
+    with _observing(layers, lambda place, rows: partial(_write_mass, mass_TLN[:, place], rows)) as on_batch:
+        scores_T = score(model, tokenizer, texts, batch_tokens, on_batch=on_batch)
     return scores_T, mass_TLN
 
 
-def _summing(mass_TLN: Tensor, rows: list[int], place: int) -> Callable[[Gating], None]:
-    """An observer that writes each sequence's gate weights of one layer, padding left out, to its row."""
-
-    def add(gating: Gating) -> None:
-        weights_TK = gating.weights_TK.double() * gating.mask_T[:, None]
-        gate_TN = torch.zeros_like(gating.probabilities_TN, dtype=torch.float64)
-        gate_TN.scatter_(1, gating.index_TK, weights_TK)
-        mass_TLN[rows, place] = gate_TN.unflatten(0, (len(rows), -1)).sum(1).cpu()
-
-    return add
+def _write_mass(mass_TN: Tensor, rows: list[int], gating: Gating) -> None:
+    """Write the gate weights of a batch's texts in one layer, summed over tokens, to their rows."""
+    gate_BTN = _by_text(_spread(gating, gating.weights_TK), gating.mask_T, len(rows))
+    mass_TN[rows] = gate_BTN.sum(1).cpu()

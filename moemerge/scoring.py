@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from moemerge.token_limits import check_texts
 from moemerge.tokenise import Encoded, EncodedPair, texts_of
 
 log = logging.getLogger(__name__)
+
+OnBatch: TypeAlias = Callable[[list[int]], None]
 
 # Heads of language models: left over, rightly, when a base model becomes a reward model.
 LANGUAGE_HEADS = (
@@ -259,12 +261,14 @@ def score(
     encoded: Sequence[Encoded],
     batch_tokens: int,
     progress: str = "",
+    on_batch: OnBatch | None = None,
 ) -> Tensor:
     """Scores of `encoded` texts, float32 on CPU, in the order given; shape [len(encoded)].
 
     Texts of like length go together, at most `batch_tokens` tokens a batch with padding counted (a longer
-    text goes alone). Batching does not change scores beyond rounding. `progress` names a progress bar.
-    Raises DataError for a text without tokens, CheckpointError if a score is not finite.
+    text goes alone). Batching does not change scores beyond rounding. `progress` names a progress bar;
+    `on_batch` is told the rows of each batch before it runs, in the batch's order. Raises DataError for a
+    text without tokens, CheckpointError if a score is not finite.
     """
     _refuse_empty(encoded)
     check_texts(model, encoded)
@@ -279,6 +283,8 @@ def score(
     done: list[tuple[list[int], Tensor]] = []
     with torch.inference_mode(), _bar(len(encoded), progress) as bar:
         for rows in batches([len(text.ids) for text in encoded], batch_tokens):
+            if on_batch is not None:
+                on_batch(rows)
             inputs = collate([encoded[row] for row in rows], pad, _gates_by_prompt(model), model.device)
             done.append((rows, model(**inputs, **extra).logits[:, 0].float()))
             bar.update(len(rows))

@@ -227,7 +227,7 @@ def _read_coefficients(folder: Path) -> None:
 
 def _routing(folder: Path, draw: random.Random) -> None:
     statistics = RoutingStatistics([0, 1], 3, 2)
-    with statistics.observe(dict.fromkeys([0, 1], _Idle()), "", "chosen"):  # type: ignore[arg-type]
+    with statistics.observe(dict.fromkeys([0, 1], _Idle()), [("", "chosen")]):  # type: ignore[arg-type]
         pass
     path = statistics.save(folder)
     if draw.random() < 0.5:

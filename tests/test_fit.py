@@ -155,10 +155,12 @@ def test_micro_batches_do_not_change_the_gradient(moe: Path, tmp_path: Path) -> 
 def test_no_gradient_outlives_its_hook_and_only_mlps_ask_for_one(moe: Path, tmp_path: Path) -> None:
     merged = MergedModel(MoeCheckpoint(moe), ALPHA, SHARED)
     mlps = {tensor.dense for tensor in merged.source.tensors}
-    assert {n for n, p in merged.model.named_parameters() if p.requires_grad} == mlps
+    asking = {name for name, parameter in merged.model.named_parameters() if parameter.requires_grad}
+    assert not asking & merged.put_off.keys() and asking | merged.put_off.keys() == mlps
     before = {name: value.clone() for name, value in merged.model.state_dict().items()}
     gradient_of(merged, encode(moe, random_pairs(4), tmp_path), 2)
     assert all(parameter.grad is None for parameter in merged.model.parameters())
+    assert not any(gradient.held for gradient in merged.put_off.values())
     assert all(torch.equal(value, before[name]) for name, value in merged.model.state_dict().items())
 
 

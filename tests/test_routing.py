@@ -189,8 +189,9 @@ def test_shares_by_hand() -> None:
 
 def test_observers_are_taken_off(moe: Path) -> None:
     layers = moe_layers(load_moe(moe))
-    observing = RoutingStatistics([0, 1, 2], N, K).observe(layers, "", "")
-    with pytest.raises(RuntimeError, match="on purpose"), observing:
+    observing = RoutingStatistics([0, 1, 2], N, K).observe(layers, [("", "chosen")])
+    with pytest.raises(RuntimeError, match="on purpose"), observing as on_batch:
+        on_batch([0])
         assert all(layer.observer is not None for layer in layers.values())
         raise RuntimeError("on purpose")
     assert all(layer.observer is None for layer in layers.values())

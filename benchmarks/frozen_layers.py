@@ -1,0 +1,127 @@
+"""A language model's lower layers, frozen and computed once per text: what makes studies of 135M fit a CPU.
+
+`upper_layers` writes the upper layers as a language model of their own. While `lower_layers_from` is open,
+every embedding of the model's width gives, in place of embeddings, the states that the lower layers make of
+the text: all of moemerge then works on the upper layers as if the whole model ran, and the whole model's
+scores come out. Causal models padded on the right only.
+
+B sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STATES, TEXTS = "states.npy", "texts.npz"
+
+
+def upper_layers(model: Path, count: int, output: Path) -> Path:
+    """The last `count` layers of the language model in `model`, with its embeddings and tokenizer."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.model.layers = whole.model.layers[-count:]
+    for number, layer in enumerate(whole.model.layers):
+        layer.self_attn.layer_idx = number
+    whole.config.num_hidden_layers = count
+    whole.save_pretrained(output)
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    return output
+
+
+class LowerLayers:
+    """The model but for its last `upper` layers, and the states it has made, by text.
+
+    Texts are known by their tokens with just one pad token at the end, as some models pool there.
+    """
+
+    def __init__(self, model: Path, upper: int) -> None:
+        whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).model.eval()
+        self.whole, self.width = whole, whole.config.hidden_size
+        whole.layers, whole.norm = whole.layers[:-upper], nn.Identity()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.found: dict[bytes, np.ndarray] = {}
+
+    def key(self, ids: Iterable[int]) -> bytes:
+        """What a text is known by."""
+        text = [*ids]
+        while text and text[-1] == self.pad:
+            text.pop()
+        return np.array([*text, self.pad], dtype=np.int32).tobytes()
+
+    def compute(self, keys: Iterable[bytes], batch_tokens: int = 2048) -> None:
+        """Find the states of the texts that are not known yet."""
+        todo = sorted({key for key in keys if key not in self.found}, key=len)
+        with tqdm(total=len(todo), unit="text", disable=len(todo) < 100) as bar:
+            while todo:
+                part = todo[-max(1, 4 * batch_tokens // len(todo[-1])) :]
+                del todo[-len(part) :]
+                self._run(part)
+                bar.update(len(part))
+
+    def _run(self, keys: list[bytes]) -> None:
+        texts = [np.frombuffer(key, dtype=np.int32) for key in keys]
+        ids_BT = torch.full((len(texts), max(map(len, texts))), self.pad)
+        for row, text in enumerate(texts):
+            ids_BT[row, : len(text)] = torch.from_numpy(text.copy())
+        with install(None), torch.no_grad():
+            states_BTD = self.whole(input_ids=ids_BT, use_cache=False).last_hidden_state
+        for key, text, states_TD in zip(keys, texts, states_BTD, strict=True):
+            self.found[key] = states_TD[: len(text)].numpy().copy()
+
+    def states(self, ids_BT: Tensor) -> Tensor:
+        """The states of padded texts, [B, T, D]; 0 from the second pad token on, which no token sees."""
+        keys = [self.key(ids) for ids in ids_BT.tolist()]
+        self.compute(keys)
+        out_BTD = torch.zeros(*ids_BT.shape, self.width)
+        for row, key in enumerate(keys):
+            states_TD = self.found[key][: ids_BT.shape[1]]
+            out_BTD[row, : len(states_TD)] = torch.from_numpy(np.asarray(states_TD))
+        return out_BTD
+
+    def save(self, folder: Path) -> None:
+        """Write all states, for `load` in other processes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = list(self.found)
+        np.savez(
+            folder / TEXTS, ids=np.frombuffer(b"".join(keys), np.int32), sizes=[len(k) // 4 for k in keys]
+        )
+        np.save(folder / STATES, np.concatenate([self.found[key] for key in keys]))
+
+    def load(self, folder: Path) -> None:
+        """Know what `save` wrote; states stay on the disk and are shared between processes."""
+        texts, states = np.load(folder / TEXTS), np.load(folder / STATES, mmap_mode="r")
+        starts = np.concatenate([[0], np.cumsum(texts["sizes"])])
+        ids = texts["ids"]
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            self.found[ids[start:end].tobytes()] = states[start:end]
+
+
+current: list[LowerLayers | None] = [None]
+
+
+@contextmanager
+def install(lower: LowerLayers | None) -> Iterator[None]:
+    """While open, embeddings of `lower`'s width give its states; None: embeddings are embeddings."""
+    before, current[0] = current[0], lower
+    try:
+        yield
+    finally:
+        current[0] = before
+
+
+def _replace(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    lower = current[0]
+    if lower is None or not isinstance(module, nn.Embedding) or module.embedding_dim != lower.width:
+        return None
+    return lower.states(given[0])
+
+
+nn.modules.module.register_module_forward_hook(_replace)
