@@ -74,13 +74,17 @@ def compare(options: Compare, draft: Draft) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One evaluation: measures hold a value per model, costs what evaluate told of each model."""
+    """One evaluation: measures hold a value per model, costs what evaluate told of each model.
+
+    last_n: where a measure is of a curve's end, the n there.
+    """
 
     folder: str
     seed: int
     baseline: str
     recipe: Mapping[str, Any]
     measures: dict[str, Values]
+    last_n: dict[str, int]
     costs: dict[str, Values]
 
 
@@ -108,12 +112,14 @@ def _read(folder: str) -> _Run:
 def _run(folder: str, manifest: Mapping[str, Any]) -> _Run:
     path = Path(folder)
     models, main = manifest["results"]["models"], manifest["results"]["main"]
+    measures = list(_measures(main, set(models)))
     return _Run(
         folder,
         manifest["options"]["seed"],
         str(read_report(folder)["baseline"]),
         _recipe(path.resolve().parent / RECIPE_COPY),
-        dict(_measures(main, set(models))),
+        {what: values for what, values, _ in measures},
+        {what: n for what, _, n in measures if n},
         {model: _cost(facts) for model, facts in models.items()},
     )
 
@@ -133,12 +139,11 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 
 def _measures(
     main: Mapping[str, Any], models: set[str], path: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Values]]:
-    """Names of measures, and their value per model: the mappings in `main` that have models' numbers."""
+) -> Iterator[tuple[str, Values, int]]:
+    """Measures: names, value per model (where `main` maps models to numbers), and the n there, or 0."""
     found = {model: float(value) for model, value in main.items() if model in models and _is_number(value)}
     if found:
-        last = f" at n={main['n']}" if "n" in main else ""
-        yield " ".join(path).replace("_", " ", path[0].count("_")) + last, found
+        yield " ".join(path).replace("_", " ", path[0].count("_")), found, int(main.get("n", 0))
         return
     for name, part in main.items():
         if isinstance(part, dict):
@@ -211,9 +216,18 @@ def _compare_group(title: str, runs: Sequence[_Run], options: Compare) -> dict[s
         "seeds": [run.seed for run in runs],
         "runs": [run.folder for run in runs],
         "baseline": baseline,
-        "measures": {what: _compare_measure(what, runs, baseline, options) for what in runs[0].measures},
+        "measures": {
+            what + _last_n(what, runs): _compare_measure(what, runs, baseline, options)
+            for what in runs[0].measures
+        },
         "costs": {model: _mean_cost([run.costs[model] for run in runs]) for model in runs[0].costs},
     }
+
+
+def _last_n(what: str, runs: Sequence[_Run]) -> str:
+    """Where curves end; seeds may have candidates of their own, and more or fewer of them."""
+    found = sorted({run.last_n[what] for run in runs if what in run.last_n})
+    return (f" at n={found[0]}" + f" to {found[-1]}" * (len(found) > 1)) if found else ""
 
 
 def _baseline(runs: Sequence[_Run], wanted: str | None) -> str:

@@ -113,6 +113,16 @@ def test_means_and_differences_are_paired_by_seed(group: dict[str, Any]) -> None
     assert by_seed == {"7": 0.75, "3": 0.76, "11": 0.73, "5": 0.77}
 
 
+def test_seeds_may_differ_in_how_many_candidates_they_have(tmp_path: Path) -> None:
+    """Of debates held out by seed, one has 9 arguments and another 12."""
+    for row, n in enumerate([12, 9, 9]):
+        gold = {"wide": {"n": n, **{name: values[row] for name, values in GOLD.items()}}}
+        evaluation(tmp_path / str(row), row, row, best_of_n_gold=gold)
+    (found,) = compared(tmp_path / "output", *(tmp_path / str(row) for row in range(3)))["groups"]
+    merged = found["measures"]["best of n gold wide at n=9 to 12"]["merged"]
+    assert merged["difference"] == pytest.approx(np.mean(GOLD["merged"][:3]) - np.mean(GOLD["control"][:3]))
+
+
 def test_pairing_takes_out_what_the_seeds_have_in_common(group: dict[str, Any]) -> None:
     """Shuffling a model's seeds keeps its mean and widens the interval."""
     low, high = group["measures"]["accuracy in_distribution"]["dense"]["interval"]
