@@ -83,7 +83,7 @@ class LowerLayers:
         out_BTD = torch.zeros(*ids_BT.shape, self.width)
         for row, key in enumerate(keys):
             states_TD = self.found[key][: ids_BT.shape[1]]
-            out_BTD[row, : len(states_TD)] = torch.from_numpy(np.asarray(states_TD))
+            out_BTD[row, : len(states_TD)] = torch.from_numpy(np.array(states_TD))
         return out_BTD
 
     def save(self, folder: Path) -> None:

@@ -2,13 +2,11 @@
 
 python benchmarks/real_data.py MODELS DATA --seeds 1 2 3 --output runs/real_data [--settings NAME ...]
 
-MODELS: folder written by fetch_models.py; everything starts from the encoder in it, 22M parameters, or with
-"hh, smollm2" from the language model, 135M, of which the last four layers train (frozen_layers.py).
-DATA: folder with ukp_convarg, hh_rlhf, tulu_human_eval, arena_bench_v1 and summ_human_bon (rows as moemerge
-reads them).
+MODELS: folder written by fetch_models.py; the encoder in it, 22M parameters, is what everything starts from.
+DATA: folder with ukp_convarg, hh_rlhf, tulu_human_eval and summ_human_bon (rows as moemerge reads them).
 Every setting of SETTINGS deals pairs; the seed draws them, for ukp also the debates that are held out. Each
 training tries the setting's learning rates, and the loss on validation pairs chooses rate and step, never in
-the middle of training. What exists under the output folder is not made again. One thread; 15 to 45 minutes
+the middle of training. What exists under the output folder is not made again. One thread; 15 to 30 minutes
 per seed.
 
     base              the encoder with a reward head, trained on the base's pairs
@@ -27,12 +25,10 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from frozen_layers import LowerLayers, install, upper_layers
 from study import Row, once, read, write
 
 from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
@@ -56,10 +52,7 @@ class Dealt:
 
 @dataclass(frozen=True)
 class Setting:
-    """How data are dealt by a seed, how many of the base's and training labels are flipped, longest text.
-
-    upper: how many of the model's last layers train, the others being frozen; 0: all of it trains.
-    """
+    """How data are dealt by a seed, how many of the base's and training labels are flipped, longest text."""
 
     deal: Callable[[Path, random.Random, int], Dealt]
     max_length: int
@@ -68,8 +61,6 @@ class Setting:
     epochs: float = 1.0
     parts: bool = False
     mixture: bool = True
-    model: str = "minilm"
-    upper: int = 0
 
 
 def deal_ukp(data: Path, draw: random.Random, seed: int) -> Dealt:
@@ -118,50 +109,6 @@ def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
     tests = {"helpful": test_a[:150], "harmless": test_b[:150], "tulu": tulu[:150]}
     topical = read(data / "summ_human_bon/topical_chat_candidates.jsonl.gz")
     return Dealt(pairs, tests, {"topical_chat": topical[:40]})
-
-
-def deal_more_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
-    """As deal_hh with more pairs; held-out ones from the training file too, no first turn on two sides."""
-    train, test = (read(data / f"hh_rlhf/{name}.jsonl.gz") for name in ("train", "test"))
-    train += read(data / "hh_rlhf/val.jsonl.gz")
-    turns = sorted({first_turn(row) for row in train})
-    held = set(draw.sample(turns, len(turns) // 7))
-    (helpful, harmless), (held_a, held_b) = (
-        halves((row for row in train if (first_turn(row) in held) is side), draw) for side in (False, True)
-    )
-    test_a, test_b = halves(test, random.Random(0))
-    pairs = {
-        "base": mixed(helpful[:150], harmless[:150]),
-        "a": helpful[150:650],
-        "b": harmless[150:650],
-        "train": mixed(helpful[150:650], harmless[150:650]),
-        "validation": mixed(held_a[:60], held_b[:60]),
-        "fit": mixed(held_a[60:120], held_b[60:120]),
-    }
-    tulu = [row for row in read(data / "tulu_human_eval/pairs.jsonl.gz") if longest(row) < 700]
-    tests = {
-        "helpful": test_a[:190],
-        "harmless": test_b[:190],
-        "tulu": shuffled(tulu, random.Random(0))[:150],
-    }
-    topical = read(data / "summ_human_bon/topical_chat_candidates.jsonl.gz")
-    arena = [shorter(row) for row in read(data / "arena_bench_v1/candidates.jsonl.gz")]
-    candidates = {
-        "topical_chat": sorted(topical, key=lambda row: len(row["prompt"]))[:24],
-        "arena": [row for row in arena if len(row["candidates"]) >= 4],
-    }
-    return Dealt(pairs, tests, candidates)
-
-
-def first_turn(row: Row) -> str:
-    """What the person says first."""
-    return str(row["prompt"].split("\n\nAssistant:")[0])
-
-
-def shorter(row: Row, characters: int = 900) -> Row:
-    """The row with its shorter candidates."""
-    room = characters - len(row["prompt"])
-    return {**row, "candidates": [some for some in row["candidates"] if len(some["text"]) < room]}
 
 
 def shuffled(rows: Iterable[Row], draw: random.Random) -> list[Row]:
@@ -256,7 +203,7 @@ def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int
     pairs = files["pairs"]
     common: Options = {"batch_size": 16, "max_length": setting.max_length, "bad_rows": "skip"}
     common |= {"group_by_length": True, "patience": None, "seed": seed, "learning_rate": setting.rates[0]}
-    base = once(home / "base", train, model=start_of(given, setting), pairs=pairs["base"], **common)
+    base = once(home / "base", train, model=str(given.models / "minilm"), pairs=pairs["base"], **common)
     common |= {"validation": pairs["validation"], "epochs": setting.epochs, "eval_steps": 12}
     common |= {"search": {"learning_rate": list(setting.rates)}}
     dense, ensembles = dense_models(home, base, pairs, common), {}
@@ -272,35 +219,11 @@ def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int
     return once(home / "evaluation", evaluate, models=models, max_length=256, **measured)
 
 
-def start_of(given: argparse.Namespace, setting: Setting) -> str:
-    """The model that everything starts from; of a language model with frozen layers its upper ones."""
-    model = Path(given.models / setting.model)
-    if not setting.upper:
-        return str(model)
-    upper = Path(given.output / f"{setting.model}-upper-{setting.upper}")
-    return str(upper if upper.exists() else upper_layers(model, setting.upper, upper))
-
-
-@contextmanager
-def lower_layers(given: argparse.Namespace, setting: Setting) -> Iterator[None]:
-    """While open, the frozen layers stand in for embeddings; their states are kept in the output folder."""
-    if not setting.upper:
-        yield
-        return
-    lower = LowerLayers(given.models / setting.model, setting.upper)
-    states = given.output / f"{setting.model}-states"
-    if states.exists():
-        lower.load(states)
-    with install(lower):
-        yield
-
-
 SETTINGS = {
     "ukp": Setting(deal_ukp, max_length=128),
     "ukp, noisy": Setting(deal_ukp, max_length=128, label_noise=0.3),
     "ukp, parts": Setting(deal_ukp, max_length=128, parts=True, mixture=False),
     "hh": Setting(deal_hh, max_length=256, rates=(1e-4,), parts=True),
-    "hh, smollm2": Setting(deal_more_hh, 256, rates=(1e-4,), parts=True, model="smollm2", upper=4),
 }
 
 
@@ -316,9 +239,7 @@ def main() -> None:
     given = parser.parse_args()
     for name in given.settings:
         home = given.output / name.replace(", ", "-")
-        setting = SETTINGS[name]
-        with lower_layers(given, setting):
-            runs = [evaluated(home / f"seed-{seed}", given, setting, seed) for seed in given.seeds]
+        runs = [evaluated(home / f"seed-{seed}", given, SETTINGS[name], seed) for seed in given.seeds]
         place = home / "comparison"
         compare(output=place, runs=runs, baseline="control", confidence=given.confidence, overwrite=True)
         print(name, (place / "compare.md").read_text(encoding="utf-8"), sep="\n", flush=True)

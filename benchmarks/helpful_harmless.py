@@ -1,0 +1,174 @@
+"""SmolLM2-135M on helpful and harmless pairs, upcycled or trained apart, and merged, over seeds.
+
+python benchmarks/helpful_harmless.py MODELS DATA --seeds 1 2 3 --output runs/hh [--label_noise 0.3 --short]
+
+A form for a CPU: the last two of 30 layers train, the others are computed once per text (frozen_layers.py);
+texts of at most 700 characters, 256 tokens. MODELS: folder written by fetch_models.py. DATA: folder with
+hh_rlhf, tulu_human_eval, arena_bench_v1 and summ_human_bon (rows as moemerge reads them). The seed draws
+pairs and holds out prompts. Training ends after its epoch, and its last weights are kept. What exists under
+the output folder is not made again. One thread; half an hour per seed, and 25 minutes once for the frozen
+layers.
+
+    base              trained on 150 helpful and 150 harmless pairs
+    control           base, trained on 850 helpful pairs
+    moe               mixture made of base, trained as the control is
+    moe: METHOD       its merge
+    A, B, joint       base, trained on 400 helpful pairs, on 400 harmless ones, on both
+    A+B: METHOD       average of A and B, equal or by coefficients fitted on 60 + 60 other pairs of both kinds
+    specialists       mean of A's and B's scores
+
+label_noise flips so many of the base's and the training labels; --short makes base, control, moe and its
+merges only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from frozen_layers import LowerLayers, install, upper_layers
+from real_data import Dealt, Files, Options, flipped, halves, longest, mixed, shuffled
+from study import Row, once, read, write
+
+from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
+
+UPPER = 2
+MIXTURE: Options = {"num_routed_experts": 4, "num_experts_per_tok": 2, "layers": f"last:{UPPER}"}
+TEXT: Options = {"max_length": 256, "bad_rows": "skip"}
+LEARNED: Options = {"max_epochs": 4, "sensitivity": False}
+
+
+def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
+    """What seed and data give; no first turn stands on two sides."""
+    train, test = (read(data / f"hh_rlhf/{name}.jsonl.gz") for name in ("train", "test"))
+    train += read(data / "hh_rlhf/val.jsonl.gz")
+    turns = sorted({first_turn(row) for row in train})
+    held = set(draw.sample(turns, len(turns) // 7))
+    (helpful, harmless), (held_a, held_b) = (
+        halves((row for row in train if (first_turn(row) in held) is side), draw) for side in (False, True)
+    )
+    pairs = {
+        "base": mixed(helpful[:150], harmless[:150]),
+        "helpful": helpful[150:1000],
+        "a": helpful[150:550],
+        "b": harmless[150:550],
+    }
+    pairs = {name: flipped(rows, label_noise, draw) for name, rows in pairs.items()}
+    pairs |= {
+        "joint": mixed(pairs["a"], pairs["b"]),
+        "helpful-held": held_a[:100],
+        "joint-held": mixed(held_a[:60], held_b[:60]),
+        "helpful-fit": held_a[100:200],
+        "joint-fit": mixed(held_a[100:160], held_b[60:120]),
+    }
+    return Dealt(pairs, *tests(data, test))
+
+
+def tests(data: Path, test: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Pairs and candidates that every seed has."""
+    helpful, harmless = halves(test, random.Random(0))
+    tulu = [row for row in read(data / "tulu_human_eval/pairs.jsonl.gz") if longest(row) < 700]
+    pairs = {"helpful": helpful[:190], "harmless": harmless[:190]}
+    pairs["tulu"] = shuffled(tulu, random.Random(0))[:150]
+    topical = read(data / "summ_human_bon/topical_chat_candidates.jsonl.gz")
+    arena = [shorter(row) for row in read(data / "arena_bench_v1/candidates.jsonl.gz")]
+    candidates = {
+        "topical_chat": sorted(topical, key=lambda row: len(row["prompt"]))[:24],
+        "arena": [row for row in arena if len(row["candidates"]) >= 4],
+    }
+    return pairs, candidates
+
+
+def first_turn(row: Row) -> str:
+    """What the person says first."""
+    return str(row["prompt"].split("\n\nAssistant:")[0])
+
+
+def shorter(row: Row, characters: int = 900) -> Row:
+    """The row with its shorter candidates."""
+    room = characters - len(row["prompt"])
+    return {**row, "candidates": [some for some in row["candidates"] if len(some["text"]) < room]}
+
+
+def mixture(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+    """The mixture trained on helpful pairs, and its merges."""
+    seed = {"seed": common["seed"]}
+    start = once(home / "upcycle", upcycle, model=base, **seed, **MIXTURE)
+    moe = once(home / "moe", train, model=start, pairs=pairs["helpful"], **common)
+    yield "moe", moe
+    routing = once(home / "routing", route, model=moe, pairs=pairs["helpful"], max_pairs=200, **TEXT, **seed)
+    data = {"pairs": pairs["helpful-fit"], "validation": pairs["helpful-held"], **TEXT, **seed}
+    for method, options in {"uniform": {"sensitivity": False}, "learned": LEARNED}.items():
+        place = home / f"fit-{method}"
+        found = once(place, fit, model=moe, method=method, routing=routing, **options, **data)
+        yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=found)
+
+
+def specialists(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+    """A, B and the model trained on both kinds, and the averages of A and B."""
+    dealt = {"A": "a", "B": "b", "joint": "joint"}
+    trained = {
+        name: once(home / part, train, model=base, pairs=pairs[part], **common)
+        for name, part in dealt.items()
+    }
+    yield from trained.items()
+    both = [trained["A"], trained["B"]]
+    yield "A+B: uniform", once(home / "both-uniform", merge_models, models=both)
+    data = {"pairs": pairs["joint-fit"], "validation": pairs["joint-held"], "seed": common["seed"], **TEXT}
+    found = once(home / "both-fit", fit_models, models=both, **LEARNED, **data)
+    yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=found)
+
+
+def evaluated(home: Path, given: argparse.Namespace, start: Path, seed: int) -> str:
+    """Make every model of this seed and evaluate them; the evaluation's folder."""
+    dealt = deal(given.data, random.Random(seed), given.label_noise)
+    home.mkdir(parents=True, exist_ok=True)
+    sets = {"pairs": dealt.pairs, "tests": dealt.tests, "candidates": dealt.candidates}
+    files = {
+        name: {one: str(write(home / name, rows) / f"{one}.jsonl") for one in rows}
+        for name, rows in sets.items()
+    }
+    common: Options = {"batch_size": 16, "group_by_length": True, "seed": seed, **TEXT}
+    common |= {"learning_rate": given.learning_rate}
+    pairs = files["pairs"]
+    base = once(home / "base", train, model=str(start), pairs=pairs["base"], **common)
+    control = once(home / "control", train, model=base, pairs=pairs["helpful"], **common)
+    models = {"base": base, "control": control, **dict(mixture(home, base, pairs, common))}
+    measured: Options = {"pairs": files["tests"], "candidates": files["candidates"], "baseline": "control"}
+    if not given.short:
+        models |= dict(specialists(home, base, pairs, common))
+        measured |= {"ensembles": {"specialists": ["A", "B"]}, "ensemble_by": ["mean"]}
+    return once(home / "evaluation", evaluate, models=models, seed=seed, **TEXT, **measured)
+
+
+def main() -> None:
+    """Run every seed and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=Path("runs/hh"))
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--label_noise", type=float, default=0.0)
+    parser.add_argument("--short", action="store_true", help="no specialists")
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
+    given = parser.parse_args()
+    model, start = given.models / "smollm2", given.output / "upper"
+    if not start.exists():
+        upper_layers(model, UPPER, start)
+    lower, states = LowerLayers(model, UPPER), given.output / "states"
+    if states.exists():
+        lower.load(states)
+    with install(lower):
+        runs = [evaluated(given.output / f"seed-{seed}", given, start, seed) for seed in given.seeds]
+    if not states.exists():
+        lower.save(states)
+    place = given.output / "comparison"
+    compare(output=place, runs=runs, baseline="control", confidence=given.confidence, overwrite=True)
+    print((place / "compare.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
