@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -100,7 +101,7 @@ class MergedModel:
             return
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         for tensor in self.source.tensors:
-            self.model.get_parameter(tensor.dense).copy_(self._average(tensor))
+            self._average(tensor, self.model.get_parameter(tensor.dense))
 
     def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
         """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
@@ -141,7 +142,8 @@ class MergedModel:
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
         # Copies: a view would keep its whole file mapped.
         tensors = {name: self.source.kept(name).clone() for name in self.source.backbone}
-        tensors |= {tensor.dense: self._average(tensor).cpu() for tensor in self.source.tensors}
+        empty = partial(torch.empty, device=self.device, dtype=self.source.dtype)
+        tensors |= {t.dense: self._average(t, empty(t.shape)).cpu() for t in self.source.tensors}
         config = self.source.dense_config()
         model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         return cast(PreTrainedModel, torch.nn.Module.to(model.requires_grad_(False), self.device).eval())
@@ -157,11 +159,14 @@ class MergedModel:
         return torch.cat([shared[None], routed]) if self.source.has_shared else routed
 
     @torch.no_grad()
-    def _average(self, tensor: MergedTensor) -> Tensor:
-        weights_M = self._weights(self.rows[tensor.dense])
-        parts = [piece.average(weights_M) for piece in self._pieces(tensor)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.to(self.source.dtype).view(tensor.shape)
+    def _average(self, tensor: MergedTensor, out: Tensor) -> Tensor:
+        """`out`, filled with the average, which has the members' dtype."""
+        weights_M, begin, out_X = self._weights(self.rows[tensor.dense]), 0, out.view(-1)
+        for piece in self._pieces(tensor):
+            end = begin + len(piece.first_X)
+            piece.average(weights_M, self.source.dtype, out_X[begin:end])
+            begin = end
+        return out
 
     def _watch(self, name: str, reduce: Callable[[Tensor], None]) -> None:
         """Have `reduce` called with the gradient of a parameter, summed over a step's backward passes."""
@@ -221,10 +226,14 @@ class Piece:
     others_MX: Tensor
     apart: bool
 
-    def average(self, weights_M: Tensor) -> Tensor:
-        """The sum of all copies with weights that sum to one."""
+    def average(self, weights_M: Tensor, dtype: torch.dtype, out_X: Tensor) -> None:
+        """Write to `out_X` the sum of all copies with weights that sum to one, rounded to `dtype`."""
         share = 1.0 if self.apart else float(weights_M[0])
-        return torch.addmv(self.first_X, self.others_MX.T, weights_M[1:].to(self.others_MX), beta=share)
+        terms = (self.first_X, self.others_MX.T, weights_M[1:].to(self.others_MX))
+        if out_X.dtype == dtype == self.first_X.dtype:
+            torch.addmv(*terms, beta=share, out=out_X)
+        else:
+            out_X.copy_(torch.addmv(*terms, beta=share).to(dtype))
 
     def dots(self, gradient_X: Tensor) -> Tensor:
         """<dW, W_i> of each member, less <dW, W_0> if the others are kept apart from the first; float64."""

@@ -58,7 +58,8 @@ class WeightGradient:
             self.reduce(gradient_FD)
 
     def _multiply(self) -> None:
-        x_TD, dy_TF = (torch.cat(kept) for kept in (self._inputs_TD, self._outputs_TF))
+        both = (self._inputs_TD, self._outputs_TF)
+        x_TD, dy_TF = (torch.cat(kept) if len(kept) > 1 else kept[0] for kept in both)
         self._inputs_TD, self._outputs_TF = [], []
         if self._sum_FD is None:
             self._sum_FD = dy_TF.T @ x_TD
