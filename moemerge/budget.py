@@ -30,6 +30,9 @@ def shortfalls(recipe: Recipe) -> Iterator[str]:
     if recipe.control is None:
         yield "no control: without a dense model of equal budget and care, a gain means nothing"
         return
+    chosen = recipe.train.choose_by, recipe.control.choose_by
+    if len(set(chosen)) > 1:
+        yield f"train chooses by {chosen[0]}, control by {chosen[1]}: the comparison mixes two things"
     ours, theirs = _care(recipe.train), _care(recipe.control)
     for what, wanted in ours.items():
         if theirs.get(what, wanted) < wanted:

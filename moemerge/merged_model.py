@@ -82,8 +82,8 @@ class MergedModel:
         self.source, self.device = source, torch.device(device)
         if keep is None:
             keep = not _mapped(source, self.device) and _fits(source, self.device)
-        self._kept: dict[str, Piece] | None = {} if keep else None
         self._mapped = not keep and _mapped(source, self.device)
+        self._whole: dict[str, Piece] | None = {} if keep or self._mapped else None
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         self._last = True
         self.rows = source.rows(source.blocks() if blocks is None else blocks)
@@ -203,16 +203,24 @@ class MergedModel:
 
     def _pieces(self, tensor: MergedTensor) -> Iterator[Piece]:
         """The members' copies: as they lie in a mapped file, or kept, or piece by piece."""
-        if self._mapped:
-            yield _mapped_piece(self.source, tensor)
-        elif self._kept is not None:
-            if tensor.dense not in self._kept:
-                self._kept[tensor.dense] = _apart(list(self.matrices(tensor)), self.device)
-            yield self._kept[tensor.dense]
+        if self._whole is not None:
+            if tensor.dense not in self._whole:
+                self._whole[tensor.dense] = self._whole_piece(tensor)
+            yield self._whole[tensor.dense]
         else:
             size = CHUNK if self.device.type == "cpu" else CHUNK_ON_GPU
             copies = [matrix.reshape(-1).split(size) for matrix in self.source.matrices(tensor)]
             yield from (_apart(chunks, self.device) for chunks in zip(*copies, strict=True))
+
+    def _whole_piece(self, tensor: MergedTensor) -> Piece:
+        if not self._mapped:
+            return _apart(list(self.matrices(tensor)), self.device)
+        stack = self.source.stack(tensor)
+        assert stack is not None
+        stack_NX = stack.flatten(1)
+        if self.source.has_shared:
+            return Piece(self.source.matrix(tensor, 0).flatten(), stack_NX, False)
+        return Piece(stack_NX[0], stack_NX[1:], False)
 
 
 @dataclass(frozen=True)
@@ -247,15 +255,6 @@ def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
     copies_MX = torch.stack([copy.reshape(-1) for copy in copies]).to(device, wide)
     copies_MX[1:] -= copies_MX[0]
     return Piece(copies_MX[0], copies_MX[1:], True)
-
-
-def _mapped_piece(source: MergeSource, tensor: MergedTensor) -> Piece:
-    stack = source.stack(tensor)
-    assert stack is not None
-    stack_NX = stack.flatten(1)
-    if source.has_shared:
-        return Piece(source.matrix(tensor, 0).flatten(), stack_NX, False)
-    return Piece(stack_NX[0], stack_NX[1:], False)
 
 
 @contextmanager

@@ -116,6 +116,11 @@ class TrainSettings(Options):
     patience: int | None = Field(
         3, ge=1, description="evaluations without progress before stopping; none: never"
     )
+    choose_by: Literal["loss", "accuracy"] = Field(
+        "loss",
+        description="what chooses steps and trials on validation pairs; loss minds how sure the scores are, "
+        "accuracy only their order (and takes the first of equals)",
+    )
     shared_dropout: float = Field(
         0.0, ge=0, lt=1, description="chance that a pair is scored without the shared expert, in all layers"
     )
@@ -139,7 +144,7 @@ class TrainSettings(Options):
     )
     search: dict[str, list[float]] = Field(
         default_factory=dict,
-        description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; validation loss chooses",
+        description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses",
     )
 
     @model_validator(mode="after")

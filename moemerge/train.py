@@ -41,7 +41,7 @@ from moemerge.recipe import Train
 from moemerge.scoring import in_head, load_reward_model, load_tokenizer
 from moemerge.token_limits import check_config
 from moemerge.tokenise import texts_of
-from moemerge.training_report import report, results, write_history
+from moemerge.training_report import report, results, standing, write_history
 
 DONE = "done.json"
 
@@ -53,9 +53,10 @@ def train(options: Train, draft: Draft) -> None:
     """Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
 
     Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
-    of lowest validation loss are kept, which may be those of the start (best_step 0). A killed run, started
-    again with equal options, goes on from its last checkpoint, and on CPU ends with the very same weights.
-    Also writes history.json and history.png. Losses are in nats, `seconds` those since the last start.
+    that stand best by `choose_by` are kept, which may be those of the start (best_step 0). A killed run,
+    started again with equal options, goes on from its last checkpoint, and on CPU ends with the very same
+    weights. Also writes history.json and history.png. Losses are in nats, `seconds` those since the last
+    start.
     Raises OptionError, DataError, CheckpointError or UnsupportedError.
     """
     options, ratio = _budgeted(options)
@@ -63,7 +64,7 @@ def train(options: Train, draft: Draft) -> None:
     bench = _bench(options, draft)
     with workspace(options) as folder:
         reports = _compete(bench, trials, folder)
-        best = _winner(reports)
+        best = _winner(reports, options.choose_by)
         model = _finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
         model.save_pretrained(draft.folder)
         bench.tokenizer.save_pretrained(draft.folder)
@@ -142,7 +143,7 @@ def _compete(bench: _Bench, trials: list[Train], folder: Path) -> list[dict[str,
         reports.append(_once(home / DONE, partial(_trial, bench, options, home)))
         if len(trials) > 1:
             gc.collect()  # the last trial's model, which a cycle in the trainer holds
-        best = _winner(reports)
+        best = _winner(reports, options.choose_by)
         for other in range(number + 1):
             _keep_only(folder / f"trial-{other}", reports[best]["best_step"] if other == best else None)
     return reports
@@ -160,9 +161,11 @@ def _keep_only(home: Path, step: int | None) -> None:
             shutil.rmtree(path)
 
 
-def _winner(reports: list[dict[str, Any]]) -> int:
-    losses = [report["after"]["loss"] if report["after"] else 0.0 for report in reports]
-    return losses.index(min(losses))
+def _winner(reports: list[dict[str, Any]], choose_by: str) -> int:
+    found = [
+        standing(**report["after"], choose_by=choose_by) if report["after"] else 0.0 for report in reports
+    ]
+    return found.index(min(found))
 
 
 def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
@@ -175,29 +178,29 @@ def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
     bench.draft.reserve(checkpoint_space(counts), there=size_of(home.parent))
     trainer = make_trainer(options, model, bench.tokenizer, roles, bench.pairs, bench.held_out, home)
     before = trainer.measure() if bench.held_out else None
-    state = _fit(trainer, options.patience, before, home)
+    state = _fit(trainer, options, before, home)
     assigned = trainer.schedule.sizes if trainer.schedule else []
-    return report(state, before) | {
+    return report(state, before, options.choose_by) | {
         "parameters": counts,
         **({"assigned": assigned} if assigned else {}),
         "seconds": round(time.perf_counter() - clock, 3),
     }
 
 
-def _fit(trainer: Any, patience: int | None, before: dict[str, float] | None, home: Path) -> dict[str, Any]:
+def _fit(trainer: Any, options: Train, before: dict[str, float] | None, home: Path) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; the state that the trainer left."""
     from moemerge.trainer import Patience, exhausted, last_checkpoint, read_state
 
-    start = before["loss"] if before else math.inf
+    start = standing(**before, choose_by=options.choose_by) if before else math.inf
     last = last_checkpoint(home)
     if last is not None:
         state = read_state(last)
-        stopped = before is not None and exhausted(state["log_history"], patience, start)
+        stopped = before is not None and exhausted(state["log_history"], options, start)
         if stopped or state["global_step"] >= state["max_steps"]:
             return state
         log.info("going on from step %d", state["global_step"])
-    if before and patience is not None:
-        trainer.add_callback(Patience(patience, start))
+    if before and options.patience is not None:
+        trainer.add_callback(Patience(options, start))
     trainer.train(resume_from_checkpoint=last and str(last))
     last = last_checkpoint(home)
     assert last is not None

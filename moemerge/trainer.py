@@ -37,6 +37,7 @@ from moemerge.expert_schedule import FREE, ExpertSchedule, assign_experts
 from moemerge.moe import moe_layers
 from moemerge.recipe import Train
 from moemerge.scoring import bradley_terry, score_pairs
+from moemerge.training_report import standings
 
 C = TypeVar("C", bound=TrainingArguments)
 
@@ -64,21 +65,24 @@ class PairCollator(DataCollatorForPreference):
 
 
 class Patience(TrainerCallback):
-    """Stops training once `patience` evaluations in a row brought no lower loss than the best before."""
+    """Stops training once `patience` evaluations in a row stood no better than the best before them."""
 
-    def __init__(self, patience: int, start: float) -> None:
-        self.patience, self.start = patience, start
+    def __init__(self, options: Train, start: float) -> None:
+        self.options, self.start = options, start
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask the trainer to stop."""
-        if exhausted(state.log_history, self.patience, self.start):
+        if exhausted(state.log_history, self.options, self.start):
             control.should_training_stop = True
 
 
-def exhausted(history: list[dict[str, Any]], patience: int | None, start: float) -> bool:
-    """Whether the last `patience` evaluations all failed to undercut the best loss before them."""
-    losses = [start, *(entry["eval_loss"] for entry in history if "eval_loss" in entry)]
-    return patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
+def exhausted(history: list[dict[str, Any]], options: Train, start: float) -> bool:
+    """Whether the last `options.patience` evaluations all stood no better than the best before them.
+
+    `start` is the standing before training (training_report.standing).
+    """
+    found = [start, *standings(history, options.choose_by)]
+    return options.patience is not None and len(found) - 1 - found.index(min(found)) >= options.patience
 
 
 class PairTrainer(RewardTrainer):
@@ -295,8 +299,8 @@ def _arguments(
         "eval_steps": every,
         "save_steps": every,
         "save_total_limit": 2,  # the best and the last; older ones go once the last is whole
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        "metric_for_best_model": f"eval_{options.choose_by}",
+        "greater_is_better": options.choose_by == "accuracy",
         "logging_steps": logged,
     }
     return make_config(RewardConfig, settings | _quiet(device))

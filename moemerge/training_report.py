@@ -15,17 +15,30 @@ from moemerge.recipe import Train
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 
 
-def report(state: dict[str, Any], before: dict[str, float] | None) -> dict[str, Any]:
+def standing(loss: float, accuracy: float, choose_by: str) -> float:
+    """How a step or trial stands by its validation numbers: the lower the better."""
+    return loss if choose_by == "loss" else -accuracy
+
+
+def standings(history: Sequence[dict[str, Any]], choose_by: str) -> list[float]:
+    """Standings of a history's evaluations, in order."""
+    found = [entry for entry in history if "eval_loss" in entry]
+    return [standing(entry["eval_loss"], entry["eval_accuracy"], choose_by) for entry in found]
+
+
+def report(state: dict[str, Any], before: dict[str, float] | None, choose_by: str) -> dict[str, Any]:
     """What a trial came to: `state` is its trainer's last, `before` the validation numbers of the start.
 
-    The best step is the one of lowest validation loss, the start (0) included; without validation the last.
+    The best step is the one that stands best on validation pairs, the first of equal ones, the start (0)
+    included; without validation the last.
     """
     history = [_entry(logged) for logged in state["log_history"]]
     step, after = state["global_step"], None
     if before:
         start = {f"eval_{name}": value for name, value in before.items()}
         history = [{"step": 0, "epoch": 0.0, **start}, *history]
-        best = min((e for e in history if "eval_loss" in e), key=lambda entry: entry["eval_loss"])
+        standing_of = standings(history, choose_by)
+        best = [entry for entry in history if "eval_loss" in entry][standing_of.index(min(standing_of))]
         step, after = best["step"], {"loss": best["eval_loss"], "accuracy": best["eval_accuracy"]}
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return {

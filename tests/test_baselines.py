@@ -263,6 +263,7 @@ def test_every_scored_name_may_be_the_baseline() -> None:
             {"search": {"learning_rate": [1e-4]}, "patience": 1},
             ["1 trials, train 2", "1 evaluations of patience"],
         ),
+        ({"choose_by": "accuracy"}, ["train chooses by loss, control by accuracy"]),
         ({"max_steps": 1}, []),  # against epochs: not to be told without the data
     ],
 )

@@ -458,6 +458,31 @@ def test_best_weights_are_kept_not_the_last(world: Path, tmp_path: Path) -> None
     assert loss == pytest.approx(losses[best], abs=1e-6)
 
 
+def test_steps_and_trials_are_chosen_by_accuracy_if_asked(world: Path, tmp_path: Path) -> None:
+    """Once all pairs are in order, the loss goes on falling: the two disagree."""
+    options = {
+        "held": True,
+        "epochs": 6,
+        "eval_steps": 3,
+        "patience": None,
+        "search": {"learning_rate": [1e-2, 5e-3]},
+    }
+    results = run(world, tmp_path / "out", choose_by="accuracy", **options)
+    entries = [e for e in history(tmp_path / "out") if "eval_loss" in e]
+    best = max(entries, key=lambda entry: entry["eval_accuracy"])  # the first of equals
+    assert results["best_step"] == best["step"] and results["after"]["accuracy"] == best["eval_accuracy"]
+    assert best["eval_loss"] > min(entry["eval_loss"] for entry in entries), "or this test says nothing"
+    assert results["after"]["accuracy"] == max(trial["accuracy"] for trial in results["trials"])
+    assert brute_force(tmp_path / "out", world / "held.jsonl")[1] == best["eval_accuracy"]
+
+
+def test_patience_is_by_accuracy_too(world: Path, tmp_path: Path) -> None:
+    options = {"held": True, "epochs": 20, "eval_steps": 2, "patience": 3, "learning_rate": 5e-2}
+    run(world, tmp_path / "out", choose_by="accuracy", **options)
+    found = [e["eval_accuracy"] for e in history(tmp_path / "out") if "eval_accuracy" in e]
+    assert found.index(max(found)) == len(found) - 4 and len(found) < 60
+
+
 def test_without_progress_training_stops_and_the_start_is_kept(world: Path, tmp_path: Path) -> None:
     options = {"pairs": str(world / "flipped.jsonl"), "epochs": 20, "eval_steps": 2, "patience": 2}
     results = run(world, tmp_path / "out", held=True, learning_rate=1e-3, **options, warmup=0.0)
