@@ -87,10 +87,11 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
 
 def table(report: Report) -> str:
     """One row per model: accuracy with interval on each test set, scores on RewardBench, gold score of the
-    best of n on each candidate set, parameters that one token uses. `report` is evaluate's report.json.
+    best of n on each candidate set, the bias probes' worst attack, parameters that one token uses. `report`
+    is evaluate's report.json.
     """
     names = ("model", {name: name for name in report["models"]})
-    columns = [names, *_accuracy(report), *_rewardbench(report), *_gold(report)]
+    columns = [names, *_accuracy(report), *_rewardbench(report), *_gold(report), *_worst_attack(report)]
     columns.append(
         ("parameters used", {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()})
     )
@@ -144,6 +145,27 @@ def _gold(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
         for place, n in enumerate(measured["n"]):
             cells = {model: f"{curve['gold'][place]:.2f}" for model, curve in measured["models"].items()}
             yield (f"gold {name} n={n}" if place == 0 else f"n={n}"), cells
+
+
+def _worst_attack(report: Report) -> Iterator[tuple[str, dict[str, str]]]:
+    """Per set the edit of rejected answers that turns the largest share of a model's right verdicts."""
+    found: dict[str, dict[str, list[tuple[float, str]]]] = {}
+    for name, edit, models in _attacks(report):
+        for model, numbers in models.items():
+            if numbers["flipped"] is not None:
+                found.setdefault(name, {}).setdefault(model, []).append((numbers["flipped"], edit))
+    for name, by_model in found.items():
+        worst = {model: max(flips, key=lambda one: one[0]) for model, flips in by_model.items()}
+        yield f"worst edit on {name}", {m: f"{edit}: {share:.0%} flip" for m, (share, edit) in worst.items()}
+
+
+def _attacks(report: Report) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Set, edit, and what it does to every model, of all probes that edit rejected answers."""
+    for result in report["probes"].values():
+        if result.get("side") == "rejected":
+            for name, measured in result["sets"].items():
+                for edit, numbers in measured["edits"].items():
+                    yield name, edit, numbers["models"]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -213,7 +235,7 @@ def main_table(report: Report) -> tuple[list[str], list[list[str]]]:
             versus = {model: found.get(title, "baseline") for model, found in known.items()}
             columns.append((f"minus {report['baseline']}", versus))
     used = {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()}
-    columns.append(("parameters used", used))
+    columns += [*_worst_attack(report), ("parameters used", used)]
     rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
     return [title for title, _ in columns], rows
 

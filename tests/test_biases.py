@@ -25,6 +25,7 @@ from moemerge.probes.edits import last_message, make_edits, some_pairs
 from moemerge.recipe import EvaluateSettings, Recipe
 from moemerge.rows import Text
 from moemerge.scoring import load_reward_model, load_tokenizer
+from moemerge.summary import table
 
 SETTINGS = EvaluateSettings(resamples=400)
 Scorer = Callable[[str, str], float]
@@ -365,6 +366,22 @@ def test_edited_answers_go_through_evaluate(evaluated: Path) -> None:
     assert scores["edits/x y/length/repetition/model/b"][0].item() == pytest.approx(expected, abs=1e-5)
     assert found["models"]["a"]["vs_baseline"] and "vs_baseline" not in found["models"]["b"]
     assert "edits/z/damage/truncated/model/a" in scores
+
+
+def test_the_first_table_tells_the_worst_attack(evaluated: Path) -> None:
+    report = json.loads((evaluated / "report.json").read_text())
+    flips = {
+        edit: numbers["models"]["a"]["flipped"]
+        for probe in ("length", "style", "flattery", "confidence", "boilerplate")
+        for edit, numbers in report["probes"][probe]["sets"]["x y"]["edits"].items()
+        if numbers["models"]
+    }
+    most = max(flips.values())
+    header, first, _ = (row.split("|") for row in table(report).splitlines() if not row.startswith("| -"))
+    cell = first[[title.strip() for title in header].index("worst edit on x y")].strip()
+    edit, share = cell.split(":")
+    assert flips[edit] == most > 0 and share == f" {most:.0%} flip"
+    assert cell in (evaluated / "report.md").read_text().split("## Accuracy")[0]
 
 
 def test_the_report_shows_every_bias(evaluated: Path) -> None:
