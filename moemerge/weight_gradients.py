@@ -2,7 +2,7 @@
 
 Few tokens make dW = dY^T X a slow product that writes all of dW; the tokens of several batches at once make
 one product that takes little longer. Until then inputs and output gradients are kept, as long as they take
-less than half of what dW does.
+less than two fifths of what dW does.
 
 Shapes: T tokens, D inputs and F outputs of the layer.
 """
@@ -29,7 +29,7 @@ class WeightGradient:
         self, layer: nn.Linear, reduce: Callable[[Tensor], None], is_last: Callable[[], bool]
     ) -> None:
         self.reduce, self.is_last = reduce, is_last
-        self._limit = layer.weight.numel() // 2
+        self._limit = 2 * layer.weight.numel() // 5
         self._inputs_TD: list[Tensor] = []
         self._outputs_TF: list[Tensor] = []
         self._sum_FD: Tensor | None = None

@@ -49,12 +49,12 @@ def test_equals_autograd_over_batches_of_any_size(bias: bool, sizes: tuple[int, 
 
 
 def test_short_batches_are_multiplied_at_once_and_long_ones_not_kept() -> None:
-    layer = make_layer(False)
+    layer = nn.Linear(50, 70, bias=False)
     kept = WeightGradient(layer, lambda _: None, lambda: False)
-    loss_of(layer, batch(1, 0)[:1]).backward()
-    assert kept.held == sum(WIDTHS), "input and output gradient of a token"
-    loss_of(layer, batch(40, 1)).backward()
-    assert kept.held == layer.weight.numel(), "they outgrew half the gradient"
+    loss_of(layer, torch.randn(2, 50)).backward()
+    assert kept.held == 2 * (50 + 70), "inputs and output gradients of two tokens"
+    loss_of(layer, torch.randn(80, 50)).backward()
+    assert kept.held == 50 * 70, "they outgrew two fifths of the gradient"
 
 
 def test_used_twice_in_a_pass_the_parts_add_up() -> None:
