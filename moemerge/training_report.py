@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ def standing(loss: float, accuracy: float, choose_by: str) -> float:
 
 def standings(history: Sequence[dict[str, Any]], choose_by: str) -> list[float]:
     """Standings of a history's evaluations, in order."""
-    found = [entry for entry in history if "eval_loss" in entry]
-    return [standing(entry["eval_loss"], entry["eval_accuracy"], choose_by) for entry in found]
+    return [_standing_of(choose_by, entry) for entry in history if "eval_loss" in entry]
+
+
+def _standing_of(choose_by: str, entry: dict[str, Any]) -> float:
+    return standing(entry["eval_loss"], entry["eval_accuracy"], choose_by)
 
 
 def report(state: dict[str, Any], before: dict[str, float] | None, choose_by: str) -> dict[str, Any]:
@@ -37,8 +41,7 @@ def report(state: dict[str, Any], before: dict[str, float] | None, choose_by: st
     if before:
         start = {f"eval_{name}": value for name, value in before.items()}
         history = [{"step": 0, "epoch": 0.0, **start}, *history]
-        standing_of = standings(history, choose_by)
-        best = [entry for entry in history if "eval_loss" in entry][standing_of.index(min(standing_of))]
+        best = min((e for e in history if "eval_loss" in e), key=partial(_standing_of, choose_by))
         step, after = best["step"], {"loss": best["eval_loss"], "accuracy": best["eval_accuracy"]}
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return {
