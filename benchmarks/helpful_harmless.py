@@ -13,30 +13,30 @@ layers.
     control           base, trained on 850 helpful pairs
     moe               mixture made of base, trained as the control is
     moe: METHOD       its merge
+    tuned             control, trained on the pairs that the merge's coefficients are fitted on
     A, B, joint       base, trained on 400 helpful pairs, on 400 harmless ones, on both
     A+B: METHOD       average of A and B, equal or by coefficients fitted on 60 + 60 other pairs of both kinds
     specialists       mean of A's and B's scores
 
-label_noise flips so many of the base's and the training labels; --short makes base, control, moe and its
-merges only.
+label_noise flips so many of the base's and the training labels, never those of fitting and held-out pairs;
+--short leaves out A, B and joint.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from frozen_layers import LowerLayers, install, upper_layers
 from real_data import Dealt, Files, Options, flipped, halves, longest, mixed, shuffled
-from study import Row, once, read, write
+from study import Row, once, read, write_sets
 
 from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
 
 UPPER = 2
 MIXTURE: Options = {"num_routed_experts": 4, "num_experts_per_tok": 2, "layers": f"last:{UPPER}"}
-TEXT: Options = {"max_length": 256, "bad_rows": "skip"}
 LEARNED: Options = {"max_epochs": 4, "sensitivity": False}
 
 
@@ -51,16 +51,16 @@ def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
     )
     pairs = {
         "base": mixed(helpful[:150], harmless[:150]),
-        "helpful": helpful[150:1000],
+        "train": helpful[150:1000],
         "a": helpful[150:550],
         "b": harmless[150:550],
     }
     pairs = {name: flipped(rows, label_noise, draw) for name, rows in pairs.items()}
     pairs |= {
         "joint": mixed(pairs["a"], pairs["b"]),
-        "helpful-held": held_a[:100],
+        "held": held_a[:100],
         "joint-held": mixed(held_a[:60], held_b[:60]),
-        "helpful-fit": held_a[100:200],
+        "fit": held_a[100:200],
         "joint-fit": mixed(held_a[100:160], held_b[60:120]),
     }
     return Dealt(pairs, *tests(data, test))
@@ -93,13 +93,13 @@ def shorter(row: Row, characters: int = 900) -> Row:
 
 
 def mixture(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
-    """The mixture trained on helpful pairs, and its merges."""
-    seed = {"seed": common["seed"]}
+    """The mixture trained as the control is, and its merges."""
+    seed, text = {"seed": common["seed"]}, text_options(common)
     start = once(home / "upcycle", upcycle, model=base, **seed, **MIXTURE)
-    moe = once(home / "moe", train, model=start, pairs=pairs["helpful"], **common)
+    moe = once(home / "moe", train, model=start, pairs=pairs["train"], **common)
     yield "moe", moe
-    routing = once(home / "routing", route, model=moe, pairs=pairs["helpful"], max_pairs=200, **TEXT, **seed)
-    data = {"pairs": pairs["helpful-fit"], "validation": pairs["helpful-held"], **TEXT, **seed}
+    routing = once(home / "routing", route, model=moe, pairs=pairs["train"], max_pairs=200, **text)
+    data = {"pairs": pairs["fit"], "validation": pairs["held"], **text}
     for method, options in {"uniform": {"sensitivity": False}, "learned": LEARNED}.items():
         place = home / f"fit-{method}"
         found = once(place, fit, model=moe, method=method, routing=routing, **options, **data)
@@ -116,45 +116,49 @@ def specialists(home: Path, base: str, pairs: Files, common: Options) -> Iterato
     yield from trained.items()
     both = [trained["A"], trained["B"]]
     yield "A+B: uniform", once(home / "both-uniform", merge_models, models=both)
-    data = {"pairs": pairs["joint-fit"], "validation": pairs["joint-held"], "seed": common["seed"], **TEXT}
+    data = {"pairs": pairs["joint-fit"], "validation": pairs["joint-held"], **text_options(common)}
     found = once(home / "both-fit", fit_models, models=both, **LEARNED, **data)
     yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=found)
 
 
-def evaluated(home: Path, given: argparse.Namespace, start: Path, seed: int) -> str:
+def text_options(common: Options) -> Options:
+    """Those of `common` that tell how texts are read, and the seed."""
+    return {name: common[name] for name in ("max_length", "bad_rows", "seed")}
+
+
+def evaluated(home: Path, given: argparse.Namespace, dealt: Dealt, start: Path, seed: int) -> str:
     """Make every model of this seed and evaluate them; the evaluation's folder."""
-    dealt = deal(given.data, random.Random(seed), given.label_noise)
-    home.mkdir(parents=True, exist_ok=True)
     sets = {"pairs": dealt.pairs, "tests": dealt.tests, "candidates": dealt.candidates}
-    files = {
-        name: {one: str(write(home / name, rows) / f"{one}.jsonl") for one in rows}
-        for name, rows in sets.items()
-    }
-    common: Options = {"batch_size": 16, "group_by_length": True, "seed": seed, **TEXT}
-    common |= {"learning_rate": given.learning_rate}
+    files = write_sets(home, sets)
+    common: Options = {"batch_size": 16, "group_by_length": True, "learning_rate": given.learning_rate}
+    common |= {"max_length": given.max_length, "bad_rows": "skip", "seed": seed}
     pairs = files["pairs"]
     base = once(home / "base", train, model=str(start), pairs=pairs["base"], **common)
-    control = once(home / "control", train, model=base, pairs=pairs["helpful"], **common)
+    control = once(home / "control", train, model=base, pairs=pairs["train"], **common)
     models = {"base": base, "control": control, **dict(mixture(home, base, pairs, common))}
+    models["tuned"] = once(home / "tuned", train, model=control, pairs=pairs["fit"], **common)
     measured: Options = {"pairs": files["tests"], "candidates": files["candidates"], "baseline": "control"}
     if not given.short:
         models |= dict(specialists(home, base, pairs, common))
         measured |= {"ensembles": {"specialists": ["A", "B"]}, "ensemble_by": ["mean"]}
-    return once(home / "evaluation", evaluate, models=models, seed=seed, **TEXT, **measured)
+    return once(home / "evaluation", evaluate, models=models, **text_options(common), **measured)
 
 
-def main() -> None:
-    """Run every seed and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(description: str, output: Path) -> argparse.ArgumentParser:
+    """What studies of upper layers are told."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("models", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("runs/hh"))
+    parser.add_argument("--output", type=Path, default=output)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--label_noise", type=float, default=0.0)
-    parser.add_argument("--short", action="store_true", help="no specialists")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
-    given = parser.parse_args()
+    return parser
+
+
+def run(given: argparse.Namespace, deal: Callable[[Path, random.Random, float], Dealt]) -> None:
+    """Run every seed and print a table; `given` has also max_length and short."""
     model, start = given.models / "smollm2", given.output / "upper"
     if not start.exists():
         upper_layers(model, UPPER, start)
@@ -162,12 +166,22 @@ def main() -> None:
     if states.exists():
         lower.load(states)
     with install(lower):
-        runs = [evaluated(given.output / f"seed-{seed}", given, start, seed) for seed in given.seeds]
+        runs = []
+        for seed in given.seeds:
+            dealt = deal(given.data, random.Random(seed), given.label_noise)
+            runs.append(evaluated(given.output / f"seed-{seed}", given, dealt, start, seed))
     if not states.exists():
         lower.save(states)
     place = given.output / "comparison"
     compare(output=place, runs=runs, baseline="control", confidence=given.confidence, overwrite=True)
     print((place / "compare.md").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = options(__doc__, Path("runs/hh"))
+    parser.add_argument("--short", action="store_true", help="no specialists")
+    run(parser.parse_args(namespace=argparse.Namespace(max_length=256)), deal)
 
 
 if __name__ == "__main__":

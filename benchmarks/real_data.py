@@ -27,11 +27,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from study import Row, once, read, write
+from study import Row, once, read, write_sets
 
 from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
+
+T = TypeVar("T")
 
 Options: TypeAlias = dict[str, Any]
 Files: TypeAlias = dict[str, str]
@@ -111,7 +113,7 @@ def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
     return Dealt(pairs, tests, {"topical_chat": topical[:40]})
 
 
-def shuffled(rows: Iterable[Row], draw: random.Random) -> list[Row]:
+def shuffled(rows: Iterable[T], draw: random.Random) -> list[T]:
     """The rows in an order of the draw."""
     found = list(rows)
     draw.shuffle(found)
@@ -151,11 +153,7 @@ def dealt(home: Path, data: Path, setting: Setting, seed: int) -> dict[str, File
         name: rows if name in ("validation", "fit") else flipped(rows, setting.label_noise, draw)
         for name, rows in found.pairs.items()
     }
-    home.mkdir(parents=True, exist_ok=True)
-    kinds = {"pairs": noisy, "tests": found.tests, "candidates": found.candidates}
-    for kind, sets in kinds.items():
-        write(home / kind, sets)
-    return {kind: {name: str(home / kind / f"{name}.jsonl") for name in sets} for kind, sets in kinds.items()}
+    return write_sets(home, {"pairs": noisy, "tests": found.tests, "candidates": found.candidates})
 
 
 def dense_models(home: Path, base: str, pairs: Files, common: Options) -> Files:

@@ -48,6 +48,14 @@ def write(folder: Path, rows: Mapping[str, list[Row]]) -> Path:
     return folder
 
 
+def write_sets(home: Path, kinds: Mapping[str, Mapping[str, list[Row]]]) -> dict[str, dict[str, str]]:
+    """`home`, with KIND/NAME.jsonl for every list of rows; returns their paths, by kind and name."""
+    home.mkdir(parents=True, exist_ok=True)
+    for kind, sets in kinds.items():
+        write(home / kind, sets)
+    return {kind: {name: str(home / kind / f"{name}.jsonl") for name in sets} for kind, sets in kinds.items()}
+
+
 def scored(home: Path, models: Mapping[str, str]) -> dict[str, Scores]:
     """Scores of every model on the synthetic world of `home`, by name and set, with its gold and rows."""
     data = home / "world/data"
