@@ -38,6 +38,8 @@ from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, ro
 UPPER = 2
 MIXTURE: Options = {"num_routed_experts": 4, "num_experts_per_tok": 2, "layers": f"last:{UPPER}"}
 LEARNED: Options = {"max_epochs": 4, "sensitivity": False}
+REST: Options = {"sensitivity": False}
+MERGES: dict[str, Options] = {"uniform": REST, "least_squares": REST, "learned": LEARNED}
 
 
 def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
@@ -100,7 +102,7 @@ def mixture(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tu
     yield "moe", moe
     routing = once(home / "routing", route, model=moe, pairs=pairs["train"], max_pairs=200, **text)
     data = {"pairs": pairs["fit"], "validation": pairs["held"], **text}
-    for method, options in {"uniform": {"sensitivity": False}, "learned": LEARNED}.items():
+    for method, options in MERGES.items():
         place = home / f"fit-{method}"
         found = once(place, fit, model=moe, method=method, routing=routing, **options, **data)
         yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=found)
