@@ -19,7 +19,7 @@ layers.
     specialists       mean of A's and B's scores
 
 label_noise flips so many of the base's and the training labels, never those of fitting and held-out pairs;
---short leaves out A, B and joint.
+--short leaves out A, B and joint, harmless test pairs and best of n.
 """
 
 from __future__ import annotations
@@ -66,6 +66,13 @@ def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
         "joint-fit": mixed(held_a[100:160], held_b[60:120]),
     }
     return Dealt(pairs, *tests(data, test))
+
+
+def deal_short(data: Path, draw: random.Random, label_noise: float) -> Dealt:
+    """The same for upcycling alone: helpful pairs, and the tests that are about them."""
+    found = deal(data, draw, label_noise)
+    pairs = {name: found.pairs[name] for name in ("base", "train", "held", "fit")}
+    return Dealt(pairs, {name: found.tests[name] for name in ("helpful", "tulu")}, {})
 
 
 def tests(data: Path, test: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
@@ -139,10 +146,11 @@ def evaluated(home: Path, given: argparse.Namespace, dealt: Dealt, start: Path, 
     control = once(home / "control", train, model=base, pairs=pairs["train"], **common)
     models = {"base": base, "control": control, **dict(mixture(home, base, pairs, common))}
     models["tuned"] = once(home / "tuned", train, model=control, pairs=pairs["fit"], **common)
-    measured: Options = {"pairs": files["tests"], "candidates": files["candidates"], "baseline": "control"}
+    measured: Options = {"pairs": files["tests"], "baseline": "control"}
     if not given.short:
         models |= dict(specialists(home, base, pairs, common))
         measured |= {"ensembles": {"specialists": ["A", "B"]}, "ensemble_by": ["mean"]}
+        measured["candidates"] = files["candidates"]
     return once(home / "evaluation", evaluate, models=models, **text_options(common), **measured)
 
 
@@ -182,8 +190,9 @@ def run(given: argparse.Namespace, deal: Callable[[Path, random.Random, float], 
 def main() -> None:
     """Read the options and run."""
     parser = options(__doc__, Path("runs/hh"))
-    parser.add_argument("--short", action="store_true", help="no specialists")
-    run(parser.parse_args(namespace=argparse.Namespace(max_length=256)), deal)
+    parser.add_argument("--short", action="store_true", help="upcycling alone")
+    given = parser.parse_args(namespace=argparse.Namespace(max_length=256))
+    run(given, deal_short if given.short else deal)
 
 
 if __name__ == "__main__":
