@@ -21,7 +21,14 @@ from moemerge.ensembles import check_ensembles, ensemble_facts, ensemble_scores
 from moemerge.environment import hardware, versions
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation_page import evaluation_sections
-from moemerge.evaluation_sets import EvaluationSet, edited_sets, probe_inputs, read_sets, score_tensors
+from moemerge.evaluation_sets import (
+    EvaluationSet,
+    by_kind,
+    edited_sets,
+    probe_inputs,
+    read_sets,
+    score_tensors,
+)
 from moemerge.html_report import write_report
 from moemerge.probes import PROBES, expand
 from moemerge.probes.accuracy import check_sections
@@ -44,6 +51,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     `gold_function`. Writes scores.safetensors, report.json, report.html, report.md and plots.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
+    options = by_kind(options)
     check_ensembles(options)
     probes = _probes(options)
     device = runtime.use(options)
@@ -107,7 +115,7 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
             "nothing to evaluate",
             given=f"{len(options.models)} models; probes {', '.join(asked) or 'none'} without data",
             expected="models, and pairs, candidates or rewardbench, whatever a probe needs",
-            fix="give models, pairs, candidates and rewardbench as name=path",
+            fix="give models as name=path, and data: its columns tell which of these it is",
         )
     return probes
 

@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moemerge import data
+from moemerge.errors import OptionError
+from moemerge.preferences import value_of
 from moemerge.probes.base import CandidateScores, ChoiceScores, EditScores, PairScores, Probe
 from moemerge.probes.edits import encode_edits, make_edits, some_pairs
 from moemerge.recipe import Evaluate
-from moemerge.rewardbench import Choice, encode_choices, read_choices
+from moemerge.rewardbench import Choice, encode_choices, is_choice, read_choices
+from moemerge.rows import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,34 @@ class EvaluationSet:
     items: Sequence[Any]
     texts: dict[str, list[data.Encoded]]
     report: dict[str, Any]
+
+
+def by_kind(options: Evaluate) -> Evaluate:
+    """The options with each set of `data` among pairs, candidates or rewardbench, as its columns tell.
+
+    Raises OptionError if that kind has another set of its name, DataError for a source that cannot be read.
+    """
+    sorted_sets = {kind: dict(getattr(options, kind)) for kind in ("pairs", "candidates", "rewardbench")}
+    for name, source in options.data.items():
+        kind = _kind_of(source, options)
+        if name in sorted_sets[kind]:
+            raise OptionError(
+                f"two sets of {kind} have one name",
+                given=f"{name}={sorted_sets[kind][name]} and {name}={source}",
+                expected="a name for each set",
+                fix=f"give another name, as in data {name}-2={source}",
+            )
+        log.info("%s is read as %s", source, kind)
+        sorted_sets[kind][name] = source
+    return options.model_copy(update=sorted_sets)
+
+
+def _kind_of(source: str, options: Evaluate) -> str:
+    rows = (row for _, row in read_rows(source) if isinstance(row, dict))
+    first = next(rows, {})
+    if value_of(first, "candidates", options) is not None:
+        return "candidates"
+    return "rewardbench" if is_choice(first) else "pairs"
 
 
 def read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[EvaluationSet]:

@@ -299,6 +299,10 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
     """Options of `moemerge evaluate`."""
 
     models: Sources = Field(description="folders or hub names; without name= each gets its own")
+    data: Sources = Field(
+        default_factory=dict,
+        description="files or hub name:split; their columns tell pairs, candidates and rewardbench apart",
+    )
     pairs: Sources = Field(default_factory=dict, description="files or hub name:split, preference pairs")
     candidates: Sources = Field(
         default_factory=dict, description="files or hub name:split, prompts with scored candidates"

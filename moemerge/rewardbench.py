@@ -67,6 +67,11 @@ def read_choices(source: str, options: Evaluate) -> tuple[list[Choice], RowRepor
     return choices, report
 
 
+def is_choice(row: Row) -> bool:
+    """Whether a row has columns that only RewardBench has: lists of answers (2), or the models' names (1)."""
+    return _are_texts(row.get("chosen")) or {"chosen_model", "rejected_model", "subset"} <= row.keys()
+
+
 def _parse(row: Row, number: int, _: object) -> Choice:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     version = 2 if isinstance(chosen, list) else 1

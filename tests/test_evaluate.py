@@ -19,8 +19,9 @@ from moemerge.cost import parameters
 from moemerge.data import Pair, encode, read_pairs
 from moemerge.errors import DataError, OptionError
 from moemerge.evaluate import evaluate
-from moemerge.evaluation_sets import EvaluationSet, probe_inputs
+from moemerge.evaluation_sets import EvaluationSet, by_kind, probe_inputs
 from moemerge.options import TextFormat
+from moemerge.recipe import Evaluate
 from moemerge.scoring import load_reward_model, load_tokenizer
 from moemerge.upcycle import upcycle
 
@@ -189,6 +190,39 @@ def test_the_command_line_tells_of_a_plain_model(
     assert f"**{lines[4]}**" in page and "aseline" not in page.split("## Provenance")[0]
 
 
+def test_data_whose_columns_tell_what_it_is(world: dict[str, Any], evaluated: Path, tmp_path: Path) -> None:
+    """Pairs and candidates given as `data` are scored as when they are given by their kinds."""
+    sources = world["pairs"] | world["candidates"]
+    out = evaluate(**{**world, "pairs": {}, "candidates": {}}, data=sources, output=tmp_path / "e")
+    found, expected = (load_file(one / "scores.safetensors") for one in (out, evaluated))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "pairs"),
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": []}, "pairs"),
+        ({"prompt": "a", "candidates": []}, "candidates"),
+        ({"prompt": "a", "answers": []}, "candidates"),
+        ({"chosen": "a", "rejected": "b", "chosen_model": "", "rejected_model": ""}, "pairs"),
+        (
+            {"chosen": "a", "rejected": "b", "chosen_model": "", "rejected_model": "", "subset": "x"},
+            "rewardbench",
+        ),
+        ({"chosen": ["a"], "rejected": ["b"]}, "rewardbench"),
+    ],
+)
+def test_columns_tell_the_kind(row: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    fields = {"candidates": "answers"} if "answers" in row else {}
+    source = write(tmp_path / "rows.jsonl", [row])
+    options = Evaluate(models={"a": "a"}, data={"x": source}, fields=fields, output=tmp_path / "e")
+    found = by_kind(options)
+    assert getattr(found, kind) == {"x": source} and options.pairs == {}
+    assert sum(len(getattr(found, one)) for one in ("pairs", "candidates", "rewardbench")) == 1
+
+
 def test_faults(world: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="did you mean 'dense'"):
         evaluate(**world, baseline="dens", output=tmp_path / "e")
@@ -196,6 +230,8 @@ def test_faults(world: dict[str, Any], tmp_path: Path) -> None:
         evaluate(**world, probes=["accuracies"], output=tmp_path / "e")
     with pytest.raises(OptionError, match="nothing to evaluate"):
         evaluate(**{**world, "candidates": {}}, probes=["best_of_n"], output=tmp_path / "e")
+    with pytest.raises(OptionError, match="two sets of pairs have one name"):
+        evaluate(**world, data=world["pairs"], output=tmp_path / "e")
     with pytest.raises(DataError, match="longer than 80"):
         evaluate(**{**world, "bad_rows": "refuse"}, output=tmp_path / "e")
     assert not list(tmp_path.iterdir())
