@@ -20,7 +20,7 @@ from moemerge.errors import DataError, OptionError, suggest
 from moemerge.options import TextFormat
 from moemerge.preferences import CandidateSet, Pair, parse_candidates, parse_pair, parse_prompt, value_of
 from moemerge.recipe import Data
-from moemerge.rows import SHOWN, BadRow, Row, RowReport, Text, read_rows, write_rows
+from moemerge.rows import SHORTEN, SHOWN, BadRow, Row, RowReport, Text, read_rows, write_rows
 from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair, encode, encode_all
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ def _fitting(
             bad = next((str(one) for one in group if isinstance(one, BadRow)), None)
             report.add(bad or f"longer than {format.max_length} tokens", row)
         groups.append(good if len(good) == size else [])
-    report.check(format.bad_rows, SHORT_ROWS)
+    report.check(format.bad_rows, SHORT_ROWS, SHORTEN)
     return groups
 
 

@@ -22,7 +22,7 @@ from moemerge.configs import unloadable
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.policy_settings import Optimise, Sample
 from moemerge.preferences import CandidateSet
-from moemerge.rows import RowReport, Text
+from moemerge.rows import SHORTEN, RowReport, Text
 from moemerge.scoring import load_tokenizer, quiet_loading, refuse_pickle
 
 SHORT_PROMPTS = "prompts that leave room for max_new_tokens within max_length"
@@ -132,7 +132,7 @@ def short_prompts(
     fits = {one.row: length <= room for one, length in zip(prompts, lengths, strict=True)}
     for row in (row for row, fit in fits.items() if not fit):
         report.add(f"longer than {room} tokens, which is max_length - max_new_tokens", row)
-    report.check(options.bad_rows, SHORT_PROMPTS)
+    report.check(options.bad_rows, SHORT_PROMPTS, SHORTEN)
     return [one for one in prompts if fits[one.row]]
 
 

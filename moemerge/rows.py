@@ -17,6 +17,8 @@ from moemerge.errors import DataError, suggest
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN = 10
+MEND = "mend these rows, or name the file's own fields in `fields`"
+SHORTEN = "raise max_length or mend these rows"
 MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
 PARQUET_ROWS = 1000
@@ -60,15 +62,15 @@ class RowReport:
         bad = {why: {"count": len(rows), "rows": rows[:shown]} for why, rows in self.reasons.items()}
         return {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
 
-    def check(self, bad_rows: str, expected: str) -> None:
-        """Raise DataError if no row is left, or if any is bad and `bad_rows` is "refuse"."""
+    def check(self, bad_rows: str, expected: str, mend: str = MEND) -> None:
+        """Raise DataError if no row is left, or if any is bad and `bad_rows` is "refuse"; `mend` says how."""
         if self.kept and (bad_rows == "skip" or not self.bad):
             return
         raise DataError(
             f"{self.bad} of {self.total} rows of {self.source} cannot be used",
             given="; ".join(self._lines()) or "no rows at all",
             expected=expected,
-            fix=self._remedy(),
+            fix=self._remedy(mend),
         )
 
     def _lines(self) -> Iterator[str]:
@@ -76,10 +78,9 @@ class RowReport:
             more = ", ..." if len(rows) > SHOWN else ""
             yield f"{reason}: {len(rows)} (row {', '.join(map(str, rows[:SHOWN]))}{more})"
 
-    def _remedy(self) -> str:
+    def _remedy(self, mend: str) -> str:
         if not self.total:
             return "give a file that has rows"
-        mend = "mend these rows, or name the file's own fields in `fields`"
         return f"{mend}, or set bad_rows to skip to go on without them" if self.kept else mend
 
 
