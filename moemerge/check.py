@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moemerge import baselines
+from moemerge import baselines, policy_steps
 from moemerge.artifacts import RECIPE_COPY, parse_options
 from moemerge.confined import refuse_foreign
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, UnsupportedError, suggest
@@ -23,6 +23,7 @@ from moemerge.recipe_file import Tree, apply_overrides, read_yaml
 
 MAX_ROUNDS = 20
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+WITH_INPUTS = ("data", "sample", "evaluate", "optimise")  # sections that may name files and models
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 
@@ -99,8 +100,9 @@ def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
     def resolved(options: Any) -> Any:
         return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
 
-    data = resolved(recipe.data) if recipe.data else None
-    return resolved(recipe).model_copy(update={"data": data, "evaluate": resolved(recipe.evaluate)})
+    sections = {name: getattr(recipe, name) for name in WITH_INPUTS}
+    update = {name: resolved(section) for name, section in sections.items() if section}
+    return resolved(recipe).model_copy(update=update)
 
 
 # What is wrong with a recipe whose form is right. Each check yields the faults it finds.
@@ -131,6 +133,7 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
         },
         _check_publish: {"publish.repo"},
         baselines.faults: {"control", "baselines", "seeds"},
+        policy_steps.faults: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
         _check_output: set(),
     }
     sound = [check for check, keys in checks.items() if not keys & set(dropped)]
@@ -161,8 +164,7 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
 def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
     """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
     given = {"model": recipe.model} if recipe.model else {}
-    sections = {"data": recipe.data, "evaluate": recipe.evaluate}
-    for section, settings in sections.items():
+    for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
         for key, value in (input_fields(settings) if settings else {}).items():
             named = value if isinstance(value, dict) else {"": value}
             given |= {f"{section}.{key}" + (f".{n}" if n else ""): source for n, source in named.items()}
@@ -361,7 +363,7 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
             yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
     given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
-    if recipe.synthetic is None and data and not given:
+    if recipe.synthetic is None and data and not (given or recipe.sample):
         yield _fault(
             "nothing to evaluate on",
             "no data.tests, no data.candidates, and data.test_share 0",

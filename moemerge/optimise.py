@@ -23,21 +23,20 @@ from moemerge.data import CandidateSet, distinct, read_prompts
 from moemerge.disk import write_whole
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.gold import Judge
+from moemerge.optimise_page import MEASURED, table
 from moemerge.policy import Answers, batch_seed, kl_from, load_policy, sample_answers, short_prompts
 from moemerge.policy_settings import Optimise
 from moemerge.preferences import as_answer
 from moemerge.probes import over_optimisation
-from moemerge.probes.base import Floats, Table, percent
+from moemerge.probes.base import Floats
 from moemerge.probes.statistics import banded, bootstrap_means
 from moemerge.rows import Row, Text, write_rows
 
-MEASURED = ("gold", "proxy", "kl")
 TITLES = {
     "gold": "gold score",
     "proxy": "model's own score (from step 0, standardised)",
     "kl": "KL from the first policy (nats)",
 }
-COSTS = ("peak_step", "peak_kl", "drop", "alpha", "beta")
 
 
 @stage("optimise", Optimise)
@@ -221,43 +220,6 @@ def _write(draft: Draft, report: dict[str, Any], runs: dict[str, Row]) -> None:
         for model, curves in report["models"].items()
     }
     draft.results |= {"prompts": report["prompts"], "rows": report["rows"], "models": last}
-
-
-def table(report: dict[str, Any]) -> Table:
-    """Where each model's run began, peaked and ended."""
-    header = [
-        "model",
-        "gold at step 0",
-        "gold at the end",
-        "proxy at the end",
-        "KL at the end",
-        *map(_words, COSTS),
-    ]
-    rows = []
-    for name, curves in report["models"].items():
-        ends = [_cell(curves, "gold", 0), *(_cell(curves, curve, -1) for curve in MEASURED)]
-        rows.append([name, *ends, *(_cell(curves, cost) for cost in COSTS)])
-        if "minus_baseline" in curves:
-            versus = (_cell(curves, f"{cost}_minus_baseline") for cost in COSTS)
-            ends = [_cell(curves, "minus_baseline", place) for place in (0, -1)]
-            rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
-    note = (
-        f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
-        f"{percent(report['confidence'])} intervals over these. Drop: highest gold minus that at the end. "
-        "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
-    )
-    return Table("Gold score while the policy is optimised", header, rows, note)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _cell(curves: Row, name: str, place: int | None = None) -> str:
-    found = [curves[name + end] for end in ("", "_low", "_high")]
-    value, low, high = found if place is None else (one[place] for one in found)
-    form = ".0f" if name.startswith("peak_step") else ".3f"
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:

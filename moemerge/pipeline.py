@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moemerge import baselines, summary
+from moemerge import baselines, policy_steps, summary
 from moemerge import recipe as options_of
 from moemerge.artifacts import RECIPE_COPY, Stage, plain_options, read_manifest, why_stale
 from moemerge.budget import shortfalls
@@ -229,6 +229,7 @@ class _Plan:
         self.dense = self.path("base") if recipe.base else self.source
         self.moe = self.path("train")
         self.format = TextFormat(bad_rows=self.data.bad_rows, max_length=self.data.max_length).model_dump()
+        self.read = {**self.format, "fields": self.data.fields}  # of files that the step data doesn't rewrite
 
     def path(self, name: str) -> str:
         return str(self.output / name)
@@ -280,7 +281,11 @@ class _Plan:
         )
         for method in [*recipe.also_merge, recipe.fit.method]:
             yield from self.merged(method)
+        if recipe.sample:
+            yield self.step("sample", "sample", recipe.sample, **self.read, **self.trust)
         yield self.evaluate()
+        if recipe.optimise:
+            yield self.optimise(recipe.optimise)
         yield self.publish()
 
     def train(
@@ -314,22 +319,33 @@ class _Plan:
 
     def evaluate(self) -> tuple[str, str, Run]:
         """All models on all test and candidate sets."""
-        places = {"dense": self.dense, "control": self.path("control"), "moe": self.moe}
-        models = {name: places.get(name, self.path(name)) for name in model_names(self.recipe)}
         tests = [*self.data.tests, *(["test"] if self.data.test_share else [])]
         candidates = {name: self.path(f"data/candidates/{name}.jsonl.gz") for name in self.data.candidates}
+        if self.recipe.sample:
+            candidates[policy_steps.SAMPLED] = self.path("sample/candidates.jsonl.gz")
         return self.step(
             "evaluate",
             "evaluate",
             self.recipe.evaluate,
             **self.format,
             **self.trust,
-            models=models,
+            models=self.models(model_names(self.recipe)),
             pairs={name: self.pairs(f"tests/{name}") for name in tests},
             candidates=candidates,
             baseline=self.baseline(),
             ensembles=baselines.ensembles(self.recipe),
         )
+
+    def optimise(self, section: options_of.OptimiseSettings) -> tuple[str, str, Run]:
+        """A policy optimised against the merged model and its dense rival."""
+        names = policy_steps.optimised(self.recipe)
+        given = {"models": self.models(names), "baseline": names[0]}
+        return self.step("optimise", "optimise", section, **self.read, **self.trust, **given)
+
+    def models(self, names: Iterable[str]) -> dict[str, str]:
+        """The folders of models by their names in the report."""
+        places = {"dense": self.dense, "moe": self.moe}
+        return {name: places.get(name, self.path(name)) for name in names}
 
     def baseline(self) -> str:
         """The model that the others are compared with."""

@@ -222,7 +222,7 @@ def kl_from(
     (Amini et al., arXiv 2504.10637).
     """
     policy_BTV, reference_BTV = (_log_odds(model, answers, temperature) for model in (policy, reference))
-    kl_BT = (policy_BTV.exp() * (policy_BTV - reference_BTV)).sum(dim=-1)
+    kl_BT = (policy_BTV.exp() * (policy_BTV - reference_BTV)).sum(dim=-1).clamp(min=0)  # rounding
     return (kl_BT * answers.mask_BT[:, answers.start :]).sum(dim=1).cpu()
 
 

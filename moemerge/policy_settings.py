@@ -42,8 +42,8 @@ class GoldSource(Options):
         return bool(self.gold_model or self.gold_function)
 
 
-class Sample(GoldSource, TextFormat, Run):
-    """Options of `moemerge sample`."""
+class SampleSettings(GoldSource):
+    """Answers of a policy, as candidates for best-of-n."""
 
     model: Source = Field(description="policy: a causal language model, folder or hub name")
     prompts: Source = Field(description="rows with a prompt; equal prompts count once")
@@ -58,16 +58,19 @@ class Sample(GoldSource, TextFormat, Run):
         description="draw from the likeliest tokens with this share; below 1, KL is not log n - ...",
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens of prompts and answers in one batch")
+
+
+class Sample(SampleSettings, TextFormat, Run):
+    """Options of `moemerge sample`."""
+
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 
-class Optimise(GoldSource, TextFormat, Run):
-    """Options of `moemerge optimise`."""
+class OptimiseSettings(GoldSource):
+    """A small policy-gradient run against reward models."""
 
     policy: Source = Field(description="policy to start from: a causal language model, folder or hub name")
-    models: Sources = Field(description="name=folder or hub name of a reward model, each by itself")
     prompts: Source = Field(description="rows with a prompt; equal prompts count once")
-    baseline: str | None = Field(None, description="model that the others are compared with")
     steps: int = Field(200, ge=2, description="optimiser steps")
     batch_size: int = Field(32, ge=2, description="answers per pass")
     gradient_accumulation: int = Field(1, ge=1, description="passes per optimiser step")
@@ -88,10 +91,9 @@ class Optimise(GoldSource, TextFormat, Run):
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    trust_remote_code: bool = Field(False, description="run code that comes with the models")
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Optimise:
+    def _sizes_fit(self) -> OptimiseSettings:
         if not self.has_gold:
             raise ValueError("give gold_model or gold_function")
         if self.batch_size * self.gradient_accumulation % self.answers_per_prompt:
@@ -102,3 +104,11 @@ class Optimise(GoldSource, TextFormat, Run):
     def measured_every(self) -> int:
         """Steps between measurements."""
         return self.measure_steps or max(1, self.steps // 20)
+
+
+class Optimise(OptimiseSettings, TextFormat, Run):
+    """Options of `moemerge optimise`."""
+
+    models: Sources = Field(description="name=folder or hub name of a reward model, each by itself")
+    baseline: str | None = Field(None, description="model that the others are compared with")
+    trust_remote_code: bool = Field(False, description="run code that comes with the models")

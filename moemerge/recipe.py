@@ -33,7 +33,9 @@ from moemerge.options import (
     TextFormat,
 )
 from moemerge.policy_settings import Optimise as Optimise
+from moemerge.policy_settings import OptimiseSettings as OptimiseSettings
 from moemerge.policy_settings import Sample as Sample
+from moemerge.policy_settings import SampleSettings
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -367,5 +369,11 @@ class Recipe(Options):
         description="other coefficient methods to merge and compare; shared_weight learned is 0.5 in these",
     )
     merge: MergeSettings = Field(default_factory=MergeSettings)
+    sample: SampleSettings | None = Field(
+        None, description="draw a policy's answers, which evaluate scores as candidate set sampled"
+    )
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    optimise: OptimiseSettings | None = Field(
+        None, description="optimise a policy against the merged model, and against the control"
+    )
     publish: PublishSettings = Field(default_factory=PublishSettings)

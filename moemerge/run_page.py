@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from moemerge.artifacts import read_manifest
 from moemerge.evaluation_page import evaluation_sections, row_table
 from moemerge.figures import Figure
 from moemerge.html_report import Section, write_report
+from moemerge.optimise_page import table
 from moemerge.probes.base import Table
 from moemerge.provenance_page import provenance_section
 from moemerge.report_file import read_report
@@ -52,13 +54,23 @@ def _with_verdict(first: Section, report: Mapping[str, Any], learned: str) -> Se
 
 def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
     """Pictures of the steps by what they show, with a line on each step."""
-    kinds = {"train": "Training curves", "route": "Routing", "fit": "Merge coefficients"}
+    kinds = {
+        "optimise": "Policy gradient",
+        "train": "Training curves",
+        "route": "Routing",
+        "fit": "Merge coefficients",
+    }
     for stage, title in kinds.items():
         steps = [step for step, manifest in manifests.items() if manifest["stage"] == stage]
         figures = [figure for step in steps for figure in _figures(run / step, len(steps) > 1)]
         lines = [f"{step}: {summary.headline(stage, manifests[step]['results'])}" for step in steps]
+        tables = [_optimised(run / step) for step in steps if stage == "optimise"]
         if figures:
-            yield Section(title, lines, figures=figures)
+            yield Section(title, lines, tables=tables, figures=figures)
+
+
+def _optimised(folder: Path) -> Table:
+    return table(json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
 
 def _figures(folder: Path, named: bool) -> Iterator[Figure]:

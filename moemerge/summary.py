@@ -55,6 +55,13 @@ def _route(results: Report) -> str:
     return f"{results['tokens']} tokens; {used}"
 
 
+def _optimise(results: Report) -> str:
+    return "; ".join(
+        f"{name}: gold {last['gold']:.3f} at the end, highest at step {last['peak_step']:.0f}"
+        for name, last in results["models"].items()
+    )
+
+
 def _merge(results: Report) -> str:
     return f"largest difference to what was meant {results['largest_difference']:.1e}"
 
@@ -79,6 +86,8 @@ HEADLINES: dict[str, Callable[[Report], str]] = {
     "fit": lambda results: str(results["verdict"]),
     "merge": _merge,
     "evaluate": lambda results: f"{len(results['models'])} model{'s' * (len(results['models']) != 1)}",
+    "sample": lambda results: f"{results['answers']} answers to {results['prompts']} prompts",
+    "optimise": _optimise,
     "attack": _attack,
     "publish": _publish,
     "compare": lambda results: f"{results['models']} models, {results['seeds']} seeds",

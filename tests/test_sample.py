@@ -84,6 +84,10 @@ def test_kl_is_zero_from_itself_and_agrees_with_the_log_ratio(folder: Path, tmp_
     reference, _ = load_policy(str(save_policy(tmp_path / "other", seed=1)), CPU)
     answers = sample_answers(policy, tokenizer, PROMPTS * 100, 0, 5, temperature=0.5)
     assert kl_from(policy, policy, answers, 0.5).abs().max() < 1e-5
+    near, _ = load_policy(str(folder), CPU)
+    with torch.no_grad():
+        near.lm_head.weight *= 1 + 1e-6
+    assert 0 <= kl_from(near, policy, answers, 0.5).min() < 1e-5
     kl_B = kl_from(reference, policy, answers, 0.5)
     ratio_B = sum(
         sign * _log_likelihood(model, answers, 0.5) for sign, model in ((1, policy), (-1, reference))
