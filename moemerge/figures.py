@@ -20,6 +20,7 @@ from moemerge.probes.base import Table
 Number = float | None  # None stands for a value that there is not
 SUFFIX = ".plot.json"
 MOST_TOLD = 12
+ROUNDING = 1e-12  # smaller values are told as 0
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def _plain(value: Any) -> Any:
 def _text(value: Number) -> str:
     if value is None or not math.isfinite(value):
         return ""
+    value = 0.0 if abs(value) < ROUNDING else value
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.4g}"
 
 
@@ -212,7 +214,7 @@ def _panel_words(panel: Panel) -> str:
     places = [x for line in panel.lines.values() for x, _ in _points(line)]
     span = f" from {_text(min(places))} to {_text(max(places))}" if places else ""
     name = panel.title or panel.y_label
-    what = name if panel.y_label in name.lower() else f"{name}: {panel.y_label}"
+    what = name if panel.y_label.lower() in name.lower() else f"{name}: {panel.y_label}"
     told = [_line_words(name, _points(line)) for name, line in panel.lines.items()]
     return f"{what} against {panel.x_label}{span}: {_listed(told)}."
 
@@ -220,6 +222,7 @@ def _panel_words(panel: Panel) -> str:
 def _line_words(name: str, points: Sequence[tuple[float, float]]) -> str:
     if not points:
         return f"{name} has no values"
+    points = [(x, float(_text(y))) for x, y in points]  # what differs less than is told is equal
     first, last = points[0][1], points[-1][1]
     peak, dip = max(points, key=lambda point: point[1]), min(points, key=lambda point: point[1])
     found = f"{name} stays at {_text(first)}"

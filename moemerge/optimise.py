@@ -37,6 +37,7 @@ TITLES = {
     "proxy": "model's own score (from step 0, standardised)",
     "kl": "KL from the first policy (nats)",
 }
+UNITS = {"gold": "gold score", "proxy": "own score", "kl": "KL"}
 
 
 @stage("optimise", Optimise)
@@ -234,4 +235,4 @@ def _panel(report: dict[str, Any], name: str, over: str | None) -> plotting.Pane
         places = curves[over] if over else report["steps"]
         ends = (curves[name + end] for end in ("", "_low", "_high"))
         lines[model] = plotting.Line(places, *ends)
-    return plotting.Panel(TITLES[name], lines, TITLES[over] if over else "step", TITLES[name])
+    return plotting.Panel(TITLES[name], lines, TITLES[over] if over else "step", UNITS[name])

@@ -38,7 +38,7 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("kl", "KL")
 
 
 def _cell(curves: Row, name: str, place: int | None = None) -> str:

@@ -45,6 +45,16 @@ def test_words_tell_ends_and_extremes(curves: Curves) -> None:
     ]
 
 
+def test_rounding_is_not_told_as_a_change() -> None:
+    lines = {
+        "flat": Line([0.0, 1.0, 2.0], [0.3, 0.1 + 0.2, 0.3 - 1e-16]),
+        "start": Line([0.0, 1.0, 2.0], [2e-17, 0.5, 0.5 + 1e-15]),
+    }
+    assert Curves("", [Panel("gold", lines, "step", "gold")]).words() == [
+        "gold against step from 0 to 2: flat stays at 0.3; start goes from 0 to 0.5."
+    ]
+
+
 def test_tables_hold_every_number(curves: Curves) -> None:
     (table,) = curves.tables()
     assert table.header == ["KL (nats)", "hill", "dale", "flat", "none"]
