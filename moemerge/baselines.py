@@ -9,7 +9,7 @@ from moemerge.budget import scaled
 from moemerge.errors import MoemergeError, OptionError
 from moemerge.recipe import Recipe, TrainSettings
 
-SAME_FLOPS, WARM, ENSEMBLE = "control-flops", "warm", "ensemble"
+SAME_FLOPS, WARM, ENSEMBLE, TUNED = "control-flops", "warm", "ensemble", "tuned"
 SEEDS_APART = 1000  # so that a fine-tune's order is not that of the control of the run with the next seed
 
 
@@ -40,7 +40,8 @@ def is_averaged(recipe: Recipe) -> bool:
 def models(recipe: Recipe) -> list[str]:
     """The models by name that baselines add to the evaluation, each a folder of the run."""
     trained = [name for name, _, _ in trainings(recipe, "")]
-    return [*trained, *([WARM] if is_averaged(recipe) else [])]
+    averaged, tuned = [WARM] if is_averaged(recipe) else [], [TUNED] if recipe.baselines.tuned else []
+    return [*trained, *averaged, *tuned]
 
 
 def ensembles(recipe: Recipe) -> dict[str, list[str]]:
@@ -51,14 +52,21 @@ def ensembles(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def faults(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Baselines without a control to train like, and seeds that are no list of different seeds."""
+    """Baselines without what they need, and seeds that are no list of different seeds."""
     wanted = recipe.baselines
-    if recipe.control is None and (wanted.same_flops or wanted.fine_tunes):
+    if recipe.control is None and (wanted.same_flops or wanted.fine_tunes or wanted.tuned):
         yield OptionError(
             "baselines need a control",
             given="baselines, and no section control",
             expected="the section control, whose training they share",
             fix="add the section control",
+        )
+    if wanted.tuned and not (recipe.data and recipe.data.fit):
+        yield OptionError(
+            "baselines.tuned needs fitting pairs of their own",
+            given="no data.fit",
+            expected="data.fit, so that validation pairs can choose its best step",
+            fix="set data.fit, or baselines.tuned to false",
         )
     if len(set(recipe.seeds)) < len(recipe.seeds) or min(recipe.seeds, default=0) < 0:
         yield OptionError(

@@ -132,7 +132,7 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
             "also_merge",
         },
         _check_publish: {"publish.repo"},
-        baselines.faults: {"control", "baselines", "seeds"},
+        baselines.faults: {"control", "baselines", "seeds", "data", "data.fit"},
         policy_steps.faults: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
         _check_output: set(),
     }

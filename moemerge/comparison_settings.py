@@ -31,6 +31,10 @@ class BaselineSettings(Options):
         True, description="with fine_tunes: their scores combined, as evaluate.ensemble_by says"
     )
 
+    tuned: bool = Field(
+        False, description="the control trained on, on data.fit, which learned coefficients have seen too"
+    )
+
     @model_validator(mode="after")
     def _more_than_one(self) -> BaselineSettings:
         if self.fine_tunes == 1:

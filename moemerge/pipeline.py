@@ -292,7 +292,7 @@ class _Plan:
         self, name: str, section: options_of.TrainSettings, model: str, **given: Any
     ) -> tuple[str, str, Run]:
         """Training of a dense model or a MoE."""
-        given |= {"pairs": self.pairs("train"), "validation": self.validation}
+        given = {"pairs": self.pairs("train"), "validation": self.validation} | given
         return self.step(name, "train", section, **self.format, **self.trust, **given, model=model)
 
     def baselines(self) -> Iterator[tuple[str, str, Run]]:
@@ -303,6 +303,9 @@ class _Plan:
             settings = options_of.MergeSettings(dtype=self.recipe.merge.dtype)
             members = [self.path(name) for name in baselines.fine_tunes(self.recipe)]
             yield self.step(baselines.WARM, "merge", settings, models=members)
+        if self.recipe.baselines.tuned and self.recipe.control:
+            given = {"model": self.path("control"), "pairs": self.pairs("fit")}
+            yield self.train(baselines.TUNED, self.recipe.control, **given)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.

@@ -229,6 +229,28 @@ def test_split_budgets_add_up_to_the_controls() -> None:
     assert found["evaluate"].ensembles == {} and set(names) < set(found["evaluate"].models)
 
 
+OF_FILES = {
+    "synthetic": None,
+    "model": "owner/model",
+    "data": {"train": "a/b:train", "fit": "a/b:fit", "test_share": 0.1},
+}
+
+
+def test_the_control_is_tuned_on_the_fitting_pairs() -> None:
+    """As it was trained: the same options, but for where it starts and what it sees."""
+    found = steps(**OF_FILES, base={}, baselines={"tuned": True})
+    tuned, control = found["tuned"], found["control"]
+    assert (
+        (tuned.model, tuned.pairs)
+        == ("out/control", "out/data/fit.jsonl.gz")
+        != (control.model, control.pairs)
+    )
+    assert found["fit-learned"].pairs == tuned.pairs and tuned.validation == control.validation is not None
+    differing = {"output", "model", "pairs"}
+    assert tuned.model_dump(exclude=differing) == control.model_dump(exclude=differing)
+    assert list(found["evaluate"].models) == ["dense", "control", "tuned", "moe", "merge-learned"]
+
+
 def test_no_baselines_no_steps() -> None:
     assert list(steps()["evaluate"].models) == ["dense", "control", "moe", "merge-learned"]
     assert "warm" not in steps(baselines={"fine_tunes": 2, "warm": False})
@@ -240,6 +262,8 @@ def test_faults_of_baselines_and_seeds() -> None:
         return [fault.what for fault in pipeline.find_faults(recipe)]
 
     assert whats(control=None, baselines={"same_flops": True}) == ["baselines need a control"]
+    assert whats(**OF_FILES, base={}, control=None, baselines={"tuned": True}) == ["baselines need a control"]
+    assert whats(baselines={"tuned": True}) == ["baselines.tuned needs fitting pairs of their own"]
     assert whats(seeds=[1, 1]) == whats(seeds=[-1]) == ["seeds cannot be run"]
     assert whats(evaluate={"ensembles": {"x": ["moe", "controll"]}}) == ["unknown evaluate.ensembles.x"]
     assert whats(evaluate={"ensembles": {"x": ["moe", "control"]}, "baseline": "x-worst"}) == []
