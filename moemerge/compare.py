@@ -266,22 +266,33 @@ def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Co
 
 
 def t_interval(values_S: Sequence[float], confidence: float) -> Interval | None:
-    """Student's t-interval of the mean of independent values; None for a single one."""
-    if len(values_S) < 2:
+    """Student's t-interval of the mean of independent values; None where their spread is not known.
+
+    It is not known of a single value, nor of equal ones other than 0: shares of few pairs are coarse, and
+    three equal ones are no proof.
+    """
+    if not _spread_is_known(values_S):
         return None
-    mean, error = float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
+    mean, error = _mean_and_error(values_S)
     half = float(stats.t.ppf((1 + confidence) / 2, len(values_S) - 1)) * error
     return mean - half, mean + half
 
 
 def t_test(values_S: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test that the mean of independent values is 0; None for a single one."""
-    if len(values_S) < 2:
+    """Two-sided p of Student's t-test that the mean of independent values is 0; None as in t_interval."""
+    if not _spread_is_known(values_S):
         return None
-    mean, error = float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
-    if error == 0:
-        return float(mean == 0)
-    return 2 * float(stats.t.sf(abs(mean) / error, len(values_S) - 1))
+    mean, error = _mean_and_error(values_S)
+    return 2 * float(stats.t.sf(abs(mean) / error, len(values_S) - 1)) if error else 1.0
+
+
+def _spread_is_known(values_S: Sequence[float]) -> bool:
+    equal = np.allclose(values_S, values_S[0], rtol=1e-9, atol=0)
+    return len(values_S) > 1 and (not equal or values_S[0] == 0)
+
+
+def _mean_and_error(values_S: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
 
 
 def _table(group: Mapping[str, Any], confidence: float) -> Table:
@@ -298,8 +309,14 @@ def _table(group: Mapping[str, Any], confidence: float) -> Table:
     )
     if len(group["seeds"]) < FEW_SEEDS:
         note += f" Fewer than {FEW_SEEDS} seeds: they say little about other seeds."
+    if len(group["seeds"]) > 1 and any(map(_lacks_interval, measures.values())):
+        note += " A difference that is the same at every seed has no interval: its spread is not known."
     title = group["title"] or f"{len(group['costs'])} models over {len(group['seeds'])} seeds"
     return Table(title, [*header, *COSTS.values(), "tokens per second"], rows, note)
+
+
+def _lacks_interval(measured: Mapping[str, Any]) -> bool:
+    return any("difference" in numbers and numbers["interval"] is None for numbers in measured.values())
 
 
 def _cells(numbers: Mapping[str, Any] | None) -> list[str]:

@@ -58,7 +58,7 @@ def verdict_over_seeds(group: Report, model: str, confidence: float) -> str:
     head = f"Did merging help here? {model} against {group['baseline']}, {count} seed{'s' * (count > 1)}"
     found = list(_over_seeds(group, model))
     if not found:
-        return f"{head}. Nothing to compare: it takes two seeds and another model."
+        return f"{head}. Nothing to compare: it takes two seeds that differ, and another model."
     word, parts = _told(found, 1 - confidence)
     return f"{head}: {word}. {parts}."
 

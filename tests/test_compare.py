@@ -13,7 +13,7 @@ from scipy import stats
 
 from moemerge import cli, plotting, summary
 from moemerge.artifacts import artifact, read_manifest, write_json
-from moemerge.compare import compare, t_interval, t_test
+from moemerge.compare import _table, compare, t_interval, t_test
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.recipe import Compare, Evaluate
 from moemerge.report_file import FORMAT
@@ -135,8 +135,27 @@ def test_t_interval_is_scipys(confidence: float) -> None:
     values = [0.3, -0.1, 0.25, 0.8, 0.0]
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(confidence)
     assert t_interval(values, confidence) == pytest.approx((expected.low, expected.high))
-    assert t_interval([0.25, 0.25], confidence) == (0.25, 0.25)
+    assert t_interval([0.0, 0.0], confidence) == (0, 0)
     assert t_interval([0.25], confidence) is None
+
+
+def test_equal_differences_at_every_seed_are_no_proof() -> None:
+    """Two of 146 pairs at each of three seeds: Student's t would call that certain."""
+    equal = [88 / 146 - 86 / 146, 80 / 146 - 78 / 146, 76 / 146 - 74 / 146]
+    assert np.std(equal) < 1e-15
+    assert t_interval(equal, 0.95) is None and t_test(equal) is None
+    cost = {"parameters": 1.0}
+    merged = {"mean": 0.5, "difference": equal[0], "interval": None, "p": None}
+    group = {
+        "title": "",
+        "seeds": [1, 2, 3],
+        "baseline": "control",
+        "measures": {"accuracy test": {"control": {"mean": 0.49}, "merged": merged}},
+        "costs": {"control": cost, "merged": cost},
+    }
+    table = _table(group, 0.95)
+    assert table.rows[1][:3] == ["merged", "0.5000", "+0.0137"] and "its spread is not known" in table.note
+    assert "Nothing to compare" in verdict_over_seeds(group, "merged", 0.95)
 
 
 def test_coverage_of_the_interval() -> None:
@@ -209,7 +228,7 @@ def test_verdict_over_seeds_pays_for_its_comparisons(group: dict[str, Any], outp
 def test_t_test_is_scipys() -> None:
     values = [0.3, -0.1, 0.25, 0.8, 0.0]
     assert t_test(values) == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
-    assert (t_test([0.25]), t_test([0.0, 0.0]), t_test([0.25, 0.25])) == (None, 1.0, 0.0)
+    assert (t_test([0.25]), t_test([0.0, 0.0]), t_test([0.25, 0.25])) == (None, 1.0, None)
 
 
 def test_an_evaluation_of_an_older_version_is_refused(study: Path, tmp_path: Path) -> None:
