@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
 SOON = 0.01  # seconds
@@ -31,7 +34,10 @@ def stoppable() -> Iterator[None]:
         yield
         return
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _is_within(frame, ignored.__code__):  # raised there it would be lost
+            send_again(number)
+            return
         _listen(before, signal.SIG_DFL)
         struck.append(number)
         raise Stopped(number)
@@ -41,11 +47,21 @@ def stoppable() -> Iterator[None]:
             hook(what)
             return
         _listen(before, stop)
-        repeats.append(threading.Timer(SOON, os.kill, (os.getpid(), what.exc_value.number)))
-        repeats[-1].start()
+        send_again(what.exc_value.number)
 
+    def send_again(number: int) -> None:
+        if not waiting:
+            waiting.append(number)
+            _thread.start_new_thread(send_soon, (len(struck),))  # takes no lock, unlike threading
+
+    def send_soon(count: int) -> None:
+        time.sleep(SOON)
+        number = waiting.pop()
+        if len(struck) == count:
+            os.kill(os.getpid(), number)
+
+    waiting: list[int] = []
     struck: list[int] = []
-    repeats: list[threading.Timer] = []
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
     try:
@@ -58,10 +74,16 @@ def stoppable() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = hook
-        for repeat in repeats:
-            repeat.cancel()
+        struck.append(0)  # what is still to be sent again, is not
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+def _is_within(frame: FrameType | None, code: CodeType) -> bool:
+    """Whether `frame` runs `code`, or was called out of it."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _listen(signals: Iterable[int], handler: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from moemerge import artifacts, disk
+from moemerge import artifacts, disk, stopping
 from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest, workspace
 from moemerge.errors import ArtifactError
 from moemerge.locks import hold, lock_of
@@ -70,7 +70,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import test_safe_writes as t
 from pathlib import Path
-from moemerge import artifacts, disk
+from moemerge import artifacts, disk, stopping
 
 output, place = Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os._exit(9)
@@ -438,6 +438,27 @@ def test_a_signal_in_a_destructor_is_not_lost(capsys):
         Ending()
         time.sleep(5)
     assert caught.value.number == signal.SIGTERM
+    assert "ignored" not in capsys.readouterr().err
+
+
+def test_a_signal_while_one_is_sent_again_is_not_lost(capsys, monkeypatch):
+    class Ending:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    listen, calls = stopping._listen, []
+
+    def listen_and_strike(signals, handler):
+        listen(signals, handler)
+        calls.append(handler)
+        if len(calls) == 3:  # after the first time, and the signal: where the exception is ignored
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(stopping, "_listen", listen_and_strike)
+    with pytest.raises(Stopped) as caught, stoppable():
+        Ending()
+        time.sleep(5)
+    assert len(calls) == 4 and caught.value.number in (signal.SIGINT, signal.SIGTERM)
     assert "ignored" not in capsys.readouterr().err
 
 
