@@ -78,9 +78,8 @@ def deal_short(data: Path, draw: random.Random, label_noise: float) -> Dealt:
 def tests(data: Path, test: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
     """Pairs and candidates that every seed has."""
     helpful, harmless = halves(test, random.Random(0))
-    tulu = [row for row in read(data / "tulu_human_eval/pairs.jsonl.gz") if longest(row) < 700]
     pairs = {"helpful": helpful[:190], "harmless": harmless[:190]}
-    pairs["tulu"] = shuffled(tulu, random.Random(0))[:150]
+    pairs["tulu"] = tulu_pairs(data)
     topical = read(data / "summ_human_bon/topical_chat_candidates.jsonl.gz")
     arena = [shorter(row) for row in read(data / "arena_bench_v1/candidates.jsonl.gz")]
     candidates = {
@@ -88,6 +87,12 @@ def tests(data: Path, test: list[Row]) -> tuple[dict[str, list[Row]], dict[str, 
         "arena": [row for row in arena if len(row["candidates"]) >= 4],
     }
     return pairs, candidates
+
+
+def tulu_pairs(data: Path) -> list[Row]:
+    """150 of tulu_human_eval's shorter pairs, the same ones for every seed."""
+    short = [row for row in read(data / "tulu_human_eval/pairs.jsonl.gz") if longest(row) < 700]
+    return shuffled(short, random.Random(0))[:150]
 
 
 def first_turn(row: Row) -> str:

@@ -15,7 +15,7 @@ import argparse
 import random
 from pathlib import Path
 
-from helpful_harmless import options, run
+from helpful_harmless import options, run, tulu_pairs
 from real_data import Dealt, longest, shuffled
 from study import read
 
@@ -35,9 +35,8 @@ def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
         "held": [a for a, _ in both[360:430]],
         "fit": [a for a, _ in both[430:500]],
     }
-    tulu = [row for row in read(data / "tulu_human_eval/pairs.jsonl.gz") if longest(row) < 700]
     tests = {"ultrafeedback": [row for row in test if longest(row) < LONGEST]}
-    return Dealt(pairs, tests | {"tulu": shuffled(tulu, random.Random(0))[:150]}, {})
+    return Dealt(pairs, tests | {"tulu": tulu_pairs(data)}, {})
 
 
 if __name__ == "__main__":

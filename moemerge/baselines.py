@@ -32,6 +32,11 @@ def fine_tunes(recipe: Recipe) -> list[str]:
     return ["control", *names[1:]] if names and recipe.baselines.budget == "full" else names
 
 
+def dense_rival(recipe: Recipe) -> str:
+    """The dense model that the MoE and its merges are held against: the control, if there is one."""
+    return "control" if recipe.control else "dense"
+
+
 def is_averaged(recipe: Recipe) -> bool:
     """Whether WARM is asked for."""
     return bool(recipe.baselines.fine_tunes and recipe.baselines.warm)

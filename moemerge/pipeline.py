@@ -352,7 +352,7 @@ class _Plan:
 
     def baseline(self) -> str:
         """The model that the others are compared with."""
-        return self.recipe.evaluate.baseline or ("control" if self.recipe.control else "dense")
+        return self.recipe.evaluate.baseline or baselines.dense_rival(self.recipe)
 
     def publish(self) -> tuple[str, str, Run]:
         """The merged model's card, and the push if the recipe asks for it: push: true there is its yes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moemerge.baselines import dense_rival
 from moemerge.errors import MoemergeError, OptionError
 from moemerge.recipe import DataSettings, Recipe
 
@@ -12,7 +13,7 @@ SAMPLED = "sampled"  # the candidate set that `sample` draws
 
 def optimised(recipe: Recipe) -> tuple[str, str]:
     """The models that a policy is optimised against: the dense rival, and the recipe's merge."""
-    return ("control" if recipe.control else "dense"), f"merge-{recipe.fit.method}"
+    return dense_rival(recipe), f"merge-{recipe.fit.method}"
 
 
 def faults(recipe: Recipe) -> Iterator[MoemergeError]:

@@ -13,6 +13,7 @@ import torch
 from conftest import save_dense
 from safetensors.torch import load_file
 from small_moe import write_rows
+from small_run import TINY_RUN
 from torch.utils.flop_counter import FlopCounterMode
 
 from moemerge import pipeline
@@ -309,23 +310,9 @@ def test_steps_are_compared_by_pairs_and_no_control_is_told() -> None:
 # A whole study
 
 TINY: dict[str, Any] = {
+    **TINY_RUN,
     "seeds": [4],
-    "threads": 1,
-    "device": "cpu",
-    "synthetic": {
-        "train_pairs": 24,
-        "validation_pairs": 16,
-        "test_pairs": 16,
-        "prompts": 2,
-        "candidates": 4,
-        "hidden_size": 16,
-        "num_layers": 1,
-    },
-    "control": {"max_steps": 2, "learning_rate": 1e-3, "patience": None},
-    "train": {"max_steps": 2, "learning_rate": 1e-3, "patience": None},
     "baselines": {"fine_tunes": 2, "same_flops": True},
-    "upcycle": {"num_routed_experts": 3, "num_experts_per_tok": 2},
-    "fit": {"method": "uniform"},
     "evaluate": {"resamples": 100, "ensemble_by": ["worst"], "probes": ["accuracy"]},
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from small_policy import save_policy, write_prompts
+from small_run import TINY_RUN
 
 from moemerge import pipeline
 from moemerge.errors import Faults, OptionError
@@ -17,27 +18,7 @@ from moemerge.rows import read_rows
 GOLD = """def few(prompt, answer):
     return -float(len(answer))
 """
-SMALL: dict[str, Any] = {
-    "threads": 1,
-    "device": "cpu",
-    "synthetic": {
-        "train_pairs": 24,
-        "validation_pairs": 16,
-        "test_pairs": 16,
-        "prompts": 2,
-        "candidates": 4,
-        "hidden_size": 16,
-        "num_layers": 1,
-    },
-    "data": {"max_length": 64},
-    "control": {"max_steps": 2, "learning_rate": 1e-3, "patience": None},
-    "train": {"max_steps": 2, "learning_rate": 1e-3, "patience": None},
-    "upcycle": {"num_routed_experts": 3, "num_experts_per_tok": 2},
-    "fit": {"method": "uniform"},
-    "evaluate": {"resamples": 100},
-}
-
-
+SMALL: dict[str, Any] = {**TINY_RUN, "data": {"max_length": 64}, "evaluate": {"resamples": 100}}
 OTHER: dict[str, Any] = {
     "synthetic": None,
     "model": "owner/model",

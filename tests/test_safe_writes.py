@@ -70,7 +70,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import test_safe_writes as t
 from pathlib import Path
-from moemerge import artifacts, disk, stopping
+from moemerge import artifacts, disk
 
 output, place = Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os._exit(9)
