@@ -27,19 +27,19 @@ from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from moemerge.coefficients.base import FitProblem
-from moemerge.coefficients.starts import start
-from moemerge.coefficients.walk import Walk
-from moemerge.fit_settings import FitSettings
-from moemerge.merged_model import MergedModel
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.objectives.base import mixture
-from moemerge.pair_objective import PairObjective
-from moemerge.preferences import Pair
-from moemerge.scoring import collate
-from moemerge.teachers import Lesson
-from moemerge.tokenise import Encoded, EncodedPair
-from moemerge.upcycle import upcycle
+from moemerge.data.pairs import Pair
+from moemerge.data.tokenise import Encoded, EncodedPair
+from moemerge.fitting.objectives.base import mixture
+from moemerge.fitting.pair_objective import PairObjective
+from moemerge.fitting.problem import FitProblem
+from moemerge.fitting.starts import start
+from moemerge.fitting.teachers import Lesson
+from moemerge.fitting.walk import Walk
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.scoring import collate
+from moemerge.options.fit import FitSettings
+from moemerge.stages.upcycle import upcycle
 
 SIZES: dict[str, dict[str, int]] = {
     "toy": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256},

@@ -33,7 +33,13 @@ from frozen_layers import LowerLayers, install, upper_layers
 from real_data import Dealt, Files, Options, flipped, halves, longest, mixed, shuffled
 from study import Row, once, read, write_sets
 
-from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
+from moemerge.stages.compare import compare
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.fit import fit, fit_models
+from moemerge.stages.merge import merge, merge_models
+from moemerge.stages.route import route
+from moemerge.stages.train import train
+from moemerge.stages.upcycle import upcycle
 
 UPPER = 2
 MIXTURE: Options = {"num_routed_experts": 4, "num_experts_per_tok": 2, "layers": f"last:{UPPER}"}

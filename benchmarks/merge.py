@@ -118,8 +118,10 @@ def make_inputs(root: Path, hidden: int, layers: int, dtype: str, shard_size: in
     import torch
     from upcycle import make_dense
 
-    from moemerge import Coefficients, export, fit
-    from moemerge import upcycle as make_moe
+    from moemerge.merging.coefficients import Coefficients
+    from moemerge.stages.export import export
+    from moemerge.stages.fit import fit
+    from moemerge.stages.upcycle import upcycle as make_moe
 
     make_dense(root / "dense", hidden, layers, dtype)
     make_moe(
@@ -150,10 +152,10 @@ def merge_itself(root: Path, output: Path) -> None:
     """Print anonymous memory before, seconds of one merge and of one whole stage, everything imported."""
     import torch
 
-    from moemerge.checkpoint import write_checkpoint
-    from moemerge.members import open_members
-    from moemerge.merge import _dense_tensors, _way, merge
-    from moemerge.recipe import Merge
+    from moemerge.merging.sources.open import open_members
+    from moemerge.models.checkpoint import write_checkpoint
+    from moemerge.options.merge import Merge
+    from moemerge.stages.merge import _dense_tensors, _way, merge
 
     options = Merge(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=output / "stage")
     source = open_members(options)
@@ -200,7 +202,7 @@ def compare(root: Path, repeats: int) -> dict[str, list[Cost]]:
 
 def largest_difference(one: Path, other: Path) -> float:
     """Between two checkpoints of the same tensors."""
-    from moemerge.checkpoint import Checkpoint
+    from moemerge.models.checkpoint import Checkpoint
 
     mine, theirs = Checkpoint(one), Checkpoint(other)
     assert set(mine.names) == set(theirs.names)

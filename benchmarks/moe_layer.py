@@ -18,8 +18,9 @@ from transformers import LlamaConfig, Qwen2MoeConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from moemerge.families.llama import FAMILY
-from moemerge.moe import DenseExpert, MoELayer, MoeSettings, StackedExperts
+from moemerge.models.families.llama import FAMILY
+from moemerge.models.moe import DenseExpert, MoELayer, StackedExperts
+from moemerge.models.moe_settings import MoeSettings
 
 
 def our_layer(hidden: int, inner: int, experts: int, selected: int) -> MoELayer:

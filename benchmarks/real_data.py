@@ -31,7 +31,13 @@ from typing import Any, TypeAlias, TypeVar
 
 from study import Row, once, read, write_sets
 
-from moemerge import compare, evaluate, fit, fit_models, merge, merge_models, route, train, upcycle
+from moemerge.stages.compare import compare
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.fit import fit, fit_models
+from moemerge.stages.merge import merge, merge_models
+from moemerge.stages.route import route
+from moemerge.stages.train import train
+from moemerge.stages.upcycle import upcycle
 
 T = TypeVar("T")
 

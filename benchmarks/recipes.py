@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from moemerge import run_recipe
+from moemerge.run.pipeline import run_recipe
 
 CONFIGS = Path(__file__).parent.parent / "merge_configs"
 

@@ -19,10 +19,11 @@ import torch
 from fit import make_pairs, write_tokenizer
 from scoring import VOCABULARY, draw_texts, tiny_llama
 
-from moemerge.route import collect
-from moemerge.scoring import load_reward_model, load_tokenizer, score
-from moemerge.tokenise import EncodedPair, texts_of
-from moemerge.upcycle import upcycle
+from moemerge.data.tokenise import EncodedPair, texts_of
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score
+from moemerge.stages.route import collect
+from moemerge.stages.upcycle import upcycle
 
 
 def make_moe(folder: Path, width: int, layers: int) -> Path:

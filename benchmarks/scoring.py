@@ -18,8 +18,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from moemerge.data import Encoded
-from moemerge.scoring import score
+from moemerge.data.tokenise import Encoded
+from moemerge.models.scoring import score
 
 VOCABULARY = 8192
 

@@ -32,8 +32,11 @@ from typing import Any
 import study
 from study import Measures, Row, accuracy, measures, once, read, scored, write
 
-from moemerge import fit_models, merge_models, train, write_world
-from moemerge.synthetic import WORTH, Worth, gold_reward
+from moemerge.data.world import WORTH, Worth, gold_reward
+from moemerge.stages.fit import fit_models
+from moemerge.stages.merge import merge_models
+from moemerge.stages.synthetic import write_world
+from moemerge.stages.train import train
 
 BATCH = {"batch_size": 32, "max_length": 64, "patience": None}
 RATES = {"learning_rate": 5e-4, "search": {"expert_learning_rate": [5e-4, 5e-3]}}

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from scipy.stats import t
 
-from moemerge import evaluate
+from moemerge.stages.evaluate import evaluate
 
 S = TypeVar("S")
 Measures: TypeAlias = dict[str, float]

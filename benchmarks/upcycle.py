@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from moemerge.checkpoint import Checkpoint, write_checkpoint
-from moemerge.dense_checkpoint import source_names
-from moemerge.modelling import moe_config
-from moemerge.recipe import Upcycle
-from moemerge.upcycle import _dense_config, _moe_tensors, _settings, upcycle
+from moemerge.models.checkpoint import Checkpoint, write_checkpoint
+from moemerge.models.guards import source_names
+from moemerge.models.modelling import moe_config
+from moemerge.options.upcycle import Upcycle
+from moemerge.stages.upcycle import _dense_config, _moe_tensors, _settings, upcycle
 
 
 def make_dense(folder: Path, hidden: int, layers: int, dtype: str = "float32") -> None:

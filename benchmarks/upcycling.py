@@ -27,8 +27,13 @@ import study
 from specialists import rated
 from study import Measures, measures, once, read, scored, write
 
-from moemerge import fit, merge, merge_models, route, train, upcycle, write_world
-from moemerge.synthetic import WORTH, Worth
+from moemerge.data.world import WORTH, Worth
+from moemerge.stages.fit import fit
+from moemerge.stages.merge import merge, merge_models
+from moemerge.stages.route import route
+from moemerge.stages.synthetic import write_world
+from moemerge.stages.train import train
+from moemerge.stages.upcycle import upcycle
 
 BATCH = {"batch_size": 32, "max_length": 64, "patience": None}
 RATES = {"learning_rate": 5e-4, "search": {"expert_learning_rate": [5e-4, 5e-3]}}

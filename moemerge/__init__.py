@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-    from moemerge.attack import attack as attack
-    from moemerge.coefficients.base import Coefficients as Coefficients
-    from moemerge.compare import compare as compare
-    from moemerge.data import prepare as prepare
+    from moemerge.artifacts.verify import verify as verify
+    from moemerge.artifacts.verify import verify_folder as verify_folder
     from moemerge.errors import ArtifactError as ArtifactError
     from moemerge.errors import CheckpointError as CheckpointError
     from moemerge.errors import DataError as DataError
@@ -26,54 +24,56 @@ if TYPE_CHECKING:
     from moemerge.errors import MoemergeError as MoemergeError
     from moemerge.errors import OptionError as OptionError
     from moemerge.errors import UnsupportedError as UnsupportedError
-    from moemerge.evaluate import evaluate as evaluate
-    from moemerge.export import export as export
-    from moemerge.fit import fit as fit
-    from moemerge.fit import fit_models as fit_models
-    from moemerge.merge import merge as merge
-    from moemerge.merge import merge_models as merge_models
-    from moemerge.modelling import load_moe as load_moe
-    from moemerge.optimise import optimise as optimise
-    from moemerge.pipeline import check_recipe as check_recipe
-    from moemerge.pipeline import load_recipe as load_recipe
-    from moemerge.pipeline import run_recipe as run_recipe
-    from moemerge.publish import publish as publish
-    from moemerge.route import route as route
-    from moemerge.routing import RoutingStatistics as RoutingStatistics
-    from moemerge.sample import sample as sample
-    from moemerge.synthetic import write_world as write_world
-    from moemerge.train import train as train
-    from moemerge.upcycle import upcycle as upcycle
-    from moemerge.verify import verify as verify
-    from moemerge.verify import verify_folder as verify_folder
+    from moemerge.merging.coefficients import Coefficients as Coefficients
+    from moemerge.models.modelling import load_moe as load_moe
+    from moemerge.models.routing import RoutingStatistics as RoutingStatistics
+    from moemerge.run.check import check_recipe as check_recipe
+    from moemerge.run.check import load_recipe as load_recipe
+    from moemerge.run.pipeline import run_recipe as run_recipe
+    from moemerge.stages.attack import attack as attack
+    from moemerge.stages.compare import compare as compare
+    from moemerge.stages.data import prepare as prepare
+    from moemerge.stages.evaluate import evaluate as evaluate
+    from moemerge.stages.export import export as export
+    from moemerge.stages.fit import fit as fit
+    from moemerge.stages.fit import fit_models as fit_models
+    from moemerge.stages.merge import merge as merge
+    from moemerge.stages.merge import merge_models as merge_models
+    from moemerge.stages.optimise import optimise as optimise
+    from moemerge.stages.publish import publish as publish
+    from moemerge.stages.route import route as route
+    from moemerge.stages.sample import sample as sample
+    from moemerge.stages.synthetic import write_world as write_world
+    from moemerge.stages.train import train as train
+    from moemerge.stages.upcycle import upcycle as upcycle
 
     __version__: str
 
 _HOMES = {
-    "upcycle": "upcycle",
-    "train": "train",
-    "route": "route",
-    "fit": "fit",
-    "merge": "merge",
-    "fit_models": "fit",
-    "merge_models": "merge",
-    "export": "export",
-    "sample": "sample",
-    "optimise": "optimise",
-    "evaluate": "evaluate",
-    "attack": "attack",
-    "publish": "publish",
-    "compare": "compare",
-    "prepare": "data",
-    "write_world": "synthetic",
-    "run_recipe": "pipeline",
-    "check_recipe": "pipeline",
-    "load_recipe": "pipeline",
-    "load_moe": "modelling",
-    "verify": "verify",
-    "verify_folder": "verify",
-    "RoutingStatistics": "routing",
-    "Coefficients": "coefficients.base",
+    "upcycle": "stages.upcycle",
+    "train": "stages.train",
+    "route": "stages.route",
+    "fit": "stages.fit",
+    "merge": "stages.merge",
+    "fit_models": "stages.fit",
+    "merge_models": "stages.merge",
+    "export": "stages.export",
+    "sample": "stages.sample",
+    "optimise": "stages.optimise",
+    "evaluate": "stages.evaluate",
+    "attack": "stages.attack",
+    "publish": "stages.publish",
+    "compare": "stages.compare",
+    "prepare": "stages.data",
+    "write_world": "stages.synthetic",
+    "run_recipe": "run.pipeline",
+    "check_recipe": "run.check",
+    "load_recipe": "run.check",
+    "load_moe": "models.modelling",
+    "verify": "artifacts.verify",
+    "verify_folder": "artifacts.verify",
+    "RoutingStatistics": "models.routing",
+    "Coefficients": "merging.coefficients",
     "MoemergeError": "errors",
     "OptionError": "errors",
     "DataError": "errors",
@@ -92,6 +92,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("moemerge")
+    if name == "modelling":  # MoE folders on disk and on the hub hold `from moemerge import modelling`
+        return importlib.import_module("moemerge.models.modelling")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -99,15 +101,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `moemerge.train` the function after the module of the same name has been imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
 
 
 class _HostWatch:
@@ -149,14 +142,13 @@ def _watch_model_types(module: Any) -> None:
 
 @cache
 def _register_model_types() -> None:
-    importlib.import_module("moemerge.modelling").register()
+    importlib.import_module("moemerge.models.modelling").register()
 
 
 def _register_method(registry: ModuleType) -> None:
-    importlib.import_module("moemerge.mergekit_bridge")  # registers, once it is imported whole
+    importlib.import_module("moemerge.merging.mergekit.bridge")  # registers, once it is imported whole
 
 
-sys.modules[__name__].__class__ = _Package
 if any(host in sys.modules for host in _HOSTS):
     _hook_hosts()
 else:

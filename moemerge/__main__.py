@@ -1,6 +1,6 @@
 """`python -m moemerge`: the same as the command `moemerge`."""
 
-from moemerge.cli import main
+from moemerge.run.cli import main
 
 if __name__ == "__main__":
     main()

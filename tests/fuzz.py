@@ -33,19 +33,19 @@ import torch
 from hostile_files import CANDIDATES, PAIR, RECIPE, pairs, shard
 from safetensors.torch import save_file
 
-from moemerge.artifacts import read_manifest
-from moemerge.blocks import BLOCK
-from moemerge.check import check_recipe
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import FORMAT, Coefficients
-from moemerge.data import read_candidates, read_pairs
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.errors import CheckpointError, MoemergeError
-from moemerge.json_file import read_config
-from moemerge.layout import FILE as LAYOUT
-from moemerge.layout import _key, read_layout
-from moemerge.moe_settings import MoeSettings
-from moemerge.options import TextFormat
-from moemerge.routing import RoutingStatistics
+from moemerge.merging.blocks import BLOCK
+from moemerge.merging.coefficients import FORMAT, Coefficients
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.config_file import read_config
+from moemerge.models.layout import FILE as LAYOUT
+from moemerge.models.layout import _key, read_layout
+from moemerge.models.moe_settings import MoeSettings
+from moemerge.models.routing import RoutingStatistics
+from moemerge.options.base import TextFormat
+from moemerge.run.check import check_recipe
 
 SECONDS = 20
 MEMORY = 8 * 2**30  # of address space, above what the process has at the start

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from conftest import save_dense
 
-from moemerge.artifacts import artifact
-from moemerge.coefficients.base import Coefficients
-from moemerge.evaluate import evaluate
-from moemerge.recipe import Fit, Merge, Train
+from moemerge.artifacts.stage import artifact
+from moemerge.merging.coefficients import Coefficients
+from moemerge.options.fit import Fit
+from moemerge.options.merge import Merge
+from moemerge.options.train import Train
+from moemerge.stages.evaluate import evaluate
 
 
 def make_chain(root: Path) -> dict[str, Path]:

@@ -13,17 +13,16 @@ from conftest import save_dense
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moemerge.coefficients.base import MergeGradient
-from moemerge.data import encode_pairs, read_pairs
-from moemerge.fit_settings import FitSettings
-from moemerge.merged_model import MergedModel
-from moemerge.objectives.base import mixture
-from moemerge.options import TextFormat
-from moemerge.pair_objective import PairObjective
-from moemerge.scoring import load_tokenizer
-from moemerge.teachers import Lesson
-from moemerge.tokenise import EncodedPair
-from moemerge.upcycle import upcycle
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import EncodedPair, encode_pairs
+from moemerge.fitting.objectives.base import mixture
+from moemerge.fitting.pair_objective import PairObjective
+from moemerge.fitting.teachers import Lesson
+from moemerge.merging.merged_model import MergedModel, MergeGradient
+from moemerge.models.loading import load_tokenizer
+from moemerge.options.base import TextFormat
+from moemerge.options.fit import FitSettings
+from moemerge.stages.upcycle import upcycle
 
 N, K = 3, 2
 # Coefficients of three layers to merge by.

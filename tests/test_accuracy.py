@@ -12,12 +12,12 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from moemerge.errors import OptionError
-from moemerge.probes import PROBES
-from moemerge.probes.accuracy import check_sections
-from moemerge.probes.base import PairScores
-from moemerge.probes.calibration import BINS, MIN_PAIRS, Binned, slope
-from moemerge.probes.statistics import clustered_mcnemar, holm, mcnemar, share_interval, wilson_band
-from moemerge.recipe import EvaluateSettings
+from moemerge.evaluation.probes import PROBES
+from moemerge.evaluation.probes.accuracy import check_sections
+from moemerge.evaluation.probes.base import PairScores
+from moemerge.evaluation.probes.calibration import BINS, MIN_PAIRS, Binned, slope
+from moemerge.options.evaluate import EvaluateSettings
+from moemerge.reports.statistics import clustered_mcnemar, holm, mcnemar, share_interval, wilson_band
 
 SETTINGS = EvaluateSettings(resamples=400)
 

@@ -15,18 +15,20 @@ import torch
 from conftest import save_dense
 from scipy import stats
 
-from moemerge.artifacts import read_manifest
-from moemerge.attack import Search, attack, search, summary
-from moemerge.attack_edits import ALL, CHANGE_CONTENT, KEEP_CONTENT, chosen_edits
-from moemerge.attack_settings import AttackSettings
-from moemerge.data import Pair, encode, read_pairs
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.pairs import Pair
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import Item, encode
+from moemerge.data.world import FILLERS, TRAINING, gold_reward, pair_rows
 from moemerge.errors import DataError, OptionError
-from moemerge.options import TextFormat
-from moemerge.probes.edits import apply
-from moemerge.scoring import load_reward_model, load_tokenizer
-from moemerge.synthetic import FILLERS, TRAINING, gold_reward, pair_rows
-from moemerge.tokenise import Item
-from moemerge.user_function import load_function
+from moemerge.evaluation.attack_edits import ALL, CHANGE_CONTENT, KEEP_CONTENT, chosen_edits
+from moemerge.evaluation.attack_search import Search, search
+from moemerge.evaluation.gold import load_function
+from moemerge.evaluation.probes.edits import apply
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.options.attack import AttackSettings
+from moemerge.options.base import TextFormat
+from moemerge.stages.attack import attack, summary
 
 Score = Callable[[str, str], float]
 
@@ -199,13 +201,13 @@ def test_edits_that_may_be_used() -> None:
 
 
 def test_functions_that_an_option_names(tmp_path: Path) -> None:
-    assert load_function("moemerge.synthetic:gold_reward") is gold_reward
+    assert load_function("moemerge.data.world:gold_reward") is gold_reward
     (tmp_path / "mine.py").write_text("def gold(prompt, answer):\n    return float(len(answer))\n")
     assert load_function(f"{tmp_path}/mine.py:gold")("p", "abc") == 3
     for wrong in (
         "gold",
         "no.such.module:f",
-        "moemerge.synthetic:nothing",
+        "moemerge.data.world:nothing",
         f"{tmp_path}/none.py:f",
         "json:__name__",
     ):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moemerge.averaging import routing_normalized_average
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.merging.average import routing_normalized_average
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -16,19 +16,21 @@ from small_moe import write_rows
 from small_run import TINY_RUN
 from torch.utils.flop_counter import FlopCounterMode
 
-from moemerge import pipeline
-from moemerge.artifacts import read_manifest
-from moemerge.budget import scaled, shortfalls
-from moemerge.check import scored_names
-from moemerge.compare import compare
-from moemerge.cost import cost, flops_ratio
-from moemerge.ensembles import combine
+from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import OptionError
-from moemerge.evaluate import evaluate
-from moemerge.recipe import Recipe, TrainSettings
-from moemerge.scoring import load_reward_model
-from moemerge.train import train
-from moemerge.upcycle import upcycle
+from moemerge.evaluation.ensembles import combine
+from moemerge.models.cost import cost, flops_ratio
+from moemerge.models.loading import load_reward_model
+from moemerge.options.recipe import Recipe
+from moemerge.options.train import TrainSettings, scaled
+from moemerge.run import pipeline
+from moemerge.run.budget import shortfalls
+from moemerge.run.check import find_faults, scored_names
+from moemerge.run.plan import plan
+from moemerge.stages.compare import compare
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.train import train
+from moemerge.stages.upcycle import upcycle
 
 # The tiny llama: 3 layers of width 32, MLP 48, 4 heads of 8 with 2 key-value heads, 64 words.
 ATTENTION, MLP, NORM = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 32
@@ -190,8 +192,8 @@ GOOD: dict[str, Any] = {
 
 def steps(**sections: Any) -> dict[str, Any]:
     recipe = Recipe(output=Path("out"), **{**GOOD, **sections})
-    assert pipeline.find_faults(recipe) == []
-    return {step.name: step.options for step in pipeline.plan(recipe)}
+    assert find_faults(recipe) == []
+    return {step.name: step.options for step in plan(recipe)}
 
 
 def test_full_budgets_and_the_control_as_first_fine_tune() -> None:
@@ -260,7 +262,7 @@ def test_no_baselines_no_steps() -> None:
 def test_faults_of_baselines_and_seeds() -> None:
     def whats(**sections: Any) -> list[str]:
         recipe = Recipe(output=Path("out"), **{**GOOD, **sections})
-        return [fault.what for fault in pipeline.find_faults(recipe)]
+        return [fault.what for fault in find_faults(recipe)]
 
     assert whats(control=None, baselines={"same_flops": True}) == ["baselines need a control"]
     assert whats(**OF_FILES, base={}, control=None, baselines={"tuned": True}) == ["baselines need a control"]

@@ -15,17 +15,19 @@ from conftest import save_dense
 from safetensors.torch import load_file
 from scipy import stats
 
-from moemerge.check import find_faults
-from moemerge.data import Pair, encode
-from moemerge.evaluate import evaluate
-from moemerge.probes import BIASES, PROBES, expand
-from moemerge.probes.base import EditScores, PairScores
-from moemerge.probes.edit_effects import excerpt, interval_of
-from moemerge.probes.edits import last_message, make_edits, some_pairs
-from moemerge.recipe import EvaluateSettings, Recipe
-from moemerge.rows import Text
-from moemerge.scoring import load_reward_model, load_tokenizer
-from moemerge.summary import table
+from moemerge.data.pairs import Pair
+from moemerge.data.rows import Text
+from moemerge.data.tokenise import encode
+from moemerge.evaluation.main_table import table
+from moemerge.evaluation.probes import BIASES, PROBES, expand
+from moemerge.evaluation.probes.base import EditScores, PairScores
+from moemerge.evaluation.probes.edit_effects import excerpt, interval_of
+from moemerge.evaluation.probes.edits import last_message, make_edits, some_pairs
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.options.evaluate import EvaluateSettings
+from moemerge.options.recipe import Recipe
+from moemerge.run.check import find_faults
+from moemerge.stages.evaluate import evaluate
 
 SETTINGS = EvaluateSettings(resamples=400)
 Scorer = Callable[[str, str], float]

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moemerge import checkpoint
-from moemerge.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
-from moemerge.weight_files import order_metadata
+from moemerge.artifacts.weight_files import order_metadata
+from moemerge.models import checkpoint
+from moemerge.models.checkpoint import INDEX, SINGLE, Checkpoint, write_checkpoint
 
 ALL = 10**9
 

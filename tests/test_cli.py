@@ -20,12 +20,16 @@ from typing import Any
 import pytest
 
 import moemerge
-from moemerge import cli, pipeline
-from moemerge import recipe as options_of
-from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
+from moemerge.artifacts.checksums import fingerprint
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import Draft, Stage
 from moemerge.errors import DataError
-from moemerge.options import Run
-from moemerge.report_file import FORMAT
+from moemerge.evaluation.report import FORMAT
+from moemerge.options import recipe as options_of
+from moemerge.options.base import Run
+from moemerge.run import cli, pipeline
+from moemerge.run.check import load_recipe
+from moemerge.run.plan import plan
 
 ROOT = Path(__file__).parent.parent
 Main = Callable[..., tuple[int, str, str]]
@@ -68,6 +72,7 @@ class FakeStages:
 def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     fake = FakeStages()
     monkeypatch.setattr(pipeline, "STAGES", fake)
+    monkeypatch.setattr("moemerge.stages.STAGES", fake)
     return fake
 
 
@@ -268,7 +273,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_run_prints_steps_table_verdict_and_how_to_load(small_run: tuple[Path, str]) -> None:
     root, out = small_run
-    steps = pipeline.plan(pipeline.load_recipe(root / "recipe.yml"))
+    steps = plan(load_recipe(root / "recipe.yml"))
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[: len(steps)]] == [step.name for step in steps]
     table = (root / "out/summary.md").read_text()
@@ -361,8 +366,8 @@ def test_a_stage_from_python_writes_what_the_command_line_wrote(
 
 def test_importing_and_asking_for_help_load_nothing_heavy() -> None:
     code = (
-        "import sys, moemerge, moemerge.cli; "
-        "[moemerge.flags.flags(name) for name in moemerge.cli.STAGE_COMMANDS]; "
+        "import sys, moemerge, moemerge.run.cli; "
+        "[moemerge.run.flags.flags(name) for name in moemerge.run.cli.STAGE_COMMANDS]; "
         "print(sorted({'torch', 'transformers', 'mergekit', 'numpy', 'wrapt'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -386,7 +391,7 @@ def test_version_is_the_installed_one() -> None:
 
 def test_stage_names_stay_functions_after_their_modules_are_imported() -> None:
     code = (
-        "import moemerge.train, moemerge.fit, moemerge; from moemerge import train; "
+        "import moemerge.stages.train, moemerge.stages.fit, moemerge; from moemerge import train; "
         "print(callable(moemerge.train), callable(moemerge.fit), train is moemerge.train)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -410,7 +415,7 @@ def test_model_types_are_known_whatever_was_imported_first(imports: str) -> None
     code = (
         f"import sys; {imports}; from transformers import AutoConfig; "
         "from transformers import AutoModelForSequenceClassification as A; "
-        "print('moemerge.modelling' in sys.modules); "
+        "print('moemerge.models.modelling' in sys.modules); "
         "c = AutoConfig.for_model('moemerge_llama'); print(c.model_type, type(c) in A._model_mapping)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -15,11 +15,13 @@ from small_moe import ALPHA, SHARED, K, N
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import Coefficients, FitProblem, Measured, MergeGradient
 from moemerge.errors import CheckpointError
-from moemerge.recipe import FitSettings
-from moemerge.routing import RoutingStatistics, Sums
+from moemerge.fitting.methods import METHODS
+from moemerge.fitting.problem import FitProblem, Measured
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergeGradient
+from moemerge.models.routing import RoutingStatistics, Sums
+from moemerge.options.fit import FitSettings
 
 
 @dataclass

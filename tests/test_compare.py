@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moemerge import cli, plotting, summary
-from moemerge.artifacts import artifact, read_manifest, write_json
-from moemerge.compare import _table, compare, t_interval, t_test
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import artifact, write_json
 from moemerge.errors import ArtifactError, OptionError
-from moemerge.recipe import Compare, Evaluate
-from moemerge.report_file import FORMAT
-from moemerge.verdict import standing_over_seeds, verdict_over_seeds
+from moemerge.evaluation.report import FORMAT
+from moemerge.evaluation.verdict import standing_over_seeds, verdict_over_seeds
+from moemerge.options.compare import Compare
+from moemerge.options.evaluate import Evaluate
+from moemerge.reports import plotting
+from moemerge.reports.statistics import t_interval, t_test
+from moemerge.run import cli
+from moemerge.run.headlines import headline
+from moemerge.stages.compare import _table, compare
 
 ACCURACY = {  # by model and seed
     "dense": [0.70, 0.74, 0.69, 0.75],
@@ -192,7 +197,7 @@ def test_files_and_manifest(whole: Path, output: Path) -> None:
     manifest = read_manifest(output)
     assert manifest["options"]["runs"] == [str(whole / f"seed-{seed}/evaluate") for seed in (11, 3, 5, 7)]
     assert len(manifest["inputs"]["runs"]) == 4
-    assert summary.headline("compare", manifest["results"]) == "3 models, 4 seeds"
+    assert headline("compare", manifest["results"]) == "3 models, 4 seeds"
 
 
 def test_one_seed_has_no_interval_and_few_say_so(study: Path, tmp_path: Path) -> None:

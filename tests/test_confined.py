@@ -15,18 +15,17 @@ from huggingface_hub import constants
 from small_chain import make_chain
 from small_policy import save_policy, write_prompts
 
-from moemerge.artifacts import read_manifest
-from moemerge.check import check_recipe
-from moemerge.compare import compare
-from moemerge.configs import load_config
+from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.errors import ArtifactError, CheckpointError, MoemergeError
-from moemerge.manifests import own_digest
-from moemerge.policy import load_policy, sample_answers
-from moemerge.publish import publish
-from moemerge.report_file import FORMAT
-from moemerge.sample import sample
-from moemerge.scoring import load_reward_model, load_tokenizer
-from moemerge.upcycle import upcycle
+from moemerge.evaluation.report import FORMAT
+from moemerge.models.configs import load_config
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.run.check import check_recipe
+from moemerge.stages.compare import compare
+from moemerge.stages.publish import publish
+from moemerge.stages.sample import sample
+from moemerge.stages.upcycle import upcycle
+from moemerge.training.policy import load_policy, sample_answers
 
 CPU = torch.device("cpu")
 SECRET = "root:x:0:0"

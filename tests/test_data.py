@@ -11,22 +11,14 @@ import pytest
 from conftest import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from moemerge.artifacts import read_manifest
-from moemerge.data import (
-    CandidateSet,
-    Encoded,
-    Pair,
-    RowReport,
-    encode,
-    encode_candidates,
-    encode_pairs,
-    prepare,
-    read_candidates,
-    read_pairs,
-)
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.pairs import CandidateSet, Pair
+from moemerge.data.reading import read_candidates, read_pairs
+from moemerge.data.rows import BadRow, RowReport
+from moemerge.data.tokenise import Encoded, encode, encode_candidates, encode_pairs
 from moemerge.errors import DataError, OptionError
-from moemerge.options import TextFormat
-from moemerge.rows import BadRow
+from moemerge.options.base import TextFormat
+from moemerge.stages.data import prepare
 
 PLAIN = TextFormat()
 SKIP = TextFormat(bad_rows="skip")

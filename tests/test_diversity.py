@@ -15,26 +15,33 @@ from safetensors.torch import load_file
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
 from torch import Tensor
 
-from moemerge.artifacts import read_manifest
-from moemerge.coefficients.base import Coefficients
-from moemerge.data import EncodedPair, encode_pairs, read_pairs
-from moemerge.diversity import barriers, disagreement, line_point, measure_updates, score_pairs_at
-from moemerge.diversity_report import mean_off_diagonal, plain
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import EncodedPair, encode_pairs
 from moemerge.errors import DataError
-from moemerge.families import family_of
-from moemerge.families.dense import dense_class, dense_config
-from moemerge.merge import merge
-from moemerge.merged_model import MergedModel
-from moemerge.modelling import load_moe
-from moemerge.moe import gate_weights, moe_layers
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.options import TextFormat
-from moemerge.route import route
-from moemerge.routing import gate_mass
-from moemerge.scoring import load_reward_model, load_tokenizer
-from moemerge.speculation import speculation
-from moemerge.uncertainty import SpreadScores, member_points, score_with_spread
-from moemerge.upcycle import upcycle
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.experts.diversity import (
+    barriers,
+    disagreement,
+    line_point,
+    measure_updates,
+    score_pairs_at,
+)
+from moemerge.merging.experts.report import mean_off_diagonal, plain
+from moemerge.merging.experts.speculation import speculation
+from moemerge.merging.experts.uncertainty import SpreadScores, member_points, score_with_spread
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.families import family_of
+from moemerge.models.families.dense import dense_class, dense_config
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.modelling import load_moe
+from moemerge.models.moe import gate_weights, moe_layers
+from moemerge.models.routing import gate_mass
+from moemerge.options.base import TextFormat
+from moemerge.stages.merge import merge
+from moemerge.stages.route import route
+from moemerge.stages.upcycle import upcycle
 
 PAIRS = 12
 SIDES = ("chosen", "rejected")
@@ -91,7 +98,7 @@ def vectors(moe: Path, layer: int) -> dict[str, Tensor]:
 
 
 def test_updates_against_whole_vectors(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moemerge.diversity.CHUNK", 100)
+    monkeypatch.setattr("moemerge.merging.experts.diversity.CHUNK", 100)
     found = measure_updates(MoeCheckpoint(moe))
     assert found.layers == [0, 1, 2]
     for row in range(3):
@@ -310,7 +317,7 @@ def test_a_planted_speculative_expert_is_found(
     mass_P2LN[high, 1, 1, 2] *= 2
     mass_P2LN[high, 1, 0, 0] /= 2
     planted = (scores_P2.flatten(), mass_P2LN.flatten(0, 1))
-    monkeypatch.setattr("moemerge.speculation.gate_mass", lambda *_: planted)
+    monkeypatch.setattr("moemerge.merging.experts.speculation.gate_mass", lambda *_: planted)
     found = speculation(load_moe(moe), load_tokenizer(str(moe)), many, 100, seed=0)
     assert (1, 2) in found.suspects and (0, 0) not in found.suspects
     assert found.over_rejected.value[1, 2] == pytest.approx(2, rel=0.03)

@@ -15,14 +15,17 @@ from small_moe import random_pairs, rewrite, write_rows
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from moemerge import fit_models, merge_models
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
-from moemerge.data import encode_pairs, read_pairs
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import encode_pairs
 from moemerge.errors import CheckpointError, OptionError, UnsupportedError
-from moemerge.export import export
-from moemerge.options import TextFormat
-from moemerge.scoring import load_reward_model, load_tokenizer, score_pairs
+from moemerge.merging.coefficients import Coefficients
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score_pairs
+from moemerge.options.base import TextFormat
+from moemerge.stages.export import export
+from moemerge.stages.fit import fit_models
+from moemerge.stages.merge import merge_models
 
 EMBED = "model.embed_tokens.weight"
 

@@ -13,17 +13,19 @@ import torch
 from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 
-from moemerge import cli
-from moemerge.artifacts import read_manifest
-from moemerge.cost import parameters
-from moemerge.data import Pair, encode, read_pairs
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.pairs import Pair
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import encode
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluate import evaluate
-from moemerge.evaluation_sets import EvaluationSet, by_kind, probe_inputs
-from moemerge.options import TextFormat
-from moemerge.recipe import Evaluate
-from moemerge.scoring import load_reward_model, load_tokenizer
-from moemerge.upcycle import upcycle
+from moemerge.evaluation.sets import EvaluationSet, by_kind, probe_inputs
+from moemerge.models.cost import parameters
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.options.base import TextFormat
+from moemerge.options.evaluate import Evaluate
+from moemerge.run import cli
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.upcycle import upcycle
 
 
 def words(draw: random.Random, longest: int = 20) -> str:

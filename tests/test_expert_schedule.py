@@ -29,9 +29,9 @@ from test_train import (
 from torch import Tensor
 
 from moemerge.errors import OptionError
-from moemerge.expert_schedule import FREE, ExpertSchedule, Steering, assign_experts
-from moemerge.moe import Gating, MoELayer, balance_loss, gate_weights, moe_layers
-from moemerge.recipe import Train
+from moemerge.models.moe import FREE, Gating, MoELayer, Steering, balance_loss, gate_weights, moe_layers
+from moemerge.options.train import Train
+from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
 
 __all__ = ["no_figures", "world"]
 STEERED = {"shared_dropout": 0.4, "router_temperature": 3.0, "top1_warmup": 0.4, "assign": "shards"}
@@ -240,7 +240,7 @@ def test_killed_run_is_steered_as_the_uninterrupted_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from moemerge.trainer import PairTrainer
+    from moemerge.training.trainer import PairTrainer
 
     given = {"held": True, "max_steps": 8, "learning_rate": 3e-3, "eval_steps": 3, "batch_size": 10}
     given |= STEERED | {"gradient_checkpointing": True, "assign_share": 0.6}

@@ -16,14 +16,14 @@ from conftest import CORE
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, stock_merge, write_rows
 from transformers import AutoModelForSequenceClassification
 
-from moemerge.artifacts import read_manifest
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
+from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import CheckpointError
-from moemerge.evaluate import evaluate
-from moemerge.export import export
-from moemerge.merge import merge
-from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.export import export
+from moemerge.stages.merge import merge
 
 NAMES = ["shared", *(f"expert-{i}" for i in range(N))]
 LINEAR = {"method": "linear", "parameters": {"normalize": False}}

@@ -28,26 +28,28 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from moemerge.artifacts import read_manifest
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
-from moemerge.data import EncodedPair, encode_pairs, read_pairs
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import EncodedPair, encode_pairs
 from moemerge.errors import UnsupportedError
-from moemerge.export import export
-from moemerge.families import FAMILIES, family_called, family_of
-from moemerge.families.refused import REFUSED
-from moemerge.families.table import table
-from moemerge.merge import merge
-from moemerge.merged_model import MergedModel
-from moemerge.mergekit_bridge import mlp_layer
-from moemerge.modelling import load_moe
-from moemerge.moe import Gating, MoELayer, moe_layers
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.options import TextFormat
-from moemerge.route import collect
-from moemerge.scoring import collate, load_tokenizer
-from moemerge.train import train
-from moemerge.upcycle import upcycle
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.mergekit.bridge import mlp_layer
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.families import FAMILIES, family_called, family_of
+from moemerge.models.families.refused import REFUSED
+from moemerge.models.families.table import table
+from moemerge.models.loading import load_tokenizer
+from moemerge.models.modelling import load_moe
+from moemerge.models.moe import Gating, MoELayer, moe_layers
+from moemerge.models.scoring import collate
+from moemerge.options.base import TextFormat
+from moemerge.stages.export import export
+from moemerge.stages.merge import merge
+from moemerge.stages.route import collect
+from moemerge.stages.train import train
+from moemerge.stages.upcycle import upcycle
 
 LENGTHS = (13, 7, 1, 10)
 EVEN = torch.full((3, 3), 1 / 3, dtype=torch.float64)
@@ -305,7 +307,7 @@ def test_refusals_give_the_reason(name: str) -> None:
 
 def test_the_readme_lists_the_architectures() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert table() in readme, "put the text of moemerge.families.table.table() into README.md"
+    assert table() in readme, "put the text of moemerge.models.families.table.table() into README.md"
 
 
 @pytest.mark.parametrize(

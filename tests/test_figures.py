@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moemerge import plotting
-from moemerge.figures import Curves, Dots, Figure, HeatMap, Line, Panel
+from moemerge.reports import plotting
+from moemerge.reports.figures import Curves, Dots, Figure, HeatMap, Line, Panel
 
 SVG = "{http://www.w3.org/2000/svg}"
 

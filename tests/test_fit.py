@@ -28,18 +28,20 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 
-from moemerge.artifacts import fingerprint, read_manifest
-from moemerge.coefficients.base import Coefficients
-from moemerge.data import EncodedPair, Pair
+from moemerge.artifacts.checksums import fingerprint
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.pairs import Pair
+from moemerge.data.tokenise import Encoded, EncodedPair
 from moemerge.errors import CheckpointError, DataError, OptionError
-from moemerge.fit import fit
-from moemerge.merged_model import MergedModel
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.pair_objective import hold_out
-from moemerge.route import route
-from moemerge.routing import RoutingStatistics
-from moemerge.scoring import load_tokenizer, score_pairs
-from moemerge.tokenise import Encoded
+from moemerge.fitting.splits import hold_out
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.loading import load_tokenizer
+from moemerge.models.routing import RoutingStatistics
+from moemerge.models.scoring import score_pairs
+from moemerge.stages.fit import fit
+from moemerge.stages.route import route
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,15 +11,19 @@ import pytest
 import torch
 from conftest import save_dense
 
-from moemerge.artifacts import read_manifest
-from moemerge.data import CandidateSet, encode, read_candidates
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.pairs import CandidateSet
+from moemerge.data.reading import read_candidates
+from moemerge.data.tokenise import encode
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluate import evaluate
-from moemerge.gold import function_judge, model_judge, regrade
-from moemerge.options import TextFormat
-from moemerge.pipeline import check_recipe, plan
-from moemerge.recipe import Evaluate, Recipe
-from moemerge.scoring import load_reward_model, load_tokenizer
+from moemerge.evaluation.gold import function_judge, model_judge, regrade
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.options.base import TextFormat
+from moemerge.options.evaluate import Evaluate
+from moemerge.options.recipe import Recipe
+from moemerge.run.check import check_recipe
+from moemerge.run.plan import plan
+from moemerge.stages.evaluate import evaluate
 
 CPU = torch.device("cpu")
 
@@ -117,7 +121,7 @@ def test_sets_without_scores_are_kept_as_they_are(tmp_path: Path) -> None:
         ("rate", "neither FILE.py:NAME nor"),
         ("no_such_file.py:rate", "FileNotFoundError"),
         ("no_such_module_at_all:rate", "ModuleNotFoundError"),
-        ("moemerge.synthetic:gold_rewart", "did you mean 'gold_reward'"),
+        ("moemerge.data.world:gold_rewart", "did you mean 'gold_reward'"),
     ],
 )
 def test_a_function_that_is_not_there(named: str, given: str) -> None:
@@ -130,7 +134,7 @@ def test_a_function_that_fails_is_a_fault_of_the_user() -> None:
     for value, told in ((float("nan"), "nan"), ("much", "ValueError")):
         with pytest.raises(DataError, match=told):
             function_judge(lambda prompt, answer, value=value: value)(items)
-    judge = function_judge("moemerge.synthetic:gold_reward")
+    judge = function_judge("moemerge.data.world:gold_reward")
     with pytest.raises(DataError, match="not of the synthetic world"):
         judge(items)
     assert judge([("explain sea ", "water number")]).shape == (1,)

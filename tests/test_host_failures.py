@@ -30,15 +30,15 @@ from transformers import (
     MixtralForSequenceClassification,
 )
 
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
 from moemerge.errors import ArtifactError, CheckpointError, MoemergeError, OptionError, UnsupportedError
-from moemerge.evaluate import evaluate
-from moemerge.export import export
-from moemerge.merge import merge
-from moemerge.mergekit_bridge import INLINE, NAME, run_command
-from moemerge.scoring import load_reward_model
-from moemerge.upcycle import upcycle
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.mergekit.bridge import INLINE, NAME, run_command
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.loading import load_reward_model
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.export import export
+from moemerge.stages.merge import merge
+from moemerge.stages.upcycle import upcycle
 
 HEAD = "score.weight"
 UP = "model.layers.1.mlp.up_proj.weight"

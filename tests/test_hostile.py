@@ -33,13 +33,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import moemerge
-from moemerge import configs
-from moemerge.checkpoint import Checkpoint
-from moemerge.cli import main
-from moemerge.confined import refuse_foreign
+from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.errors import ArtifactError
-from moemerge.layout import FILE as LAYOUT
-from moemerge.layout import _key, read_layout
+from moemerge.models import configs
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.layout import FILE as LAYOUT
+from moemerge.models.layout import _key, read_layout
+from moemerge.run.cli import main
 
 SECONDS = 60  # a case takes a second or two; the machine may be busy
 HEAD = "score.weight"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from moemerge import plotting
-from moemerge.figures import Figure, Line
-from moemerge.html_report import Section, write_report
-from moemerge.probes.base import Table
-from moemerge.provenance_page import provenance_section
+from moemerge.reports import plotting
+from moemerge.reports.figures import Figure, Line
+from moemerge.reports.html import Section, write_report
+from moemerge.reports.provenance import provenance_section
+from moemerge.reports.table import Table
 
 EVIL = '</td></table><script>alert("1")</script><img src=x onerror=alert(1)> & "\' {{ 7 * 7 }}'
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,16 @@ from conftest import CORE
 from small_moe import ALPHA, SHARED, make_moe
 from transformers import AutoConfig
 
-from moemerge import layout
-from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError
-from moemerge.layout import FILE, read_layout
-from moemerge.merge import merge
-from moemerge.modelling import layout_of, load_moe
-from moemerge.moe_checkpoint import MoeCheckpoint
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.layout import FILE, read_layout
+from moemerge.models.modelling import layout_of, load_moe
+from moemerge.stages.merge import merge
 
 LIGHT_MERGE = """
 import sys
-from moemerge.cli import main
+from moemerge.run.cli import main
 try:
     main(["merge", *sys.argv[1:]])
 except SystemExit as done:
@@ -57,7 +57,7 @@ def test_a_layout_of_another_config_or_version_is_not_used(
         MoeCheckpoint(moe)
     (moe / "config.json").write_text(text)
     assert read_layout(moe) is not None
-    monkeypatch.setattr(layout.metadata, "version", lambda package: "0")
+    monkeypatch.setattr(metadata, "version", lambda package: "0")
     assert read_layout(moe) is None
 
 

@@ -27,25 +27,27 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import linear, logsigmoid
 
-from moemerge import merged_model
-from moemerge.coefficients import METHODS
-from moemerge.coefficients.base import Coefficients, FitOutcome, FitProblem, Measured, MergeGradient
-from moemerge.coefficients.least_squares import on_simplex
-from moemerge.coefficients.significance import chance, paired
-from moemerge.coefficients.space import Space
-from moemerge.coefficients.walk import BACK
+from moemerge.data.pairs import CandidateSet
+from moemerge.data.tokenise import Encoded, EncodedCandidates, EncodedPair
 from moemerge.errors import CheckpointError, DataError, OptionError
-from moemerge.fit import fit
-from moemerge.fit_settings import FitSettings
-from moemerge.merged_model import Answers, MergedModel
-from moemerge.modelling import load_moe
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.moments import moments
-from moemerge.objectives.base import Term
-from moemerge.pair_objective import PairObjective, fold, overrated
-from moemerge.preferences import CandidateSet
-from moemerge.teachers import Lesson, pair_gate_mass
-from moemerge.tokenise import Encoded, EncodedCandidates, EncodedPair
+from moemerge.fitting.methods import METHODS
+from moemerge.fitting.methods.least_squares import on_simplex
+from moemerge.fitting.moments import moments
+from moemerge.fitting.objectives.base import Term
+from moemerge.fitting.pair_objective import PairObjective, overrated
+from moemerge.fitting.problem import FitOutcome, FitProblem, Measured
+from moemerge.fitting.significance import chance, paired
+from moemerge.fitting.space import Space
+from moemerge.fitting.splits import fold
+from moemerge.fitting.teachers import Lesson, pair_gate_mass
+from moemerge.fitting.walk import BACK
+from moemerge.merging import merged_model
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import Answers, MergedModel, MergeGradient
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.modelling import load_moe
+from moemerge.options.fit import FitSettings
+from moemerge.stages.fit import fit
 
 L = 3
 
@@ -427,7 +429,7 @@ def test_starts(moe: Path) -> None:
     assert found.alpha_LN.tolist() == [[0.0, 1.0, 0.0]] * 3 and found.shared_L.tolist() == [0.25] * 3
     with pytest.raises(OptionError, match="no member has this number"):
         METHODS.get("one_hot")(FitProblem(blocks, N, True, FitSettings(initial_member=N)))
-    from moemerge.coefficients.starts import start
+    from moemerge.fitting.starts import start
 
     given = FitOutcome(ALPHA, SHARED)
     for granularity, shared, alpha_LN, shared_L in (
@@ -464,7 +466,7 @@ def test_the_teacher_is_the_moe_and_gate_mass_is_a_recount(moe: Path, tmp_path: 
     pairs, source = encode(moe, random_pairs(5), tmp_path), MoeCheckpoint(moe)
     lesson = Lesson(double(source), source.tokenizer(), pairs, FitSettings(micro_batch_size=2))
     model = load_moe(moe)
-    from moemerge.moe import moe_layers
+    from moemerge.models.moe import moe_layers
 
     for number, pair in enumerate(pairs):
         scores, mass_N = [], torch.zeros(N, dtype=torch.float64)
@@ -544,7 +546,7 @@ def test_the_simplex_minimum_against_a_grid(first: float | None) -> None:
 
 
 def test_folds_keep_prompts_together() -> None:
-    from moemerge.preferences import Pair
+    from moemerge.data.pairs import Pair
 
     pairs = [
         EncodedPair(Encoded([1], 0), Encoded([2], 0), Pair(f"p{n % 10}", f"c{n}", "r", row=n))

@@ -10,8 +10,8 @@ import pytest
 from conftest import save_dense
 from small_moe import random_pairs, write_rows
 
-from moemerge.coefficients.base import Coefficients
-from moemerge.upcycle import upcycle
+from moemerge.merging.coefficients import Coefficients
+from moemerge.stages.upcycle import upcycle
 
 ROOT = Path(__file__).parent.parent
 # ulimit -d: anonymous memory and private mappings; what the libraries have taken when imported comes on top.
@@ -19,7 +19,7 @@ LIMITED = """
 import resource, sys
 import moemerge
 from moemerge import fit, load_moe
-from moemerge.fit import MergedModel
+from moemerge.stages.fit import MergedModel
 import torch, scipy.optimize, transformers.models.llama.modeling_llama
 torch.set_num_threads(1)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))

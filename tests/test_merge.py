@@ -16,19 +16,20 @@ from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_r
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from moemerge import averaging
-from moemerge.artifacts import read_manifest
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.tokenise import encode
 from moemerge.errors import CheckpointError
-from moemerge.fit import fit
-from moemerge.merge import merge
-from moemerge.merged_model import MergedModel
-from moemerge.modelling import load_moe
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.scoring import load_reward_model, load_tokenizer, score
-from moemerge.tokenise import encode
-from moemerge.upcycle import upcycle
+from moemerge.merging import average as averaging
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.modelling import load_moe
+from moemerge.models.scoring import score
+from moemerge.stages.fit import fit
+from moemerge.stages.merge import merge
+from moemerge.stages.upcycle import upcycle
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +283,9 @@ def test_reading_back_notices_a_wrong_tensor(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk, or a writer, that changes one value: in an MLP, elsewhere, or loses a tensor."""
-    from moemerge import checkpoint
+    from moemerge.models import checkpoint
 
-    written = checkpoint.save_file
+    written = save_file
 
     def faulty(name: str, change: Callable[[Tensor], Tensor | None]) -> Callable[..., None]:
         def write(shard: dict[str, Tensor], path: Path, metadata: Any) -> None:

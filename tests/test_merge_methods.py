@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from small_moe import ALPHA, SHARED, N, make_moe, rewrite
 from torch import Tensor
 
-from moemerge import cli
-from moemerge.artifacts import read_manifest
-from moemerge.card import make_card
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
+from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import CheckpointError, Faults, OptionError
-from moemerge.merge import merge
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.recipe import Publish
-from moemerge.scoring import load_reward_model
+from moemerge.evaluation.model_card import make_card
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.loading import load_reward_model
+from moemerge.options.publish import Publish
+from moemerge.run import cli
+from moemerge.stages.merge import merge
 
 # Every method that takes a base and any number of models, with parameters it needs.
 METHODS: dict[str, dict[str, float | bool]] = {

@@ -16,9 +16,10 @@ from mergekit.merge_methods import merge_state_dicts, registry
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from moemerge import cli, mergekit_bridge
-from moemerge.coefficients.base import Coefficients
 from moemerge.errors import CheckpointError, MoemergeError, OptionError
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.mergekit import bridge as mergekit_bridge
+from moemerge.run import cli
 
 ALPHA = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]], dtype=torch.float64)
 SHARED = torch.tensor([0.5, 0.25, 0.0], dtype=torch.float64)
@@ -178,7 +179,7 @@ def test_importing_the_package_registers_the_method_in_either_order(imports: str
 def test_the_bridge_can_be_imported_first() -> None:
     """As an entry point does."""
     code = (
-        "from moemerge.mergekit_bridge import NAME, register; register()\n"
+        "from moemerge.merging.mergekit.bridge import NAME, register; register()\n"
         "from mergekit.merge_methods import registry\n"
         "assert [m.spec.name for m in registry.registered_methods()].count(NAME) == 1"
     )

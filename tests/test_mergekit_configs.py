@@ -19,15 +19,15 @@ from small_moe import rewrite
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moemerge import cli
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
-from moemerge.export import export
-from moemerge.merge import merge
-from moemerge.model_list import ModelList
-from moemerge.pipeline import templates
-from moemerge.scoring import load_reward_model
-from moemerge.upcycle import upcycle
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.sources.models import ModelList
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.loading import load_reward_model
+from moemerge.run import cli
+from moemerge.run.templates import templates
+from moemerge.stages.export import export
+from moemerge.stages.merge import merge
+from moemerge.stages.upcycle import upcycle
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "merge_configs" / "mergekit"

@@ -20,16 +20,20 @@ from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from moemerge import cli, fit_models, merge_models
-from moemerge.artifacts import fingerprint
-from moemerge.coefficients.base import Coefficients
-from moemerge.data import EncodedPair, encode_pairs, read_pairs
+from moemerge.artifacts.checksums import fingerprint
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import EncodedPair, encode_pairs
 from moemerge.errors import CheckpointError, OptionError, UnsupportedError
-from moemerge.export import export
-from moemerge.merged_model import MergedModel
-from moemerge.model_list import ModelList
-from moemerge.options import TextFormat
-from moemerge.scoring import load_reward_model, load_tokenizer, score_pairs
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.models import ModelList
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score_pairs
+from moemerge.options.base import TextFormat
+from moemerge.run import cli
+from moemerge.stages.export import export
+from moemerge.stages.fit import fit_models
+from moemerge.stages.merge import merge_models
 
 BLOCKS = ["outside", "layers.0", "layers.1", "layers.2", "head"]
 ALPHA = torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.9, 0.1], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)

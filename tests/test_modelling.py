@@ -16,7 +16,8 @@ from test_moe import tiny_moe
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 from moemerge.errors import CheckpointError
-from moemerge.modelling import dense_class, is_moe, load_moe
+from moemerge.models.families.dense import dense_class, is_moe
+from moemerge.models.modelling import load_moe
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
 MASK = (IDS != 0).long()

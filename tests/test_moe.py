@@ -1,4 +1,4 @@
-"""Gates, balance loss and experts against independent answers. Letters as in moemerge.moe."""
+"""Gates, balance loss and experts against independent answers. Letters as in moemerge.models.moe."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.errors import CheckpointError, UnsupportedError
-from moemerge.modelling import moe_config, register
-from moemerge.moe import Gating, MoELayer, MoeSettings, balance_loss, gate_weights, moe_layers
+from moemerge.models.modelling import moe_config, register
+from moemerge.models.moe import Gating, MoELayer, balance_loss, gate_weights, moe_layers
+from moemerge.models.moe_settings import MoeSettings
 
 SETTINGS: dict[str, Any] = {
     "num_routed_experts": 4,

@@ -15,14 +15,14 @@ from small_moe import make_moe, rewrite
 from test_families import scores
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, Qwen2MoeConfig
 
-from moemerge.artifacts import read_manifest
-from moemerge.checkpoint import Checkpoint
+from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import CheckpointError, OptionError, UnsupportedError
-from moemerge.export import export
-from moemerge.modelling import load_moe
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.native_export import native_config
-from moemerge.upcycle import upcycle
+from moemerge.merging.qwen2_moe import native_config
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.modelling import load_moe
+from moemerge.stages.export import export
+from moemerge.stages.upcycle import upcycle
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -142,7 +142,7 @@ def test_no_value_of_the_config_is_a_class_default(tmp_path: Path, monkeypatch: 
     own = {field.name for field in fields(Qwen2MoeConfig)} - {
         field.name for field in fields(PreTrainedConfig)
     }
-    monkeypatch.setattr("moemerge.native_export.Qwen2MoeConfig.__init__", record)
+    monkeypatch.setattr("moemerge.merging.qwen2_moe.Qwen2MoeConfig.__init__", record)
     native_config(source)
     assert own <= given.keys()
 
@@ -188,7 +188,7 @@ def test_coefficients_have_no_use_here(tmp_path: Path) -> None:
 def test_a_difference_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison after writing: wrong scales do not pass."""
     moe = lively_moe(tmp_path / "moe", "llama")
-    monkeypatch.setattr("moemerge.native_export._scales", lambda source: (1.0, 1.0))
+    monkeypatch.setattr("moemerge.merging.qwen2_moe._scales", lambda source: (1.0, 1.0))
     with pytest.raises(CheckpointError, match="does not equal the MoE"):
         exported(moe)
     assert not (tmp_path / "native-moe").exists()

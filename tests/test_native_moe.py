@@ -19,22 +19,22 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from moemerge.artifacts import read_manifest
-from moemerge.checkpoint import Checkpoint
-from moemerge.coefficients.base import Coefficients
+from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import CheckpointError, MoemergeError, UnsupportedError
-from moemerge.export import export
-from moemerge.families import FAMILIES
-from moemerge.families.refused import MOE, REFUSED
-from moemerge.families.siblings import NO_HEAD, NO_SIBLING, SIBLINGS
-from moemerge.fit import fit
-from moemerge.members import open_members
-from moemerge.merge import merge
-from moemerge.merged_model import MergedModel
-from moemerge.native_moe import BASIN, NativeMoe
-from moemerge.options import Members
-from moemerge.publish import publish
-from moemerge.upcycle import upcycle
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.native_moe import BASIN, NativeMoe
+from moemerge.merging.sources.open import open_members
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.families import FAMILIES
+from moemerge.models.families.refused import MOE, REFUSED
+from moemerge.models.families.siblings import NO_HEAD, NO_SIBLING, SIBLINGS
+from moemerge.options.base import Members
+from moemerge.stages.export import export
+from moemerge.stages.fit import fit
+from moemerge.stages.merge import merge
+from moemerge.stages.publish import publish
+from moemerge.stages.upcycle import upcycle
 
 N, K = 4, 2
 ROPE = {"rope_type": "default", "rope_theta": 300.0}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from small_policy import save_last_word_model, save_policy, write_prompts
 
+from moemerge.data.rows import read_rows
 from moemerge.errors import DataError, OptionError
-from moemerge.optimise import _by_prompt, optimise
-from moemerge.rows import read_rows
+from moemerge.stages.optimise import _by_prompt, optimise
 
 TINY: dict[str, Any] = {
     "steps": 24,

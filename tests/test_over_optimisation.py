@@ -11,10 +11,10 @@ import pytest
 from scipy.integrate import trapezoid
 from scipy.optimize import curve_fit
 
-from moemerge.probes import PROBES
-from moemerge.probes.base import CandidateScores
-from moemerge.probes.best_of_n import grid_sizes, kl, sample_sizes
-from moemerge.probes.over_optimisation import (
+from moemerge.evaluation.probes import PROBES
+from moemerge.evaluation.probes.base import CandidateScores
+from moemerge.evaluation.probes.best_of_n import grid_sizes, kl, sample_sizes
+from moemerge.evaluation.probes.over_optimisation import (
     area,
     best_of_n_terms,
     can_fit,
@@ -23,7 +23,7 @@ from moemerge.probes.over_optimisation import (
     implied,
     policy_gradient_terms,
 )
-from moemerge.recipe import EvaluateSettings
+from moemerge.options.evaluate import EvaluateSettings
 
 SETTINGS = EvaluateSettings(resamples=300)
 KL = np.array([kl(n) for n in (1, 2, 3, 4, 6, 8, 16, 64)])

@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 
-from moemerge import pipeline, recipe_file, report_file, summary
-from moemerge import recipe as options_of
-from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest
+from moemerge.artifacts.checksums import fingerprint
+from moemerge.artifacts.lock import hold, lock_of
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import Draft, Stage
 from moemerge.errors import ArtifactError, Faults, OptionError
-from moemerge.locks import hold, lock_of
-from moemerge.options import Run, input_fields
-from moemerge.recipe import Recipe
-from moemerge.report_file import FORMAT
-from moemerge.run_page import write_run_page
+from moemerge.evaluation import main_table as summary
+from moemerge.evaluation import report as report_file
+from moemerge.evaluation.report import FORMAT
+from moemerge.options import recipe as options_of
+from moemerge.options.base import Run, input_fields
+from moemerge.options.recipe import Recipe
+from moemerge.run import pipeline, recipe_file
+from moemerge.run.check import check_recipe, load_recipe
+from moemerge.run.headlines import headline
+from moemerge.run.page import write_run_page
+from moemerge.run.plan import plan
+from moemerge.run.templates import templates, write_template
 
 REPORT = {
     "format": FORMAT,
@@ -250,7 +258,7 @@ def test_summary_and_recipe_are_written(folder: Path, stages: FakeStages) -> Non
 
 
 def test_python_recipe_runs_like_a_file(folder: Path, stages: FakeStages) -> None:
-    recipe = pipeline.load_recipe("recipe.yml")
+    recipe = load_recipe("recipe.yml")
     pipeline.run_recipe(recipe)
     stages.calls.clear()
     pipeline.run_recipe("recipe.yml")
@@ -275,7 +283,7 @@ def test_plan_connects_the_steps(folder: Path) -> None:
         control={"epochs": 2},
         seed=5,
     )
-    steps = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}
+    steps = {step.name: step.options for step in plan(load_recipe("recipe.yml"))}
     out = str(folder / "out")
     assert steps["base"].model == "model"
     assert steps["control"].model == steps["upcycle"].model == f"{out}/base"
@@ -292,13 +300,13 @@ def test_plan_connects_the_steps(folder: Path) -> None:
 
 def test_shared_weight_is_learned_only_by_the_method_that_learns(folder: Path) -> None:
     write(folder, **GOOD, also_merge=["usage"], fit={"shared_weight": "learned"})
-    steps = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}
+    steps = {step.name: step.options for step in plan(load_recipe("recipe.yml"))}
     assert (steps["fit-usage"].shared_weight, steps["fit-learned"].shared_weight) == (0.5, "learned")
 
 
 def test_synthetic_world_feeds_the_data_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    steps = {s.name: s.options for s in pipeline.plan(pipeline.load_recipe(write(tmp_path, synthetic={})))}
+    steps = {s.name: s.options for s in plan(load_recipe(write(tmp_path, synthetic={})))}
     world = f"{tmp_path}/out/synthetic"
     assert (
         steps["data"].train == f"{world}/data/train.jsonl.gz" and steps["data"].tokenizer == f"{world}/model"
@@ -311,24 +319,20 @@ def test_synthetic_world_feeds_the_data_step(tmp_path: Path, monkeypatch: pytest
 def test_fitting_pairs_of_their_own_leave_validation_for_stopping(folder: Path) -> None:
     data = {"train": "pairs.jsonl", "fit": "pairs.jsonl", "test_share": 0.2}
     write(folder, model="model", data=data)
-    fit = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}[
-        "fit-learned"
-    ]
+    fit = {step.name: step.options for step in plan(load_recipe("recipe.yml"))}["fit-learned"]
     assert fit.pairs.endswith("data/fit.jsonl.gz") and fit.validation.endswith("data/validation.jsonl.gz")
     write(folder, model="model", data={**data, "fit": None})
-    fit = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe("recipe.yml"))}[
-        "fit-learned"
-    ]
+    fit = {step.name: step.options for step in plan(load_recipe("recipe.yml"))}["fit-learned"]
     assert fit.pairs.endswith("data/validation.jsonl.gz") and fit.validation is None
 
 
-@pytest.mark.parametrize("name", pipeline.templates())
+@pytest.mark.parametrize("name", templates())
 def test_shipped_recipes_are_sound(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = pipeline.write_template(tmp_path / "mine.yml", name)
+    path = write_template(tmp_path / "mine.yml", name)
     (tmp_path / "pairs.jsonl.gz").touch()
-    assert pipeline.check_recipe(path) == []
-    assert pipeline.plan(pipeline.load_recipe(path))[-1].name in ("publish", "compare")
+    assert check_recipe(path) == []
+    assert plan(load_recipe(path))[-1].name in ("publish", "compare")
     text = path.read_text()
     keys = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     bare = [line for line in keys if ":" in line and not line.endswith(":") and "#" not in line]
@@ -338,17 +342,17 @@ def test_shipped_recipes_are_sound(name: str, tmp_path: Path, monkeypatch: pytes
 def test_template_is_not_written_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yml").write_text("precious")
     with pytest.raises(OptionError, match="file exists already"):
-        pipeline.write_template(tmp_path / "mine.yml")
+        write_template(tmp_path / "mine.yml")
     assert (tmp_path / "mine.yml").read_text() == "precious"
     with pytest.raises(OptionError, match="did you mean 'quickstart'"):
-        pipeline.write_template(tmp_path / "other.yml", "quikstart")
+        write_template(tmp_path / "other.yml", "quikstart")
 
 
 # Faults
 
 
 def faults(folder: Path, overrides: tuple[str, ...] = (), **sections: Any) -> list[str]:
-    found = pipeline.check_recipe(write(folder, **sections), overrides)
+    found = check_recipe(write(folder, **sections), overrides)
     assert all(fault.given and fault.expected and fault.fix for fault in found)
     return sorted(fault.what for fault in found)
 
@@ -357,7 +361,7 @@ GOOD: dict[str, Any] = {"model": "model", "data": {"train": "pairs.jsonl", "test
 
 
 def test_all_faults_at_once(folder: Path) -> None:
-    found = pipeline.check_recipe(
+    found = check_recipe(
         write(
             folder,
             model="./nowhere",
@@ -380,7 +384,7 @@ def test_all_faults_at_once(folder: Path) -> None:
         "push without a repository": "set publish.repo: OWNER/NAME",
     }
     with pytest.raises(Faults, match="7 fault"):
-        pipeline.load_recipe(folder / "recipe.yml")
+        load_recipe(folder / "recipe.yml")
 
 
 @pytest.mark.parametrize(
@@ -463,20 +467,20 @@ def test_sound_recipe_with_hub_names(folder: Path) -> None:
 def test_broken_yaml_is_refused_with_its_place(tmp_path: Path, text: str, given: str) -> None:
     (tmp_path / "r.yml").write_text(text)
     with pytest.raises(OptionError) as caught:
-        pipeline.load_recipe(tmp_path / "r.yml")
+        load_recipe(tmp_path / "r.yml")
     assert given in caught.value.given
 
 
 def test_huge_and_missing_recipes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yml").write_text("a: " + "b" * recipe_file.MAX_BYTES)
     with pytest.raises(OptionError, match="at most"):
-        pipeline.load_recipe(tmp_path / "r.yml")
+        load_recipe(tmp_path / "r.yml")
     laughs = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 10))
     (tmp_path / "r.yml").write_text("l0: &l0 [lol]\n" + laughs)
     with pytest.raises(OptionError, match="values"):
-        pipeline.load_recipe(tmp_path / "r.yml")
+        load_recipe(tmp_path / "r.yml")
     with pytest.raises(OptionError, match="No such file"):
-        pipeline.load_recipe(tmp_path / "gone.yml")
+        load_recipe(tmp_path / "gone.yml")
 
 
 def test_anchors_can_share_a_section(folder: Path) -> None:
@@ -484,7 +488,7 @@ def test_anchors_can_share_a_section(folder: Path) -> None:
     (folder / "r.yml").write_text(
         text + "train: &t {epochs: 2, batch_size: 4}\ncontrol: {<<: *t, epochs: 3}\n"
     )
-    recipe = pipeline.load_recipe(folder / "r.yml")
+    recipe = load_recipe(folder / "r.yml")
     assert recipe.control is not None and recipe.train.batch_size == recipe.control.batch_size == 4
     assert (recipe.train.epochs, recipe.control.epochs) == (2, 3)
 
@@ -495,21 +499,21 @@ def test_overrides(folder: Path) -> None:
         "control.search.learning_rate=[1e-5, 3e-5]",
         "data.tests.more=pairs.jsonl",
     ]
-    recipe = pipeline.load_recipe("recipe.yml", [*sets, "fit.shared_weight=match", "control.patience=null"])
+    recipe = load_recipe("recipe.yml", [*sets, "fit.shared_weight=match", "control.patience=null"])
     assert recipe.train.learning_rate == 1e-4 and recipe.fit.shared_weight == "match"
     assert recipe.control is not None and recipe.control.search == {"learning_rate": [1e-5, 3e-5]}
     assert recipe.data is not None and list(recipe.data.tests) == ["more"] and recipe.control.patience is None
-    assert pipeline.load_recipe("recipe.yml", output="elsewhere").output == Path("elsewhere")
+    assert load_recipe("recipe.yml", output="elsewhere").output == Path("elsewhere")
     for broken in ("train", "=3", "train..epochs=3", "output.deep=1", "train.epochs=[1"):
         with pytest.raises(OptionError, match="override cannot be read"):
-            pipeline.load_recipe("recipe.yml", [broken])
+            load_recipe("recipe.yml", [broken])
 
 
 def test_inputs_lie_beside_the_recipe_or_in_the_working_directory(folder: Path) -> None:
     (folder / "sub").mkdir()
     (folder / "sub/pairs.jsonl").write_text("{}")
     path = write(folder / "sub", **{**GOOD, "output": "out"})
-    recipe = pipeline.load_recipe(path)
+    recipe = load_recipe(path)
     assert recipe.data is not None and recipe.data.train == str(folder / "sub/pairs.jsonl")
     assert recipe.model == "model" and recipe.output == Path("out")
 
@@ -535,7 +539,7 @@ def test_table_has_a_row_per_model() -> None:
 
 def test_manifest_is_of_the_stage_that_the_plan_names(folder: Path, stages: FakeStages) -> None:
     pipeline.run_recipe("recipe.yml")
-    for step in pipeline.plan(pipeline.load_recipe("recipe.yml")):
+    for step in plan(load_recipe("recipe.yml")):
         assert read_manifest(step.options.output)["stage"] == step.stage
 
 
@@ -572,7 +576,7 @@ def test_headlines_say_what_a_stage_came_to() -> None:
     expected = (
         "validation loss 0.7000 -> 0.6123, accuracy 0.5000 -> 0.7500, best at step 10 of 20, best of 2 trials"
     )
-    assert summary.headline("train", train) == expected
-    assert summary.headline("train", {"before": None, "steps": 3, "train_loss": 0.5}).startswith("3 steps")
-    assert summary.headline("fit", {"verdict": "Kept."}) == "Kept."
-    assert summary.headline("merge", {"loss": 0.12345}) == "loss 0.1235"
+    assert headline("train", train) == expected
+    assert headline("train", {"before": None, "steps": 3, "train_loss": 0.5}).startswith("3 steps")
+    assert headline("fit", {"verdict": "Kept."}) == "Kept."
+    assert headline("merge", {"loss": 0.12345}) == "loss 0.1235"

@@ -10,10 +10,13 @@ import pytest
 from small_policy import save_policy, write_prompts
 from small_run import TINY_RUN
 
-from moemerge import pipeline
+from moemerge.data.rows import read_rows
 from moemerge.errors import Faults, OptionError
-from moemerge.recipe import Recipe
-from moemerge.rows import read_rows
+from moemerge.options.recipe import Recipe
+from moemerge.run import pipeline
+from moemerge.run.check import load_recipe
+from moemerge.run.headlines import headline
+from moemerge.run.plan import plan
 
 GOLD = """def few(prompt, answer):
     return -float(len(answer))
@@ -52,14 +55,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
 
 def test_the_plan_gives_each_step_what_it_needs(policy: dict[str, dict[str, Any]]) -> None:
     recipe = Recipe(output=Path("out"), **{**SMALL, "seed": 3}, **policy)
-    steps = {step.name: step.options for step in pipeline.plan(recipe)}
+    steps = {step.name: step.options for step in plan(recipe)}
     assert list(steps)[-4:] == ["sample", "evaluate", "optimise", "publish"]
     assert steps["sample"].max_length == steps["optimise"].max_length == 64 and steps["sample"].seed == 3
     assert steps["evaluate"].candidates["sampled"] == "out/sample/candidates.jsonl.gz"
     assert steps["optimise"].models == {"control": "out/control", "merge-uniform": "out/merge-uniform"}
     assert steps["optimise"].baseline == "control"
     alone = Recipe(output=Path("out"), **{**SMALL, "control": None}, optimise=policy["optimise"])
-    steps = {step.name: step.options for step in pipeline.plan(alone)}
+    steps = {step.name: step.options for step in plan(alone)}
     assert "sampled" not in steps["evaluate"].candidates
     assert list(steps["optimise"].models) == ["dense", "merge-uniform"]
 
@@ -82,7 +85,7 @@ def test_a_recipe_samples_measures_and_optimises(
     assert (
         "## Policy gradient" in page and "optimise.png" in page and "| merge-uniform minus control |" in page
     )
-    lines = {step.name: pipeline.summary.headline(step.stage, step.results) for step in told}
+    lines = {step.name: headline(step.stage, step.results) for step in told}
     assert lines["sample"] == f"{len(answers)} answers to 12 prompts"
     assert lines["optimise"].startswith("control: gold ")
     assert [step.reason for step in pipeline.run_recipe("recipe.yml").steps] == [None] * len(run.steps)
@@ -109,7 +112,7 @@ def test_faults(
     given = {"output": str(tmp_path / "out"), **SMALL, **policy, **changed}
     (tmp_path / "recipe.yml").write_text(json.dumps(given))
     with pytest.raises((OptionError, Faults), match=what):
-        pipeline.load_recipe(tmp_path / "recipe.yml")
+        load_recipe(tmp_path / "recipe.yml")
 
 
 def test_gold_of_the_evaluation_grades_the_sampled_answers_too(
@@ -119,5 +122,5 @@ def test_gold_of_the_evaluation_grades_the_sampled_answers_too(
     evaluate = {"gold_function": policy["sample"]["gold_function"]}
     given = {"output": str(tmp_path / "out"), **SMALL, "sample": sample, "evaluate": evaluate}
     (tmp_path / "recipe.yml").write_text(json.dumps(given))
-    steps = {step.name: step.options for step in pipeline.plan(pipeline.load_recipe(tmp_path / "recipe.yml"))}
+    steps = {step.name: step.options for step in plan(load_recipe(tmp_path / "recipe.yml"))}
     assert not steps["sample"].has_gold and steps["evaluate"].has_gold and not steps["data"].scored

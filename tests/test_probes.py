@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moemerge.probes import PROBES
-from moemerge.probes.base import CandidateScores, PairScores, Table
-from moemerge.probes.best_of_n import best_of, kl, rank_weights, sample_sizes
-from moemerge.probes.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
-from moemerge.recipe import EvaluateSettings
+from moemerge.evaluation.probes import PROBES
+from moemerge.evaluation.probes.base import CandidateScores, PairScores
+from moemerge.evaluation.probes.best_of_n import best_of, kl, rank_weights, sample_sizes
+from moemerge.options.evaluate import EvaluateSettings
+from moemerge.reports.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
+from moemerge.reports.table import Table
 
 SETTINGS = EvaluateSettings(resamples=400)
 

@@ -20,12 +20,12 @@ from mergekit.merge_methods import registry
 from mergekit.parameter_resolver import resolve_parameters
 from torch import Tensor
 
-from moemerge.averaging import routing_normalized_average
-from moemerge.coefficients.base import Coefficients
-from moemerge.export import linear_config
-from moemerge.host_methods import HostMethod
-from moemerge.moe_checkpoint import MoeCheckpoint
-from moemerge.upcycle import upcycle
+from moemerge.merging.average import routing_normalized_average
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.mergekit.methods import HostMethod
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.stages.export import linear_config
+from moemerge.stages.upcycle import upcycle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 few = settings(max_examples=60, deadline=timedelta(seconds=10), derandomize=True, database=None)

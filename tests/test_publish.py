@@ -14,15 +14,16 @@ from hostile_files import edit_json, opened_by
 from huggingface_hub import ModelCard
 from small_chain import make_chain
 
-from moemerge import report_file
-from moemerge.artifacts import artifact, read_manifest, write_json
+from moemerge.artifacts.manifest import own_digest, read_manifest, stated_licence
+from moemerge.artifacts.stage import artifact, write_json
 from moemerge.errors import ArtifactError, OptionError
-from moemerge.evaluate import evaluate
-from moemerge.export import export
-from moemerge.manifests import own_digest, stated_licence
-from moemerge.publish import publish
-from moemerge.recipe import Publish, Train
-from moemerge.upcycle import upcycle
+from moemerge.evaluation import report as report_file
+from moemerge.options.publish import Publish
+from moemerge.options.train import Train
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.export import export
+from moemerge.stages.publish import publish
+from moemerge.stages.upcycle import upcycle
 
 
 @pytest.fixture(scope="module")

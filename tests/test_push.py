@@ -14,13 +14,18 @@ from conftest import save_dense, tiny_dense, tiny_tokenizer
 from hub_server import Hub, Trouble, serve
 from small_moe import make_moe
 
-from moemerge import cli, pipeline
-from moemerge.artifacts import artifact, read_manifest
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import artifact
 from moemerge.errors import OptionError
-from moemerge.export import export
-from moemerge.publish import HubError, publish
-from moemerge.recipe import Merge, PublishSettings, Recipe, Train
-from moemerge.upcycle import upcycle
+from moemerge.options.merge import Merge
+from moemerge.options.publish import PublishSettings
+from moemerge.options.recipe import Recipe
+from moemerge.options.train import Train
+from moemerge.run import cli
+from moemerge.run.plan import plan
+from moemerge.stages.export import export
+from moemerge.stages.publish import HubError, publish
+from moemerge.stages.upcycle import upcycle
 
 TOKEN = "hf_secretsecretsecret"
 Push = Callable[..., Path]
@@ -184,9 +189,9 @@ def test_a_wrong_token_no_server_and_a_password_in_the_address(
 
 def test_a_recipe_that_says_push_has_said_yes(tmp_path: Path) -> None:
     asked = Recipe(model="m", output=tmp_path / "r", publish=PublishSettings(repo="a/b", push=True))
-    assert pipeline.plan(asked)[-1].options.yes
+    assert plan(asked)[-1].options.yes
     silent = Recipe(model="m", output=tmp_path / "r", publish=PublishSettings(repo="a/b"))
-    assert not pipeline.plan(silent)[-1].options.yes
+    assert not plan(silent)[-1].options.yes
 
 
 def test_no_token_is_printed_or_written(

@@ -18,8 +18,8 @@ from conftest import save_dense
 from PIL import Image
 from test_html_report import check_page
 
-from moemerge.artifacts import read_manifest
-from moemerge.evaluate import evaluate
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.stages.evaluate import evaluate
 
 EVIL = "<img src=x onerror=alert(1)>"
 OUTSIDE = '<img src="http://127.0.0.1:9/x.png" alt="x"><script>document.title = "ran"</script></main>'

@@ -17,17 +17,17 @@ from conftest import save_dense, tiny_tokenizer
 from pyarrow import parquet
 from safetensors.torch import load_file
 
-from moemerge.artifacts import read_manifest
-from moemerge.check import check_recipe, load_recipe
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.rewardbench import encode_choices, read_choices
+from moemerge.data.rows import RowReport
 from moemerge.errors import DataError
-from moemerge.evaluate import evaluate
-from moemerge.probes import PROBES
-from moemerge.probes.base import ChoiceScores
-from moemerge.probes.rewardbench import ROWS_1, ROWS_2, SECTIONS, aggregate, results
-from moemerge.probes.rewardbench_ties import ties_scores
-from moemerge.recipe import Evaluate, EvaluateSettings
-from moemerge.rewardbench import encode_choices, read_choices
-from moemerge.rows import RowReport
+from moemerge.evaluation.probes import PROBES
+from moemerge.evaluation.probes.base import ChoiceScores
+from moemerge.evaluation.probes.rewardbench import ROWS_1, ROWS_2, SECTIONS, aggregate, results
+from moemerge.evaluation.probes.rewardbench_ties import ties_scores
+from moemerge.options.evaluate import Evaluate, EvaluateSettings
+from moemerge.run.check import check_recipe, load_recipe
+from moemerge.stages.evaluate import evaluate
 
 SETTINGS = EvaluateSettings(resamples=200)
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
@@ -465,7 +465,7 @@ def test_plain_texts_for_tokenizers_without_a_template(tmp_path: Path) -> None:
 def test_rows_that_the_template_refuses_are_bad() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    from moemerge.rewardbench import Choice
+    from moemerge.data.rewardbench import Choice
 
     report = RowReport("x", total=1)
     with pytest.raises(DataError, match="template refuses"):

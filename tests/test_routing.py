@@ -11,15 +11,16 @@ from conftest import save_dense
 from small_moe import K, N, make_moe, random_pairs, rewrite, write_rows
 from torch import Tensor
 
-from moemerge.artifacts import read_manifest
-from moemerge.data import EncodedPair, encode_pairs, read_pairs
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import EncodedPair, encode_pairs
 from moemerge.errors import CheckpointError, DataError
-from moemerge.modelling import load_moe
-from moemerge.moe import moe_layers
-from moemerge.options import TextFormat
-from moemerge.route import collect, route
-from moemerge.routing import RoutingStatistics, Sums
-from moemerge.scoring import load_tokenizer
+from moemerge.models.loading import load_tokenizer
+from moemerge.models.modelling import load_moe
+from moemerge.models.moe import moe_layers
+from moemerge.models.routing import RoutingStatistics, Sums
+from moemerge.options.base import TextFormat
+from moemerge.stages.route import collect, route
 
 SUBSETS = ("plain", "code")
 

@@ -16,13 +16,17 @@ from typing import Any
 
 import pytest
 
-from moemerge import artifacts, disk, stopping
-from moemerge.artifacts import Draft, Stage, fingerprint, read_manifest, workspace
+from moemerge.artifacts import disk
+from moemerge.artifacts import stage as artifacts
+from moemerge.artifacts.checksums import fingerprint
+from moemerge.artifacts.lock import hold, lock_of
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import Draft, Stage, workspace
+from moemerge.artifacts.verify import verify_folder
 from moemerge.errors import ArtifactError
-from moemerge.locks import hold, lock_of
-from moemerge.options import Run, Source
-from moemerge.stopping import Stopped, stoppable
-from moemerge.verify import verify_folder
+from moemerge.options.base import Run, Source
+from moemerge.run import signals as stopping
+from moemerge.run.signals import Stopped, stoppable
 
 TESTS = Path(__file__).parent
 # Child processes import this file without conftest, which imports much.
@@ -70,7 +74,8 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import test_safe_writes as t
 from pathlib import Path
-from moemerge import artifacts, disk
+from moemerge.artifacts import disk
+from moemerge.artifacts import stage as artifacts
 
 output, place = Path(sys.argv[2]), sys.argv[3]
 die = lambda *_: os._exit(9)
@@ -390,7 +395,9 @@ WAITING = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import test_safe_writes as t
-from moemerge import cli, pipeline, recipe
+import moemerge.stages
+from moemerge.options import data
+from moemerge.run import cli
 
 def wait(draft):
     (draft.output.parent / "started").touch()
@@ -398,8 +405,8 @@ def wait(draft):
 t.HOOK = wait
 class Stages:
     def get(self, name):
-        return t.Stage("synthetic", recipe.Synthetic, lambda options, draft: wait(draft))
-pipeline.STAGES = Stages()
+        return t.Stage("synthetic", data.Synthetic, lambda options, draft: wait(draft))
+moemerge.stages.STAGES = Stages()
 cli.main(["synthetic", "--output", sys.argv[2]])
 """
 

@@ -15,15 +15,15 @@ from small_policy import save_last_word_model, save_policy, write_prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moemerge import policy as policies
-from moemerge.artifacts import read_manifest
-from moemerge.data import distinct, read_candidates, read_prompts
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import distinct, read_candidates, read_prompts
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
-from moemerge.evaluate import evaluate
-from moemerge.gold import model_judge
-from moemerge.options import TextFormat
-from moemerge.policy import answer_text, kl_from, load_policy, prompt_ids, sample_answers
-from moemerge.sample import sample
+from moemerge.evaluation.gold import model_judge
+from moemerge.options.base import TextFormat
+from moemerge.stages.evaluate import evaluate
+from moemerge.stages.sample import sample
+from moemerge.training import policy as policies
+from moemerge.training.policy import answer_text, kl_from, load_policy, prompt_ids, sample_answers
 
 CPU = torch.device("cpu")
 PROMPTS: list[Any] = ["w1 w2 w3 w4 ", "w5 ", "w6 w7 "]
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_answers(
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sys.modules["moemerge.sample"], "sample_answers", dies)
+    monkeypatch.setattr(sys.modules["moemerge.stages.sample"], "sample_answers", dies)
     with pytest.raises(KeyboardInterrupt):
         sample(**given, output=tmp_path / "killed")
     assert not (tmp_path / "killed").exists()

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from moemerge.data import Encoded, EncodedPair, Pair
+from moemerge.data.pairs import Pair
+from moemerge.data.tokenise import Encoded, EncodedPair
 from moemerge.errors import CheckpointError, DataError
-from moemerge.scoring import batches, bradley_terry, load_reward_model, load_tokenizer, score, score_pairs
-from moemerge.upcycle import upcycle
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import batches, bradley_terry, score, score_pairs
+from moemerge.stages.upcycle import upcycle
 
 
 def texts(count: int = 40, seed: int = 0) -> list[Encoded]:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moemerge import artifacts, disk
+from moemerge.artifacts import disk
+from moemerge.artifacts import stage as artifacts
 from moemerge.errors import ArtifactError, CheckpointError
-from moemerge.export import export
-from moemerge.fit import fit
-from moemerge.merge import merge
-from moemerge.train import train
-from moemerge.upcycle import upcycle
+from moemerge.stages.export import export
+from moemerge.stages.fit import fit
+from moemerge.stages.merge import merge
+from moemerge.stages.train import train
+from moemerge.stages.upcycle import upcycle
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,12 @@ def test_too_little_space_is_told_before_anything_is_written(
         raise AssertionError("the work began")
 
     monkeypatch.setattr(disk, "free_space", lambda folder: 1000)
-    for place in ("moemerge.upcycle", "moemerge.merge", "moemerge.export", "moemerge.native_export"):
+    for place in (
+        "moemerge.stages.upcycle",
+        "moemerge.stages.merge",
+        "moemerge.stages.export",
+        "moemerge.merging.qwen2_moe",
+    ):
         monkeypatch.setattr(sys.modules[place], "write_checkpoint", wrote)
     with pytest.raises(ArtifactError, match="not enough space"):
         run(kind, world, dense_folder, tmp_path / "out")
@@ -84,7 +90,7 @@ def test_the_space_asked_for_is_that_of_the_weights(
 def test_the_space_asked_for_by_training_is_not_exceeded(
     world: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moemerge.trainer import PairTrainer
+    from moemerge.training.trainer import PairTrainer
 
     asked: list[int] = []
     used: list[int] = []
@@ -113,7 +119,7 @@ def test_training_reads_back_what_it_saved(
         tensors["model.norm.weight"][0] += torch.tensor(1e-3)
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(sys.modules["moemerge.train"], "flush_and_forget", spoil)
+    monkeypatch.setattr(sys.modules["moemerge.stages.train"], "flush_and_forget", spoil)
     with pytest.raises(CheckpointError, match="not written as meant"):
         run("train", world, dense_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

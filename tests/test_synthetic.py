@@ -12,11 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from moemerge.artifacts import read_manifest
-from moemerge.data import read_candidates, read_pairs
-from moemerge.errors import DataError
-from moemerge.options import TextFormat
-from moemerge.synthetic import (
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import read_candidates, read_pairs
+from moemerge.data.world import (
     CONTENT,
     FILLERS,
     KINDS,
@@ -34,8 +32,10 @@ from moemerge.synthetic import (
     gold_reward,
     pair_rows,
     word_value_GC,
-    write_world,
 )
+from moemerge.errors import DataError
+from moemerge.options.base import TextFormat
+from moemerge.stages.synthetic import write_world
 
 SMALL = {"train_pairs": 60, "validation_pairs": 20, "test_pairs": 30, "prompts": 3, "candidates": 8}
 # The kind that should follow kinds 0, 1, 2, 3 in each regime, read off the cycles by hand.

@@ -16,8 +16,8 @@ from torture_forks import Ending
 from torture_scenarios import Scenario
 
 import moemerge
-from moemerge.artifacts import artifact
-from moemerge.recipe import Upcycle
+from moemerge.artifacts.stage import artifact
+from moemerge.options.upcycle import Upcycle
 
 HERE = Path(__file__).parent
 GOOD = Ending(0, "done", 1.0)

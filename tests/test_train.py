@@ -19,15 +19,18 @@ from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
-from moemerge.artifacts import Draft, read_manifest
-from moemerge.data import Encoded, EncodedPair, Pair
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import Draft
+from moemerge.data.pairs import Pair
+from moemerge.data.tokenise import Encoded, EncodedPair
 from moemerge.errors import DataError, OptionError
-from moemerge.moe import balance_loss, gate_weights, moe_layers
-from moemerge.recipe import Train
-from moemerge.scoring import load_reward_model, load_tokenizer, score_pairs
-from moemerge.upcycle import upcycle
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.moe import balance_loss, gate_weights, moe_layers
+from moemerge.models.scoring import score_pairs
+from moemerge.options.train import Train
+from moemerge.stages.upcycle import upcycle
 
-module = importlib.import_module("moemerge.train")
+module = importlib.import_module("moemerge.stages.train")
 train = module.train
 STEADY = {"schedule": "constant", "warmup": 0.0, "patience": None}
 EXPERTS, ROUTERS = (".mlp.experts.", ".mlp.shared_expert."), (".mlp.gate.",)
@@ -59,7 +62,7 @@ def write(path: Path, made: list[dict[str, Any]]) -> str:
 def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training; one test draws."""
     if request.node.name != "test_output_is_quiet_complete_and_alone":
-        monkeypatch.setattr("moemerge.training_report.panels", lambda *_: None)
+        monkeypatch.setattr("moemerge.training.report.panels", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +106,7 @@ def moved(before: Path, after: Path) -> set[str]:
 
 def make(world: Path, home: Path, model: str = "moe", pairs: str = "train", **options: Any) -> Any:
     """A trainer as the stage makes it, and its model."""
-    from moemerge.trainer import make_trainer
+    from moemerge.training.trainer import make_trainer
 
     given = {"model": str(world / model), "output": home / "out", "pairs": str(world / f"{pairs}.jsonl")}
     chosen = Train(**given, **options)
@@ -117,8 +120,9 @@ def make(world: Path, home: Path, model: str = "moe", pairs: str = "train", **op
 
 
 def encoded(tokenizer: Any, path: Path) -> list[EncodedPair]:
-    from moemerge.data import encode_pairs, read_pairs
-    from moemerge.options import TextFormat
+    from moemerge.data.reading import read_pairs
+    from moemerge.data.tokenise import encode_pairs
+    from moemerge.options.base import TextFormat
 
     pairs, report = read_pairs(str(path), TextFormat())
     return encode_pairs(tokenizer, pairs, TextFormat(), report)
@@ -329,7 +333,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_tokenizer
 from test_train import resumable, run
-from moemerge import trainer
+from moemerge.training import trainer
 
 kind, steps = "", 0
 plain = trainer.PairTrainer.training_step
@@ -399,7 +403,7 @@ def test_run_killed_after_its_last_step_trains_no_further(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(module, "report", raiser("killed"))
         run(world, tmp_path / "killed", **options)
-    from moemerge.trainer import PairTrainer
+    from moemerge.training.trainer import PairTrainer
 
     monkeypatch.setattr(PairTrainer, "training_step", raiser("trained on"))
     run(world, tmp_path / "killed", **options)
@@ -420,7 +424,7 @@ def test_a_pickle_in_the_workspace_runs_nothing_when_training_goes_on(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a trainer state, which only others can have put there, is refused unread."""
-    from moemerge.trainer import PairTrainer
+    from moemerge.training.trainer import PairTrainer
 
     options, step = {"held": True, "max_steps": 3, "eval_steps": 1}, PairTrainer.training_step
 
@@ -630,7 +634,7 @@ def test_diverged_training_is_refused_or_falls_back(world: Path, tmp_path: Path)
 
 
 def test_encoded_pairs_with_and_without_margin_mix(world: Path) -> None:
-    from moemerge.trainer import _dataset
+    from moemerge.training.trainer import _dataset
 
     side, one = Encoded([3, 4], 1), Pair("w1", "w2", "w3", margin=0.25)
     pairs = [EncodedPair(side, side, one), EncodedPair(side, side, Pair("w1", "w2", "w3"))]
@@ -638,7 +642,7 @@ def test_encoded_pairs_with_and_without_margin_mix(world: Path) -> None:
 
 
 def test_last_checkpoint_skips_torn_ones_and_follows_a_moved_folder(tmp_path: Path) -> None:
-    from moemerge.trainer import WHOLE, last_checkpoint, read_state
+    from moemerge.training.trainer import WHOLE, last_checkpoint, read_state
 
     for step in (9, 10, 11):
         home = tmp_path / f"checkpoint-{step}"

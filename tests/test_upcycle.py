@@ -10,12 +10,13 @@ import torch
 from conftest import CORE, SIZES, save_dense, tiny_dense, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from moemerge.artifacts import read_manifest
-from moemerge.checkpoint import Checkpoint
+from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import ArtifactError, CheckpointError, OptionError, UnsupportedError
-from moemerge.families import family_of
-from moemerge.modelling import dense_config, load_moe
-from moemerge.upcycle import upcycle
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.families import family_of
+from moemerge.models.families.dense import dense_config
+from moemerge.models.modelling import load_moe
+from moemerge.stages.upcycle import upcycle
 
 CAUSAL = [family for family in CORE if family != "bert"]
 

@@ -16,15 +16,15 @@ from scipy import stats
 from test_pipeline import REPORT
 from test_rewardbench import choice_scores
 
-from moemerge import summary
 from moemerge.errors import ArtifactError
-from moemerge.probes import PROBES
-from moemerge.probes.base import CandidateScores, PairScores
-from moemerge.probes.statistics import bootstrap_means, mcnemar, resampled_p
-from moemerge.recipe import EvaluateSettings
-from moemerge.report_file import FORMAT, outdated, read_report
-from moemerge.summary import Difference, differences
-from moemerge.verdict import judge, standing, verdict
+from moemerge.evaluation import main_table as summary
+from moemerge.evaluation.differences import Difference, differences
+from moemerge.evaluation.probes import PROBES
+from moemerge.evaluation.probes.base import CandidateScores, PairScores
+from moemerge.evaluation.report import FORMAT, outdated, read_report
+from moemerge.evaluation.verdict import judge, standing, verdict
+from moemerge.options.evaluate import EvaluateSettings
+from moemerge.reports.statistics import bootstrap_means, mcnemar, resampled_p
 
 
 def report_with(low: float, high: float, p: float = 0.01) -> dict[str, Any]:

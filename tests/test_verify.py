@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moemerge import cli
-from moemerge.artifacts import Draft, Stage
+from moemerge.artifacts.stage import Draft, Stage
+from moemerge.artifacts.verify import verify, verify_folder
+from moemerge.artifacts.weight_files import Fault
 from moemerge.errors import ArtifactError
-from moemerge.options import Run, Source
-from moemerge.verify import Fault, verify, verify_folder
+from moemerge.options.base import Run, Source
+from moemerge.run import cli
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moemerge.weight_gradients import WeightGradient
+from moemerge.merging.weight_gradients import WeightGradient
 
 WIDTHS = (5, 7)
 

@@ -38,6 +38,8 @@ import conftest  # noqa: F401  (one thread, no network)
 from torture_forks import SHIM, Ending, arm, fork, in_a_fork, preload_and_restart
 from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
 
+from moemerge.stages import STAGES
+
 RUN_PAGE = {"report.html", "report.md"}
 KILL, FAIL, FULL = 1, 2, 3  # as faulty_disk.c has them
 WAYS = (
@@ -231,10 +233,8 @@ def import_everything() -> None:
     import trl  # noqa: F401
     from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification  # noqa: F401
 
-    from moemerge import pipeline
-
-    for name in pipeline.STAGES:
-        pipeline.STAGES.get(name)
+    for name in STAGES:
+        STAGES.get(name)
     logging.getLogger().handlers.clear()
 
 

@@ -73,7 +73,7 @@ def _be_the_command(arguments: list[str], log: Path, report: Path, spoil: Callab
 
 
 def _run(arguments: list[str]) -> int:
-    from moemerge import cli
+    from moemerge.run import cli
 
     try:
         cli.main(arguments)

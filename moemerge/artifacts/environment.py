@@ -1,0 +1,62 @@
+"""What a result was made with: versions of packages, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("moemerge", "torch", "transformers", "trl", "mergekit", "peft", "safetensors", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, system, memory in bytes, threads of torch and the GPUs that it uses, if it was imported."""
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "memory": _memory(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        if torch.cuda.is_initialized():
+            places = range(torch.cuda.device_count())
+            found["gpus"] = [torch.cuda.get_device_name(place) for place in places]
+    return found
+
+
+def _processor() -> str | None:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _memory() -> int | None:
+    with suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def package_version() -> str:
+    """The installed version of moemerge, or "unknown" when it runs from a source tree."""
+    try:
+        return metadata.version("moemerge")
+    except metadata.PackageNotFoundError:
+        return "unknown"

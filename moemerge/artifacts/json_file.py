@@ -1,0 +1,30 @@
+"""JSON files that come from elsewhere, read within bounds. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 100_000_000
+
+
+def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Raises OSError if it cannot be read, ValueError if it is no plain file, has more than `most` bytes, is not
+    UTF-8, is nested too deep or holds anything but one object.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} is no file")
+    if status.st_size > most:
+        raise ValueError(f"{path.name} has {status.st_size} bytes, more than {most}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds a {type(found).__name__}, not an object")
+    return found

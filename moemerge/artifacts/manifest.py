@@ -1,0 +1,174 @@
+"""Manifests: read within bounds and in their form, and the chain that each carries of those before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from moemerge.artifacts.checksums import MANIFEST, fingerprint, sums
+from moemerge.artifacts.json_file import read_object
+from moemerge.errors import ArtifactError
+
+SCHEMA = 1
+# What values of any kind, where a stage would write others, can raise.
+NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
+CARRIED = ("stage", "options", "inputs", "files", "versions", "started")
+MAX_HEAD = 100_000  # bytes of a README.md that are looked at
+FRONT = re.compile(r"---[ \t]*\r?\n(.*?)^---", re.S | re.M)
+PLAIN = r"(['\"]?)([\w.:/+ -]{1,200}?)\2[ \t]*\r?$"
+LICENCE = re.compile(rf"^(license|license_name|license_link):[ \t]+{PLAIN}", re.M)
+
+Manifest = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class _File(BaseModel):
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class _Input(BaseModel):
+    sha256: str
+    path: str | None = None
+    hub: str | None = None
+    files: dict[str, _File] = Field(default_factory=dict)
+    license: dict[str, str] = Field(default_factory=dict)
+
+
+class _Link(BaseModel):
+    stage: str
+    options: dict[str, Any]
+    inputs: dict[str, _Input | dict[str, _Input]]
+    files: dict[str, _File]
+    versions: dict[str, str]
+    started: str
+
+
+class _Whole(_Link):
+    results: dict[str, Any]
+    chain: list[_Link] = Field(default_factory=list)
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """As read_manifest, but of its values only `schema` is looked at."""
+    try:
+        manifest = read_object(Path(folder) / MANIFEST)
+        if manifest["schema"] == SCHEMA:
+            return manifest
+        given = f"schema {manifest['schema']}"
+    except KeyError:
+        given = "no schema"
+    except (OSError, ValueError) as error:
+        given = str(error)
+    raise _no_artifact(folder, given)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of an artifact.
+
+    Raises ArtifactError if there is none, it is of another schema, or its values are not what they should be.
+    """
+    manifest = load_manifest(folder)
+    try:
+        _Whole.model_validate(manifest)
+        json.dumps(manifest, ensure_ascii=False).encode()  # it may be carried on
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _no_artifact(folder, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
+    except (ValueError, RecursionError) as error:
+        raise _no_artifact(folder, str(error)[:200]) from None
+    return manifest
+
+
+def _no_artifact(folder: str | Path, given: str) -> ArtifactError:
+    return ArtifactError(
+        f"{folder} is not a moemerge artifact",
+        given=given,
+        expected=f"a folder with {MANIFEST}, schema {SCHEMA}",
+        fix="give the folder that an earlier stage wrote, or run that stage again",
+    )
+
+
+def holds_manifest(folder: Path) -> bool:
+    """Whether there is a manifest of ours, damaged or not, and not some other tool's file of that name."""
+    path = folder / MANIFEST
+    return path.is_file() and b'"stage"' in path.read_bytes()
+
+
+def own_digest(manifest: Manifest) -> str:
+    """sha256 over a manifest's values, its own digest left out."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def flat_inputs(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """A manifest's inputs by name; those of a mapping under NAME.KEY."""
+    flat: dict[str, dict[str, Any]] = {}
+    for name, given in manifest["inputs"].items():
+        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
+    return flat
+
+
+def chain_of(inputs: Iterable[dict[str, Any]]) -> list[Manifest]:
+    """What the manifests of `inputs` (records of fingerprints) tell of them and all before them, each once.
+
+    A manifest carries the chain of what its inputs were made from, so that no path that one names need ever
+    be followed. An input that is no longer as its own manifest says has no chain.
+    """
+    found: dict[str, Manifest] = {}
+    for given in inputs:
+        for one in _chain_to(given) if "path" in given else []:
+            found.setdefault(own_digest(one), one)
+    return list(found.values())
+
+
+def _chain_to(given: dict[str, Any]) -> list[Manifest]:
+    path = Path(given["path"]).resolve()
+    root = path if path.is_dir() else path.parent
+    home = next((place for place in (root, root.parent) if holds_manifest(place)), None)
+    if home is None:
+        return []
+    with suppress(ArtifactError):
+        manifest = read_manifest(home)
+        known, within = sums(manifest["files"]), root.relative_to(home)
+        held = {str(within / name): digest for name, digest in sums(given["files"]).items()}
+        if known.keys() & held.keys():
+            if all(known.get(name, digest) == digest for name, digest in held.items()):
+                return [*manifest.get("chain", []), {key: manifest[key] for key in CARRIED}]
+            log.warning("%s was changed since it was made: where it came from is not carried on", path)
+    return []
+
+
+def stated_licence(folder: Path) -> dict[str, str]:
+    """license, license_name and license_link in the head of a folder's README.md, where they are plain."""
+    try:
+        with (folder / "README.md").open("rb") as handle:
+            text = handle.read(MAX_HEAD).decode("utf-8", errors="replace")
+    except OSError:
+        return {}
+    front = FRONT.match(text)
+    found = {key: value for key, _, value in LICENCE.findall(front[1])} if front else {}
+    return found if "license" in found else {}
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """sha256 over a model's weights and config.json, whatever else lies in the folder.
+
+    Checksums that the folder's manifest holds are used again for files that have not changed since.
+    """
+    folder, known = Path(folder), {}
+    with suppress(ArtifactError):
+        known = read_manifest(folder)["files"]
+    parts = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    digests = [fingerprint(path, known)["sha256"] for path in parts if path.is_file()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Preference data: rows, pairs, tokens, RewardBench, the synthetic world. Imports options."""

@@ -1,0 +1,180 @@
+"""One row of preference data, checked: pairs of answers, and sets of scored candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moemerge.data.rows import BadRow, Row, Text
+from moemerge.options.base import TextFormat
+
+LARGEST = 1e100  # its square is a number still
+UNSUPPORTED = ("tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: `chosen` is the better answer to `prompt` ("" or [] where the data have none).
+
+    `row` is the row's number in its source, from 1; `source` the row as it was read.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    subset: str = ""
+    margin: float | None = None
+    row: int = 0
+    source: Row = field(default_factory=dict, repr=False)
+
+    def plain(self) -> Row:
+        """The pair as a row with plain field names; subset and margin only where there is one."""
+        row: Row = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        optional = {"subset": self.subset or None, "margin": self.margin}
+        return row | {k: v for k, v in optional.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """Several answers to one prompt with the gold score of each; without scores `gold` is empty."""
+
+    prompt: Text
+    texts: list[Text]
+    gold: list[float]
+    subset: str = ""
+    row: int = 0
+
+    def plain(self) -> Row:
+        """The set as a row with plain field names."""
+        answers: list[Row] = [{"text": text} for text in self.texts]
+        if self.gold:
+            answers = [row | {"score": score} for row, score in zip(answers, self.gold, strict=True)]
+        row: Row = {"prompt": self.prompt, "candidates": answers}
+        return row | ({"subset": self.subset} if self.subset else {})
+
+
+def value_of(row: Row, name: str, format: TextFormat) -> Any:
+    """What `row` holds in the field that stands for `name`; None if there is no such field."""
+    return row.get(format.fields.get(name, name))
+
+
+def parse_pair(row: Row, number: int, format: TextFormat, has_prompt: bool) -> Pair:
+    """The pair that `row` holds, with a prompt of its own or one shared by its chats. Raises BadRow."""
+    _refuse_unsupported(row)
+    chosen, rejected = (_text(value_of(row, name, format), name) for name in ("chosen", "rejected"))
+    if type(chosen) is not type(rejected):
+        raise BadRow("chosen and rejected are of different kinds")
+    prompt = _text(value_of(row, "prompt", format), "prompt") if has_prompt else None
+    prompt, chosen, rejected = _divide(prompt, chosen, rejected)
+    if _blank(chosen) or _blank(rejected):
+        raise BadRow("empty answer")
+    if chosen == rejected:
+        raise BadRow("identical answers")
+    margin = value_of(row, "margin", format)
+    margin = None if margin is None else _number(margin, "margin")
+    return Pair(prompt, chosen, rejected, _subset(row, format), margin, number, row)
+
+
+def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """Prompt and answers apart; a text prompt beside chats must be the last message that they share."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        first, second = (as_answer(prompt or "", text) for text in (chosen, rejected))
+        return prompt or "", first, second
+    if isinstance(prompt, list):
+        return prompt, chosen, rejected
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if shared == len(chosen) == len(rejected):
+        raise BadRow("identical answers")
+    if prompt is not None and (not shared or chosen[shared - 1]["content"] != prompt):
+        raise BadRow("prompt is text, answers are messages that do not begin with it")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def as_answer(prompt: Text, answer: Text) -> Text:
+    """`answer` as the same kind as its prompt: text after a chat is the assistant's message."""
+    if isinstance(prompt, list) and isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return answer
+
+
+def parse_prompt(row: Row, number: int, format: TextFormat) -> CandidateSet:
+    """The prompt that `row` holds, without answers. Raises BadRow."""
+    _refuse_unsupported(row)
+    prompt = _text(value_of(row, "prompt", format), "prompt")
+    if _blank(prompt):
+        raise BadRow("empty prompt")
+    return CandidateSet(prompt, [], [], _subset(row, format), number)
+
+
+def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = True) -> CandidateSet:
+    """The candidate set that `row` holds; unless `scored`, answers may lack scores. Raises BadRow."""
+    _refuse_unsupported(row)
+    prompt = _text(value_of(row, "prompt", format), "prompt")
+    answers = value_of(row, "candidates", format)
+    if answers is None:
+        raise BadRow("missing candidates")
+    if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
+        raise BadRow("candidates is not a list of objects")
+    if len(answers) < 2:
+        raise BadRow("fewer than 2 candidates")
+    texts = [as_answer(prompt, _text(value_of(answer, "text", format), "text")) for answer in answers]
+    if any(type(text) is not type(prompt) for text in texts):
+        raise BadRow("prompt and text are of different kinds")
+    if any(map(_blank, texts)):
+        raise BadRow("empty answer")
+    found = [value_of(answer, "score", format) for answer in answers]
+    gold = [_number(score, "score") for score in found] if scored or None not in found else []
+    return CandidateSet(prompt, texts, gold, _subset(row, format), number)
+
+
+def _refuse_unsupported(row: Row) -> None:
+    for name in UNSUPPORTED:
+        if row.get(name):
+            raise BadRow(f"has {name}, which cannot be honoured")
+
+
+def _text(value: Any, name: str) -> Text:
+    if value is None:
+        raise BadRow(f"missing {name}")
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, list) and all(map(_is_message, value)):
+        return [{k: _encodable(v) for k, v in message.items() if v is not None} for message in value]
+    raise BadRow(f"{name} is neither text nor messages")
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    strings = all(isinstance(v, str) for v in value.values() if v is not None)
+    return strings and value.get("role") is not None and value.get("content") is not None
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("not UTF-8") from None
+    return text
+
+
+def _blank(text: Text) -> bool:
+    return not (text if isinstance(text, str) else "".join(m["content"] for m in text)).strip()
+
+
+def _number(value: Any, name: str) -> float:
+    if value is None:
+        raise BadRow(f"missing {name}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise BadRow(f"{name} is not a finite number")
+    if abs(value) > LARGEST:
+        raise BadRow(f"{name} is not a finite number of at most {LARGEST:.0e}")
+    return float(value)
+
+
+def _subset(row: Row, format: TextFormat) -> str:
+    value = value_of(row, "subset", format)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise BadRow("subset is not text")
+    return "" if value is None else _encodable(str(value))

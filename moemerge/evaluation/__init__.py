@@ -1,0 +1,1 @@
+"""What is measured: probes, test sets, gold scores, the verdict, the model card."""

@@ -1,0 +1,124 @@
+"""The search for edited answers that a reward model overrates (REFORM, arXiv 2507.06419)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from tqdm import tqdm
+
+from moemerge.data.pairs import Pair
+from moemerge.data.rows import Text
+from moemerge.data.tokenise import Item
+from moemerge.evaluation.probes.base import Edit
+from moemerge.evaluation.probes.edits import apply, last_message
+from moemerge.options.attack import AttackSettings
+from moemerge.reports.statistics import Floats
+
+Scorer = Callable[[Sequence[Item]], Floats]
+Gold = Callable[[Text, Text], float]
+Judge = Callable[[Text], bool]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An answer on the way, its score, and the names of the edits that made it."""
+
+    text: Text
+    score: float
+    edits: tuple[str, ...] = ()
+
+
+@dataclass
+class Search:
+    """The search on one pair, which ends when the best of the beam scores above `goal`, the chosen answer.
+
+    `keeps_class` tells whether an edited answer is still the worse one.
+    """
+
+    pair: Pair
+    goal: float
+    beam: list[Variant]
+    random: Random
+    keeps_class: Judge
+    queries: int = 0
+    seen: set[str] = field(default_factory=set)
+
+    @property
+    def best(self) -> Variant:
+        """The answer with the highest score."""
+        return self.beam[0]
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether an edited rejected answer beats the chosen one."""
+        return self.best.score > self.goal
+
+    def proposals(self, edits: Mapping[str, Edit], count: int) -> list[Variant]:
+        """New answers, `count` tries from each of the beam, without scores."""
+        found = []
+        for variant in self.beam:
+            for name in self._names(list(edits), count):
+                text = apply(edits[name], self.pair.prompt, variant.text, "", self.random)
+                if text is not None and self._is_new(text) and self.keeps_class(text):
+                    found.append(Variant(text, np.nan, (*variant.edits, name)))
+        return found
+
+    def _names(self, names: list[str], count: int) -> list[str]:
+        """`count` names in random order, each about as often as any other."""
+        rounds = (self.random.sample(names, len(names)) for _ in range(-(-count // len(names))))
+        return [name for one in rounds for name in one][:count]
+
+    def _is_new(self, text: Text) -> bool:
+        key = last_message(text)
+        new = key not in self.seen
+        self.seen.add(key)
+        return new
+
+    def take(self, variants: Sequence[Variant], beam: int) -> None:
+        """Keep the best of the beam and of what was scored (NaN: could not be)."""
+        usable = [variant for variant in variants if np.isfinite(variant.score)]
+        self.queries += len(usable)
+        self.beam = sorted([*self.beam, *usable], key=lambda variant: -variant.score)[:beam]
+
+
+def _judge(pair: Pair, gold: Gold | None) -> Judge:
+    """Tells whether a text is worse than the chosen answer; without gold everything is."""
+    if gold is None:
+        return lambda text: True
+    limit = gold(pair.prompt, pair.chosen)
+    return lambda text: gold(pair.prompt, text) < limit
+
+
+def search(
+    pairs: Sequence[Pair],
+    scores_P2: Floats,
+    edits: Mapping[str, Edit],
+    scorer: Scorer,
+    settings: AttackSettings,
+    gold: Gold | None = None,
+    seed: int = 0,
+) -> list[Search]:
+    """Attack every pair; all are scored together, a step at a time.
+
+    `scorer` gives a score per (prompt, answer), NaN where there is none. With `gold`, an edited answer must
+    stay below the chosen one. The draws for a pair depend on `seed` and its row only.
+    """
+    searches = [
+        Search(pair, goal, [Variant(pair.rejected, start)], Random(f"{seed} {pair.row}"), _judge(pair, gold))
+        for pair, (goal, start) in zip(pairs, scores_P2.tolist(), strict=True)
+    ]
+    for one in searches:
+        one.seen.add(last_message(one.pair.rejected))
+    for _ in tqdm(range(settings.steps), desc="attack", unit="step", leave=False, disable=None):
+        asked = [(one, one.proposals(edits, settings.proposals)) for one in searches if not one.succeeded]
+        items = [(one.pair.prompt, variant.text) for one, variants in asked for variant in variants]
+        if not items:
+            break
+        values = iter(scorer(items).tolist())
+        for one, variants in asked:
+            scored = [Variant(variant.text, next(values), variant.edits) for variant in variants]
+            one.take(scored, settings.beam)
+    return searches

@@ -1,0 +1,153 @@
+"""Gold scores that are made, not read: by another reward model, or by a function that the user names.
+
+C answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moemerge.data.pairs import CandidateSet
+from moemerge.data.rows import BadRow, Text
+from moemerge.data.tokenise import Encoded, Item, encode_all
+from moemerge.errors import DataError, MoemergeError, OptionError, suggest
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score
+from moemerge.options.base import TextFormat
+from moemerge.options.policy import GoldSource
+
+Floats = NDArray[np.float64]
+Judge = Callable[[Sequence[Item]], Floats]
+BATCH_TOKENS = 8192
+# Recipes and manifests of version 0.1 may name a function by its module's place then.
+MOVED = {"moemerge.synthetic": "moemerge.data.world"}
+
+
+def told(source: GoldSource) -> str:
+    """Where gold scores come from, in a few words."""
+    named = source.model_dump(mode="json")
+    return str(named["gold_model"] or named["gold_function"] or "scores in the file")
+
+
+def judge(source: GoldSource, device: torch.device, format: TextFormat, trust: bool = False) -> Judge | None:
+    """What gives (prompt, answer) items their gold scores, [C]; None if the scores are to be read.
+
+    Raises CheckpointError for an unusable model, OptionError if there is no such function.
+    """
+    if source.gold_model:
+        return model_judge(source.gold_model, device, format.max_length, trust)
+    return function_judge(source.gold_function) if source.gold_function else None
+
+
+def regrade(sets: Sequence[CandidateSet], judge: Judge) -> list[CandidateSet]:
+    """The sets with gold scores by `judge`."""
+    scores = iter(judge([(one.prompt, text) for one in sets for text in one.texts]).tolist())
+    return [replace(one, gold=[next(scores) for _ in one.texts]) for one in sets]
+
+
+def model_judge(path: str, device: torch.device, max_length: int, trust: bool = False) -> Judge:
+    """A reward model as a judge: its own tokenizer and chat template, texts as evaluate makes them.
+
+    The judge raises DataError for a text that is longer than `max_length` tokens or cannot be encoded.
+    """
+    tokenizer = load_tokenizer(path, trust)
+    model = load_reward_model(path, device, trust_remote_code=trust)
+
+    def scores(items: Sequence[Item]) -> Floats:
+        encoded = [_usable(one, path, max_length) for one in encode_all(tokenizer, items)]
+        return score(model, tokenizer, encoded, BATCH_TOKENS).double().numpy()
+
+    return scores
+
+
+def _usable(one: Encoded | BadRow, path: str, max_length: int) -> Encoded:
+    if isinstance(one, Encoded) and len(one.ids) <= max_length:
+        return one
+    raise DataError(
+        f"{path} cannot score a text",
+        given=f"{len(one.ids)} tokens" if isinstance(one, Encoded) else str(one),
+        expected=f"texts of at most {max_length} tokens that its tokenizer can encode",
+        fix="raise max_length if the model can take more, or leave the text out",
+    )
+
+
+def function_judge(named: str | Callable[[Text, Text], float]) -> Judge:
+    """A function of prompt and answer, both as they are in the data, as a judge.
+
+    `named` is the function, FILE.py:NAME or MODULE:NAME. The judge raises DataError if the function raises,
+    or if it gives no finite number. Raises OptionError if there is no such function.
+    """
+    function: Any = load_function(named) if isinstance(named, str) else named
+
+    def scores(items: Sequence[Item]) -> Floats:
+        return np.array([_call(function, *item) for item in items], dtype=np.float64)
+
+    return scores
+
+
+def _call(function: Callable[[Text, Text], float], prompt: Text, answer: Text) -> float:
+    try:
+        found = float(function(prompt, answer))
+    except MoemergeError:
+        raise
+    except Exception as error:
+        raise _useless(f"{type(error).__name__}: {error}", answer) from error
+    if not math.isfinite(found):
+        raise _useless(str(found), answer)
+    return found
+
+
+def _useless(given: str, answer: Text) -> DataError:
+    return DataError(
+        "the gold function gives no score",
+        given=f"{given[:300]}, for the answer {str(answer)[:100]!r}",
+        expected="a finite number for every prompt and answer of the data",
+        fix="mend the function",
+    )
+
+
+def load_function(named: str) -> Callable[..., Any]:
+    """The function FILE.py:NAME or MODULE:NAME. The code of its file or module is run.
+
+    Raises OptionError if there is none, or the file or module cannot be imported.
+    """
+    home, colon, name = named.rpartition(":")
+    if not colon or not home or not name:
+        raise _no_function(named, "neither FILE.py:NAME nor MODULE:NAME", "name the file, then the function")
+    try:
+        module = _open(Path(home)) if home.endswith(".py") else importlib.import_module(MOVED.get(home, home))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise _no_function(named, reason, "correct the name of the file or module, or mend it") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise _no_function(named, f"{home} has no function {name}", suggest(name, known))
+    return function
+
+
+def _open(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _no_function(named: str, given: str, fix: str) -> OptionError:
+    return OptionError(
+        f"there is no function {named}",
+        given=given,
+        expected="a function in a Python file or an installed module",
+        fix=fix,
+    )

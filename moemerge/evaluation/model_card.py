@@ -1,0 +1,346 @@
+"""The model card: what a published model was made of, from what, and how well it does.
+
+No local path gets into a card: files and folders appear by name and checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from moemerge.artifacts.checksums import MANIFEST, fingerprint
+from moemerge.artifacts.manifest import NONSENSE, Manifest, flat_inputs, read_manifest, stated_licence
+from moemerge.artifacts.stage import expect_stage
+from moemerge.errors import ArtifactError
+from moemerge.evaluation.page import main_numbers
+from moemerge.evaluation.probes import PROBES
+from moemerge.evaluation.report import read_report, rewardbench_parts
+from moemerge.evaluation.verdict import standing
+from moemerge.options import recipe
+from moemerge.options.base import Run
+from moemerge.options.publish import Publish
+from moemerge.reports.table import Table
+
+SHORT = 12
+MODEL_STAGES = ("merge", "train", "upcycle", "export")
+MIXTURES = ("moemerge_", "qwen2_moe")
+LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
+MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
+one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
+model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+NATIVE = """A dense reward model: the experts of a reward model that was a mixture of experts from the start,
+merged per layer into one MLP ({way}) with moemerge. Its one output is the reward of prompt and answer
+together. To be known of the result:
+
+{caveats}"""
+AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
+moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
+answer together."""
+AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
+[UMM-RM](https://arxiv.org/abs/2512.00724)"""
+MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
+Its one output is the reward of prompt and answer together."""
+STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
+gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
+and answer together."""
+UPCYCLED = """A mixture-of-experts reward model, upcycled with moemerge from a dense one and not yet trained:
+it computes the same rewards. Its one output is the reward of prompt and answer together."""
+TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
+and answer together."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that holds the published model: the report, and the model's name in it."""
+
+    folder: Path
+    report: dict[str, Any]
+    model: str
+
+    @property
+    def plots(self) -> list[Path]:
+        """The files beside the report that it names as its plots."""
+        named = {str(name) for name in self.report["plots"]}
+        return [path for path in sorted(self.folder.iterdir()) if path.name in named and path.is_file()]
+
+
+def make_card(options: Publish) -> ModelCard:
+    """The card of `options.model`, from its manifest and those of everything that it came from.
+
+    Raises ArtifactError if no stage wrote the folder as a model, the evaluation does not hold it, or what
+    manifests and report hold is not what a stage writes there.
+    """
+    try:
+        return _card(options)
+    except NONSENSE as error:
+        raise ArtifactError(
+            "no card can be made of what the manifests and the report tell",
+            given=f"{type(error).__name__}: {error}"[:300],
+            expected="values as the stages write them",
+            fix="run the stage that wrote the model, or evaluate, again",
+        ) from error
+
+
+def _card(options: Publish) -> ModelCard:
+    folder = Path(options.model)
+    home = home_of(folder)
+    manifest = expect_stage(home, *MODEL_STAGES)
+    _require_one_model(folder, manifest)
+    evaluation = find_evaluation(folder, options.evaluation) if options.evaluation else None
+    chain = ancestors(manifest)
+    title = options.repo or folder.resolve().name
+    data = _card_data(title, options, chain, evaluation)
+    parts = [f"# {title}", _kind(manifest, folder), _loading(title, folder)]
+    parts += ["## Made from", _made_from(chain), *_coefficients(manifest)]
+    parts += _evaluation(evaluation) if evaluation else []
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def home_of(model: Path) -> Path:
+    """The artifact that `model` is, or, if export wrote it, is a member of."""
+    above = model.resolve().parent
+    if not (model / MANIFEST).is_file() and (above / MANIFEST).is_file():
+        expect_stage(above, "export")
+        return above
+    return model
+
+
+def _require_one_model(folder: Path, manifest: Manifest) -> None:
+    if (folder / "config.json").is_file():
+        return
+    members = manifest["results"].get("models", [])
+    raise ArtifactError(
+        f"{folder} is not one model",
+        given=f"the {len(members)} models that export wrote there" if members else "no config.json",
+        expected="a folder with one model",
+        fix=f"publish one of them: {', '.join(str(folder / name) for name in members[:3])}"
+        if members
+        else "give the folder that merge, train, upcycle or export wrote",
+    )
+
+
+def find_evaluation(model: Path, folder: str) -> Evaluation:
+    """The report in `folder`, and the name under which `model`, by its checksum, was evaluated.
+
+    Of several equal models, the one that has the folder's name.
+    """
+    manifest = expect_stage(folder, "evaluate")
+    wanted = _digest(model)
+    names = [name for name, given in manifest["inputs"]["models"].items() if given["sha256"] == wanted]
+    if not names:
+        raise ArtifactError(
+            "the evaluation does not hold the model to publish",
+            given=f"evaluated: {', '.join(manifest['inputs']['models'])}; none equals {model}",
+            expected="an evaluation of the very files to publish",
+            fix="evaluate this model, or leave the evaluation out",
+        )
+    report = read_report(folder)
+    own = model.resolve().name
+    return Evaluation(Path(folder), report, own if own in names else names[0])
+
+
+def ancestors(manifest: Manifest) -> list[Manifest]:
+    """What a manifest carries of everything that its folder was made from, then itself.
+
+    No path in it is followed: whoever wrote it would choose what is read.
+    """
+    if "chain" not in manifest:
+        log.warning(
+            "the card tells of the last stage only: an older version wrote its manifest; run %s again to "
+            "have all of them, from the first to the last",
+            manifest["stage"],
+        )
+    return [*manifest.get("chain", []), manifest]
+
+
+def _digest(path: Path) -> str:
+    known = read_manifest(path)["files"] if (path / MANIFEST).is_file() else None
+    return str(fingerprint(path, known)["sha256"])
+
+
+def _card_data(
+    title: str, options: Publish, chain: list[Manifest], evaluation: Evaluation | None
+) -> ModelCardData:
+    base = options.base_model or _hub_base(chain)
+    merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
+    mixture = ["mixture-of-experts"] if _model_type(Path(options.model)).startswith(MIXTURES) else []
+    licence: dict[str, Any] = (
+        {"license": options.license} if options.license else _inherited_license(base, chain)
+    )
+    if not licence:
+        log.warning("the card names no licence: no card of the dense model is on this machine; set license")
+    return ModelCardData(
+        base_model=base,
+        **licence,
+        datasets=options.datasets or None,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=[*merged, *mixture, "moemerge", "reward-model"],
+        model_name=title,
+        eval_results=list(_eval_results(evaluation)) if evaluation else None,
+    )
+
+
+def _origins(chain: list[Manifest]) -> list[Manifest]:
+    """Models that no stage of the chain made: the dense model at its start."""
+    made = {tuple(sorted(r["sha256"] for r in manifest["files"].values())) for manifest in chain}
+    found = [given for manifest in chain for name, given in flat_inputs(manifest).items() if name == "model"]
+    return [
+        given
+        for given in found
+        if tuple(sorted(r["sha256"] for r in given.get("files", {}).values())) not in made
+    ]
+
+
+def _hub_base(chain: list[Manifest]) -> str | None:
+    return next((given["hub"] for given in _origins(chain) if "hub" in given), None)
+
+
+def _inherited_license(base: str | None, chain: list[Manifest]) -> dict[str, str]:
+    """What the dense model's own card says of its licence: in the hub's cache, or as a stage noted."""
+    noted = [given.get("license") for given in _origins(chain)]
+    cached = try_to_load_from_cache(base, "README.md") if base and base.count("/") == 1 else None
+    cards = [stated_licence(Path(cached).parent)] if isinstance(cached, str) else []
+    return next((dict(stated) for stated in [*cards, *noted] if stated), {})
+
+
+def _eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:
+    probes = evaluation.report["probes"]
+    for name, measured in probes.get("accuracy", {}).get("sets", {}).items():
+        value = measured["all"]["models"][evaluation.model]["accuracy"]
+        yield _eval_result(name, "accuracy", "Accuracy on preference pairs", value)
+    for name, measured in probes.get("rewardbench", {}).get("sets", {}).items():
+        for part, numbers in rewardbench_parts(measured).items():
+            title = f"RewardBench {measured['version']}, {part}"
+            value = numbers["models"][evaluation.model]["score"]
+            yield _eval_result(name, f"rewardbench_{measured['version']}_score", title, value)
+    for name, measured in probes.get("best_of_n", {}).get("sets", {}).items():
+        value, last = measured["models"][evaluation.model]["gold"][-1], measured["n"][-1]
+        yield _eval_result(name, f"gold_best_of_{last}", f"Gold score of the best of {last}", value)
+
+
+def _eval_result(name: str, metric: str, title: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-classification",
+        task_name="Reward modelling",
+        dataset_type=name,
+        dataset_name=name,
+        metric_type=metric,
+        metric_name=title,
+        metric_value=round(value, 6),
+    )
+
+
+def _loading(name: str, folder: Path) -> str:
+    mixture = _model_type(folder).startswith("moemerge_")
+    code = LOADING.format(name=name, extra="\nimport moemerge  # knows the model type" if mixture else "")
+    return f"```python\n{code}\n```"
+
+
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+
+
+def _made_from(chain: list[Manifest]) -> str:
+    rows = [_stage_row(manifest) for manifest in chain]
+    table = Table(
+        "Stages, in order", ["stage", "from", "settings other than the defaults", "moemerge", "when"], rows
+    )
+    return table.markdown().rstrip()
+
+
+def _stage_row(manifest: Manifest) -> list[str]:
+    sources = [f"{name}: {_source_name(given)}" for name, given in flat_inputs(manifest).items()]
+    settings = [f"{name}={_brief(value)}" for name, value in _changed_settings(manifest).items()]
+    version = manifest["versions"].get("moemerge", "")
+    return [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
+
+
+def _source_name(given: dict[str, Any]) -> str:
+    if "hub" in given:
+        return f"`{given['hub']}`" if not Path(given["hub"]).is_absolute() else f"`{Path(given['hub']).name}`"
+    return f"`{Path(given.get('path', '')).name}` ({given['sha256'][:SHORT]})"
+
+
+def _changed_settings(manifest: Manifest) -> dict[str, Any]:
+    """Options other than their defaults, without paths and what does not change results."""
+    kind = getattr(recipe, manifest["stage"].title(), None)
+    if not (isinstance(kind, type) and issubclass(kind, Run)):
+        return {}
+    left_out = {*manifest["inputs"], *Run.model_fields} - {"seed"}
+    fields = {name: field for name, field in kind.model_fields.items() if name not in left_out}
+    given = {name: manifest["options"][name] for name in fields if name in manifest["options"]}
+    return {
+        name: value
+        for name, value in given.items()
+        if value != fields[name].get_default(call_default_factory=True)
+    }
+
+
+def _brief(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+def _kind(manifest: Manifest, folder: Path) -> str:
+    """What sort of model this is, in a few sentences."""
+    if manifest["stage"] == "export":
+        if manifest["options"].get("form") == "qwen2_moe":
+            return STOCK
+        experts = manifest["options"].get("model") is not None
+        what = (
+            "one expert of a mixture-of-experts reward model" if experts else "made to be merged with others"
+        )
+        return MEMBER.format(member=folder.resolve().name, what=what)
+    if manifest["stage"] != "merge":
+        return UPCYCLED if manifest["stage"] == "upcycle" else TRAINED
+    host = _host_method(manifest)
+    way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
+    models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
+    count = sum(one is not None for one in models)
+    caveats = "\n".join(f"- {text}" for text in manifest["results"].get("caveats", []))
+    if caveats:
+        return NATIVE.format(way=way, caveats=caveats)
+    return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
+
+
+def _host_method(manifest: Manifest) -> str | None:
+    """mergekit's method that merged the model; None for the routing-normalised average."""
+    ours = recipe.MergeSettings.model_fields["method"].default
+    method = str(manifest["options"].get("method", ours))
+    return None if method == ours else method
+
+
+def _coefficients(manifest: Manifest) -> list[str]:
+    """The coefficients that a model was merged with, block by block."""
+    found = manifest["results"].get("table") if _host_method(manifest) is None else None
+    if not found:
+        return []
+    member = "model" if manifest["options"].get("models") else "expert"
+    header = ["block", "shared", *(f"{member} {i}" for i in range(len(found[0][2])))]
+    rows = [[str(block), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for block, shared, alpha_N in found]
+    what = "merged tensor of the block" if member == "model" else "matrix of the layer's MLP"
+    note = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i, for every {what}."
+    return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]
+
+
+def _evaluation(evaluation: Evaluation) -> list[str]:
+    results = evaluation.report["probes"]
+    tables = [main_numbers(evaluation.report)]
+    tables += [
+        table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])
+    ]
+    plots = [f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots]
+    intro = f"In the tables and plots this model is called **{evaluation.model}**."
+    words = [text for text in [standing(evaluation.report)] if text]
+    return ["## Evaluation", intro, *words, *(table.markdown().rstrip() for table in tables), *plots]

@@ -1,0 +1,48 @@
+"""What the pages say of policy-gradient runs: where each began, peaked and ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moemerge.data.rows import Row
+from moemerge.reports.table import Table, percent
+
+MEASURED = ("gold", "proxy", "kl")
+COSTS = ("peak_step", "peak_kl", "drop", "alpha", "beta")
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Where each model's run began, peaked and ended."""
+    header = [
+        "model",
+        "gold at step 0",
+        "gold at the end",
+        "proxy at the end",
+        "KL at the end",
+        *map(_words, COSTS),
+    ]
+    rows = []
+    for name, curves in report["models"].items():
+        ends = [_cell(curves, "gold", 0), *(_cell(curves, curve, -1) for curve in MEASURED)]
+        rows.append([name, *ends, *(_cell(curves, cost) for cost in COSTS)])
+        if "minus_baseline" in curves:
+            versus = (_cell(curves, f"{cost}_minus_baseline") for cost in COSTS)
+            ends = [_cell(curves, "minus_baseline", place) for place in (0, -1)]
+            rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
+    note = (
+        f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
+        f"{percent(report['confidence'])} intervals over these. Drop: highest gold minus that at the end. "
+        "alpha, beta: gold gain = d (alpha - beta log d), d = sqrt(KL)."
+    )
+    return Table("Gold score while the policy is optimised", header, rows, note)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("kl", "KL")
+
+
+def _cell(curves: Row, name: str, place: int | None = None) -> str:
+    found = [curves[name + end] for end in ("", "_low", "_high")]
+    value, low, high = found if place is None else (one[place] for one in found)
+    form = ".0f" if name.startswith("peak_step") else ".3f"
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"

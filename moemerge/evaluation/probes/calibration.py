@@ -1,0 +1,259 @@
+"""Calibration: is sigmoid(score difference) the chance that the answer is the better one?
+
+The label of a pair is always "chosen first", so each pair counts in both orders: with p = sigmoid(d) and
+label 1, and with 1 - p and label 0. That is the same as asking how often the answer with the higher score is
+the chosen one, given the confidence max(p, 1 - p) in [1/2, 1]; a tie has confidence 1/2 and is half right.
+
+P pairs, B bins, K prompts, M models, R resamples, X = 1 + B measured values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import expit
+
+from moemerge.evaluation.probes.base import NO_SUBSET, PairScores, Probe
+from moemerge.options.evaluate import EvaluateSettings
+from moemerge.reports import plotting
+from moemerge.reports.figures import Line, Panel
+from moemerge.reports.statistics import (
+    Floats,
+    Integers,
+    Interval,
+    bootstrap_means,
+    cluster_sums,
+    percentile_interval,
+    sampling_units,
+    wilson_band,
+)
+from moemerge.reports.table import Table, percent
+
+BINS = 10
+MIN_PAIRS = 100  # of a subset; with fewer, ten bins hold little but noise
+
+
+@dataclass(frozen=True)
+class Binned:
+    """Pairs by confidence, in bins of equal width on [1/2, 1], the last one closed.
+
+    confidence, right: [P], right is 1, 0 or, for a tie, 1/2. place: [P], the pair's bin.
+    """
+
+    confidence: Floats
+    right: Floats
+    place: Integers
+
+    @classmethod
+    def of(cls, differences_P: Floats) -> Binned:
+        """Bins of pairs with these differences, score(chosen) - score(rejected)."""
+        confidence_P = expit(np.abs(differences_P))
+        place_P = np.minimum(((confidence_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
+        return cls(confidence_P, (np.sign(differences_P) + 1) / 2, place_P)
+
+    def gaps(self) -> Floats:
+        """[P, B], right - confidence in the pair's own bin, else 0; the ECE is sum |mean over pairs|."""
+        gaps_PB = np.zeros((len(self.place), BINS))
+        gaps_PB[np.arange(len(self.place)), self.place] = self.right - self.confidence
+        return gaps_PB
+
+    def diagram(self, units_P: Integers, confidence: float) -> dict[str, list[Any]]:
+        """Per bin that has pairs: their number, mean confidence, share right, its Wilson interval.
+
+        Of the pairs of one unit (prompt) in one bin, the interval counts one.
+        """
+        counts_B = np.bincount(self.place, minlength=BINS)
+        sums = [np.bincount(self.place, v_P, minlength=BINS) for v_P in (self.confidence, self.right)]
+        filled = counts_B > 0
+        sure, right = (sum_B[filled] / counts_B[filled] for sum_B in sums)
+        places = np.unique(np.column_stack([self.place, units_P]), axis=0)[:, 0]
+        trials = np.bincount(places, minlength=BINS)[filled]
+        low, high = wilson_band(right, trials, confidence)
+        curves = {"pairs": counts_B[filled], "confidence": sure, "right": right, "low": low, "high": high}
+        return {name: values.tolist() for name, values in curves.items()}
+
+
+def ece_interval(gaps_RB: Floats, gaps_B: Floats, confidence: float) -> tuple[Interval, float]:
+    """Interval of the ECE sum |gaps_B|, and what it would be on average if the model were calibrated.
+
+    The ECE cannot be negative, so noise makes it too large, and resampling adds noise again: the percentile
+    interval of a calibrated model never reaches zero. The lower end is therefore 0 unless the ECE is beyond
+    what resamples moved to calibration (gaps_RB - gaps_B) give, else the basic bootstrap's; the upper end is
+    the percentile's, which errs to the safe side.
+    """
+    tail = (1 - confidence) / 2
+    found, chance_R = float(np.abs(gaps_B).sum()), np.abs(gaps_RB - gaps_B).sum(axis=1)
+    high = float(np.quantile(np.abs(gaps_RB).sum(axis=1), 1 - tail))
+    low = 0.0 if found <= np.quantile(chance_R, 1 - tail) else max(0.0, 2 * found - high)
+    return (low, max(high, found)), float(chance_R.mean())
+
+
+def slope(differences_P: Floats, units_P: Integers, confidence: float) -> dict[str, Any] | None:
+    """The b for which sigmoid(b d) has the highest likelihood (Cox 1958), with an interval; 1 if calibrated.
+
+    Below 1 the differences are too large: the model is too sure. The interval is normal, with the sandwich
+    variance over prompts. None if no finite b is best: all pairs right, all wrong, or all tied.
+    """
+    if not differences_P.min() < 0 < differences_P.max():
+        return None
+    scaled_P = differences_P / np.abs(differences_P).max()
+
+    def rise(b: float) -> float:
+        return float((scaled_P * expit(-b * scaled_P)).sum())
+
+    reach = 1.0
+    while rise(-reach) < 0 or rise(reach) > 0:
+        reach *= 2
+    best = float(brentq(rise, -reach, reach, xtol=1e-12))
+    curvature = float((scaled_P**2 * expit(best * scaled_P) * expit(-best * scaled_P)).sum())
+    score_K = cluster_sums((scaled_P * expit(-best * scaled_P))[:, None], units_P)[:, 0]
+    error = math.sqrt(float((score_K**2).sum())) / curvature
+    scale, z = float(np.abs(differences_P).max()), float(stats.norm.ppf((1 + confidence) / 2))
+    return {"value": best / scale, "interval": ((best - z * error) / scale, (best + z * error) / scale)}
+
+
+def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    """Brier score (1 - p)^2, ECE over 10 bins, slope and reliability diagram, per test set and model.
+
+    If there are several, also of each of the `subsets` with 100 pairs or more, but for slope and diagram; the
+    others are named in `small_subsets`. Brier: bootstrap interval over prompts, and paired difference to the
+    baseline. A model that says nothing (all ties) has Brier 0.25 and ECE 0.
+    """
+    found = {
+        name: _measure_set(pairs, settings, seed) | _by_subset(pairs, settings, seed)
+        for name, pairs in sets.items()
+    }
+    return {"confidence": settings.confidence, "bins": BINS, "sets": found}
+
+
+def _by_subset(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    names, counts = np.unique(pairs.subsets, return_counts=True)
+    measured: dict[str, Any] = {}
+    for subset in names[counts >= MIN_PAIRS].tolist() if len(names) > 1 else []:
+        part = _measure_set(pairs.part(pairs.subsets == subset), settings, seed)
+        for numbers in part["models"].values():
+            del numbers["slope"], numbers["diagram"]
+        measured[subset or NO_SUBSET] = part
+    small = names[counts < MIN_PAIRS].tolist() if len(names) > 1 else []
+    return {"subsets": measured, "small_subsets": [subset or NO_SUBSET for subset in small]}
+
+
+def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+    models, units = list(pairs.scores), sampling_units(pairs.prompts)
+    differences = [scores_P2[:, 0] - scores_P2[:, 1] for scores_P2 in pairs.scores.values()]
+    values_PMX = np.stack([_columns(d_P) for d_P in differences], axis=1)
+    sums = cluster_sums(values_PMX.reshape(len(units), -1), units)
+    draws_RMX = bootstrap_means(sums, settings.resamples, seed).reshape(-1, *values_PMX.shape[1:])
+    means_MX = values_PMX.mean(axis=0)
+    baseline = models.index(settings.baseline or models[0])
+    measured = {}
+    for number, model in enumerate(models):
+        measured[model] = _summary(means_MX[number], draws_RMX[:, number], settings.confidence)
+        measured[model]["slope"] = slope(differences[number], units, settings.confidence)
+        measured[model]["diagram"] = Binned.of(differences[number]).diagram(units, settings.confidence)
+        if number != baseline:
+            gain_R = draws_RMX[:, number, 0] - draws_RMX[:, baseline, 0]
+            difference = float(means_MX[number, 0] - means_MX[baseline, 0])
+            interval = _interval(gain_R, settings.confidence)
+            measured[model]["vs_baseline"] = {"difference": difference, "interval": interval}
+    prompts = len(np.unique(pairs.prompts))
+    return {"pairs": len(units), "prompts": prompts, "baseline": models[baseline], "models": measured}
+
+
+def _columns(differences_P: Floats) -> Floats:
+    """Brier score of each pair, then its gap in each bin; X = 1 + B columns."""
+    return np.column_stack([expit(-differences_P) ** 2, Binned.of(differences_P).gaps()])
+
+
+def _summary(means_X: Floats, draws_RX: Floats, confidence: float) -> dict[str, Any]:
+    interval, chance = ece_interval(draws_RX[:, 1:], means_X[1:], confidence)
+    return {
+        "brier": float(means_X[0]),
+        "brier_interval": _interval(draws_RX[:, 0], confidence),
+        "ece": float(np.abs(means_X[1:]).sum()),
+        "ece_interval": interval,
+        "ece_by_chance": chance,
+    }
+
+
+def _interval(draws_R: Floats, confidence: float) -> Interval:
+    low, high = percentile_interval(draws_R[:, None], confidence)
+    return float(low[0]), float(high[0])
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One table per test set, and one of its subsets."""
+    found = []
+    for name, measured in result["sets"].items():
+        found.append(_table(name, measured, result))
+        found += [_subset_table(name, measured, result["confidence"])] if measured["subsets"] else []
+    return found
+
+
+def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table:
+    rows, compared = [], len(measured["models"]) > 1
+    for model, numbers in measured["models"].items():
+        brier = _ranged(numbers["brier"], numbers["brier_interval"])
+        ece, chance = _ranged(numbers["ece"], numbers["ece_interval"]), f"{numbers['ece_by_chance']:.4f}"
+        found, versus = numbers["slope"], numbers.get("vs_baseline")
+        shown = _ranged(found["value"], found["interval"], ".3g") if found else "none"
+        change = _ranged(versus["difference"], versus["interval"], "+.4f") if versus else "baseline"
+        rows.append([model, brier, *[change] * compared, ece, chance, shown])
+    header = ["model", "Brier", *["minus baseline"] * compared, "ECE", "ECE by chance", "slope"]
+    note = f"Of sigmoid(score difference) on {measured['pairs']} pairs, {measured['prompts']} prompts, "
+    note += (
+        f"each pair in both orders; {percent(result['confidence'])} intervals over prompts. Brier: 0.25 says "
+    )
+    note += "nothing. "
+    note += f"ECE: {result['bins']} bins of confidence; by chance: its mean if the model were calibrated. "
+    note += "Slope: 1 is calibrated, below 1 too sure, above 1 not sure enough, none: no finite one is best."
+    if measured["small_subsets"] and not measured["subsets"]:
+        note += f" Not by subset: each has fewer than {MIN_PAIRS} pairs."
+    return Table(f"Calibration on {name}", header, rows, note)
+
+
+def _subset_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+    rows = []
+    for subset, part in measured["subsets"].items():
+        for model, numbers in part["models"].items():
+            brier, ece = (
+                _ranged(numbers[key], numbers[f"{key}_interval"], ".3f") for key in ("brier", "ece")
+            )
+            rows.append([subset, str(part["pairs"]), model, brier, ece, f"{numbers['ece_by_chance']:.3f}"])
+    note = (
+        f"{percent(confidence)} intervals, each by itself. By chance: the mean ECE of a calibrated model on "
+    )
+    note += "so many pairs; fewer pairs give a larger one."
+    if measured["small_subsets"]:
+        note += f" Left out, fewer than {MIN_PAIRS} pairs: {', '.join(measured['small_subsets'])}."
+    header = ["subset", "pairs", "model", "Brier", "ECE", "ECE by chance"]
+    return Table(f"Calibration on {name}, by subset", header, rows, note)
+
+
+def _ranged(value: float, interval: Interval, form: str = ".4f") -> str:
+    low, high = interval
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def plot(result: dict[str, Any], folder: Path) -> list[str]:
+    """calibration.png: the reliability diagram of every model, one panel per test set."""
+    panels = []
+    for name, measured in result["sets"].items():
+        curves = {
+            model: Line(*(numbers["diagram"][key] for key in ("confidence", "right", "low", "high")))
+            for model, numbers in measured["models"].items()
+        }
+        curves["calibrated"] = Line([0.5, 1.0], [0.5, 1.0], reference=True)
+        panels.append(Panel(name, curves, "confidence", "share right"))
+    plotting.panels(panels, folder / "calibration.png", title="Reliability diagram")
+    return ["calibration.png"]
+
+
+PROBE = Probe("pairs", measure, tables, plot)

@@ -1,0 +1,91 @@
+"""How an evaluation read its texts: lengths, templates, truncation. Printed with every result.
+
+The same model gets other numbers by other choices; without these no number can be compared with another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from moemerge.data.rewardbench import truncation_side
+from moemerge.evaluation.sets import EvaluationSet
+from moemerge.options.evaluate import Evaluate
+from moemerge.reports.table import Table
+
+PLAIN, CHAT = "plain text: prompt + answer + EOS", "chat template, without a generation prompt"
+LINES = "plain text: turns joined by newlines + EOS"
+
+
+def describe(
+    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], sets: Sequence[EvaluationSet]
+) -> dict[str, Any]:
+    """Per set, form, limits and what became of long rows; per model, its template and special tokens."""
+    return {
+        "sets": {f"{one.kind}/{one.name}": _of_set(options, tokenizers, one) for one in sets},
+        "models": {name: _of_tokenizer(tokenizer) for name, tokenizer in tokenizers.items()},
+    }
+
+
+def _of_set(
+    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], one: EvaluationSet
+) -> dict[str, Any]:
+    lengths = [len(text.ids) for texts in one.texts.values() for text in texts]
+    facts = {
+        "rows": one.report["total"],
+        "used": len(one.items),
+        "bad": {reason: bad["count"] for reason, bad in one.report["bad"].items()},
+        "longest": max(lengths),
+    }
+    if one.kind != "rewardbench":
+        chat = any(not isinstance(item.prompt, str) for item in one.items)
+        rule = f"never; longer rows: {options.bad_rows}"
+        return facts | {"text": CHAT if chat else PLAIN, "max_length": options.max_length, "truncation": rule}
+    version = one.items[0].version
+    sides = sorted({truncation_side(version, tokenizer) for tokenizer in tokenizers.values()})
+    return facts | {
+        "text": (CHAT if options.rewardbench_template == "chat" else LINES) + ", with special tokens",
+        "max_length": options.rewardbench_max_length,
+        "truncation": " or ".join(sides),
+        "cut_texts": {model: sum(text.cut > 0 for text in texts) for model, texts in one.texts.items()},
+    }
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    template = tokenizer.chat_template
+    digest = hashlib.sha256(str(template).encode()).hexdigest()
+    return {
+        "chat_template": None if template is None else f"sha256 {digest[:12]}",
+        "bos": tokenizer.bos_token,
+        "eos": tokenizer.eos_token,
+        "padding": "right",
+    }
+
+
+def tables(protocol: Mapping[str, Any]) -> list[Table]:
+    """How sets were read, and by which templates."""
+    header = ["set", "rows used", "text", "longest (tokens)", "max length", "truncation", "left out or cut"]
+    rows = []
+    for name, facts in protocol["sets"].items():
+        bad = [f"{count} {reason}" for reason, count in facts["bad"].items()]
+        cut = [f"{count} cut for {m}" for m, count in facts.get("cut_texts", {}).items() if count]
+        used = f"{facts['used']} of {facts['rows']}"
+        limits = [str(facts["longest"]), str(facts["max_length"]), facts["truncation"]]
+        rows.append([name, used, facts["text"], *limits, "; ".join([*bad, *cut]) or "none"])
+    models = [
+        [
+            name,
+            facts["chat_template"] or "none",
+            facts["bos"] or "none",
+            facts["eos"] or "none",
+            facts["padding"],
+        ]
+        for name, facts in protocol["models"].items()
+    ]
+    return [
+        Table("How the texts were read", header, rows),
+        Table("Tokenizers", ["model", "chat template", "BOS", "EOS", "padding"], models),
+    ]

@@ -1,5 +1,0 @@
-"""DiffLlama: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("diffllama")

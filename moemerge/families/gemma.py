@@ -1,5 +1,0 @@
-"""Gemma: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("gemma")

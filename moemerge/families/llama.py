@@ -1,5 +1,0 @@
-"""Llama: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("llama")

@@ -1,5 +1,0 @@
-"""MiniCPM3: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("minicpm3")

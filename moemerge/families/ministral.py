@@ -1,5 +1,0 @@
-"""Ministral: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("ministral")

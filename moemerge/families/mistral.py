@@ -1,5 +1,0 @@
-"""Mistral: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("mistral")

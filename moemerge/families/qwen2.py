@@ -1,5 +1,0 @@
-"""Qwen2: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("qwen2")

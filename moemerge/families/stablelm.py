@@ -1,5 +1,0 @@
-"""StableLM: gated MLP."""
-
-from moemerge.families.base import Family
-
-FAMILY = Family("stablelm")

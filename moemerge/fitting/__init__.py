@@ -1,0 +1,1 @@
+"""How merge coefficients are found on preference data."""

@@ -1,0 +1,100 @@
+"""Coefficients in closed form, from what the members' matrices make of the members' own inputs.
+
+Shapes: L blocks, N weighted members, M = N + 1 with the shared one first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint, minimize
+from torch import Tensor
+
+from moemerge.fitting.methods.learned import movement
+from moemerge.fitting.problem import FitOutcome, FitProblem
+from moemerge.fitting.significance import gain, measures, paired
+from moemerge.fitting.starts import start
+
+
+def least_squares(problem: FitProblem) -> FitOutcome:
+    """Weights w on the simplex that minimise, per block, sum over its matrices and members i of
+    |X_i (W(w) - W_i)'|^2, W(w) = sum_j w_j W_j; X_i is what member i itself gives it, on its own pairs.
+
+    lambda = w_0 is fixed, or found too if shared_weight is to be learned. A block without matrices keeps its
+    start. Labels are not used; held-out pairs only report. Raises OptionError without pairs. Source: the
+    regression of RegMean (arXiv 2212.09849), its free matrix narrowed to the averages that a merge can be.
+    """
+    first = start(problem)
+    squares_LMM = problem.squares(first)
+    if problem.settings.granularity == "global":
+        squares_LMM = squares_LMM.sum(0, keepdim=True).expand_as(squares_LMM)
+    found = [_row(problem, squares_LMM[row], first, row) for row in range(len(problem.blocks))]
+    alpha_LN, shared_L = torch.stack([alpha for alpha, _ in found]), torch.stack([s for _, s in found])
+    return FitOutcome(alpha_LN, shared_L, _report(problem, first, alpha_LN, shared_L))
+
+
+def _row(problem: FitProblem, squares_MM: Tensor, first: FitOutcome, row: int) -> tuple[Tensor, Tensor]:
+    free = problem.settings.learns_shared and problem.has_shared
+    shared = None if free else float(first.shared_L[row])
+    if shared == 1 or not bool(squares_MM.any()):
+        return first.alpha_LN[row], first.shared_L[row]
+    weights_M = on_simplex(squares_MM, shared if problem.has_shared else 0.0)
+    routed = weights_M[1:].sum()
+    alpha_N = weights_M[1:] / routed if routed > 0 else first.alpha_LN[row]
+    return alpha_N, weights_M[0] if free else first.shared_L[row]
+
+
+def on_simplex(squares_MM: Tensor, first_weight: float | None) -> Tensor:
+    """w >= 0 with sum 1 that minimises w' S w, S symmetric and >= 0; w_0 = `first_weight` unless None."""
+    S = (squares_MM / squares_MM.diagonal().abs().max()).numpy()
+    count = len(S)
+    fixed = first_weight is not None
+    start = np.full(count, (1 - (first_weight or 0)) / (count - 1) if fixed else 1 / count)
+    start[0] = first_weight if first_weight is not None else start[0]
+    bounds = [(start[0], start[0]) if fixed else (0.0, 1.0), *[(0.0, 1.0)] * (count - 1)]
+    constraint = LinearConstraint(np.ones((1, count)), 1, 1)
+    solve: Any = minimize
+    found = solve(
+        lambda w: (w @ S @ w, 2 * S @ w),
+        start,
+        jac=True,
+        method="SLSQP",
+        bounds=bounds,
+        constraints=constraint,
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    weights_M = torch.from_numpy(found.x).clamp(min=0)
+    weights_M[1:] *= (1 - weights_M[0]) / weights_M[1:].sum().clamp(min=1e-300)
+    return weights_M
+
+
+def _report(problem: FitProblem, first: FitOutcome, alpha_LN: Tensor, shared_L: Tensor) -> dict[str, Any]:
+    objective = problem.data()
+    after = FitOutcome(alpha_LN, shared_L)
+    held_P, train_P = (
+        [objective.measure(at.alpha_LN, at.shared_L, split).margins_P for at in (first, after)]
+        for split in ("held_out", "train")
+    )
+    before, now = measures(held_P[0]), measures(held_P[1])
+    verdict = (
+        f"Least squares on the members' outputs; the held-out loss goes from {before['loss']:.4f} to "
+        f"{now['loss']:.4f}, accuracy from {before['accuracy']:.4f} to {now['accuracy']:.4f}."
+    )
+    return {
+        "verdict": verdict,
+        "pairs": {"train": len(train_P[0]), "held_out": len(held_P[0])},
+        "train": {
+            "before": measures(train_P[0]),
+            "after": measures(train_P[1]),
+            "change": paired(train_P[0], train_P[1], objective.prompts("train"), problem.seed),
+        },
+        "held_out": {
+            "before": before,
+            "after": now,
+            "gain": gain(held_P[0], held_P[1]),
+            "change": paired(held_P[0], held_P[1], objective.prompts("held_out"), problem.seed),
+        },
+        "moved": movement(problem.blocks, first, after),
+    }

@@ -1,0 +1,48 @@
+"""The preference loss: Bradley-Terry, with label smoothing and margins. Shapes: P pairs, B at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from moemerge.errors import DataError
+from moemerge.fitting.objectives.base import Term, of_rows
+from moemerge.fitting.teachers import Lesson
+from moemerge.merging.merged_model import Answers
+
+
+def bradley_terry(lesson: Lesson) -> Term:
+    """-(1 - e) log sigmoid(d - m) - e log sigmoid(m - d), d = score(chosen) - score(rejected).
+
+    e is settings.label_smoothing; the margin m is 0, the data's column, or the teacher's own difference
+    (preference strength). Raises DataError if a pair lacks the column.
+    Source: adaptive margin and soft labels, Secrets of RLHF II (arXiv 2401.06080).
+    """
+    margins_P, smoothing = _margins(lesson), lesson.settings.label_smoothing
+
+    def loss(answers: Answers, rows: Tensor) -> Tensor:
+        d_B = answers.margins_P
+        if margins_P is not None:
+            d_B = d_B - of_rows(margins_P, rows, torch.zeros_like(d_B))
+        return -(1 - smoothing) * logsigmoid(d_B) - smoothing * logsigmoid(-d_B)
+
+    return Term(loss)
+
+
+def _margins(lesson: Lesson) -> Tensor | None:
+    kind = lesson.settings.margin
+    if kind == "none":
+        return None
+    if kind == "strength":
+        return lesson.teacher_P
+    column = [pair.pair.margin for pair in lesson.pairs]
+    lacking = [pair.pair.row for pair in lesson.pairs if pair.pair.margin is None]
+    if lacking:
+        raise DataError(
+            "pairs have no margin",
+            given=f"{len(lacking)} pairs without, first in row {lacking[0]}",
+            expected="the column margin in every pair, validation pairs too",
+            fix="name the column in fields, or choose margin none or strength",
+        )
+    return torch.tensor([float(value or 0) for value in column], dtype=torch.float64)

@@ -1,0 +1,156 @@
+"""The merged model's loss on preference pairs, split into training and held-out ones; hard negatives.
+
+Shapes: P pairs, L blocks, N weighted members, B pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moemerge.data.pairs import Pair
+from moemerge.data.tokenise import EncodedCandidates, EncodedPair
+from moemerge.fitting.objectives.base import Term
+from moemerge.fitting.problem import Measured, Objective, Split
+from moemerge.fitting.splits import _prompt_key, fold, prompt_numbers
+from moemerge.merging import distributed
+from moemerge.merging.merged_model import Answers, MergedModel, MergeGradient, batch_tokens, margins
+from moemerge.models.scoring import score
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """See coefficients.base.Objective. `train` and `held_out` are numbers of `pairs`, which `term` knows.
+
+    With several processes each computes its share of every sum; all get the same result.
+    """
+
+    merged: MergedModel
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[EncodedPair]
+    train: Sequence[int]
+    held_out: Sequence[int]
+    term: Term
+    micro_batch_size: int
+    candidates: Sequence[EncodedCandidates] = ()
+
+    @property
+    def num_train(self) -> int:
+        """Number of training pairs."""
+        return len(self.train)
+
+    def prompts(self, split: Split) -> list[int]:
+        """For each pair of the split a number that pairs of the same prompt share."""
+        return prompt_numbers([self.pairs[number] for number in self._numbers(split)])
+
+    def gradient(
+        self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int], weights: Tensor | None = None
+    ) -> MergeGradient:
+        """Mean loss over the training pairs number `rows`, each times its weight, and its gradient."""
+        self.merged.merge(alpha_LN, shared_L)
+        weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        mine = distributed.share(len(rows))
+        numbers = [self.train[rows[place]] for place in mine]
+        scaled = weights[mine] / len(rows)
+        return self.merged.gradient(self._parts(numbers, scaled))
+
+    def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:
+        """Margin and loss of every pair of the split."""
+        self.merged.merge(alpha_LN, shared_L)
+        numbers = self._numbers(split)
+        mine = distributed.share(len(numbers))
+        margins_P, losses_P = self._measured([numbers[place] for place in mine])
+        return Measured(*(distributed.gathered(found, mine, len(numbers)) for found in (margins_P, losses_P)))
+
+    def folds(self, number: int, seed: int) -> list[Objective]:
+        """`number` objectives that hold out one part of all pairs each; pairs of one prompt stay together."""
+        numbers = [*self.train, *self.held_out]
+        parts = fold([self.pairs[n] for n in numbers], number, seed)
+        held = [[numbers[place] for place in part] for part in parts]
+        return [replace(self, train=_without(numbers, part), held_out=part) for part in held]
+
+    def hardened(self, alpha_LN: Tensor, shared_L: Tensor) -> Objective:
+        """With a pair more per candidate set: its best answer against the one that is overrated most.
+
+        Overrated: the model's score, standardised within the set, lies furthest above the gold score,
+        standardised alike. Sets whose best answer is that one, or that are of held-out prompts, give none.
+        """
+        if not self.candidates:
+            return self
+        self.merged.merge(alpha_LN, shared_L)
+        held = {_prompt_key(self.pairs[number]) for number in self.held_out}
+        texts = [answer for one in self.candidates for answer in one.answers]
+        size = batch_tokens(texts, self.micro_batch_size)
+        scores = score(self.merged.model, self.tokenizer, texts, size).double()
+        sizes = [len(one.answers) for one in self.candidates]
+        found = [
+            pair
+            for one, mine in zip(self.candidates, scores.split(sizes), strict=True)
+            if (pair := overrated(one, mine)) is not None and _prompt_key(pair) not in held
+        ]
+        numbers = range(len(self.pairs), len(self.pairs) + len(found))
+        return replace(self, pairs=[*self.pairs, *found], train=[*self.train, *numbers])
+
+    def _numbers(self, split: Split) -> Sequence[int]:
+        return self.train if split == "train" else self.held_out
+
+    def _parts(self, numbers: list[int], weights: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """The weighted sum of losses, a micro-batch at a time, the longest pairs first."""
+        order = sorted(range(len(numbers)), key=lambda place: -self._length(numbers[place]))
+        for start in range(0, len(order), self.micro_batch_size):
+            places = order[start : start + self.micro_batch_size]
+            yield self._part([numbers[place] for place in places], weights[places])
+
+    def _part(self, numbers: list[int], weights_B: Tensor) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            answers = self.merged.answers([self.pairs[n] for n in numbers], self.term.states)
+            losses_B = self.term.loss(answers, torch.tensor(numbers))
+            return (losses_B * weights_B.to(losses_B.device)).sum()
+
+        return loss
+
+    @torch.no_grad()
+    def _measured(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        if not numbers:
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        if self.term.states:
+            parts = [
+                self._looked(part.tolist()) for part in torch.tensor(numbers).split(self.micro_batch_size)
+            ]
+            margins_P, losses_P = (torch.cat(found) for found in zip(*parts, strict=True))
+            return margins_P, losses_P
+        pairs = [self.pairs[number] for number in numbers]
+        margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size)
+        return margins_P, self.term.loss(Answers(margins_P), torch.tensor(numbers))
+
+    def _looked(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        answers = self.merged.answers([self.pairs[n] for n in numbers], True)
+        return answers.margins_P.cpu(), self.term.loss(answers, torch.tensor(numbers)).cpu()
+
+    def _length(self, number: int) -> int:
+        return max(len(self.pairs[number].chosen.ids), len(self.pairs[number].rejected.ids))
+
+
+def overrated(one: EncodedCandidates, scores_C: Tensor) -> EncodedPair | None:
+    """The best answer by gold against the most overrated one; None if these are of equal gold or the same."""
+    gold_C = torch.tensor(one.candidates.gold, dtype=torch.float64)
+    too_high_C = _standardised(scores_C) - _standardised(gold_C)
+    best, worst = int(gold_C.argmax()), int(too_high_C.argmax())
+    if gold_C[best] <= gold_C[worst]:
+        return None
+    c = one.candidates
+    pair = Pair(c.prompt, c.texts[best], c.texts[worst], c.subset, row=c.row)
+    return EncodedPair(one.answers[best], one.answers[worst], pair)
+
+
+def _standardised(values_C: Tensor) -> Tensor:
+    return (values_C - values_C.mean()) / values_C.std().clamp(min=1e-12)
+
+
+def _without(numbers: Sequence[int], part: Sequence[int]) -> list[int]:
+    left_out = set(part)
+    return [number for number in numbers if number not in left_out]

@@ -1,0 +1,139 @@
+"""What a way to find coefficients is given, and what it gives.
+
+Shapes: L blocks (rows of coefficients), N routed experts, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from moemerge.errors import OptionError
+from moemerge.merging.blocks import layer_of
+from moemerge.merging.merged_model import MergeGradient
+from moemerge.options.fit import FitSettings
+
+if TYPE_CHECKING:
+    from moemerge.models.routing import RoutingStatistics
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the merged model makes of P pairs, float64 on CPU.
+
+    margins_P: score(chosen) - score(rejected). losses_P: the loss that is fitted.
+    """
+
+    margins_P: Tensor
+    losses_P: Tensor
+
+
+class Objective(Protocol):
+    """The merged model's loss on preference pairs, as a function of the coefficients."""
+
+    @property
+    def num_train(self) -> int:
+        """Number of training pairs."""
+        ...
+
+    def prompts(self, split: Split) -> list[int]:
+        """For each pair of the split a number that pairs of the same prompt share."""
+        ...
+
+    def gradient(
+        self, alpha_LN: Tensor, shared_L: Tensor, rows: Sequence[int], weights: Tensor | None = None
+    ) -> MergeGradient:
+        """Loss and gradient over the training pairs number `rows`, each times its weight (default: 1)."""
+        ...
+
+    def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:
+        """Margin and loss of every pair of the split."""
+        ...
+
+    def folds(self, number: int, seed: int) -> list[Objective]:
+        """Objectives that hold out each of `number` parts of the training pairs in turn."""
+        ...
+
+    def hardened(self, alpha_LN: Tensor, shared_L: Tensor) -> Objective:
+        """The objective with further training pairs: a candidate that the merged model overrates, each."""
+        ...
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """What a method may use. `statistics` are there only after routing, `objective` only if pairs were given.
+
+    `objective` and `moments` are functions, so that only a method that needs the merged model pays for
+    loading it. `start` are given coefficients to start from. `moments` gives the quadratic form of
+    least_squares for each block, [L, N + 1, N + 1].
+    """
+
+    blocks: list[str]
+    num_experts: int
+    has_shared: bool
+    settings: FitSettings
+    seed: int = 0
+    statistics: RoutingStatistics | None = None
+    objective: Callable[[], Objective] | None = None
+    start: FitOutcome | None = None
+    moments: Callable[[FitOutcome], Tensor] | None = None
+
+    def routing(self) -> RoutingStatistics:
+        """The statistics; OptionError if there are none."""
+        if self.statistics is not None:
+            return self.statistics
+        raise OptionError(
+            "routing statistics are needed",
+            given="routing: nothing",
+            expected="the folder that route wrote for this MoE (for usage, and for shared_weight match)",
+            fix="run route on the MoE and give its output as routing, or choose uniform and a number",
+        )
+
+    def layer_rows(self, layers: Sequence[int]) -> list[int]:
+        """For each block the place of its transformer layer among `layers`."""
+        return [layers.index(layer_of(block)) for block in self.blocks]
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """`values`, a row per block; where the settings want one row for all blocks, their mean in each."""
+        if self.settings.granularity != "global":
+            return values
+        return values.mean(0, keepdim=True).expand_as(values).clone()
+
+    def data(self) -> Objective:
+        """The objective; OptionError if there is none."""
+        if self.objective is not None:
+            return self.objective()
+        raise no_pairs()
+
+    def squares(self, start: FitOutcome) -> Tensor:
+        """What `moments` gives at `start`; OptionError without pairs."""
+        if self.moments is not None:
+            return self.moments(start)
+        raise no_pairs()
+
+
+def no_pairs() -> OptionError:
+    """The error of a method that has no data."""
+    return OptionError(
+        "this method needs preference pairs",
+        given="pairs: nothing",
+        expected="a file of preference pairs",
+        fix="give pairs, or choose method uniform or usage",
+    )
+
+
+@dataclass(frozen=True)
+class FitOutcome:
+    """What a method found. `report` holds JSON values; its `verdict` says in words what came of it."""
+
+    alpha_LN: Tensor
+    shared_L: Tensor
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[FitProblem], FitOutcome]

@@ -1,0 +1,65 @@
+"""Coefficients as a free vector: softmax logits of alpha, and logits of lambda where that is learned.
+
+Shapes: L blocks, R free rows (1 if all blocks share one, else L), N weighted members, V numbers in all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from moemerge.fitting.problem import FitOutcome, FitProblem
+from moemerge.merging.merged_model import MergeGradient
+
+SMALLEST_START = 1e-4
+BOUND = 10.0
+
+
+class Space:
+    """The vectors v_V, float64, around `start_V`, and the coefficients that they stand for.
+
+    Logits move by at most 10 from their start. A member without weight, or a shared weight of 0 or 1, starts
+    at 1e-4 from there, so that it can come back.
+    """
+
+    def __init__(self, problem: FitProblem, start: FitOutcome) -> None:
+        self.start, self.settings = start, problem.settings
+        rows = 1 if self.settings.granularity == "global" else len(problem.blocks)
+        smallest = SMALLEST_START
+        self.start_log_RN = start.alpha_LN[:rows].clamp(min=smallest).log().log_softmax(1)
+        shared_rows = {"learned": rows, "learned_global": 1}.get(str(self.settings.shared_weight), 0)
+        self.shared_rows = shared_rows if problem.has_shared else 0
+        pooled_R = start.shared_L.mean()[None] if self.shared_rows == 1 else start.shared_L
+        shared_R = pooled_R[: self.shared_rows].clamp(smallest, 1 - smallest)
+        self.start_V = torch.cat([self.start_log_RN.flatten(), shared_R.logit()])
+        self.low_V, self.high_V = self.start_V - BOUND, self.start_V + BOUND
+
+    def point(self, v_V: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_LN and shared_L; gradients pass."""
+        logits_RN, shared_R = self._parts(v_V)
+        alpha_LN = logits_RN.softmax(1).expand_as(self.start.alpha_LN)
+        if not self.shared_rows:
+            return alpha_LN, self.start.shared_L
+        return alpha_LN, shared_R.sigmoid().expand_as(self.start.shared_L)
+
+    def pull(self, v_V: Tensor) -> Tensor:
+        """Regularisers, mean over rows: kl * KL(alpha | start) and l2 * squared distance of the logits."""
+        logits_RN, _ = self._parts(v_V)
+        log_RN = logits_RN.log_softmax(1)
+        divergence = kl_div(self.start_log_RN, log_RN, log_target=True, reduction="sum")
+        away = (v_V - self.start_V).square().sum()
+        return (self.settings.kl * divergence + self.settings.l2 * away) / len(logits_RN)
+
+    def gradient(self, v_V: Tensor, at: MergeGradient) -> tuple[float, Tensor]:
+        """Loss with regularisers, and its gradient, from the merge's gradient at `point(v_V)`."""
+        v_V = v_V.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            alpha_LN, shared_L = self.point(v_V)
+            pull = self.pull(v_V)
+            linear = (alpha_LN * at.alpha_LN).sum() + (shared_L * at.shared_L).sum() + pull
+        return at.loss + float(pull.detach()), torch.autograd.grad(linear, v_V)[0]
+
+    def _parts(self, v_V: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.start_log_RN.numel()
+        return v_V[:size].view_as(self.start_log_RN), v_V[size:]

@@ -1,0 +1,1 @@
+"""What is merged and how: sources, the average, coefficients, the merged model."""

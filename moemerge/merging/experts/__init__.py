@@ -1,0 +1,1 @@
+"""How experts of one MoE differ, and what their disagreement tells."""

@@ -1,0 +1,186 @@
+"""The diversity of a MoE's experts as route shows it: tables, heat maps, JSON.
+
+Shapes: L layers with experts, N routed experts, M members (the N, after the shared expert if there is one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moemerge.artifacts.stage import write_json
+from moemerge.merging.experts.diversity import Disagreement, Updates
+from moemerge.merging.experts.speculation import Ratio, Speculation
+from moemerge.reports import plotting
+from moemerge.reports.table import Table
+
+FILE = "diversity.json"
+PAIR_NOTE = (
+    "cosine: of their updates. distance: of their weights, as a share of the norm of what the updates start "
+    "from, which is the shared expert, or the experts' mean. Both are means over layers."
+)
+JUDGEMENT_NOTE = (
+    " verdicts: share of pairs judged differently. barrier: largest excess of the Bradley-Terry loss on the "
+    "straight line between the two over the mixture of its ends, in nats. The standard deviation of scores "
+    "over experts, mean over texts, is {ratio:.4f} of that of the mean score over texts."
+)
+SUSPECT_NOTE = (
+    "Experts whose gate mass per token on the quarter of rejected answers with the highest scores is above "
+    "that on other rejected answers, and above that on chosen ones, each with a whole 95 % interval; out of "
+    "{count}, of which about one in forty would pass one of the two by accident."
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What scoring pairs told of the experts; barriers_MM as in diversity.barriers."""
+
+    disagreement: Disagreement
+    barriers_MM: Tensor
+    speculation: Speculation
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How the experts differ in weights and, if that was asked, in judgement."""
+
+    updates: Updates
+    judgement: Judgement | None = None
+
+    def write(self, folder: Path) -> list[str]:
+        """All numbers as diversity.json (null where there is none); heat maps, whose names it returns."""
+        write_json(folder / FILE, plain(self._numbers()))
+        maps = {name: one for name, one in self._maps().items() if np.isfinite(one[0]).any()}
+        for name, (matrix, title, *axes) in maps.items():
+            plotting.heat_map(matrix, folder / name, title, *axes)
+        return list(maps)
+
+    def results(self) -> dict[str, Any]:
+        """What is worth telling: means over pairs of experts by layer, the rest as one number each."""
+        found = {"layers": self.updates.layers, "cosine": mean_off_diagonal(self.updates.cosine_LNN)}
+        found |= {"distance": mean_off_diagonal(self.updates.distance_LNN)}
+        if self.judgement is not None:
+            j = self.judgement
+            found |= {
+                "disagreement": j.disagreement.ratio,
+                "verdicts_that_differ": mean_off_diagonal(j.disagreement.flips_NN[None])[0],
+                "largest_barrier": float(j.barriers_MM.max()),
+                "speculative_experts": j.speculation.suspects,
+            }
+        return dict(plain(found))
+
+    def tables(self) -> list[Table]:
+        """For routing.md."""
+        tables = [_layer_table(self.updates), self._pair_table()]
+        return [*tables, *([_suspects(self.judgement.speculation)] if self.judgement else [])]
+
+    def _numbers(self) -> dict[str, Any]:
+        u, found = self.updates, {}
+        if self.judgement is not None:
+            j = self.judgement
+            ratios = {"over_rejected": j.speculation.over_rejected, "over_chosen": j.speculation.over_chosen}
+            found = {
+                "disagreement": j.disagreement.ratio,
+                "verdicts_that_differ": j.disagreement.flips_NN,
+                "barriers": j.barriers_MM,
+                "speculation": {name: vars(ratio) for name, ratio in ratios.items()},
+                "speculative_experts": j.speculation.suspects,
+            }
+        weights = {"cosine": u.cosine_LNN, "distance": u.distance_LNN, "size": u.size_LN}
+        return {"layers": u.layers, **weights, **found}
+
+    def _maps(self) -> dict[str, tuple[Any, ...]]:
+        u, names = self.updates, self._member_names()
+        pair = ("expert", "expert")
+        maps: dict[str, tuple[Any, ...]] = {
+            "update_cosine.png": (
+                u.cosine_LNN.nanmean(0),
+                "Cosine of updates, mean over layers",
+                *pair,
+            ),
+            "update_distance.png": (u.distance_LNN.mean(0), "Distance of experts, mean over layers", *pair),
+        }
+        if self.judgement is not None:
+            j = self.judgement
+            ratio = j.speculation.over_rejected.value
+            title = "Gate mass per token, rejected answers:\nhighest scores over others"
+            maps |= {
+                "barriers.png": (j.barriers_MM, "Loss barrier (nats)", *pair, names, names),
+                "speculation.png": (ratio, title, "expert", "layer", None, u.layers),
+            }
+        return maps
+
+    def _member_names(self) -> list[str]:
+        count = self.updates.size_LN.shape[1]
+        has_shared = self.judgement is not None and len(self.judgement.barriers_MM) > count
+        return ["shared"] * has_shared + [str(i) for i in range(count)]
+
+    def _pair_table(self) -> Table:
+        header = ["experts", "cosine", "distance", *(["verdicts", "barrier"] if self.judgement else [])]
+        note = PAIR_NOTE
+        if self.judgement is not None:
+            note += JUDGEMENT_NOTE.format(ratio=self.judgement.disagreement.ratio)
+        return Table("Pairs of experts", header, list(self._pair_rows()), note)
+
+    def _pair_rows(self) -> Iterator[list[str]]:
+        u, j, names = self.updates, self.judgement, self._member_names()
+        first = len(names) - u.size_LN.shape[1]
+        for one, other in combinations(range(len(names)), 2):
+            a, b = one - first, other - first
+            cosine = u.cosine_LNN[:, a, b].nanmean() if a >= 0 else math.nan
+            distance = u.distance_LNN[:, a, b].mean() if a >= 0 else u.size_LN[:, b].mean()
+            row = [f"{names[one]} and {names[other]}", _number(cosine), _number(distance)]
+            if j is not None:
+                flips = j.disagreement.flips_NN[a, b] if a >= 0 else math.nan
+                row += [_number(flips), _number(j.barriers_MM[one, other])]
+            yield row
+
+
+def mean_off_diagonal(values_LNN: Tensor) -> list[float]:
+    """Mean over pairs of different experts, per layer; pairs without a value are left out."""
+    apart_NN = ~torch.eye(values_LNN.shape[1], dtype=torch.bool)
+    return [float(value) for value in values_LNN[:, apart_NN].nanmean(1)]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: lists for tensors, null for what is not finite."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, Tensor | np.ndarray | list | tuple):
+        return [plain(one) for one in (value.tolist() if hasattr(value, "tolist") else value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.4f}" if math.isfinite(value) else ""
+
+
+def _layer_table(u: Updates) -> Table:
+    columns = (mean_off_diagonal(u.cosine_LNN), mean_off_diagonal(u.distance_LNN), u.size_LN.mean(1))
+    rows = zip(u.layers, *columns, strict=True)
+    note = "Means over pairs of experts, update: over experts. Near 0, a merge is any of its experts."
+    header = ["layer", "cosine", "distance", "update"]
+    return Table("Expert updates", header, [[str(n), *map(_number, values)] for n, *values in rows], note)
+
+
+def _suspects(found: Speculation) -> Table:
+    rows = []
+    for layer, expert in found.suspects:
+        place = (found.layers.index(layer), expert)
+        cells = [_interval(ratio, place) for ratio in (found.over_rejected, found.over_chosen)]
+        rows.append([str(layer), str(expert), *cells])
+    rows = rows or [["none", "", "", ""]]
+    note = SUSPECT_NOTE.format(count=found.over_chosen.low.size)
+    return Table("Speculative experts", ["layer", "expert", "over rejected", "over chosen"], rows, note)
+
+
+def _interval(ratio: Ratio, place: tuple[int, int]) -> str:
+    return f"{ratio.value[place]:.2f} ({ratio.low[place]:.2f}-{ratio.high[place]:.2f})"

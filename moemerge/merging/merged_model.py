@@ -1,0 +1,303 @@
+"""A merge in memory, and its gradient with respect to the merge coefficients.
+
+The dense model is merged once per point. While the last loss runs backward, each MLP weight's gradient dW is
+reduced to the scalars <dW, W_i> the moment it is there, and freed: no graph reaches through the merge.
+
+Shapes: L blocks, N weighted members (routed experts, or models), P pairs, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
+from moemerge.merging import distributed
+from moemerge.merging.sources.base import MergedTensor, MergeSource
+from moemerge.merging.weight_gradients import WeightGradient
+from moemerge.models.families.dense import dense_class
+from moemerge.models.heads import in_head
+from moemerge.models.scoring import collate, score_pairs
+
+KEPT_ON_CPU = 2**30
+# Numbers handled at a time: what a core's cache holds of all that takes part.
+CHUNK, CHUNK_ON_GPU = 2**15, 2**22
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of P pairs: score(chosen) - score(rejected), float64; if asked for, the last-token
+    states of chosen and rejected."""
+
+    margins_P: Tensor
+    states_2PD: Tensor | None = None
+
+
+def batch_tokens(texts: Sequence[Encoded], micro_batch_size: int) -> int:
+    """Tokens of a batch of so many pairs, all as long as the longest text."""
+    return 2 * micro_batch_size * max(len(text.ids) for text in texts)
+
+
+def margins(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    micro_batch_size: int,
+) -> Tensor:
+    """score(chosen) - score(rejected) of each pair, float64 on CPU, without gradients."""
+    size = batch_tokens(texts_of(pairs), micro_batch_size)
+    scores_P2 = score_pairs(model, tokenizer, pairs, size).double()
+    return scores_P2[:, 0] - scores_P2[:, 1]
+
+
+class MergedModel:
+    """The dense reward model whose merged tensors are the routing-normalised average of a source's members.
+
+    `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
+    source's and frozen. Merged tensors change by `merge` only: they ask for gradients, or `put_off` does for
+    them, but none outlives `gradient`. Averages have the members' dtype; but for rounding they are the merged
+    checkpoint's. On a CPU a MoE's experts of float32 are used where they lie, in mapped files. Other members
+    are read whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then
+    they are kept (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless
+    given.
+    """
+
+    def __init__(
+        self,
+        source: MergeSource,
+        alpha_LN: Tensor,
+        shared_L: Tensor,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        blocks: Sequence[str] | None = None,
+        keep: bool | None = None,
+    ) -> None:
+        self.source, self.device = source, torch.device(device)
+        if keep is None:
+            keep = not _mapped(source, self.device) and _fits(source, self.device)
+        self._mapped = not keep and _mapped(source, self.device)
+        self._whole: dict[str, Piece] | None = {} if keep or self._mapped else None
+        self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
+        self._last = True
+        self.rows = source.rows(source.blocks() if blocks is None else blocks)
+        self.model = self._build(dtype)
+        columns = source.num_members + 1
+        self._dots = torch.zeros(len(shared_L), columns, dtype=torch.float64, device=self.device)
+        self.put_off: dict[str, WeightGradient] = {}
+        for tensor in source.tensors:
+            self._watch(tensor.dense, self._reducer(tensor))
+
+    @torch.no_grad()
+    def merge(self, alpha_LN: Tensor, shared_L: Tensor) -> None:
+        """Set every merged tensor to the average with these weights."""
+        if torch.equal(alpha_LN, self.alpha_LN) and torch.equal(shared_L, self.shared_L):
+            return
+        self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
+        for tensor in self.source.tensors:
+            self._average(tensor, self.model.get_parameter(tensor.dense))
+
+    def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
+        """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
+
+        Each part runs forward and backward before the next begins; the weights' gradients add up, and are
+        reduced while the last part runs, so that members are read once. Summed over processes, float64 on
+        CPU. alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out,
+        and the rest rounds less.
+        """
+        self._dots.zero_()
+        loss = torch.zeros(1, dtype=torch.float64)
+        parts = list(parts)
+        with torch.enable_grad():
+            for number, part in enumerate(parts, start=1):
+                self._last = number == len(parts)
+                value = part()
+                value.backward()
+                loss += value.item()
+        dots = distributed.summed(self._dots.cpu())
+        shared_L, routed_LN = dots[:, 0], dots[:, 1:]
+        shared_L = shared_L - (self.alpha_LN * routed_LN).sum(1)
+        if not self.source.has_shared:
+            shared_L = torch.zeros_like(shared_L)
+        loss = distributed.summed(loss)
+        return MergeGradient(loss.item(), (1 - self.shared_L)[:, None] * routed_LN, shared_L)
+
+    def answers(self, pairs: Sequence[EncodedPair], states: bool = False) -> Answers:
+        """What the model says of `pairs`, in one forward pass; gradients pass where they are on."""
+        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        pad = self.model.config.get_text_config().pad_token_id
+        inputs = collate(texts, pad, False, self.device)
+        with last_states(self.model, inputs["attention_mask"]) as found:
+            scores_B = self.model(**inputs).logits[:, 0].double()
+        half = len(pairs)
+        states_2PD = found[0].unflatten(0, (2, half)) if states else None
+        return Answers(scores_B[:half] - scores_B[half:], states_2PD)
+
+    def _build(self, dtype: torch.dtype) -> PreTrainedModel:
+        # Copies: a view would keep its whole file mapped.
+        tensors = {name: self.source.kept(name).clone() for name in self.source.backbone}
+        empty = partial(torch.empty, device=self.device, dtype=self.source.dtype)
+        tensors |= {t.dense: self._average(t, empty(t.shape)).cpu() for t in self.source.tensors}
+        config = self.source.dense_config()
+        model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        return cast(PreTrainedModel, torch.nn.Module.to(model.requires_grad_(False), self.device).eval())
+
+    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+        """The members' copies on the device, read from disk: the shared one if any, then the N others."""
+        return (matrix.to(self.device) for matrix in self.source.matrices(tensor))
+
+    def _weights(self, row: int) -> Tensor:
+        """Weight of each member, the shared one first if there is one."""
+        shared = self.shared_L[row]
+        routed = (1 - shared) * self.alpha_LN[row]
+        return torch.cat([shared[None], routed]) if self.source.has_shared else routed
+
+    @torch.no_grad()
+    def _average(self, tensor: MergedTensor, out: Tensor) -> Tensor:
+        """`out`, filled with the average, which has the members' dtype."""
+        weights_M, begin, out_X = self._weights(self.rows[tensor.dense]), 0, out.view(-1)
+        for piece in self._pieces(tensor):
+            end = begin + len(piece.first_X)
+            piece.average(weights_M, self.source.dtype, out_X[begin:end])
+            begin = end
+        return out
+
+    def _watch(self, name: str, reduce: Callable[[Tensor], None]) -> None:
+        """Have `reduce` called with the gradient of a parameter, summed over a step's backward passes."""
+        path, _, kind = name.rpartition(".")
+        module, parameter = self.model.get_submodule(path), self.model.get_parameter(name)
+        if type(module) is nn.Linear and kind == "weight":
+            self.put_off[name] = WeightGradient(module, reduce, lambda: self._last)
+            return
+
+        def hook(parameter: Tensor) -> None:
+            if self._last:
+                gradient, parameter.grad = parameter.grad, None
+                assert gradient is not None
+                reduce(gradient)
+
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+
+    def _reducer(self, tensor: MergedTensor) -> Callable[[Tensor], None]:
+        """What adds <dW, W_i - W> to the block's row of sums, column 0 for the shared member."""
+        row = self.rows[tensor.dense]
+        columns = slice(0 if self.source.has_shared else 1, None)
+
+        @torch.no_grad()
+        def reduce(gradient: Tensor) -> None:
+            dots_M = torch.zeros(len(self.source.member_names), dtype=torch.float64, device=self.device)
+            begin, gradient_X = 0, gradient.flatten()
+            for piece in self._pieces(tensor):
+                end = begin + len(piece.first_X)
+                dots_M += piece.dots(gradient_X[begin:end])
+                begin = end
+            self._dots[row, columns] += dots_M - self._weights(row).to(dots_M) @ dots_M
+
+        return reduce
+
+    def _pieces(self, tensor: MergedTensor) -> Iterator[Piece]:
+        """The members' copies: as they lie in a mapped file, or kept, or piece by piece."""
+        if self._whole is not None:
+            if tensor.dense not in self._whole:
+                self._whole[tensor.dense] = self._whole_piece(tensor)
+            yield self._whole[tensor.dense]
+        else:
+            size = CHUNK if self.device.type == "cpu" else CHUNK_ON_GPU
+            copies = [matrix.reshape(-1).split(size) for matrix in self.source.matrices(tensor)]
+            yield from (_apart(chunks, self.device) for chunks in zip(*copies, strict=True))
+
+    def _whole_piece(self, tensor: MergedTensor) -> Piece:
+        if not self._mapped:
+            return _apart(list(self.matrices(tensor)), self.device)
+        stack = self.source.stack(tensor)
+        assert stack is not None
+        stack_NX = stack.flatten(1)
+        if self.source.has_shared:
+            return Piece(self.source.matrix(tensor, 0).flatten(), stack_NX, False)
+        return Piece(stack_NX[0], stack_NX[1:], False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """X numbers of a tensor in all M members: the first one's copy, and the others' or how far they are off.
+
+    Differences of near numbers are exact, and what is computed of them (`apart`) rounds less.
+    """
+
+    first_X: Tensor
+    others_MX: Tensor
+    apart: bool
+
+    def average(self, weights_M: Tensor, dtype: torch.dtype, out_X: Tensor) -> None:
+        """Write to `out_X` the sum of all copies with weights that sum to one, rounded to `dtype`."""
+        share = 1.0 if self.apart else float(weights_M[0])
+        terms = (self.first_X, self.others_MX.T, weights_M[1:].to(self.others_MX))
+        if out_X.dtype == dtype == self.first_X.dtype:
+            torch.addmv(*terms, beta=share, out=out_X)
+        else:
+            out_X.copy_(torch.addmv(*terms, beta=share).to(dtype))
+
+    def dots(self, gradient_X: Tensor) -> Tensor:
+        """<dW, W_i> of each member, less <dW, W_0> if the others are kept apart from the first; float64."""
+        gradient_X = gradient_X.to(self.others_MX.dtype)
+        first = gradient_X.new_zeros(()) if self.apart else torch.dot(gradient_X, self.first_X)
+        return torch.cat([first[None], torch.mv(self.others_MX, gradient_X)]).double()
+
+
+def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
+    wide = torch.promote_types(copies[0].dtype, torch.float32)
+    copies_MX = torch.stack([copy.reshape(-1) for copy in copies]).to(device, wide)
+    copies_MX[1:] -= copies_MX[0]
+    return Piece(copies_MX[0], copies_MX[1:], True)
+
+
+@contextmanager
+def last_states(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[list[Tensor]]:
+    """While open, a forward pass adds what the reward head's last matrix is given of each text, [B, D]."""
+    found: list[Tensor] = []
+    heads = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
+    ]
+    last_B = mask_BT.sum(1) - 1
+
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0]
+        found.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), last_B])
+
+    handle = heads[-1].register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _mapped(source: MergeSource, device: torch.device) -> bool:
+    """Whether members can be used where they lie, in files that are mapped into memory."""
+    wide = source.dtype in (torch.float32, torch.float64)
+    return device.type == "cpu" and wide and source.stack(source.tensors[0]) is not None
+
+
+def _fits(source: MergeSource, device: torch.device) -> bool:
+    """Whether all members may stay in the device's memory."""
+    count = source.num_members + source.has_shared
+    size = sum(torch.Size(tensor.shape).numel() for tensor in source.tensors) * source.dtype.itemsize
+    limit = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else KEPT_ON_CPU
+    return count * size < limit
+
+
+@dataclass(frozen=True)
+class MergeGradient:
+    """Mean loss of some pairs and its derivatives.
+
+    `alpha_LN` may be off by one constant per row, which a softmax over the row takes out again.
+    """
+
+    loss: float
+    alpha_LN: Tensor
+    shared_L: Tensor

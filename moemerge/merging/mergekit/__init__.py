@@ -1,0 +1,1 @@
+"""mergekit, both ways: our method in it, its methods on our experts."""

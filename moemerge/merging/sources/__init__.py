@@ -1,0 +1,1 @@
+"""What a merge takes: the experts of a MoE, whole models, native MoEs."""

@@ -1,0 +1,227 @@
+"""What can be merged: several copies of the same tensors, and everything that stands beside them.
+
+A source is a MoE on disk (moe_checkpoint) or a list of checkpoints (model_list). Fit, merge and export know
+no more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from moemerge.artifacts.manifest import model_fingerprint
+from moemerge.errors import CheckpointError
+from moemerge.merging.average import routing_normalized_average
+from moemerge.merging.blocks import block_order, blocks_of
+from moemerge.merging.coefficients import Coefficients
+from moemerge.models.checkpoint import Checkpoint, copy_side_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+SHARED = "shared"
+
+
+class MergedTensor(Protocol):
+    """A tensor of the dense model that is merged from copies."""
+
+    @property
+    def dense(self) -> str:
+        """Its name in the dense checkpoint."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape there."""
+        ...
+
+
+class MergeSource(ABC):
+    """Members to merge tensor by tensor, read one at a time, and what the merged model keeps of one of them.
+
+    `folder` gives config, tokenizer and all that is not merged; `config` is its config. `tensors` are merged,
+    `backbone` are the names of the others. `num_members` counts the weighted members (N); `has_shared` says
+    whether another stands before them, the shared expert or the base, with a weight of its own. `caveats` are
+    what has to be known of the result, for its manifest and card.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    tensors: Sequence[MergedTensor]
+    backbone: list[str]
+    num_members: int
+    has_shared: bool
+    caveats: Sequence[str] = ()
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """dtype of the members' tensors."""
+
+    @property
+    @abstractmethod
+    def dense_dtype(self) -> torch.dtype:
+        """dtype that the merged model has unless another is asked for."""
+
+    @property
+    @abstractmethod
+    def member_names(self) -> list[str]:
+        """What members are called: the shared one first, if there is one, then the N others."""
+
+    @abstractmethod
+    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+        """The copy of `tensor`, in the dense layout, that number `place` in `member_names` has."""
+
+    def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
+        """All copies of `tensor`, in the order of `member_names`."""
+        return (self.matrix(tensor, place) for place in range(len(self.member_names)))
+
+    def stack(self, tensor: MergedTensor) -> Tensor | None:
+        """The N members' copies in one mapped [N, ...] tensor, if they lie so on disk in the dense layout."""
+        return None
+
+    @abstractmethod
+    def kept(self, name: str) -> Tensor:
+        """The tensor `name` of the backbone."""
+
+    @abstractmethod
+    def dense_config(self) -> PreTrainedConfig:
+        """Config of the merged model, a new object."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The merged model's tokenizer, padding on the right."""
+
+    @cached_property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 that changes with any weight or config of the members."""
+
+    def identity(self) -> dict[str, str]:
+        """What coefficients keep of the source they were made for: model, its fingerprint; scope; head."""
+        return {"model": self.fingerprint, "scope": "mlp"}
+
+    def names(self) -> list[str]:
+        """All tensors of the merged model, in the order of its class."""
+        from moemerge.models.families.dense import skeleton
+
+        found = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
+        return [name for name in skeleton(self.dense_config()).state_dict() if name in found]
+
+    def size(self, dtype: torch.dtype, copies: int = 1) -> int:
+        """Bytes of the merged model's tensors in `dtype`, with so many copies of those that are merged."""
+        from moemerge.models.families.dense import skeleton
+
+        shapes = skeleton(self.dense_config()).state_dict()
+        merged = {tensor.dense for tensor in self.tensors}
+        numbers = (shapes[name].numel() * (copies if name in merged else 1) for name in self.names())
+        return sum(numbers) * dtype.itemsize
+
+    def write_config(self, target: Path, dtype: torch.dtype) -> None:
+        """Put the merged model's config, with `dtype`, into `target`."""
+        config = self.dense_config()
+        config.dtype = dtype
+        config.save_pretrained(target)
+
+    def write_side_files(self, target: Path) -> None:
+        """Put tokenizer, chat template, licence and the like into `target`."""
+        copy_side_files(self.folder, target)
+
+    def in_head(self, name: str) -> bool:
+        """Whether the dense tensor `name` is the reward head's."""
+        return False
+
+    def blocks(self, per_matrix: bool = False) -> list[str]:
+        """The blocks of all merged tensors, in order: a layer each, or a matrix with its bias each."""
+        named = (blocks_of(tensor.dense, self.in_head(tensor.dense)) for tensor in self.tensors)
+        found = dict.fromkeys(names[0] if per_matrix else names[-1] for names in named)
+        return sorted(found, key=block_order)
+
+    def rows(self, blocks: Sequence[str]) -> dict[str, int]:
+        """The row of each merged tensor, by its dense name, among coefficients of `blocks`.
+
+        Raises CheckpointError if a tensor has none, or a block no tensor.
+        """
+        place = {block: row for row, block in enumerate(blocks)}
+        named = {t.dense: blocks_of(t.dense, self.in_head(t.dense)) for t in self.tensors}
+        rows = {name: next((place[b] for b in found if b in place), None) for name, found in named.items()}
+        lost = [name for name, row in rows.items() if row is None]
+        idle = [block for block, row in place.items() if row not in rows.values()]
+        if lost or idle:
+            given = (
+                f"no coefficients for {', '.join(lost[:3])}" if lost else f"{', '.join(idle[:3])}: no tensor"
+            )
+            raise foreign(given, f"coefficients of the blocks {shortened(self.blocks())}")
+        return {name: row for name, row in rows.items() if row is not None}
+
+    def average(self, matrices: Iterator[Tensor], alpha_N: Tensor | Sequence[float], shared: float) -> Tensor:
+        """Routing-normalised average of `matrices`, which come in the order of `matrices`."""
+        first = next(matrices) if self.has_shared else None
+        return routing_normalized_average(first, matrices, alpha_N, shared)
+
+    def check_fit(self, coefficients: Coefficients) -> None:
+        """Raise CheckpointError unless `coefficients` belong to this very source."""
+        c = coefficients
+        if c.num_experts != self.num_members:
+            raise foreign(f"weights for {c.num_experts} members", f"{self.num_members} members")
+        self.rows(c.blocks)
+        if not self.has_shared and bool(c.shared_L.any()):
+            raise foreign(f"shared weights {c.shared_L.tolist()}", "zeros: there is no shared member")
+        if c.meta.get("model") not in (None, self.fingerprint):
+            given = f"coefficients for a model with fingerprint {c.meta['model']}"
+            raise foreign(given, f"{self.fingerprint} ({self.folder})")
+
+
+class ExpertSource(MergeSource):
+    """The experts of a MoE on disk, whose `weights` also hold all that is kept."""
+
+    weights: Checkpoint
+
+    @property
+    def member_names(self) -> list[str]:
+        """shared, if a shared expert takes part, then expert-0 ... expert-{N-1}."""
+        return [SHARED] * self.has_shared + [f"expert-{i}" for i in range(self.num_members)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over weights and config."""
+        return model_fingerprint(self.folder)
+
+    def size(self, dtype: torch.dtype, copies: int = 1) -> int:
+        """As of any source, without asking the model's class."""
+        kept = sum(math.prod(self.weights.shape(name)) for name in self.backbone)
+        merged = sum(math.prod(tensor.shape) for tensor in self.tensors)
+        return (kept + copies * merged) * dtype.itemsize
+
+    def kept(self, name: str) -> Tensor:
+        """The tensor `name` of the backbone."""
+        return self.weights.tensor(name)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The MoE's own."""
+        from moemerge.models.loading import load_tokenizer
+
+        return load_tokenizer(str(self.folder))
+
+
+def shortened(names: Sequence[str]) -> str:
+    """`names` in a line, the middle left out if they are many."""
+    few = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+    return ", ".join(few)
+
+
+def foreign(given: str, expected: str) -> CheckpointError:
+    """The error for coefficients of something else."""
+    return CheckpointError(
+        "coefficients do not belong to this model",
+        given=given,
+        expected=expected,
+        fix="fit coefficients for this model, or merge the model that they were fitted for",
+    )

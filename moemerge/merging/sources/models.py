@@ -1,0 +1,260 @@
+"""Whole models of one architecture as a source of merges: fine-tunes of one start, domain experts, RM and LM.
+
+Letters: N models besides the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from moemerge.artifacts.manifest import model_fingerprint
+from moemerge.errors import CheckpointError, UnsupportedError
+from moemerge.merging.sources.base import MergedTensor, MergeSource
+from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary
+from moemerge.models.checkpoint import Checkpoint, copy_side_files
+from moemerge.models.configs import load_config
+from moemerge.models.families import family_of
+from moemerge.models.families.dense import dense_config, is_moe, skeleton
+from moemerge.models.guards import refuse_own_class, source_names
+from moemerge.models.heads import in_head
+from moemerge.models.loading import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+Scope = Literal["all", "body", "mlp"]
+# What models of one architecture may differ in without computing something else.
+INCIDENTAL = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size",
+    "num_labels", "id2label", "label2id", "problem_type", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings", "is_decoder", "finetuning_task",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A tensor that is merged from whole models."""
+
+    dense: str
+    shape: tuple[int, ...]
+
+
+class Model:
+    """One of the models: its weights, its config, and what it calls the reward model's tensors.
+
+    Raises CheckpointError unless it holds exactly what its config says, the reward head perhaps excepted.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.weights = Checkpoint(folder)
+        self.folder = self.weights.folder
+        self.config: PreTrainedConfig = load_config(self.folder)
+        if is_moe(self.config):
+            raise UnsupportedError(
+                f"{self.folder} is a mixture of experts",
+                given=f"model_type {self.config.model_type}",
+                expected="dense models",
+                fix="merge its experts first: moemerge merge --model ...",
+            )
+        refuse_own_class(self.config.architectures, self.folder)
+        self.names = source_names(self.weights, self.config)
+        self.lacks = [name for name, held in self.names.items() if held is None]
+
+    def tensor(self, dense: str) -> Tensor:
+        """The tensor that the reward model calls `dense`."""
+        held = self.names[dense]
+        assert held is not None
+        return self.weights.tensor(held)
+
+    def dtype(self, dense: str) -> torch.dtype:
+        """Its dtype, from the header."""
+        return self.weights.dtype(str(self.names[dense]))
+
+    def shape(self, dense: str) -> tuple[int, ...]:
+        """Its shape, from the header."""
+        return self.weights.shape(str(self.names[dense]))
+
+
+class ModelList(MergeSource):
+    """Reward models of one architecture, perhaps with a base that weighs in as a shared expert does.
+
+    The base, or without one the first model, gives config, tokenizer and all that is not merged. `scope`:
+    all; body, which is all but the head; mlp. Models without a reward head (language models of the same base,
+    as in DogeRM, arXiv 2407.01470) can take part where the head is not merged. Where tokenizers differ in
+    added tokens, the result has all of them: a token's embedding is averaged over the models that have it,
+    its counterparts elsewhere being filled in. Nothing is read but headers until it is asked for.
+
+    Raises CheckpointError for a model that is not whole, UnsupportedError for models that do not go together.
+    """
+
+    def __init__(self, models: Sequence[str], base: str | None = None, scope: Scope = "all") -> None:
+        self.has_shared, self.num_members, self.scope = base is not None, len(models), scope
+        self.models = [Model(folder) for folder in ([base] if base else []) + list(models)]
+        self.donor = self.models[0]
+        self.folder, self.config = self.donor.folder, self.donor.config
+        model = skeleton(self.config)
+        self.head = {name for name in self.donor.names if in_head(model, name)}
+        self._check_architecture()
+        self._check_heads()
+        merged = self._in_scope()
+        self.embeddings = self._embeddings()
+        self.vocabulary = self._vocabulary()
+        self.tensors = [ModelTensor(name, self._shape(name)) for name in merged]
+        self.backbone = [name for name in self.donor.names if name not in merged]
+        self._check_shapes()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of any tensor to merge."""
+        dtypes = (model.dtype(tensor.dense) for tensor in self.tensors for model in self.models)
+        return reduce(torch.promote_types, dtypes)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """dtype of the first model, the base if there is one."""
+        return self.donor.dtype(self.tensors[0].dense)
+
+    @property
+    def member_names(self) -> list[str]:
+        """base, if there is one, then model-0 ... model-{N-1}."""
+        return ["base"] * self.has_shared + [f"model-{i}" for i in range(self.num_members)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the models' weights and configs in their order, and the scope."""
+        parts = [model_fingerprint(model.folder) for model in self.models]
+        return hashlib.sha256(" ".join([*parts, self.scope, str(self.has_shared)]).encode()).hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprint, scope, and names of the head's tensors: mergekit's methods see only names."""
+        head = [name for name in self.donor.names if name in self.head]
+        return {"model": self.fingerprint, "scope": self.scope, "head": ",".join(head)}
+
+    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+        """One model's tensor, in the widest of their dtypes; embeddings in the common order of tokens."""
+        return self._own(tensor.dense, place).to(self.dtype)
+
+    def kept(self, name: str) -> Tensor:
+        """The first model's tensor."""
+        return self._own(name, 0)
+
+    def converted(self, place: int) -> bool:
+        """Whether model number `place` takes part as something else than the reward model on disk."""
+        return bool(self.models[place].lacks) or self.vocabulary is not None
+
+    def dense_config(self) -> PreTrainedConfig:
+        """The first model's config; a pad token is named, the vocabulary is the common one."""
+        config = dense_config(self.config)
+        text = config.get_text_config()
+        if text.pad_token_id is None:
+            text.pad_token_id = config.pad_token_id = self.tokenizer().pad_token_id
+        if self.vocabulary is not None:
+            text.vocab_size = self.vocabulary.size
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The first model's, with the others' added tokens."""
+        tokenizer = load_tokenizer(str(self.folder))
+        if self.vocabulary is not None:
+            tokenizer.add_tokens(self.vocabulary.added)
+        return tokenizer
+
+    def write_side_files(self, target: Path) -> None:
+        """Tokenizer, chat template, licence and the like of the first model; the tokenizer has all tokens."""
+        copy_side_files(self.folder, target)
+        if self.vocabulary is not None and self.vocabulary.added:
+            self.vocabulary.tokenizer(self.folder).save_pretrained(target)
+
+    def in_head(self, name: str) -> bool:
+        """Whether the tensor is the reward head's."""
+        return name in self.head
+
+    def _own(self, name: str, place: int) -> Tensor:
+        if name == self.embeddings and self.vocabulary is not None:
+            return self.vocabulary.table(place, lambda number: self.models[number].tensor(name))
+        return self.models[place].tensor(name)
+
+    def _in_scope(self) -> list[str]:
+        parameters = {name for name, _ in skeleton(self.config).named_parameters(remove_duplicate=False)}
+        names = [name for name in self.donor.names if name in parameters]
+        if self.scope == "mlp":
+            mlps = {tensor.dense for tensor in family_of(self.config).expert_tensors(self.config)}
+            return [name for name in names if name in mlps]
+        return [name for name in names if self.scope == "all" or not self.in_head(name)]
+
+    def _embeddings(self) -> str:
+        model = skeleton(self.config)
+        table = model.get_input_embeddings().weight
+        return next(name for name, weight in model.named_parameters() if weight is table)
+
+    def _vocabulary(self) -> Vocabulary | None:
+        if self.scope == "mlp":
+            return None
+        sizes = [model.shape(self.embeddings)[0] for model in self.models]
+        return common_vocabulary([model.folder for model in self.models], sizes)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self.donor.shape(name)
+        if name == self.embeddings and self.vocabulary is not None:
+            return (self.vocabulary.size, *shape[1:])
+        return shape
+
+    def _check_architecture(self) -> None:
+        mine = self.config.to_dict()
+        for model in self.models[1:]:
+            if model.config.model_type != self.config.model_type:
+                raise _unlike(model, f"model_type {model.config.model_type}", self.config.model_type)
+            theirs = model.config.to_dict()
+            keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+            differing = [key for key in keys if key not in INCIDENTAL]
+            if differing:
+                log.warning("%s differs from %s in %s; %s's are kept", model.folder, self.folder,
+                            ", ".join(differing), self.folder)  # fmt: skip
+
+    def _check_heads(self) -> None:
+        if self.donor.lacks:
+            raise CheckpointError(
+                f"{self.folder} has no reward head",
+                given=f"no {', '.join(self.donor.lacks)}",
+                expected="a reward model as base, or as the first of models",
+                fix="name the reward model as base",
+            )
+        headless = next((model for model in self.models if model.lacks), None)
+        if headless is not None and self.scope == "all":
+            raise UnsupportedError(
+                f"{headless.folder} has no reward head to merge",
+                given="scope all",
+                expected="scope body or mlp, where the head of the base is kept",
+                fix="set scope to body",
+            )
+        if self.config.num_labels != 1:
+            raise _unlike(self.donor, f"{self.config.num_labels} outputs", "a reward model, with one output")
+
+    def _check_shapes(self) -> None:
+        grown = {self.embeddings} if self.vocabulary is not None else set()
+        for model in self.models[1:]:
+            other = sorted(model.names.keys() ^ self.donor.names.keys())
+            if other:
+                raise _unlike(model, f"only one of the two has {other[0]}", "tensors of the same names")
+            for tensor in self.tensors:
+                shape = model.shape(tensor.dense)
+                if shape != self.donor.shape(tensor.dense) and tensor.dense not in grown:
+                    raise _unlike(model, f"{tensor.dense} {shape}", f"{self.donor.shape(tensor.dense)}")
+
+
+def _unlike(model: Model, given: str, expected: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{model.folder} does not go with the others",
+        given=given,
+        expected=expected,
+        fix="merge reward models of one architecture, fine-tuned from one start",
+    )

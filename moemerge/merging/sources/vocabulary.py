@@ -1,0 +1,117 @@
+"""The common vocabulary of models whose tokenizers differ in added tokens.
+
+Letters: V rows of the common embedding table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+
+from moemerge.errors import UnsupportedError
+from moemerge.models.loading import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The first model's vocabulary, with the tokens that only others have behind it.
+
+    `rows_V[m]` has, for each row of the common table, the row of model m's own table with the same token, or
+    -1.
+    """
+
+    added: list[AddedToken]
+    rows_V: list[Tensor]
+
+    @property
+    def size(self) -> int:
+        """Rows of the common table."""
+        return len(self.rows_V[0])
+
+    def table(self, place: int, own: Callable[[int], Tensor]) -> Tensor:
+        """Model number `place`'s embeddings in the common order; `own(m)` is the table of model m.
+
+        A token that it lacks gets the embedding of the first model that has it, so that an average of tables
+        leaves that embedding as it is. Rows of no token come from the first model, or are zero.
+        """
+        order = [place, *(m for m in range(len(self.rows_V)) if m != place)]
+        table = own(place)
+        common = table.new_zeros(self.size, table.shape[1])
+        empty_V = torch.ones(self.size, dtype=torch.bool)
+        for m in order:
+            take_V = empty_V & (self.rows_V[m] >= 0)
+            if bool(take_V.any()):
+                common[take_V] = own(m)[self.rows_V[m][take_V]].to(common.dtype)
+                empty_V &= ~take_V
+        return common
+
+    def tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        """The first model's tokenizer, in `folder`, with the added tokens."""
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        first = len(tokenizer)
+        tokenizer.add_tokens(self.added)
+        ids = tokenizer.convert_tokens_to_ids([str(token) for token in self.added])
+        assert ids == list(range(first, first + len(self.added)))
+        return tokenizer
+
+
+def common_vocabulary(folders: Sequence[Path], sizes: Sequence[int]) -> Vocabulary | None:
+    """The vocabulary of the models in `folders`, whose embedding tables have `sizes` rows; None if all agree.
+
+    Raises UnsupportedError if they differ in more than added tokens: the models have no common base then.
+    """
+    tokenizers = [load_tokenizer(str(folder)) for folder in folders]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    added = [{str(t): t for t in tokenizer.added_tokens_decoder.values()} for tokenizer in tokenizers]
+    _check_base(folders, vocabularies, added)
+    if len({*sizes}) == 1 and all(vocabulary == vocabularies[0] for vocabulary in vocabularies):
+        return None
+    new: dict[str, AddedToken] = {}
+    for vocabulary, tokens in zip(vocabularies, added, strict=True):
+        wanted = (
+            token for token in sorted(tokens, key=vocabulary.__getitem__) if token not in vocabularies[0]
+        )
+        new |= {token: tokens[token] for token in wanted if token not in new}
+    common = vocabularies[0] | {token: len(tokenizers[0]) + place for place, token in enumerate(new)}
+    height = max(sizes[0], max(common.values()) + 1)
+    rows = [_rows(common, vocabularies[m], size, height) for m, size in enumerate(sizes)]
+    rows[0] = _with_unnamed_rows(rows[0], set(common.values()), sizes[0])
+    return Vocabulary(list(new.values()), rows)
+
+
+def _rows(common: dict[str, int], own: dict[str, int], size: int, height: int) -> Tensor:
+    rows_V = torch.full((height,), -1)
+    for token, row in common.items():
+        if own.get(token, size) < size:
+            rows_V[row] = own[token]
+    return rows_V
+
+
+def _with_unnamed_rows(rows_V: Tensor, named: set[int], size: int) -> Tensor:
+    """The first model's table often has rows beyond its tokens: they stay where they are."""
+    for row in set(range(size)) - named:
+        rows_V[row] = row
+    return rows_V
+
+
+def _check_base(
+    folders: Sequence[Path], vocabularies: list[dict[str, int]], added: list[dict[str, AddedToken]]
+) -> None:
+    bases = [
+        {token: row for token, row in vocabulary.items() if token not in tokens}
+        for vocabulary, tokens in zip(vocabularies, added, strict=True)
+    ]
+    for folder, base in zip(folders, bases, strict=True):
+        differing = sorted(token for token, _ in base.items() ^ bases[0].items())
+        if differing:
+            raise UnsupportedError(
+                "the models' tokenizers do not go together",
+                given=f"{folder} and {folders[0]} differ in {len(differing)} tokens, such as {differing[:3]}",
+                expected="one vocabulary, up to added tokens",
+                fix="merge models that were fine-tuned from one base",
+            )

@@ -1,0 +1,1 @@
+"""Reward models on disk and in memory: opening, loading, scoring, the MoE layer and its classes."""

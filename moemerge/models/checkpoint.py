@@ -1,0 +1,336 @@
+"""Safetensors model folders: read tensor by tensor, written shard by shard.
+
+Letters: N routed experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moemerge.artifacts.disk import flush_and_forget
+from moemerge.artifacts.foreign import refuse_foreign
+from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.read_back import require_as_meant, tensor_digest
+from moemerge.errors import CheckpointError
+from moemerge.models.config_file import read_config
+
+if TYPE_CHECKING:
+    from moemerge.models.families.base import ExpertTensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# An open file is mapped whole, which counts against a limit on memory (ulimit -d) though none is used.
+OPEN_FILES = 2
+MAX_HEADER = 25_000_000
+WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5")
+NOT_COPIED = {
+    "config.json",
+    "manifest.json",
+    "README.md",
+    "training_args.bin",
+    "moemerge_shim.py",
+    "moemerge_layout.json",
+}
+MORE_TEMPLATES = "additional_chat_templates"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+ON_HUB = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model: `source` itself, or the hub's copy of that name, without pickle files."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=ON_HUB))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            "model cannot be found",
+            given=str(source),
+            expected="a folder, or a name on the hub that can be reached",
+            fix=f"correct the name ({str(error).splitlines()[0]})",
+        ) from error
+
+
+class Checkpoint:
+    """A folder with model.safetensors or its shards, opened read-only; tensors are read when asked for.
+
+    Raises CheckpointError when weights are missing, damaged, outside the folder, or only there as pickle.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = local_folder(folder)
+        refuse_foreign(self.folder)
+        self._files = self._weight_files()
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, in the order of the shards."""
+        return list(self._files)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands. CheckpointError if it is missing or no JSON object."""
+        try:
+            return read_config(self.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise self._fault("config.json cannot be read", str(error), "a JSON object") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of the tensor `name`, from the header. CheckpointError for kinds that no merge can use."""
+        kind = self._slice(name).get_dtype()
+        if kind not in DTYPES:
+            raise self._fault("a tensor is quantised", f"{name} in {kind}", ", ".join(DTYPES))
+        return DTYPES[kind]
+
+    def refuse_quantised(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError unless all these tensors hold floating-point numbers that a merge can use."""
+        for name in names:
+            if not self.dtype(name).is_floating_point:
+                raise self._fault("a tensor is quantised", f"{name} in {self.dtype(name)}", "floating point")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, as stored."""
+        return self._handle(name).get_tensor(name)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, one at a time."""
+        return ((name, self.tensor(name)) for name in self.names)
+
+    def differences(
+        self,
+        wanted: Mapping[str, tuple[int, ...]],
+        may_lack: Set[str] = frozenset(),
+        may_add: Callable[[str], bool] = lambda name: False,
+    ) -> dict[str, list[str]]:
+        """Names that are missing, left over or misshapen against `wanted` shapes, by kind; no empty lists.
+
+        Those in `may_lack` may be missing, those for which `may_add` holds may be there besides.
+        """
+        held = set(self.names)
+        found = {
+            "missing": sorted(wanted.keys() - held - may_lack),
+            "left over": sorted(name for name in held - wanted.keys() if not may_add(name)),
+            "misshapen": sorted(name for name in held & wanted.keys() if self.shape(name) != wanted[name]),
+        }
+        return {kind: names for kind, names in found.items() if names}
+
+    def expert(self, tensor: ExpertTensor, index: int) -> torch.Tensor:
+        """Routed expert number `index`'s copy of a dense MLP tensor, in the dense layout: a view."""
+        rows: torch.Tensor = self._slice(tensor.stacked)[index, tensor.rows]
+        return rows.T if tensor.transposed else rows
+
+    def experts(self, tensor: ExpertTensor) -> torch.Tensor:
+        """All routed experts' copies of a dense MLP tensor as they are stored, [N, ...]: a view."""
+        experts: torch.Tensor = self._slice(tensor.stacked)[:, tensor.rows]
+        return experts
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(name).get_slice(name)
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._files:
+            raise self._fault("a tensor is missing", name, "a checkpoint that holds it")
+        file = self._files[name]
+        handle = self._open.pop(file, None)
+        while handle is None and len(self._open) >= OPEN_FILES:
+            self._open.pop(next(iter(self._open)))
+        self._open[file] = handle or _open_file(self.folder / file)
+        return self._open[file]
+
+    def _weight_files(self) -> dict[str, str]:
+        if (self.folder / "adapter_config.json").exists():
+            # transformers would load the model that this file names, from wherever that is
+            raise self._adapter_fault()
+        if (self.folder / INDEX).exists():
+            files = self._indexed_files()
+            self._refuse_leftovers(set(files.values()))
+            return files
+        if (self.folder / SINGLE).exists():
+            return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
+        found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
+        raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
+
+    def _refuse_leftovers(self, shards: set[str]) -> None:
+        """Tools disagree on which is read first, so the weights of one model would pass for the other's."""
+        if SINGLE not in shards and (self.folder / SINGLE).exists():
+            raise CheckpointError(
+                f"{self.folder} holds two models' weights",
+                given=f"{SINGLE} and {INDEX} with {len(shards)} other file(s)",
+                expected="one or the other",
+                fix="remove what is left of the older model",
+            )
+
+    def _adapter_fault(self) -> CheckpointError:
+        found = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS)))
+        return CheckpointError(
+            f"{self.folder} is an adapter (LoRA), not a whole model",
+            given=f"adapter_config.json, {found or 'no weights'}",
+            expected=f"{SINGLE} or {INDEX} with all of the model's tensors, head included",
+            fix="load it on its base as a sequence classifier (PEFT), merge_and_unload(), save_pretrained()",
+        )
+
+    def _indexed_files(self) -> dict[str, str]:
+        try:
+            index = read_object(self.folder / INDEX)
+            files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._fault("the index of shards cannot be read", str(error), "a weight_map") from error
+        shards = set(files.values())
+        listed = {path.name for path in self.folder.iterdir() if path.is_file()}
+        for file in shards:
+            if file not in listed:
+                raise self._fault("a shard named in the index is not there", file, "a file in this folder")
+        held = {(name, file) for file in shards for name in _open_file(self.folder / file).keys()}
+        if held != set(files.items()):
+            names = sorted(name for name, _ in held ^ set(files.items()))
+            raise self._fault("index and shards disagree", ", ".join(names[:5]), "the same tensors in both")
+        return files
+
+    def _fault(self, what: str, given: str, expected: str) -> CheckpointError:
+        fix = "copy or download the model again, as safetensors"
+        return CheckpointError(f"{self.folder}: {what}", given=given, expected=expected, fix=fix)
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        _refuse_long_header(path)
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read",
+            given=str(error),
+            expected="a whole safetensors file",
+            fix="copy or download it again",
+        ) from error
+
+
+def _refuse_long_header(path: Path) -> None:
+    """ValueError if the names of the tensors alone would fill the memory."""
+    with path.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"a header of {length} bytes, more than {MAX_HEADER}")
+
+
+def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int) -> None:
+    """Write `tensors` as safetensors shards of at most `shard_size` bytes, holding one shard at a time.
+
+    A finished shard goes to the disk while the next one is made. Tensors may be views, also of each other.
+    In the end all are read back from the disk; CheckpointError unless names, shapes, dtypes and bits are
+    those that were meant.
+    """
+    paths: list[Path] = []
+    meant: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor() as pool:
+        flushed = []
+        for shard in _shards(tensors, shard_size):
+            paths.append(folder / f"model-{len(paths) + 1}.safetensors")
+            digests = pool.map(tensor_digest, shard.values())  # hashing leaves the interpreter free
+            save_file(shard, paths[-1], metadata={"format": "pt"})
+            paths[-1].chmod(0o644)
+            flushed.append(disk.submit(flush_and_forget, paths[-1]))
+            meant |= zip(shard, digests, strict=True)
+            shard.clear()
+        for one in flushed:
+            one.result()
+    if len(paths) == 1:
+        paths[0].rename(folder / SINGLE)
+    elif paths:
+        _number(folder, paths, Path.rename)
+    if paths:
+        require_as_meant(folder, meant, Checkpoint(folder).tensors())
+
+
+def _shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """`tensors` in groups of at most `shard_size` bytes or one tensor. Whoever takes a group clears it."""
+    shard: dict[str, torch.Tensor] = {}
+    size, storages = 0, set[int]()
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_size:
+            yield shard
+            shard, size, storages = {}, 0, set()
+        own = tensor.contiguous()
+        if own.untyped_storage().data_ptr() in storages:
+            own = own.clone()
+        storages.add(own.untyped_storage().data_ptr())
+        shard[name] = own
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:
+    """Make `folder` one checkpoint of the tensors of all `parts`, folders that write_checkpoint wrote.
+
+    Their files are hard-linked, or copied where the file system cannot; an index names them all.
+    """
+    _number(folder, [path for part in parts for path in sorted(part.glob("*.safetensors"))], _link)
+
+
+def _number(folder: Path, files: Sequence[Path], put: Callable[[Path, Path], Any]) -> None:
+    """Have `put` make `files` the shards of one checkpoint in `folder`, and write its index."""
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, path in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        weight_map |= dict.fromkeys(_open_file(path).keys(), name)
+        size += _data_size(path)
+        put(path, folder / name)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def _data_size(path: Path) -> int:
+    """Bytes of tensors in a safetensors file: all but the header and the eight bytes of its length."""
+    with path.open("rb") as handle:
+        return path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
+
+
+def copy_side_files(source: Path, target: Path, replace: bool = True) -> None:
+    """Copy what is neither weights, config, card nor manifest: tokenizer, chat templates, licence, ...
+
+    Without `replace`, what `target` has already stays.
+    """
+    for path in sorted([*source.iterdir(), *source.glob(f"{MORE_TEMPLATES}/*.jinja")]):
+        skip = path.name in NOT_COPIED or path.name.endswith(WEIGHTS) or path.name.startswith(".")
+        copy = target / path.relative_to(source)
+        if path.is_file() and not skip and (replace or not copy.exists()):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -1,0 +1,53 @@
+"""What a reward model costs: its parameters, those that one token uses, FLOPs per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from moemerge.models import modelling
+from moemerge.models.configs import load_config
+from moemerge.models.moe import moe_layers
+
+# What `cost` tells, as tables call it.
+COSTS = {
+    "parameters": "parameters",
+    "active_parameters": "used per token",
+    "flops_per_token": "FLOPs per token",
+}
+
+
+def parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Weights in `model`, and those that one token uses: without the routed experts it is not sent to."""
+    total = sum(weight.numel() for weight in model.parameters())
+    routed = sum(w.numel() for layer in moe_layers(model).values() for w in layer.experts.parameters())
+    moe = getattr(model.config, "moemerge", None) or {}
+    idle = routed - routed * moe["num_experts_per_tok"] // moe["num_routed_experts"] if routed else 0
+    return {"parameters": total, "active_parameters": total - idle}
+
+
+def cost(model: PreTrainedModel) -> dict[str, int]:
+    """`parameters` and `flops_per_token`: 2 * (active parameters - embeddings), the forward pass.
+
+    One multiplication and one addition per weight that a token meets; embeddings are looked up, not
+    multiplied (arXiv 2001.08361, section 2.1). The products of attention, which grow with the text and are
+    the same for models of one backbone, are left out. Training takes three times as much.
+    """
+    counts = parameters(model)
+    tables = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding))
+    return {**counts, "flops_per_token": 2 * (counts["active_parameters"] - tables)}
+
+
+def flops_ratio(model: str, other: str, trust_remote_code: bool = False) -> float:
+    """FLOPs per token of the reward model at `model` over those of the one at `other`, by their configs."""
+    costs = [cost(_without_weights(path, trust_remote_code)) for path in (model, other)]
+    return costs[0]["flops_per_token"] / costs[1]["flops_per_token"]
+
+
+def _without_weights(path: str, trust_remote_code: bool) -> PreTrainedModel:
+    modelling.register()
+    config = load_config(path, trust_remote_code)
+    config.num_labels = 1
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,0 +1,7 @@
+"""data2vec text: as BERT."""
+
+from dataclasses import replace
+
+from moemerge.models.families import bert
+
+FAMILY = replace(bert.FAMILY, model_type="data2vec-text")

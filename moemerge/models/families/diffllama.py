@@ -1,0 +1,5 @@
+"""DiffLlama: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("diffllama")

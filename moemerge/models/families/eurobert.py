@@ -1,0 +1,5 @@
+"""EuroBERT: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("eurobert", causal=False)

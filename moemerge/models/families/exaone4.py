@@ -1,0 +1,5 @@
+"""EXAONE 4: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("exaone4")

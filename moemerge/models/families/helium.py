@@ -1,0 +1,5 @@
+"""Helium: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("helium")

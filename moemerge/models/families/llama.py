@@ -1,0 +1,5 @@
+"""Llama: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("llama")

@@ -1,0 +1,5 @@
+"""Ministral: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("ministral")

@@ -1,0 +1,5 @@
+"""Ministral 3: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("ministral3")

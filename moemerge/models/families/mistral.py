@@ -1,0 +1,5 @@
+"""Mistral: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("mistral")

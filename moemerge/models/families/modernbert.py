@@ -1,0 +1,10 @@
+"""ModernBERT: gated MLP, gate and up fused."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family(
+    "modernbert",
+    matrices=(("gate_up", "mlp.Wi"), ("down", "mlp.Wo")),
+    activation="hidden_activation",
+    causal=False,
+)

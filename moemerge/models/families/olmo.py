@@ -1,0 +1,5 @@
+"""OLMo: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("olmo")

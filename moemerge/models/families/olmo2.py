@@ -1,0 +1,5 @@
+"""OLMo 2: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("olmo2")

@@ -1,0 +1,5 @@
+"""OLMo 3: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("olmo3")

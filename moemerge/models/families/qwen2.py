@@ -1,0 +1,5 @@
+"""Qwen2: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("qwen2")

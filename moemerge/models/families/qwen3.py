@@ -1,0 +1,5 @@
+"""Qwen3: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("qwen3")

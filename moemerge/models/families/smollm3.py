@@ -1,0 +1,5 @@
+"""SmolLM3: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("smollm3")

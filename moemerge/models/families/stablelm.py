@@ -1,0 +1,5 @@
+"""StableLM: gated MLP."""
+
+from moemerge.models.families.base import Family
+
+FAMILY = Family("stablelm")

@@ -1,0 +1,42 @@
+"""Which tensors are a reward head, and whether a config claims one."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# Heads of language models: left over, rightly, when a base model becomes a reward model.
+LANGUAGE_HEADS = (
+    "lm_head",
+    "cls.",
+    "vocab_",
+    "mlm_head",
+    "embed_out",
+    "decoder.weight",
+    "decoder.bias",
+    "output_projection",
+    "discriminator_predictions",
+    "generator_predictions",
+    "generator_lm_head",
+    "lm_predictions",
+    "mask_predictions",
+)
+
+
+def claims_head(config: PreTrainedConfig) -> bool:
+    """Whether a config says that its model has a reward head."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def has_own_code(config: PreTrainedConfig) -> bool:
+    """Whether a sequence classifier's code comes with the model."""
+    return "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+
+
+def spare_head(name: str) -> bool:
+    """Whether a tensor that the reward model lacks is but a base model's head or pooler."""
+    return name.startswith(LANGUAGE_HEADS) or ".pooler." in f".{name}"
+
+
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is the reward head's. A pooler is: checkpoints of masked language models lack it."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name

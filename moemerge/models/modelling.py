@@ -1,0 +1,311 @@
+"""MoE reward models as transformers classes: made from the dense ones, saved and loaded as HF folders.
+
+For each family there is a config class (model_type moemerge_FAMILY, the dense config plus the field
+`moemerge`) and model classes that put MoE layers where the dense MLPs stood. No modelling file is copied.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from types import new_class
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING,
+    MODEL_MAPPING_NAMES,
+)
+
+from moemerge.errors import CheckpointError, UnsupportedError
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.configs import load_config, unloadable
+from moemerge.models.families import FAMILIES, family_of
+from moemerge.models.families.base import Family
+from moemerge.models.families.dense import PREFIX, dense_class, dense_config, require_moe, skeleton
+from moemerge.models.layout import Layout, write_layout
+from moemerge.models.moe import MoELayer, StackedExperts, TokenContext, moe_layers
+from moemerge.models.moe_settings import MoeSettings
+
+__all__ = ["dense_class", "dense_config", "install_shim", "load_moe", "moe_config", "register"]
+
+SHIM = "moemerge_shim.py"
+SHIM_TEXT = '''"""This reward model is a mixture of experts made by moemerge: pip install moemerge"""
+import moemerge
+from moemerge import modelling
+
+Config = modelling.config_class("{family}")
+Model = modelling.model_class("{family}")
+'''
+
+
+class MoemergeConfigMixin:
+    """What every MoE config adds to the dense one."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        _register_models(self.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: the shim in the checkpoint is the only remote code there is."""
+
+
+class MoemergeModelMixin:
+    """What every MoE model adds to the dense one."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        kernel = config._experts_implementation
+        config._experts_implementation = None
+        super().__init__(config)  # type: ignore[call-arg]
+        config._experts_implementation = kernel or "grouped_mm"
+        install_experts(cast(PreTrainedModel, self))
+
+    def get_correct_experts_implementation(self, requested: str | None) -> str | None:
+        """As the dense class, but undecided stays so: a dense module inside would refuse a kernel."""
+        if requested is None:
+            return None
+        return cast(str, super().get_correct_experts_implementation(requested))  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: the shim in the checkpoint is the only remote code there is."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, StackedExperts):
+            for name, weight in module.named_parameters():
+                std = 0.0 if name.endswith("_bias") else getattr(module.config, "initializer_range", 0.02)
+                init.normal_(weight, mean=0.0, std=std)
+
+
+class MoemergeRewardMixin(MoemergeModelMixin):
+    """A MoE with a reward head: tells its layers which tokens count, saves its shim."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prompt_lengths: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the dense class, and `prompt_lengths` [B], tokens of the prompt, for the gate `prompt`."""
+        _tell_tokens(cast(PreTrainedModel, self), input_ids, attention_mask, prompt_lengths)
+        # By keyword: a few dense classes have another argument between the two.
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As the dense class; adds the shim that tells others what to install, and the layout."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        install_shim(save_directory, self.config.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
+        write_layout(save_directory, layout_of(cast(PreTrainedModel, self).config))
+
+
+@cache
+def config_class(family: str) -> type[PretrainedConfig]:
+    """The MoE config class of a family: the dense one's subclass."""
+    dense = CONFIG_MAPPING[family]
+    body = {
+        "model_type": PREFIX + family,
+        "__annotations__": {"moemerge": dict | None},
+        "moemerge": None,
+        "__module__": __name__,
+    }
+    name = f"Moemerge{dense.__name__}"
+    return cast(type[PretrainedConfig], new_class(name, (MoemergeConfigMixin, dense), exec_body=_with(body)))
+
+
+@cache
+def model_class(family: str) -> type[PreTrainedModel]:
+    """The MoE reward model class of a family."""
+    return _subclass(MoemergeRewardMixin, dense_class(CONFIG_MAPPING[family]()), family)
+
+
+@cache
+def _backbone_class(family: str) -> type[PreTrainedModel]:
+    dense = cast(type[PreTrainedModel], MODEL_MAPPING[CONFIG_MAPPING[family]])
+    return _subclass(MoemergeModelMixin, dense, family)
+
+
+def _subclass(mixin: type, dense: type[PreTrainedModel], family: str) -> type[PreTrainedModel]:
+    body = {"config_class": config_class(family), "__module__": __name__}
+    return cast(
+        type[PreTrainedModel], new_class(f"Moemerge{dense.__name__}", (mixin, dense), exec_body=_with(body))
+    )
+
+
+def _with(body: dict[str, Any]) -> Any:
+    return lambda namespace: namespace.update(body)
+
+
+def register() -> None:
+    """Make AutoConfig know every family's MoE; the model classes follow with the first such config."""
+    for family in FAMILIES:
+        AutoConfig.register(PREFIX + family, config_class(family), exist_ok=True)
+
+
+@cache
+def _register_models(family: str) -> None:
+    kind = config_class(family)
+    AutoModelForSequenceClassification.register(kind, model_class(family), exist_ok=True)
+    AutoModel.register(kind, _backbone_class(family), exist_ok=True)
+
+
+def moe_config(dense: PretrainedConfig, settings: MoeSettings) -> PretrainedConfig:
+    """The config of the MoE made from `dense`: every dense value is kept."""
+    family = family_of(dense)
+    if settings.gate == "prompt" and not family.causal:
+        raise UnsupportedError(
+            "gate prompt cannot work on an encoder",
+            given=f"{dense.model_type}, whose prompt states see the answer",
+            expected="a causal model",
+            fix="choose gate xft or topk",
+        )
+    values = dense.to_dict()
+    for name in ("model_type", "architectures", "auto_map"):
+        values.pop(name, None)
+    config = config_class(dense.model_type)(**{**values, "moemerge": settings.to_dict()})
+    config.architectures = [model_class(dense.model_type).__name__]
+    return config
+
+
+def layout_of(config: PretrainedConfig) -> Layout:
+    """The layout that follows from a MoE's config; builds both models without weights."""
+    family = family_of(config)
+    with torch.device("meta"):
+        model = model_class(family.model_type)(config)
+    return Layout(
+        class_name=type(model).__name__,
+        moe={name: tuple(value.shape) for name, value in model.state_dict().items()},
+        tied=list(getattr(model, "all_tied_weights_keys", None) or {}),
+        dense=list(skeleton(config).state_dict()),
+        experts=family.expert_tensors(config),
+        dense_config=json.loads(dense_config(config).to_json_string()),
+    )
+
+
+def install_experts(model: PreTrainedModel) -> None:
+    """Put fresh MoE layers where `model.config.moemerge` says; layers that have one are left alone."""
+    config, context = model.config, TokenContext()
+    settings, family = MoeSettings.read(config.moemerge), family_of(config)
+    for number in settings.layers:
+        layer = model.base_model.get_submodule(family.layers)[number]  # type: ignore[index]
+        if not isinstance(layer.get_submodule(family.block), MoELayer):
+            _install(layer, family, settings, model)
+    for moe in moe_layers(model).values():
+        moe.context, moe.balance_scale = context, 1 / len(settings.layers)
+
+
+def _install(layer: torch.nn.Module, family: Family, settings: MoeSettings, model: PreTrainedModel) -> None:
+    config = model.config
+    shapes: dict[str, tuple[int, ...]] = {}
+    for t in family.layer_tensors(layer, "", 0):
+        stack = t.stacked.rsplit(".", 1)[1]
+        rows = shapes.get(stack, (0, 0))[1] + t.stored_shape[0]
+        shapes[stack] = (settings.num_routed_experts, rows, *t.stored_shape[1:])
+    shared = family.dense_expert(layer, config) if settings.shared_expert else None
+    experts = StackedExperts(config, shapes, family.activation_of(config))
+    moe = MoELayer(settings, config.hidden_size, experts, shared, family.dropout_of(config))
+    for path in family.bypass:
+        layer.set_submodule(path, torch.nn.Identity())
+    layer.set_submodule(family.block, moe)
+    for module in (moe.experts, *moe.gate.modules()):
+        model._init_weights(module)
+
+
+def _tell_tokens(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    prompt_lengths: torch.Tensor | None,
+) -> None:
+    context = next(iter(moe_layers(model).values())).context
+    context.mask_BT = context.prompt_BT = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        length = attention_mask.shape[1] if input_ids is None else input_ids.shape[1]
+        context.mask_BT = attention_mask[:, -length:].bool()
+    if prompt_lengths is not None:
+        mask_BT = context.mask_BT
+        if mask_BT is None:
+            assert input_ids is not None
+            mask_BT = torch.ones_like(input_ids, dtype=torch.bool)
+        place_BT = mask_BT.long().cumsum(1)
+        context.prompt_BT = mask_BT & (place_BT <= prompt_lengths.to(place_BT.device)[:, None])
+
+
+def install_shim(folder: str | Path, family: str) -> None:
+    """Write the few lines that tell people without moemerge what to install, and name them in the config."""
+    folder = Path(folder)
+    (folder / SHIM).write_text(SHIM_TEXT.format(family=family), encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    module = SHIM.removesuffix(".py")
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.Config",
+        "AutoModelForSequenceClassification": f"{module}.Model",
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_moe(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The MoE reward model in `folder`, in eval mode; `dtype` defaults to the checkpoint's.
+
+    Raises CheckpointError if it is not a moemerge MoE, or a tensor is missing, left over or misshapen.
+    """
+    register()
+    Checkpoint(folder)
+    config = load_config(folder)
+    require_moe(config.model_type, folder)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # see load_config
+        expected = "safetensors that agree with config.json"
+        raise unloadable("the MoE cannot be loaded", folder, error, expected) from error
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[fault]:
+            raise CheckpointError(
+                f"{folder} does not fit its own config",
+                given=f"{fault.replace('_', ' ')}: {sorted(map(str, info[fault]))[:5]}",
+                expected="exactly the tensors that the config asks for",
+                fix="make the folder again, or copy it again whole",
+            )
+    return cast(PreTrainedModel, model.eval())
+
+
+def __getattr__(name: str) -> Any:
+    """The generated classes by name, so that they can be pickled and imported."""
+    models = (
+        (model_class, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (_backbone_class, MODEL_MAPPING_NAMES),
+    )
+    for family in FAMILIES if name.startswith("Moemerge") else ():
+        if name == config_class(family).__name__:
+            return config_class(family)
+        for make, names in models:
+            if name == f"Moemerge{names[family]}":
+                return make(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,143 @@
+"""Scoring texts with a reward model.
+
+P pairs, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
+from moemerge.errors import CheckpointError, DataError
+from moemerge.models.token_limits import check_texts
+
+log = logging.getLogger(__name__)
+
+OnBatch: TypeAlias = Callable[[list[int]], None]
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    batch_tokens: int,
+    progress: str = "",
+    on_batch: OnBatch | None = None,
+) -> Tensor:
+    """Scores of `encoded` texts, float32 on CPU, in the order given; shape [len(encoded)].
+
+    Texts of like length go together, at most `batch_tokens` tokens a batch with padding counted (a longer
+    text goes alone). Batching does not change scores beyond rounding. `progress` names a progress bar;
+    `on_batch` is told the rows of each batch before it runs, in the batch's order. Raises DataError for a
+    text without tokens, CheckpointError if a score is not finite.
+    """
+    _refuse_empty(encoded)
+    check_texts(model, encoded)
+    scores = torch.empty(len(encoded))
+    if not encoded:
+        return scores
+    # The model pools the last token that is not config.pad_token_id, so that is what must pad.
+    pad = model.config.get_text_config().pad_token_id
+    pad = tokenizer.pad_token_id if pad is None else pad
+    takes = inspect.signature(model.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in takes else {}
+    done: list[tuple[list[int], Tensor]] = []
+    with torch.inference_mode(), _bar(len(encoded), progress) as bar:
+        for rows in batches([len(text.ids) for text in encoded], batch_tokens):
+            if on_batch is not None:
+                on_batch(rows)
+            inputs = collate([encoded[row] for row in rows], pad, _gates_by_prompt(model), model.device)
+            done.append((rows, model(**inputs, **extra).logits[:, 0].float()))
+            bar.update(len(rows))
+        for rows, scores_B in done:
+            scores[rows] = scores_B.cpu()
+    _refuse_non_finite(scores)
+    return scores
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows grouped by falling length, `rows x longest <= batch_tokens` (or one row), ties in order."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def _gates_by_prompt(model: PreTrainedModel) -> bool:
+    return (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
+
+
+def collate(texts: Sequence[Encoded], pad: int, prompts: bool, device: torch.device) -> dict[str, Tensor]:
+    """A batch of texts padded on the right with `pad`; `prompt_lengths` too if `prompts` asks for them."""
+    longest = max(len(text.ids) for text in texts)
+    ids_BT = torch.tensor([text.ids + [pad] * (longest - len(text.ids)) for text in texts])
+    lengths_B = torch.tensor([len(text.ids) for text in texts])
+    inputs = {"input_ids": ids_BT, "attention_mask": (torch.arange(longest) < lengths_B[:, None]).long()}
+    if prompts:
+        inputs["prompt_lengths"] = torch.tensor([text.prompt_length for text in texts])
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def _bar(total: int, text: str) -> tqdm[Any]:
+    return tqdm(total=total, desc=text, unit="text", leave=False, disable=None if text else True)
+
+
+def _refuse_empty(encoded: Sequence[Encoded]) -> None:
+    empty = [row for row, text in enumerate(encoded) if not text.ids]
+    if empty:
+        raise DataError(
+            "a text without tokens cannot be scored",
+            given=f"{len(empty)} of {len(encoded)} texts, first at position {empty[0]}",
+            expected="at least one token",
+            fix="drop empty answers, or use a tokenizer that adds an end token",
+        )
+
+
+def _refuse_non_finite(scores: Tensor) -> None:
+    bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise CheckpointError(
+            "the model gives scores that are not finite",
+            given=f"{len(bad)} of {len(scores)} texts, first at position {bad[0]}: {scores[bad[0]].item()}",
+            expected="finite scores",
+            fix="check the checkpoint for NaN, or load it in float32 or bfloat16 in place of float16",
+        )
+
+
+def score_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    batch_tokens: int,
+    progress: str = "",
+) -> Tensor:
+    """Scores of pairs, [len(pairs), 2]: chosen, rejected. As `score`, over both sides at once."""
+    texts = texts_of(pairs)
+    return score(model, tokenizer, texts, batch_tokens, progress).view(-1, 2)
+
+
+def bradley_terry(scores_P2: Tensor) -> tuple[float, float]:
+    """Mean of -log sigmoid(chosen - rejected) in nats, and the share of pairs with chosen > rejected.
+
+    A tie is an error. Raises DataError without pairs.
+    """
+    if not len(scores_P2):
+        raise DataError(
+            "no pairs to compare",
+            given="0 pairs",
+            expected="at least one",
+            fix="give a file with usable pairs",
+        )
+    margin_P = scores_P2[:, 0].double() - scores_P2[:, 1].double()
+    loss_P = -torch.nn.functional.logsigmoid(margin_P)
+    return loss_P.mean().item(), (margin_P > 0).double().mean().item()

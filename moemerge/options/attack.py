@@ -1,0 +1,38 @@
+"""Settings of the stage attack; recipe.py makes the stage's options of them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moemerge.options.base import Run, Source, TextFormat
+from moemerge.options.policy import GoldSource
+
+
+class AttackSettings(GoldSource):
+    """Reward-guided search for rejected answers that a reward model overrates once they are edited.
+
+    With gold, an edited answer counts only while its gold score is below the chosen one's.
+    """
+
+    max_pairs: int | None = Field(200, ge=1, description="draw at most so many pairs")
+    edits: list[str] = Field(
+        default_factory=list,
+        description="edits to search among (default: all that keep the content; with gold all)",
+    )
+    words: list[str] = Field(
+        default_factory=list, description="words that insert_word adds, in place of ours"
+    )
+    steps: int = Field(6, ge=1, description="most edits on top of each other")
+    proposals: int = Field(12, ge=1, description="edits tried per step and answer of the beam")
+    beam: int = Field(1, ge=1, description="answers kept per step; 1: greedy")
+    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+
+
+class Attack(AttackSettings, TextFormat, Run):
+    """Options of `moemerge attack`."""
+
+    model: Source = Field(description="reward model: folder or hub name")
+    pairs: Source = Field(description="preference pairs whose rejected answers are edited")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")

@@ -1,0 +1,123 @@
+"""Settings of the stage fit; recipe.py makes the stage's options of them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import Members, Options, Run, Source, TextFormat
+
+
+class FitSettings(Options):
+    """Merge coefficients: a row per block for the members, and a weight for the shared one."""
+
+    method: str = Field("learned", description="uniform, usage, learned, grid, least_squares, ...")
+    granularity: Literal["layer", "matrix", "global"] = Field(
+        "layer", description="what shares a row of coefficients: a layer, a matrix with its bias, everything"
+    )
+    initial: Literal["auto", "uniform", "usage", "usage_chosen", "one_hot"] = Field(
+        "auto",
+        description="where methods that learn start; auto: usage if there is routing, else uniform; "
+        "usage_chosen: gate mass on chosen answers",
+    )
+    initial_member: int = Field(0, ge=0, description="one_hot: number of the member that has all the weight")
+    grid: list[float] = Field(
+        default_factory=lambda: [step / 20 for step in range(21)],
+        description="method grid: the shared weights to try",
+    )
+    shared_weight: float | Literal["match", "learned", "learned_global"] = Field(
+        0.5,
+        description="weight of the shared member: a number in [0, 1], match (as in routing), learned (per "
+        "block, as granularity says) or learned_global (one for all)",
+    )
+    objectives: dict[str, float] = Field(
+        default_factory=lambda: {"bradley_terry": 1.0},
+        description="what learned minimises, with weights: bradley_terry; distillation, to the MoE's scores; "
+        "alignment with the members, without labels",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="bradley_terry: share of labels held wrong")
+    margin: Literal["none", "column", "strength"] = Field(
+        "none",
+        description="bradley_terry: margin that chosen must win by: the data's margin column, or the MoE's "
+        "(the models' mean) own score difference",
+    )
+    owners: dict[str, int] = Field(
+        default_factory=dict,
+        description="subset=number of the member whose own inputs these pairs are, for alignment and "
+        "least_squares (default: a MoE's routing decides; models own all pairs alike)",
+    )
+    optimizer: str = Field("auto", description="lbfgs, adam, cma; auto: lbfgs up to 2048 pairs, else adam")
+    learning_rate: float = Field(0.05, gt=0, description="of the coefficient logits (Adam)")
+    max_epochs: int = Field(
+        30, ge=1, description="most passes over the fitting pairs (a generation of cma counts as one)"
+    )
+    batch_size: int = Field(32, ge=1, description="pairs per step (Adam)")
+    micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
+    kl: float = Field(0.0, ge=0, description="pull towards the initial coefficients")
+    l2: float = Field(0.0, ge=0, description="pull of the logits towards their start, squared distance")
+    patience: int = Field(5, ge=1, description="evaluations without progress before stopping")
+    evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch (Adam)")
+    holdout: float = Field(
+        0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given"
+    )
+    folds: int = Field(
+        0, ge=0, description="0, or hold out each of so many parts in turn and average their coefficients"
+    )
+    level: float = Field(
+        0.05, gt=0, le=1, description="the initial coefficients are kept unless p on held-out pairs is below"
+    )
+    judge: Literal["preferences", "objective"] = Field(
+        "preferences",
+        description="loss that decides on held-out pairs: plain Bradley-Terry, or what is fitted",
+    )
+    robust_rounds: int = Field(
+        0, ge=0, description="further rounds on pairs weighted by how badly the merged model ranks them"
+    )
+    robust_temperature: float = Field(
+        1.0, gt=0, description="robust_rounds: weights are exp(loss / temperature); wrong labels gain too"
+    )
+    sensitivity: bool = Field(True, description="report what each layer's coefficients bring")
+
+    @model_validator(mode="after")
+    def _values_make_sense(self) -> FitSettings:
+        if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
+            raise ValueError("shared_weight is outside [0, 1]")
+        if not self.grid or not all(0 <= value <= 1 for value in self.grid):
+            raise ValueError("grid needs values, all in [0, 1]")
+        if not self.objectives or not all(value > 0 for value in self.objectives.values()):
+            raise ValueError("objectives needs at least one, all with weights above 0")
+        if self.folds == 1:
+            raise ValueError("folds: 0, or 2 and more")
+        return self
+
+    @property
+    def learns_shared(self) -> bool:
+        """Whether the shared weight is to be fitted."""
+        return self.shared_weight in ("learned", "learned_global")
+
+
+class Fit(FitSettings, Members, TextFormat, Run):
+    """Options of `moemerge fit`."""
+
+    routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
+    pairs: Source | None = Field(None, description="fitting pairs; needed by all that looks at data")
+    validation: Source | None = Field(
+        None, description="held-out pairs (default: a share of the fitting pairs)"
+    )
+    start: Source | None = Field(
+        None, description="coefficients of the same members to start from, in place of initial"
+    )
+    candidates: Source | None = Field(
+        None, description="robust_rounds: scored candidates, whose overrated answers become pairs"
+    )
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Fit:
+        if self.start and self.initial != "auto":
+            raise ValueError("start and initial say two things: give one of them")
+        if self.folds and self.validation:
+            raise ValueError("folds go over the fitting pairs: give no validation")
+        if self.candidates and not self.robust_rounds:
+            raise ValueError("candidates need robust_rounds")
+        return self

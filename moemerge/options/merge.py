@@ -1,0 +1,76 @@
+"""Options of merge and export."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import OURS, Members, Options, Run, Source
+
+
+class MergeSettings(Options):
+    """MoE or models + coefficients -> dense reward model of the original architecture."""
+
+    method: str = Field(OURS, description="ours, or a method of mergekit: linear, ties, karcher, ...")
+    parameters: dict[str, float | bool | str] = Field(
+        default_factory=dict, description="of a method of mergekit, e.g. density=0.5, for all experts"
+    )
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
+        "keep", description="dtype of the result; keep: that of the dense model"
+    )
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+
+    @model_validator(mode="after")
+    def _parameters_have_a_method(self) -> MergeSettings:
+        if self.method == OURS and self.parameters:
+            raise ValueError("routing_normalized_average takes coefficients, no parameters")
+        return self
+
+
+class Merge(MergeSettings, Members, Run):
+    """Options of `moemerge merge`."""
+
+    coefficients: Source | None = Field(
+        None, description="folder written by fit; a method of mergekit takes them as its weight"
+    )
+    weights: list[float] = Field(
+        default_factory=list,
+        description="with models: a weight for each, the base first if there is one; no coefficients then; "
+        "their sum does not matter (default: equal)",
+    )
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> Merge:
+        if self.model and self.method == OURS and self.coefficients is None:
+            raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Merge:
+        if self.weights and (self.model or self.coefficients):
+            raise ValueError("weights go with models, in place of coefficients")
+        if self.weights and len(self.weights) != len(self.models) + bool(self.base):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
+        if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
+            raise ValueError("weights must be finite, none below zero and one above")
+        return self
+
+
+class Export(Members, Run):
+    """Options of `moemerge export`."""
+
+    form: Literal["dense", "qwen2_moe"] = Field(
+        "dense", description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it"
+    )
+    coefficients: Source | None = Field(
+        None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
+    )
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> Export:
+        if self.form != "dense" and (self.models or self.coefficients):
+            raise ValueError(f"form {self.form} goes with a MoE as model, and without coefficients")
+        return self

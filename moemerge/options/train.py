@@ -1,0 +1,132 @@
+"""Options of train."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import Layers, Options, Run, Source, TextFormat
+
+STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
+
+
+class TrainSettings(Options):
+    """Bradley-Terry training on preference pairs with TRL's RewardTrainer."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
+    batch_size: int = Field(8, ge=1, description="pairs per device and step")
+    gradient_accumulation: int = Field(1, ge=1, description="steps summed into one update")
+    learning_rate: float = Field(1e-5, gt=0, description="of everything that has no rate of its own")
+    expert_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="of routed and shared experts, or of a dense model's MLPs (default: learning_rate)",
+    )
+    router_learning_rate: float | None = Field(None, gt=0, description="of routers (default: learning_rate)")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of steps with rising learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning rate after warm-up"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    trainable: Literal["full", "experts", "lora"] = Field(
+        "full", description="full; experts: experts, routers and head; lora: those plus LoRA on attention"
+    )
+    train_layers: Layers = Field("all", description="transformer layers that train; the head always does")
+    lora_rank: int = Field(16, ge=1, description="rank of LoRA on attention")
+    lora_alpha: float = Field(32.0, gt=0, description="scale of LoRA on attention")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast on a GPU, float32 on CPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    group_by_length: bool = Field(
+        False, description="batches of similar length: faster where lengths vary, but a less random order"
+    )
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations (default: ten per run)")
+    patience: int | None = Field(
+        3, ge=1, description="evaluations without progress before stopping; none: never"
+    )
+    choose_by: Literal["loss", "accuracy"] = Field(
+        "loss",
+        description="what chooses steps and trials on validation pairs; loss minds how sure the scores are, "
+        "accuracy only their order (and takes the first of equals)",
+    )
+    shared_dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance that a pair is scored without the shared expert, in all layers"
+    )
+    router_temperature: float = Field(
+        1.0, gt=0, description="divides the router's logits at the first step, then falls or rises to 1"
+    )
+    temperature_share: float = Field(
+        0.5, gt=0, le=1, description="share of steps after which the router's temperature is 1"
+    )
+    top1_warmup: float = Field(
+        0.0, ge=0, le=1, description="share of steps with one routed expert per token, at the start"
+    )
+    assign: Literal["router", "subset", "shards"] = Field(
+        "router",
+        description="who picks a pair's routed expert at the start: its router, subset, or random shard",
+    )
+    assign_share: float = Field(0.5, gt=0, le=1, description="share of steps with experts by subset or shard")
+    assign_order: list[str] = Field(
+        default_factory=list,
+        description="subsets of expert 0, 1, ..., and round again (default: all, by name)",
+    )
+    search: dict[str, list[float]] = Field(
+        default_factory=dict,
+        description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses",
+    )
+
+    @model_validator(mode="after")
+    def _search_known(self) -> TrainSettings:
+        allowed = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
+        unknown = set(self.search) - allowed
+        if unknown:
+            raise ValueError(f"search takes {', '.join(sorted(allowed))}; not {', '.join(sorted(unknown))}")
+        return self
+
+    @model_validator(mode="after")
+    def _order_of_subsets(self) -> TrainSettings:
+        if self.assign_order and self.assign != "subset":
+            raise ValueError("assign_order needs assign: subset")
+        if len(set(self.assign_order)) < len(self.assign_order):
+            raise ValueError("assign_order names a subset twice")
+        return self
+
+    def steered(self) -> list[str]:
+        """Names of the options set here that only a MoE can follow."""
+        defaults = {name: type(self).model_fields[name].default for name in STEERING}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
+
+
+class Train(TrainSettings, TextFormat, Run):
+    """Options of `moemerge train`."""
+
+    model: Source = Field(
+        description="MoE or dense reward model, or a base model (fresh head): folder or hub name"
+    )
+    pairs: Source = Field(description="training pairs")
+    validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
+    flops_of: Source | None = Field(
+        None, description="train longer: as many FLOPs as these options are with this model, such as a MoE"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def scaled(settings: Settings, factor: float) -> Settings:
+    """`settings` with `factor` times the epochs, those of a search too, and steps (rounded, at least one).
+
+    The schedule of the learning rate stretches along; so do evaluations, unless `eval_steps` says otherwise.
+    """
+    search = {
+        name: [factor * value for value in values] if name == "epochs" else values
+        for name, values in settings.search.items()
+    }
+    steps = settings.max_steps and max(1, round(factor * settings.max_steps))
+    changed = {"epochs": factor * settings.epochs, "max_steps": steps, "search": search}
+    return settings.model_copy(update=changed)

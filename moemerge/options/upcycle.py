@@ -1,0 +1,50 @@
+"""Options of upcycle."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import Layers, Options, Run, Source
+
+
+class UpcycleSettings(Options):
+    """dense reward model -> mixture of experts that computes the same function."""
+
+    num_routed_experts: int = Field(7, ge=2, description="routed experts per layer (N)")
+    num_experts_per_tok: int = Field(5, ge=1, description="routed experts per token (K)")
+    shared_expert: bool = Field(True, description="keep one expert that sees every token")
+    layers: Layers = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
+    gate: Literal["xft", "topk", "prompt"] = Field(
+        "xft",
+        description="xft: normalised, shared 1 - max s; topk: renormalised; prompt: one gate per prompt",
+    )
+    gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="shared expert's weight under gate topk")
+    router: Literal["linear", "mlp"] = Field("linear", description="router network")
+    router_init: Literal["normal", "zero"] = Field(
+        "normal",
+        description="router's last layer at the start; zero always picks the first K experts at first",
+    )
+    router_init_std: float = Field(0.02, gt=0, description="standard deviation of router_init: normal")
+    expert_noise: float = Field(
+        0.0, ge=0, description="noise on the copies, in units of each matrix's standard deviation"
+    )
+    balance_coefficient: float = Field(
+        0.01, ge=0, description="weight of the balance loss, kept in the config"
+    )
+    balance_loss: Literal["cv", "switch"] = Field("cv", description="cv: cv^2 of importance and load; switch")
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> UpcycleSettings:
+        if self.num_experts_per_tok > self.num_routed_experts:
+            raise ValueError("num_experts_per_tok is larger than num_routed_experts")
+        return self
+
+
+class Upcycle(UpcycleSettings, Run):
+    """Options of `moemerge upcycle`."""
+
+    model: Source = Field(description="dense reward model, base LM or encoder: folder or hub name")

@@ -1,0 +1,174 @@
+"""Intervals and tests that the probes share. K clusters, P rows, R resamples, X measured values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+BLOCK = 4_000_000
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Interval = tuple[float, float]
+
+
+def wilson(successes: float, trials: int, confidence: float) -> Interval:
+    """Wilson's score interval of a proportion (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
+    low, high = wilson_band(np.array([successes / trials]), np.array([trials]), confidence)
+    return float(low[0]), float(high[0])
+
+
+def wilson_band(share_X: Floats, trials_X: Integers, confidence: float) -> tuple[Floats, Floats]:
+    """`wilson` for many proportions at once: lower and upper ends, [X] each."""
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    centre_X = (share_X + z**2 / (2 * trials_X)) / (1 + z**2 / trials_X)
+    spread_X = np.sqrt(share_X * (1 - share_X) / trials_X + (z / (2 * trials_X)) ** 2)
+    half_X = z * spread_X / (1 + z**2 / trials_X)
+    return np.clip(centre_X - half_X, 0, share_X), np.clip(centre_X + half_X, share_X, 1)
+
+
+def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: float) -> Interval:
+    """Interval of the mean of `right_P`: Wilson's, or the bootstrap's (`draws_R`) if prompts repeat.
+
+    Where all rows agree resamples cannot differ: then each of the `prompts` counts as one observation. The
+    bootstrap also serves rows that are neither 0 nor 1.
+    """
+    share = float(right_P.mean())
+    unanimous, whole = share in (0.0, 1.0), bool(np.isin(right_P, (0, 1)).all())
+    if unanimous or (whole and prompts == len(right_P)):
+        return wilson(share * prompts, prompts, confidence)
+    low, high = percentile_interval(draws_R[:, None], confidence)
+    return float(low[0]), float(high[0])
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p of McNemar's test: are the two kinds of disagreement equally likely? 1 without any.
+
+    Takes pairs as independent.
+    """
+    disagreements = only_first + only_second
+    return float(stats.binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
+
+
+def clustered_mcnemar(differences_K: Integers) -> float:
+    """McNemar's exact test where pairs share prompts: two-sided p, 1 without any disagreement.
+
+    `differences_K`: per prompt, pairs that only the first model has right minus those that only the second
+    has. Under the hypothesis their signs are fair coins; p is the chance of a sum as far from zero, over all
+    signs. With one pair per prompt this is `mcnemar`.
+    """
+    sizes, counts = np.unique(np.abs(differences_K[differences_K != 0]), return_counts=True)
+    chances = np.ones(1)  # of the sums -(len - 1) / 2 ... (len - 1) / 2
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        spaced = np.zeros(2 * size * count + 1)
+        spaced[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, spaced)
+    sums = np.abs(np.arange(len(chances)) - len(chances) // 2)
+    return min(1.0, float(chances[sums >= abs(int(differences_K.sum()))].sum()))
+
+
+def resampled_p(difference: float, draws_R: Floats, units: int) -> float:
+    """Two-sided p of a mean `difference` over `units` by Student's t; the error is that of its resamples.
+
+    Never below 2^(1 - units), the sign test's p if all units agree; so 1 for a single unit.
+    """
+    floor = 2.0 ** (1 - units)
+    error = float(draws_R.std(ddof=1)) * math.sqrt(units / max(units - 1, 1))
+    if units < 2 or difference == 0 or error == 0:
+        return 1.0 if difference == 0 else min(1.0, floor)
+    return max(floor, 2 * float(stats.t.sf(abs(difference) / error, units - 1)))
+
+
+def holm(p_X: Floats) -> Floats:
+    """p-values adjusted for the number of tests (Holm 1979): reject where below the level, in their order."""
+    order = np.argsort(p_X)
+    steps_X = p_X[order] * np.arange(len(p_X), 0, -1)
+    adjusted_X = np.empty(len(p_X))
+    adjusted_X[order] = np.minimum(np.maximum.accumulate(steps_X), 1)
+    return adjusted_X
+
+
+def sampling_units(prompts_P: Integers) -> Integers:
+    """What is resampled whole: rows with equal numbers. Prompts; if all rows have one prompt, single rows.
+
+    With one prompt nothing can be said about others, and the rows stand for more rows like them.
+    """
+    one = len(np.unique(prompts_P)) == 1
+    return np.arange(len(prompts_P), dtype=np.int64) if one else prompts_P
+
+
+def cluster_sums(values_PX: Floats, clusters: Integers) -> Floats:
+    """Sums over the rows of each cluster, with their count as a last column; [K, X + 1]."""
+    _, numbers = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((numbers.max() + 1, values_PX.shape[1] + 1))
+    np.add.at(sums, numbers, np.column_stack([values_PX, np.ones(len(values_PX))]))
+    return sums
+
+
+def bootstrap_means(sums_KX: Floats, resamples: int, seed: int) -> Floats:
+    """Means of X values over resampled clusters, [R, X]; `sums_KX` has the row counts as its last column.
+
+    Whole clusters are drawn with replacement, the same ones for every value, so differences are paired.
+    """
+    blocks = [counts_RK @ sums_KX for counts_RK in _draws(len(sums_KX), resamples, seed)]
+    totals_RX = np.concatenate(blocks)
+    return totals_RX[:, :-1] / totals_RX[:, -1:]
+
+
+def _draws(clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each cluster is drawn in each resample, some resamples at a time."""
+    random = np.random.default_rng(seed)
+    size = max(1, BLOCK // clusters)
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        drawn = random.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * clusters)
+        yield counts.reshape(rows, clusters).astype(np.float64)
+
+
+def percentile_interval(draws_RX: Floats, confidence: float) -> tuple[Floats, Floats]:
+    """Percentile interval of each column: lower and upper ends, [X] each."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws_RX, [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def banded(name: str, values_RX: Floats, confidence: float) -> dict[str, Any]:
+    """`name`, `name_low`, `name_high`: the values, which come first, and their interval over what follows."""
+    low, high = percentile_interval(values_RX[1:], confidence)
+    return {name: values_RX[0].tolist(), f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
+
+
+def t_interval(values_S: Sequence[float], confidence: float) -> Interval | None:
+    """Student's t-interval of the mean of independent values; None where their spread is not known.
+
+    It is not known of a single value, nor of equal ones other than 0: shares of few pairs are coarse, and
+    three equal ones are no proof.
+    """
+    if not _spread_is_known(values_S):
+        return None
+    mean, error = _mean_and_error(values_S)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values_S) - 1)) * error
+    return mean - half, mean + half
+
+
+def t_test(values_S: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test that the mean of independent values is 0; None as in t_interval."""
+    if not _spread_is_known(values_S):
+        return None
+    mean, error = _mean_and_error(values_S)
+    return 2 * float(stats.t.sf(abs(mean) / error, len(values_S) - 1)) if error else 1.0
+
+
+def _spread_is_known(values_S: Sequence[float]) -> bool:
+    equal = np.allclose(values_S, values_S[0], rtol=1e-9, atol=0)
+    return len(values_S) > 1 and (not equal or values_S[0] == 0)
+
+
+def _mean_and_error(values_S: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))

@@ -1,0 +1,68 @@
+"""Tables of reports, and text that is safe in markdown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LONG_TEXT = 60
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; cells are text already."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table as GitHub markdown, headed by its title; columns of numbers keep to the right."""
+        rule = ["---:" if numeric else "---" for numeric in self.numeric()]
+        cells = [[_markdown_cell(cell) for cell in row] for row in [self.header, rule, *self.rows]]
+        body = ["| " + " | ".join(row) + " |" for row in cells]
+        note = ["", inert_markdown(self.note)] if self.note else []
+        return "\n".join([f"### {inert_markdown(self.title)}", "", *body, *note]) + "\n"
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers only."""
+        return [all(map(_is_number, column)) for column in self._columns()]
+
+    def prose(self) -> list[bool]:
+        """Which columns hold text that needs room to be read."""
+        return [max(map(len, column), default=0) > LONG_TEXT for column in self._columns()]
+
+    def _columns(self) -> list[list[str]]:
+        return [[row[place] for row in self.rows] for place in range(len(self.header))]
+
+
+def inert_markdown(text: str) -> str:
+    """`text` so that markdown finds no HTML, image or link in it."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(").replace("![", "!\\[")
+
+
+def _markdown_cell(text: str) -> str:
+    return inert_markdown(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.lstrip("+-")[:1].isdigit() or cell == "baseline"
+
+
+def percent(share: float) -> str:
+    """A share as readers say it: 95% for 0.95, 97.5% for 0.975."""
+    return f"{100 * share:g}%"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table with aligned columns, as readable in a terminal as on a page."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [
+            cell.ljust(w) if place == 0 else cell.rjust(w)
+            for place, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in [header, rule, *rows]
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

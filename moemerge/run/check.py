@@ -1,0 +1,392 @@
+"""Recipes: read from YAML and checked, every fault in one go, without touching weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moemerge.artifacts.foreign import refuse_foreign
+from moemerge.artifacts.stage import RECIPE_COPY
+from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, UnsupportedError, suggest
+from moemerge.models.config_file import LAYERS, read_config
+from moemerge.models.families import FAMILIES, family_called
+from moemerge.options.base import input_fields
+from moemerge.options.layers import parse_layers
+from moemerge.options.parse import parse_options
+from moemerge.options.recipe import Recipe
+from moemerge.run import baselines
+from moemerge.run import policies as policy_steps
+from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
+
+MAX_ROUNDS = 20
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+WITH_INPUTS = ("data", "sample", "evaluate", "optimise")  # sections that may name files and models
+ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | Path | None = None) -> Recipe:
+    """The recipe in the YAML file `path`, with `overrides` such as "train.epochs=2" applied.
+
+    Relative inputs are looked for beside the recipe first, then in the working directory; `output` is
+    relative to the working directory. Raises OptionError, or Faults with everything that is wrong at once.
+    """
+    tree = read_yaml(Path(path))
+    apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
+    faults, recipe, dropped = _faults_of_form(tree)
+    if recipe is not None:
+        recipe = _resolve_inputs(recipe, Path(path).parent)
+        faults = [*faults, *find_faults(recipe, dropped)]
+    if faults:
+        raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
+    assert recipe is not None
+    return recipe
+
+
+def check_recipe(path: str | Path, overrides: Iterable[str] = ()) -> list[MoemergeError]:
+    """Every fault of the recipe at `path`; an empty list if it can run."""
+    try:
+        load_recipe(path, overrides)
+    except Faults as found:
+        return found.faults
+    except MoemergeError as fault:
+        return [fault]
+    return []
+
+
+def _faults_of_form(tree: Tree) -> tuple[list[MoemergeError], Recipe | None, set[str]]:
+    """Unknown keys and wrong types; the recipe without them, if one is left; and the known keys that fell."""
+    try:
+        return [], parse_options(Recipe, tree, "recipe"), set()
+    except MoemergeError as error:
+        faults = error.faults if isinstance(error, Faults) else [error]
+    tree, dropped = copy.deepcopy(tree), set[str]()
+    for _ in range(MAX_ROUNDS):
+        try:
+            return faults, Recipe(**tree), dropped
+        except ValidationError as error:
+            for one in error.errors():
+                dropped |= {".".join(map(str, one["loc"][:2]))} if one["type"] != "extra_forbidden" else set()
+                _drop(tree, one["loc"])
+    return faults, None, dropped
+
+
+def _drop(tree: Tree, place: tuple[str | int, ...]) -> None:
+    """Take the value at `place` out of `tree`, or put one there that will do if it is missing."""
+    *parents, last = place
+    node: Any = tree
+    for number, parent in enumerate(parents):
+        if not isinstance(node.get(parent), dict):  # the rest of the place is inside a value or a type's name
+            last, parents = parent, parents[:number]
+            break
+        node = node[parent]
+    if last in node:
+        del node[last]
+    elif not parents and last == "output":
+        node[last] = "output"
+
+
+def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with relative inputs that exist beside it spelt out."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: found(one) for name, one in value.items()}
+        beside = folder / value
+        return str(beside) if beside.exists() and not Path(value).is_absolute() else value
+
+    def resolved(options: Any) -> Any:
+        return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
+
+    sections = {name: getattr(recipe, name) for name in WITH_INPUTS}
+    update = {name: resolved(section) for name, section in sections.items() if section}
+    return resolved(recipe).model_copy(update=update)
+
+
+# What is wrong with a recipe whose form is right. Each check yields the faults it finds.
+Check = Callable[[Recipe], Iterator[MoemergeError]]
+
+
+def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeError]:
+    """Missing inputs, unknown names and contradictions; nothing that hangs on one of the `dropped` keys."""
+    held_out = {"data", "data.validation", "data.validation_share"}
+    checks: dict[Check, set[str]] = {
+        _check_sources: {"model", "synthetic", "data", "data.train"},
+        _check_files: set(),
+        _check_model: {"base"},
+        _check_training: held_out,
+        _check_steering: {"train", "base", "control", "upcycle.shared_expert"},
+        _check_fit: held_out | {"data.fit"},
+        _check_evaluation: {
+            "data",
+            "data.tests",
+            "data.test_share",
+            "data.candidates",
+            "control",
+            "baselines",
+            "baselines.fine_tunes",
+            "evaluate.ensembles",
+            "evaluate.ensemble_by",
+            "also_merge",
+        },
+        _check_publish: {"publish.repo"},
+        baselines.faults: {"control", "baselines", "seeds", "data", "data.fit"},
+        policy_steps.faults: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
+        _check_output: set(),
+    }
+    sound = [check for check, keys in checks.items() if not keys & set(dropped)]
+    return [fault for check in sound for fault in check(recipe)]
+
+
+def _fault(what: str, given: object, expected: str, fix: str) -> OptionError:
+    return OptionError(what, given=str(given), expected=expected, fix=fix)
+
+
+def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
+    if recipe.synthetic is None:
+        if recipe.model is None:
+            yield _fault(
+                "no model", "neither model nor synthetic", "one of them", "add model: FOLDER or HUB NAME"
+            )
+        if recipe.data is None or recipe.data.train is None:
+            yield _fault("no training pairs", "no data.train", "preference pairs", "add data: {train: FILE}")
+        return
+    if recipe.model is not None:
+        yield _fault("two models", "model and synthetic", "one of them", "take one of the two out")
+    given = input_fields(recipe.data) if recipe.data else {}
+    if given:
+        named = ", ".join(f"data.{name}" for name in given)
+        yield _fault("two sources of data", f"synthetic and {named}", "one of them", f"take out {named}")
+
+
+def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
+    given = {"model": recipe.model} if recipe.model else {}
+    for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
+        for key, value in (input_fields(settings) if settings else {}).items():
+            named = value if isinstance(value, dict) else {"": value}
+            given |= {f"{section}.{key}" + (f".{n}" if n else ""): source for n, source in named.items()}
+    for key, source in given.items():
+        if not Path(source).expanduser().exists() and _reads_like_path(source):
+            fix = f"correct {key}, or override it: --set {key}=PATH"
+            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
+
+
+def _reads_like_path(source: str) -> bool:
+    return (
+        source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES) or source.count("/") > 1
+    )
+
+
+def local_config(recipe: Recipe) -> Tree | None:
+    """The config.json of the recipe's model, if it is a folder with a readable one."""
+    return None if _fault_of_config(recipe) else read_config(Path(recipe.model or ""))
+
+
+def _fault_of_config(recipe: Recipe) -> str | None:
+    """Why there is no local config; None if there is one."""
+    if not recipe.model:
+        return "no model"
+    try:
+        refuse_foreign(Path(recipe.model))
+        read_config(Path(recipe.model))
+        return None
+    except (OSError, ValueError) as error:
+        return str(error)
+    except ArtifactError as error:
+        return error.given
+
+
+def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
+    config = local_config(recipe)
+    if recipe.model and Path(recipe.model).is_dir() and config is None:
+        yield _fault(
+            "model is not a model folder",
+            f"{recipe.model}: {_fault_of_config(recipe)}",
+            "a folder with config.json",
+            "correct model",
+        )
+    known = config or {}
+    if "model_type" in known:
+        try:
+            family_called(str(known["model_type"]).removeprefix("moemerge_"))
+        except UnsupportedError as fault:
+            yield fault
+    layers = next(
+        (known[name] for name in LAYERS if known.get(name)),
+        recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
+    )
+    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
+    specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
+    for key, spec in ({"upcycle.layers": recipe.upcycle.layers} | specs).items():
+        try:
+            parse_layers(spec, int(layers))
+        except OptionError as fault:
+            yield _fault(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
+    if recipe.upcycle.gate == "prompt" and _is_encoder(str(known.get("model_type"))):
+        yield _fault(
+            "gate prompt needs a causal model",
+            f"upcycle.gate prompt, model type {known['model_type']}",
+            "gate xft or topk, because in an encoder the prompt's states see the answer",
+            "set upcycle.gate to xft",
+        )
+    heads = known.get("architectures") or []
+    if config and recipe.base is None and not any("SequenceClassification" in name for name in heads):
+        yield _fault(
+            "model has no reward head",
+            f"{', '.join(heads) or 'no architecture'}, and no section base",
+            "a reward model, or a section base that trains one from it",
+            "add the section base",
+        )
+
+
+def _is_encoder(model_type: str) -> bool:
+    return model_type in FAMILIES and not FAMILIES.get(model_type).causal
+
+
+def _has_validation(recipe: Recipe) -> bool:
+    """Whether there are held-out pairs, as far as a recipe without any data can be asked."""
+    data = recipe.data
+    return bool(recipe.synthetic or data is None or data.validation or data.validation_share)
+
+
+def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Options of experts where there are none."""
+    for name, section in {"base": recipe.base, "control": recipe.control}.items():
+        if section and section.steered():
+            yield _fault(
+                f"{name} trains a dense model, which has no experts to steer",
+                ", ".join(f"{name}.{option}" for option in section.steered()),
+                "these options in section train only",
+                f"take them out of {name}",
+            )
+    if recipe.train.shared_dropout and not recipe.upcycle.shared_expert:
+        yield _fault(
+            "train.shared_dropout needs a shared expert",
+            "upcycle.shared_expert false",
+            "a shared expert to leave out",
+            "set upcycle.shared_expert to true, or train.shared_dropout to 0",
+        )
+
+
+def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
+    for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
+        if section is None or not section.search:
+            continue
+        if not _has_validation(recipe):
+            yield _fault(
+                f"{name}.search needs validation pairs",
+                "no data.validation, and data.validation_share 0",
+                "held-out pairs, which choose among the values",
+                "set data.validation or data.validation_share",
+            )
+        if "epochs" in section.search and section.max_steps:
+            yield _fault(
+                f"{name}.search cannot try epochs",
+                f"{name}.max_steps {section.max_steps}, which overrides epochs",
+                "one of the two",
+                f"take out {name}.max_steps or {name}.search.epochs",
+            )
+        if not all(section.search.values()):
+            given = ", ".join(key for key, values in section.search.items() if not values)
+            yield _fault(f"{name}.search lacks values", given, "at least one value per option", "add values")
+
+
+def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.fitting.methods import FINDS_SHARED, METHODS
+    from moemerge.fitting.objectives import OBJECTIVES
+    from moemerge.fitting.optimisers import OPTIMISERS
+
+    methods = {"fit.method": recipe.fit.method} | {
+        f"also_merge[{i}]": m for i, m in enumerate(recipe.also_merge)
+    }
+    for key, method in methods.items():
+        yield from _unknown(key, method, METHODS)
+    if len(set(methods.values())) < len(methods):
+        yield _fault(
+            "a coefficient method is named twice",
+            ", ".join(methods.values()),
+            "each of fit.method and also_merge once",
+            "take the repeated one out of also_merge",
+        )
+    yield from _unknown("fit.optimizer", recipe.fit.optimizer, ["auto", *OPTIMISERS])
+    for name in recipe.fit.objectives:
+        yield from _unknown("fit.objectives", name, OBJECTIVES)
+    if recipe.fit.method not in FINDS_SHARED and recipe.fit.learns_shared:
+        yield _fault(
+            f"shared_weight {recipe.fit.shared_weight} contradicts fit.method",
+            f"fit.method {recipe.fit.method}, fit.shared_weight {recipe.fit.shared_weight}",
+            "method learned, or a number or match for shared_weight",
+            "set fit.method to learned, or fit.shared_weight to 0.5",
+        )
+    fitting = recipe.data and recipe.data.fit
+    needy = [method for method in methods.values() if method in FINDS_SHARED]
+    if needy and not fitting and not _has_validation(recipe):
+        yield _fault(
+            f"method {needy[0]} needs fitting pairs",
+            "no data.fit, no data.validation, and data.validation_share 0",
+            "pairs that were not trained on",
+            "set data.fit or data.validation_share, or choose method usage",
+        )
+
+
+def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeError]:
+    known = list(known)
+    if name not in known:
+        yield _fault(f"unknown {key}", name, f"one of: {', '.join(known)}", suggest(name, known))
+
+
+def model_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, by their names in the report."""
+    merges = [f"merge-{method}" for method in [*recipe.also_merge, recipe.fit.method]]
+    dense = ["dense", *(["control"] if recipe.control else []), *baselines.models(recipe)]
+    return [*dense, "moe", *merges]
+
+
+def scored_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, and their ensembles."""
+    evaluated = recipe.evaluate.model_copy(update={"ensembles": baselines.ensembles(recipe)})
+    return [*model_names(recipe), *evaluated.combinations()]
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.evaluation.probes import PROBES, expand
+
+    for probe in expand(recipe.evaluate.probes):
+        yield from _unknown("evaluate.probes", probe, PROBES)
+    if recipe.evaluate.baseline is not None:
+        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
+    for name, members in recipe.evaluate.ensembles.items():
+        for member in members:
+            yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
+    data = recipe.data
+    given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
+    if recipe.synthetic is None and data and not (given or recipe.sample):
+        yield _fault(
+            "nothing to evaluate on",
+            "no data.tests, no data.candidates, and data.test_share 0",
+            "test pairs, candidate sets or RewardBench",
+            "set data.tests, data.test_share or evaluate.rewardbench",
+        )
+
+
+def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
+    if recipe.publish.push and recipe.publish.repo is None:
+        yield _fault(
+            "push without a repository", "publish.push true", "publish.repo", "set publish.repo: OWNER/NAME"
+        )
+
+
+def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
+    output = recipe.output
+    visible = [path.name for path in output.glob("[!.]*")]
+    foreign = bool(visible) and RECIPE_COPY not in visible
+    if foreign or (output.exists() and not output.is_dir()):
+        fix = "choose another output: --output FOLDER"
+        yield _fault(
+            "output is not the folder of a run", output, "a new folder, or that of an earlier run", fix
+        )

@@ -1,0 +1,290 @@
+"""The command line: a command per stage, flags made from its options. Only this file prints or exits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from moemerge.artifacts.redaction import redact
+from moemerge.errors import MoemergeError, suggest
+from moemerge.evaluation.main_table import table
+from moemerge.reports.table import _markdown
+from moemerge.run.flags import StageCommand, given_options
+from moemerge.run.headlines import headline
+from moemerge.run.signals import Stopped, stoppable
+
+if TYPE_CHECKING:
+    from moemerge.artifacts.weight_files import Fault
+    from moemerge.run.pipeline import StepReport
+
+FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
+
+# Commands that run one stage, in pipeline order; recipe.py has their options, in classes of the same names.
+STAGE_COMMANDS = {
+    "synthetic": "Make preference data with a known gold reward.",
+    "data": "Read, check and split preference data.",
+    "upcycle": "Turn a dense reward model into a mixture of experts.",
+    "train": "Train a reward model on preference pairs.",
+    "route": "Count which experts a MoE uses.",
+    "fit": "Find merge coefficients.",
+    "merge": "Merge a MoE into one dense reward model.",
+    "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
+    "sample": "Sample a policy: candidate answers for evaluate.",
+    "optimise": "Optimise a policy against reward models; gold and proxy reward over steps.",
+    "evaluate": "Compare reward models.",
+    "attack": "Search for edited answers that a reward model overrates; write them as training pairs.",
+    "publish": "Write the model card; push to the hub.",
+    "compare": "Compare runs over seeds: means, paired differences, cost.",
+}
+
+
+class Program(click.Group):
+    """Lists commands in pipeline order and knows near names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands in the order of their definition."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command to run; a usage error with a near name if there is none."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"unknown command {args[0]!r}: {suggest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class _Discreet(logging.Formatter):
+    """Log lines without passwords and tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | None) -> None:
+    levels = {None: logging.INFO, True: logging.DEBUG, False: logging.WARNING}
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Discreet("%(message)s"))
+    logging.getLogger("moemerge").setLevel(levels[value])
+    # Read by transformers when it is imported, which is later.
+    if value is not True:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _verbosity() -> click.Option:
+    return click.Option(
+        ["--verbose/--quiet"],
+        default=None,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="Tell more, or only warnings.",
+    )
+
+
+def run_stage(stage: str, **values: Any) -> None:
+    """Run one stage with the options given on the command line, and print its main results."""
+    from moemerge.artifacts.manifest import read_manifest
+    from moemerge.artifacts.stage import leads
+    from moemerge.stages import STAGES
+
+    output = STAGES.get(stage)(**given_options(stage, values))
+    if leads():
+        click.echo(f"{output}  {headline(stage, read_manifest(output)['results'])}")
+        if stage == "evaluate":
+            _tell_evaluation(output)
+
+
+def _tell_evaluation(folder: Path) -> None:
+    from moemerge.evaluation.report import read_report
+    from moemerge.evaluation.verdict import standing
+
+    report = read_report(folder)
+    parts = [table(report), standing(report), f"Report: {folder / 'report.html'}"]
+    click.echo("\n" + "\n\n".join(part for part in parts if part))
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="moemerge")
+def cli() -> None:
+    """Upcycle a reward model into a mixture of experts, train it, and merge it back.
+
+    A whole run: init writes a recipe, check finds its faults, run does every step. The other commands are the
+    single steps, in order.
+    """
+
+
+def _command(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    command = cli.command()(function)
+    command.params.append(_verbosity())
+    return function
+
+
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Change one value of the recipe; repeat for more.",
+)
+
+
+@_command
+@click.option(
+    "--template", default="quickstart", show_default=True, help="Which of the shipped recipes to copy."
+)
+@click.argument("path", type=click.Path(path_type=Path))
+def init(path: Path, template: str) -> None:
+    """Write a commented recipe to PATH."""
+    from moemerge.run.templates import write_template
+
+    click.echo(f"wrote {write_template(path, template)}; run it: moemerge run {path}")
+
+
+@_command
+@_set
+@click.argument("recipe", type=click.Path(path_type=Path))
+def check(recipe: Path, overrides: Sequence[str]) -> None:
+    """Find every fault of RECIPE, or print its plan."""
+    from moemerge.run.budget import shortfalls
+    from moemerge.run.check import load_recipe
+    from moemerge.run.plan import plan
+
+    loaded = load_recipe(recipe, overrides)
+    steps = plan(loaded)
+    click.echo("ok")
+    for shortfall in shortfalls(loaded):
+        click.echo(f"warning: {shortfall}")
+    for step in steps:
+        click.echo(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
+
+
+@_command
+@_set
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the run, in place of the recipe's."
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
+    """Run the steps of RECIPE that are not done yet."""
+    from moemerge.run.pipeline import run_recipe
+
+    report = run_recipe(recipe, overrides, output, tell=_tell_step)
+    pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
+    click.echo(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
+    click.echo(f"Load the merged model:\n{_loading_lines(report.merged)}")
+
+
+@_command
+@click.option(
+    "--inputs", is_flag=True, help="Verify also what it was made from, as far as it is still there."
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path, inputs: bool) -> int:
+    """Hold FOLDER, which a step wrote, against its manifest: every file, checksum, header and index.
+
+    Ends with code 0 if nothing is wrong, 1 with a table of what is, or of what an older version wrote without
+    the means to check it, 2 if FOLDER cannot be verified.
+    """
+    from moemerge.artifacts.verify import UNCHECKED
+    from moemerge.artifacts.verify import verify as verify_artifact
+    from moemerge.run.cli import fault_table
+
+    found = verify_artifact(folder, inputs)
+    for one in found.gone:
+        click.echo(f"not there to be verified: {one}")
+    if found.faults:
+        click.echo(fault_table(found.faults))
+    old = sum(fault.what == UNCHECKED for fault in found.faults)
+    click.echo(f"{len(found.folders)} folder(s) verified: {len(found.faults) - old or 'no'} fault(s)")
+    if old:
+        click.echo(
+            f"{old} manifest(s) cannot be checked: an older version wrote them, without their own checksum. "
+            "To have one, run the same command with --overwrite, or the recipe again without the folder."
+        )
+    return FAULTY if found.faults else 0
+
+
+def _tell_step(step: StepReport) -> None:
+    what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
+    click.echo(f"{step.name:<14} {what:>8}  {headline(step.stage, step.results)}")
+
+
+def _loading_lines(folder: Path) -> str:
+    return (
+        "  from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        f'  model = AutoModelForSequenceClassification.from_pretrained("{folder}")\n'
+        f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    )
+
+
+for _name, _summary in STAGE_COMMANDS.items():
+    cli.add_command(
+        StageCommand(_name, help=_summary, callback=partial(run_stage, _name), params=[_verbosity()]), _name
+    )
+
+
+@cli.group()
+def mergekit() -> None:
+    """mergekit's own commands, knowing moemerge's merge methods."""
+
+
+def _run_mergekit(context: click.Context, arguments: tuple[str, ...]) -> None:
+    from moemerge.merging.mergekit.bridge import run_command
+
+    run_command(str(context.info_name), arguments, context.command_path)
+
+
+for _name in ("yaml", "multi", "pytorch"):
+    # Options and help are the stock command's.
+    mergekit.add_command(
+        click.Command(
+            _name,
+            help=f"mergekit-{_name}, with the same arguments and options.",
+            callback=click.pass_context(_run_mergekit),
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+            context_settings={"ignore_unknown_options": True, "help_option_names": []},
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line. Faults that the user can mend end with code 2, a signal with 128 + its number."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with stoppable():
+            code = cli.main(args=arguments, prog_name="moemerge", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MoemergeError as error:
+        click.echo(redact(str(error)), err=True)
+        sys.exit(USAGE_ERROR)
+    except Stopped as stopped:
+        _say_how_to_go_on(stopped.number, arguments)
+    except (KeyboardInterrupt, click.Abort):
+        _say_how_to_go_on(signal.SIGINT, arguments)
+
+
+def _say_how_to_go_on(number: int, arguments: Sequence[str]) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        command = redact(shlex.join(["moemerge", *arguments]))
+        name = signal.Signals(number).name
+        click.echo(f"stopped by {name}, nothing is left half-written; to go on: {command}", err=True)
+    sys.exit(BY_SIGNAL + number)
+
+
+def fault_table(faults: Sequence[Fault]) -> str:
+    """One row per thing that is wrong with a folder."""
+    rows = [[fault.file, fault.what, fault.recorded, fault.found] for fault in faults]
+    return _markdown(["file", "what", "in the manifest", "found"], rows)

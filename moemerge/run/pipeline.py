@@ -1,0 +1,155 @@
+"""The order of the stages: a recipe becomes a plan of steps; steps that are still valid are skipped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.artifacts.checksums import MANIFEST
+from moemerge.artifacts.disk import disk_faults, leftovers, recover, write_whole
+from moemerge.artifacts.lock import hold, lock_of
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.stage import RECIPE_COPY, plain_options, why_stale
+from moemerge.errors import Faults
+from moemerge.evaluation import main_table as summary
+from moemerge.evaluation.report import outdated, read_report
+from moemerge.options.recipe import Recipe
+from moemerge.run.budget import shortfalls
+from moemerge.run.check import find_faults, load_recipe
+from moemerge.run.plan import Step, by_seed, plan
+from moemerge.stages import STAGES
+
+LOCK = ".lock"
+SUMMARY = "summary.md"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of a step: why it ran (None if it was skipped), how long it took, what it told."""
+
+    name: str
+    stage: str
+    reason: str | None
+    seconds: float
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A finished run: folder, what became of each step, final table, pictures and page, the merged model."""
+
+    output: Path
+    steps: list[StepReport]
+    table: str
+    verdict: str
+    pictures: list[Path]
+    page: Path
+    merged: Path
+
+
+def run_recipe(
+    recipe: Recipe | str | Path,
+    overrides: Iterable[str] = (),
+    output: str | Path | None = None,
+    tell: Callable[[StepReport], None] | None = None,
+) -> RunReport:
+    """Run every step of a recipe (or of the recipe file) whose output is not valid any more, in order.
+
+    `tell` is called after each step. Raises OptionError or Faults before anything runs if the recipe is
+    faulty, ArtifactError if another run is at work in the same folder, and whatever a stage raises.
+    A run that was killed goes on where it was when it is started again.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides, output)
+    elif faults := find_faults(recipe):
+        raise Faults("recipe", list(faults))
+    for shortfall in shortfalls(recipe):
+        log.warning("%s", shortfall)
+    steps = plan(recipe)
+    with _alone(recipe.output):
+        _recover(steps)
+        for one in [recipe, *by_seed(recipe)]:
+            one.output.mkdir(exist_ok=True)
+            text = json.dumps(plain_options(one), indent=1, ensure_ascii=False)
+            write_whole(one.output / RECIPE_COPY, text + "\n")
+        reports = []
+        for step in steps:
+            reports.append(_run_step(step))
+            if tell is not None:
+                tell(reports[-1])
+        return _finish(recipe, reports)
+
+
+def _run_step(step: Step) -> StepReport:
+    started = time.perf_counter()
+    reason = why_stale(step.stage, step.options) or outdated(step.options.output, step.stage)
+    if reason is not None:
+        log.info("%s starts: %s", step.name, reason)
+        STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
+    results = read_manifest(step.options.output)["results"]
+    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, results)
+
+
+def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+    """The last word on a run; on runs with several seeds their comparison has it."""
+    if not recipe.seeds:
+        return _last_word(recipe, reports)
+    from moemerge.evaluation.verdict import verdict_over_seeds
+
+    runs = [_last_word(one, reports) for one in by_seed(recipe)]
+    folder = recipe.output / "compare"
+    table = (folder / "compare.md").read_text(encoding="utf-8").strip()
+    report = read_report(folder, "compare")
+    learned = f"merge-{recipe.fit.method}"
+    verdict = verdict_over_seeds(report["groups"][0], learned, report["confidence"])
+    pictures = [folder / name for name in report["plots"]]
+    page = folder / "report.html"
+    return RunReport(recipe.output, reports, table, verdict, pictures, page, runs[0].merged)
+
+
+def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+    from moemerge.evaluation.verdict import verdict
+
+    report = read_report(recipe.output / "evaluate")
+    learned = f"merge-{recipe.fit.method}"
+    table, words = summary.table(report), verdict(report, learned)
+    write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{words}\n")
+    pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
+    page = _page(recipe.output, [step.name for step in plan(recipe)], learned)
+    return RunReport(recipe.output, reports, table, words, pictures, page, recipe.output / learned)
+
+
+def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
+    """The run's page, written again when it is older than a step."""
+    from moemerge.run.page import PAGE, write_run_page
+
+    page = run / PAGE
+    newest = max((run / step / MANIFEST).stat().st_mtime_ns for step in steps)
+    if page.exists() and page.stat().st_mtime_ns > newest:
+        return page
+    return write_run_page(run, steps, learned)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the run's folder; a full or broken disk becomes an ArtifactError."""
+    with disk_faults(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with hold(output / LOCK, output):
+            yield
+
+
+def _recover(steps: Iterable[Step]) -> None:
+    """Clear away what a killed run left of steps, and refuse to run while another process makes one."""
+    for output in (step.options.output for step in steps):
+        if leftovers(output):
+            with hold(lock_of(output), output):
+                recover(output)

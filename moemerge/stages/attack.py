@@ -1,0 +1,239 @@
+"""Stage `attack`: search for edits of rejected answers that a reward model scores above the chosen ones.
+
+After REFORM (arXiv 2507.06419), which lets the reward model itself guide the search for answers of the
+rejected class that it overrates, and patches it with them. There a language model's decoding is guided; here
+small edits are, by greedy or beam search. What keeps the class is the kind of edit, or a gold function.
+
+P pairs, chosen and rejected scores in [P, 2].
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from moemerge.artifacts.stage import Draft, stage, write_json
+from moemerge.data import reading as data
+from moemerge.data.rows import BadRow, RowReport, write_rows
+from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
+from moemerge.errors import DataError
+from moemerge.evaluation import gold as gold_scores
+from moemerge.evaluation.attack_edits import chosen_edits
+from moemerge.evaluation.attack_search import Gold, Scorer, Search, _judge, search
+from moemerge.evaluation.probes.edit_effects import excerpt
+from moemerge.evaluation.probes.edits import last_message, some_pairs
+from moemerge.models import device as runtime
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score, score_pairs
+from moemerge.options.attack import Attack, AttackSettings
+from moemerge.reports import plotting
+from moemerge.reports.figures import Line
+from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, percentile_interval, wilson
+from moemerge.reports.table import Table, percent
+
+log = logging.getLogger(__name__)
+SHOWN = 10
+
+
+def _gold(options: Attack, device: torch.device) -> Gold | None:
+    """The gold score of one answer, by the function or reward model that the options name."""
+    judge = gold_scores.judge(options, device, options, options.trust_remote_code)
+    return None if judge is None else lambda prompt, text: float(judge([(prompt, text)])[0])
+
+
+@stage("attack", Attack)
+def attack(options: Attack, draft: Draft) -> None:
+    """Search among edits of rejected answers for some that the model scores above the chosen answer.
+
+    Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
+    one. Writes attacks.jsonl.gz (what came of each), patch.jsonl (the found pairs as training data for
+    `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
+    be attacked, OptionError for unknown edits or an unusable gold function.
+    """
+    device = runtime.use(options)
+    gold = _gold(options, device)
+    edits = chosen_edits(options.edits, options.words, gold is not None)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    model = load_reward_model(options.model, device, trust_remote_code=options.trust_remote_code)
+    encoded, rows = _read(options, tokenizer)
+    scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
+    right_P = scores_P2[:, 0] > scores_P2[:, 1]
+    agreed_P = np.array([_judge(one.pair, gold)(one.pair.rejected) for one in encoded])
+    if not (right_P & agreed_P).any():
+        raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
+    pairs = [one.pair for one, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
+    scorer = _scorer(model, tokenizer, options)
+    found = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
+    report = {
+        "pairs": len(encoded),
+        "judged_wrongly_before": int((~right_P).sum()),
+        "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
+        **summary(found, float(scores_P2.std()) or 1.0, options, options.seed),
+    }
+    _write(draft, found, report | {"rows": rows.summary()}, options.confidence)
+
+
+def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
+    pairs, rows = data.read_pairs(options.pairs, options)
+    encoded = encode_pairs(tokenizer, pairs, options, rows)
+    places = some_pairs(encoded, options.max_pairs or len(encoded), options.seed)
+    return [encoded[place] for place in places], rows
+
+
+def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:
+    def scores(items: Sequence[Item]) -> Floats:
+        found = dict(enumerate(encode_all(tokenizer, items)))
+        usable = {
+            place: one
+            for place, one in found.items()
+            if not isinstance(one, BadRow) and len(one.ids) <= options.max_length
+        }
+        values = np.full(len(items), np.nan)
+        values[list(usable)] = score(model, tokenizer, list(usable.values()), options.batch_tokens).numpy()
+        return values
+
+    return scores
+
+
+def _nothing_to_attack(pairs: int, right: int, agreed: int) -> DataError:
+    return DataError(
+        "there is no pair to attack",
+        given=f"{pairs} pairs, of which the model judges {right} rightly, and gold {agreed}",
+        expected="pairs whose chosen answer scores higher",
+        fix="give other pairs, or the model that was trained for them",
+    )
+
+
+def summary(found: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
+    """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its price.
+
+    `by_queries`: share of pairs on which so many scores at most were enough. `edits`: in how many of the
+    successes each took part. `worst`: the largest leads over the chosen answer, divided by `spread`.
+    """
+    hits = [one for one in found if one.succeeded]
+    queries_P = np.array([one.queries for one in found])
+    grid_G = np.unique(np.linspace(1, max(queries_P.max(), 1), 25).round()).astype(int)
+    success_PG = np.array([[one.succeeded and one.queries <= most for most in grid_G] for one in found])
+    sums = cluster_sums(success_PG.astype(np.float64), _clusters(found))
+    draws_RG = bootstrap_means(sums, settings.resamples, seed)
+    low_G, high_G = percentile_interval(draws_RG, settings.confidence)
+    repeated = len(sums) < len(found)
+    interval = (float(low_G[-1]), float(high_G[-1])) if repeated else None
+    return {
+        "attacked": len(found),
+        "prompts": len(sums),
+        "succeeded": len(hits),
+        "success_rate": len(hits) / len(found),
+        "interval": interval or wilson(len(hits), len(found), settings.confidence),
+        "interval_kind": "bootstrap over prompts" if repeated else "wilson",
+        "queries": {
+            "total": int(queries_P.sum()),
+            "per_pair": float(queries_P.mean()),
+            "median_of_successes": float(np.median([one.queries for one in hits])) if hits else None,
+        },
+        "by_queries": {
+            "queries": grid_G.tolist(),
+            "success": success_PG.mean(axis=0).tolist(),
+            "low": low_G.tolist(),
+            "high": high_G.tolist(),
+        },
+        "edits": dict(Counter(name for one in hits for name in sorted(set(one.best.edits))).most_common()),
+        "worst": [
+            _case(one, spread) for one in sorted(hits, key=lambda one: one.goal - one.best.score)[:SHOWN]
+        ],
+    }
+
+
+def _clusters(found: Sequence[Search]) -> Any:
+    keys = [json.dumps(one.pair.prompt or one.pair.row) for one in found]
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def _case(one: Search, spread: float) -> dict[str, Any]:
+    text, before = last_message(one.best.text), last_message(one.pair.rejected)
+    change = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
+    return {
+        "row": one.pair.row,
+        "lead": (one.best.score - one.goal) / spread,
+        "edits": list(one.best.edits),
+        "prompt": excerpt(last_message(one.pair.prompt), -1),
+        "chosen": excerpt(last_message(one.pair.chosen)),
+        "rejected": excerpt(before, change),
+        "edited": excerpt(text, change),
+    }
+
+
+def _write(draft: Draft, found: Sequence[Search], report: dict[str, Any], confidence: float) -> None:
+    write_rows(draft.folder / "attacks.jsonl.gz", (_row(one) for one in found))
+    patch = [_patch(one) for one in found if one.succeeded]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patch)
+    (draft.folder / "patch.jsonl").write_text(lines, encoding="utf-8")
+    write_json(draft.folder / "report.json", report)
+    shown = "\n".join(table.markdown() for table in tables(report, confidence))
+    text = f"# Attack\n\n{shown}\n![attack.png](attack.png)\n"
+    (draft.folder / "report.md").write_text(text, encoding="utf-8")
+    curve = report["by_queries"]
+    line = Line(curve["queries"], curve["success"], curve["low"], curve["high"])
+    title = f"{report['attacked']} pairs attacked"
+    plotting.lines(
+        {"success": line}, draft.folder / "attack.png", title, "scores asked for, per pair", "success"
+    )
+    told = ("attacked", "succeeded", "success_rate", "interval", "queries", "rows")
+    draft.results |= {key: report[key] for key in told}
+    if not patch:
+        log.warning("no attack succeeded: patch.jsonl is empty")
+
+
+def _row(one: Search) -> dict[str, Any]:
+    outcome = {"edited": one.best.text, "edits": list(one.best.edits), "succeeded": one.succeeded}
+    scores = {"score_chosen": one.goal, "score_edited": one.best.score, "queries": one.queries}
+    return {**one.pair.plain(), "row": one.pair.row, **outcome, **scores}
+
+
+def _patch(one: Search) -> dict[str, Any]:
+    """The pair with the edited answer as the rejected one; its margin was for another answer."""
+    row = {**one.pair.plain(), "rejected": one.best.text}
+    row.pop("margin", None)
+    return row
+
+
+def tables(report: dict[str, Any], confidence: float) -> list[Table]:
+    """Success and its price, the edits that took part, and the worst cases to read."""
+    low, high = report["interval"]
+    queries = report["queries"]
+    median = queries["median_of_successes"]
+    facts = {
+        "pairs": report["pairs"],
+        "judged wrongly before": report["judged_wrongly_before"],
+        "label not shared by gold": report["label_not_shared_by_gold"],
+        "attacked": report["attacked"],
+        "succeeded": report["succeeded"],
+        "success rate": f"{report['success_rate']:.1%} ({low:.1%} to {high:.1%})",
+        "scores asked for, per pair": f"{queries['per_pair']:.1f}",
+        "of successes, median": "" if median is None else f"{median:g}",
+    }
+    note = f"{percent(confidence)} interval: {report['interval_kind']}. Success: the edited rejected answer "
+    note += "scores above the chosen one, though it is still the worse answer."
+    found = [
+        Table("Attack success", ["", "value"], [[name, str(value)] for name, value in facts.items()], note)
+    ]
+    if report["worst"]:
+        edits = [[name, str(count)] for name, count in report["edits"].items()]
+        found += [Table("Edits in successes", ["edit", "successes"], edits), _worst(report["worst"])]
+    return found
+
+
+def _worst(cases: Sequence[dict[str, Any]]) -> Table:
+    texts = ("prompt", "chosen", "rejected", "edited")
+    rows = [
+        [str(one["row"]), f"{one['lead']:+.2f}", ", ".join(one["edits"]), *(one[name] for name in texts)]
+        for one in cases
+    ]
+    note = "Lead: score of the edited answer minus that of the chosen one, in standard deviations of scores."
+    return Table("Worst cases", ["row", "lead (SD)", "edits", *texts], rows, note)

@@ -1,0 +1,344 @@
+"""Stage compare: runs over seeds in one table, each measure paired by seed with a baseline.
+
+A run is an evaluation; a group is the runs of one recipe, which differ in their seeds only. S seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.manifest import NONSENSE
+from moemerge.artifacts.stage import RECIPE_COPY, Draft, expect_stage, stage, write_json
+from moemerge.errors import ArtifactError, OptionError, suggest
+from moemerge.evaluation import verdict
+from moemerge.evaluation.report import FORMAT, read_report
+from moemerge.models.cost import COSTS
+from moemerge.options.compare import Compare
+from moemerge.reports import plotting
+from moemerge.reports.figures import Figure, Line, Panel
+from moemerge.reports.html import Section, write_report
+from moemerge.reports.statistics import t_interval, t_test
+from moemerge.reports.table import Table, percent
+
+# What runs of one recipe may differ in.
+FREE = {"seed", "seeds", "output", "threads", "device"}
+FEW_SEEDS, SHOWN = 3, 4
+Values = dict[str, float]
+
+
+@stage("compare", Compare)
+def compare(options: Compare, draft: Draft) -> None:
+    """Compare models over runs with different seeds; writes compare.json, compare.md, report.html and plots.
+
+    Per model and measure (what evaluate calls main numbers): mean and standard deviation over seeds, and the
+    difference to the baseline, paired by seed, with a t-interval over seeds. Per model its cost at inference:
+    parameters, FLOPs and measured tokens per second. Runs of different recipes make groups, each compared in
+    itself. Raises ArtifactError if a folder is no evaluation, a seed occurs twice in a group, or a model or
+    measure lacks a seed; OptionError if the baseline is no model.
+    """
+    groups = [_compare_group(title, runs, options) for title, runs in _groups(map(_read, options.runs))]
+    plots = [
+        [name for plot in (_plot_differences, _plot_costs) for name in plot(group, place, draft.folder)]
+        for place, group in enumerate(groups, 1)
+    ]
+    written = {
+        "format": FORMAT,
+        "confidence": options.confidence,
+        "groups": groups,
+        "plots": [n for names in plots for n in names],
+    }
+    write_json(draft.folder / "compare.json", written)
+    tables = [_table(group, options.confidence) for group in groups]
+    words = [verdict.standing_over_seeds(group, options.confidence) for group in groups]
+    text = "\n".join(
+        table.markdown() + f"\n{word}\n" * bool(word) for table, word in zip(tables, words, strict=True)
+    )
+    (draft.folder / "compare.md").write_text(text, encoding="utf-8")
+    figures = [[Figure.load(draft.folder / name) for name in names] for names in plots]
+    sections = [
+        Section(group["title"], tables=[table], figures=shown, lead=word)
+        for group, table, shown, word in zip(groups, tables, figures, words, strict=True)
+    ]
+    write_report(draft.folder, "Comparison over seeds", sections)
+    seeds = sorted({seed for group in groups for seed in group["seeds"]})
+    models = {model for group in groups for model in group["costs"]}
+    draft.results |= {"models": len(models), "seeds": len(seeds), "groups": groups}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation: measures hold a value per model, costs what evaluate told of each model.
+
+    last_n: where a measure is of a curve's end, the n there.
+    """
+
+    folder: str
+    seed: int
+    baseline: str
+    recipe: Mapping[str, Any]
+    measures: dict[str, Values]
+    last_n: dict[str, int]
+    costs: dict[str, Values]
+
+
+def _read(folder: str) -> _Run:
+    path = Path(folder)
+    if not (path / "report.json").exists():
+        raise ArtifactError(
+            f"no evaluation in {folder}",
+            given=folder,
+            expected="a folder that evaluate wrote, a run with one, or a folder of such",
+            fix="evaluate first, or correct runs",
+        )
+    manifest = expect_stage(folder, "evaluate")
+    try:
+        return _run(folder, manifest)
+    except NONSENSE as error:
+        raise ArtifactError(
+            f"the evaluation {folder} cannot be read",
+            given=f"{type(error).__name__}: {error}"[:300],
+            expected="report and manifest as evaluate writes them",
+            fix="evaluate again",
+        ) from error
+
+
+def _run(folder: str, manifest: Mapping[str, Any]) -> _Run:
+    path = Path(folder)
+    models, main = manifest["results"]["models"], manifest["results"]["main"]
+    measures = list(_measures(main, set(models)))
+    return _Run(
+        folder,
+        manifest["options"]["seed"],
+        str(read_report(folder)["baseline"]),
+        _recipe(path.resolve().parent / RECIPE_COPY),
+        {what: values for what, values, _ in measures},
+        {what: n for what, _, n in measures if n},
+        {model: _cost(facts) for model, facts in models.items()},
+    )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """What the run's recipe sets, by dotted names; nothing for an evaluation outside a run."""
+    return dict(_flat(read_object(path))) if path.exists() else {}
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{name}.")
+        elif above + name not in FREE:
+            yield above + name, value
+
+
+def _measures(
+    main: Mapping[str, Any], models: set[str], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Values, int]]:
+    """Measures: names, value per model (where `main` maps models to numbers), and the n there, or 0."""
+    found = {model: float(value) for model, value in main.items() if model in models and _is_number(value)}
+    if found:
+        yield " ".join(path).replace("_", " ", path[0].count("_")), found, int(main.get("n", 0))
+        return
+    for name, part in main.items():
+        if isinstance(part, dict):
+            yield from _measures(part, models, (*path, name))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _cost(facts: Mapping[str, Any]) -> Values:
+    costs = {key: float(facts[key]) for key in COSTS if key in facts}
+    if facts.get("seconds"):
+        costs["tokens_per_second"] = facts["tokens"] / facts["seconds"]
+    return costs
+
+
+def _groups(runs: Iterator[_Run]) -> list[tuple[str, list[_Run]]]:
+    """Runs of equal recipes, by seed, each group under a title that says what is this recipe's own."""
+    found: dict[str, list[_Run]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
+    groups = [sorted(group, key=lambda run: run.seed) for group in found.values()]
+    for group in groups:
+        _check_group(group)
+    return list(zip(_titles([group[0].recipe for group in groups]), groups, strict=True))
+
+
+def _titles(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each of several recipes what not all have in common, in words; no title for a single one."""
+    if len(recipes) < 2:
+        return [""] * len(recipes)
+    names = dict.fromkeys(name for recipe in recipes for name in recipe)
+    differ = [name for name in names if len({json.dumps(recipe.get(name)) for recipe in recipes}) > 1]
+    shown, more = differ[:SHOWN], f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+    texts = [", ".join(f"{name} {recipe.get(name, 'unknown')}" for name in shown) for recipe in recipes]
+    return [f"Recipe {number}: {text}{more}" for number, text in enumerate(texts, 1)]
+
+
+def _check_group(group: Sequence[_Run]) -> None:
+    """Refuse a seed that occurs twice, and a model or measure that not every seed has."""
+    for first, second in zip(group, group[1:], strict=False):
+        if first.seed == second.seed:
+            raise ArtifactError(
+                f"seed {first.seed} occurs twice",
+                given=f"{first.folder} and {second.folder}",
+                expected="one evaluation per seed and recipe",
+                fix="leave one out, or evaluate each with its own seed",
+            )
+    for name in sorted({name for run in group for name in _contents(run)}):
+        lacking = [run for run in group if name not in _contents(run)]
+        if lacking:
+            raise ArtifactError(
+                f"{name} is not there for every seed",
+                given="; ".join(f"missing for seed {run.seed} in {run.folder}" for run in lacking),
+                expected="the same models and measures for every seed, so that differences are paired",
+                fix="evaluate that run again with it, or leave the run out",
+            )
+
+
+def _contents(run: _Run) -> set[str]:
+    cells = {f"{what} of {model}" for what, values in run.measures.items() for model in values}
+    return cells | {f"model {model}" for model in run.costs}
+
+
+def _compare_group(title: str, runs: Sequence[_Run], options: Compare) -> dict[str, Any]:
+    baseline = _baseline(runs, options.baseline)
+    return {
+        "title": title,
+        "seeds": [run.seed for run in runs],
+        "runs": [run.folder for run in runs],
+        "baseline": baseline,
+        "measures": {
+            what + _last_n(what, runs): _compare_measure(what, runs, baseline, options)
+            for what in runs[0].measures
+        },
+        "costs": {model: _mean_cost([run.costs[model] for run in runs]) for model in runs[0].costs},
+    }
+
+
+def _last_n(what: str, runs: Sequence[_Run]) -> str:
+    """Where curves end; seeds may have candidates of their own, and more or fewer of them."""
+    found = sorted({run.last_n[what] for run in runs if what in run.last_n})
+    return (f" at n={found[0]}" + f" to {found[-1]}" * (len(found) > 1)) if found else ""
+
+
+def _baseline(runs: Sequence[_Run], wanted: str | None) -> str:
+    models = runs[0].costs
+    found = wanted or ("control" if "control" in models else runs[0].baseline)
+    if found not in models:
+        raise OptionError(
+            "the baseline is none of the models",
+            given=found,
+            expected=f"one of: {', '.join(models)}",
+            fix=suggest(found, models),
+        )
+    return found
+
+
+def _mean_cost(costs: Sequence[Values]) -> Values:
+    common = [key for key in costs[0] if all(key in one for one in costs)]
+    return {key: float(np.mean([one[key] for one in costs])) for key in common}
+
+
+def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Compare) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+    for model in runs[0].measures[what]:
+        values_S = np.array([run.measures[what][model] for run in runs])
+        found[model] = {
+            "mean": float(values_S.mean()),
+            "sd": float(values_S.std(ddof=1)) if len(runs) > 1 else None,
+            "by_seed": {str(run.seed): value for run, value in zip(runs, values_S.tolist(), strict=True)},
+        }
+        if model != baseline and baseline in runs[0].measures[what]:
+            paired_S = values_S - np.array([run.measures[what][baseline] for run in runs])
+            found[model]["difference"] = float(paired_S.mean())
+            found[model]["interval"] = t_interval(paired_S.tolist(), options.confidence)
+            found[model]["p"] = t_test(paired_S.tolist())
+    return found
+
+
+def _table(group: Mapping[str, Any], confidence: float) -> Table:
+    measures = group["measures"]
+    header = ["model", *(title for what in measures for title in (what, f"minus {group['baseline']}"))]
+    rows = []
+    for model, costs in group["costs"].items():
+        cells = [cell for measured in measures.values() for cell in _cells(measured.get(model))]
+        speed = f"{costs['tokens_per_second']:,.0f}" if "tokens_per_second" in costs else ""
+        rows.append([model, *cells, *(f"{costs[key]:,.0f}" if key in costs else "" for key in COSTS), speed])
+    note = f"Means over {len(group['seeds'])} seeds ({', '.join(map(str, group['seeds']))}). Differences are "
+    note += (
+        f"paired by seed, with {percent(confidence)} t-intervals over seeds. Tokens per second as measured."
+    )
+    if len(group["seeds"]) < FEW_SEEDS:
+        note += f" Fewer than {FEW_SEEDS} seeds: they say little about other seeds."
+    if len(group["seeds"]) > 1 and any(map(_lacks_interval, measures.values())):
+        note += " A difference that is the same at every seed has no interval: its spread is not known."
+    title = group["title"] or f"{len(group['costs'])} models over {len(group['seeds'])} seeds"
+    return Table(title, [*header, *COSTS.values(), "tokens per second"], rows, note)
+
+
+def _lacks_interval(measured: Mapping[str, Any]) -> bool:
+    return any("difference" in numbers and numbers["interval"] is None for numbers in measured.values())
+
+
+def _cells(numbers: Mapping[str, Any] | None) -> list[str]:
+    """Mean, and difference to the baseline."""
+    if numbers is None:
+        return ["", ""]
+    if "difference" not in numbers:
+        return [f"{numbers['mean']:.4f}", "baseline"]
+    ends = numbers["interval"]
+    interval = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if ends else ""
+    return [f"{numbers['mean']:.4f}", f"{numbers['difference']:+.4f}{interval}"]
+
+
+def _plot_differences(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+    """compare.png (compare-2.png, ...): difference to the baseline and its interval, a panel per measure."""
+    baseline, name = group["baseline"], "compare.png" if place == 1 else f"compare-{place}.png"
+    panels = {
+        what: {model: _ends(numbers) for model, numbers in measured.items()}
+        for what, measured in group["measures"].items()
+        if baseline in measured
+    }
+    if not panels:
+        return []
+    plotting.dots(panels, folder / name, f"difference to {baseline}", baseline)
+    return [name]
+
+
+def _plot_costs(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+    """cost.png (cost-2.png, ...): a measure's mean against FLOPs per token, a panel per measure."""
+    flops = {
+        model: costs["flops_per_token"]
+        for model, costs in group["costs"].items()
+        if "flops_per_token" in costs
+    }
+    panels = [
+        Panel(
+            what,
+            {m: Line([flops[m]], [found["mean"]]) for m, found in measured.items() if m in flops},
+            "FLOPs per token",
+            what,
+        )
+        for what, measured in group["measures"].items()
+    ]
+    if not flops or not panels:
+        return []
+    name = "cost.png" if place == 1 else f"cost-{place}.png"
+    plotting.panels(panels, folder / name, group["title"])
+    return [name]
+
+
+def _ends(numbers: Mapping[str, Any]) -> tuple[float, float, float]:
+    difference = numbers.get("difference", 0.0)
+    low, high = numbers.get("interval") or (difference, difference)
+    return difference, low, high

@@ -1,0 +1,176 @@
+"""The stage data: preference data read, split and written in the plain field names."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from moemerge.artifacts.stage import Draft, stage, write_json
+from moemerge.data.pairs import CandidateSet, Pair
+from moemerge.data.reading import T, read_candidates, read_pairs
+from moemerge.data.rows import SHOWN, Row, RowReport, write_rows
+from moemerge.data.tokenise import encode_candidates, encode_pairs
+from moemerge.errors import DataError, OptionError, suggest
+from moemerge.options.data import Data
+
+log = logging.getLogger(__name__)
+
+
+@stage("data", Data)
+def prepare(options: Data, draft: Draft) -> None:
+    """Read, check, split and cap preference data; write it as gzip'd JSON lines in plain field names.
+
+    Writes train, validation and fit .jsonl.gz (each only if there is one), tests/NAME.jsonl.gz,
+    candidates/NAME.jsonl.gz and report.json with the row numbers of all bad rows. Lengths are checked if
+    `tokenizer` is given. Values of `split_by` (else equal prompts) never straddle a split.
+    Raises DataError for unusable data, OptionError if no data are named.
+    """
+    reader = _Reader(options)
+    pairs = reader.pairs()
+    sizes = {name: write_rows(draft.folder / f"{name}.jsonl.gz", _plain(p)) for name, p in pairs.items()}
+    for name, source in options.candidates.items():
+        sets = reader.candidates(f"candidates/{name}", source)
+        sizes[f"candidates/{name}"] = write_rows(draft.folder / f"candidates/{name}.jsonl.gz", _plain(sets))
+    overlap = _overlap(pairs, options.split_by)
+    draft.results |= {"sizes": sizes, "rows": reader.summary(), "seen_in_train": overlap}
+    write_json(draft.folder / "report.json", draft.results | {"rows": reader.summary(None)})
+
+
+def _plain(items: Sequence[Pair] | Sequence[CandidateSet]) -> Iterator[Row]:
+    return (item.plain() for item in items)
+
+
+class _Reader:
+    """Reads what the options name, keeps the reports, measures lengths, draws the samples."""
+
+    def __init__(self, options: Data) -> None:
+        self.options = options
+        self.reports: dict[str, RowReport] = {}
+        self.tokenizer = _load_tokenizer(options.tokenizer)
+
+    def summary(self, shown: int | None = SHOWN) -> dict[str, Any]:
+        return {name: report.summary(shown) for name, report in self.reports.items()}
+
+    def pairs(self) -> dict[str, list[Pair]]:
+        """All sets of pairs by name: train, validation, fit, tests/NAME."""
+        options = self.options
+        named = {"train": options.train, "validation": options.validation, "fit": options.fit}
+        named |= {f"tests/{name}": source for name, source in options.tests.items()}
+        found = {name: self._read(name, source) for name, source in named.items() if source}
+        if not found and not options.candidates:
+            raise OptionError(
+                "no data are named",
+                given="none of train, validation, fit, tests, candidates",
+                expected="at least one of them",
+                fix="name a file or a dataset on the hub, e.g. train: pairs.jsonl",
+            )
+        if "train" in found:
+            found = _split(found, options)
+        return {name: self._draw(pairs, self._cap(name)) for name, pairs in found.items()}
+
+    def candidates(self, name: str, source: str) -> list[CandidateSet]:
+        """One set of candidate sets, capped."""
+        sets, report = read_candidates(source, self.options, self.options.scored)
+        self.reports[name] = report
+        if self.tokenizer is not None:
+            sets = [e.candidates for e in encode_candidates(self.tokenizer, sets, self.options, report)]
+        return self._draw(sets, self.options.max_prompts)
+
+    def _read(self, name: str, source: str) -> list[Pair]:
+        pairs, report = read_pairs(source, self.options)
+        self.reports[name] = report
+        if self.tokenizer is not None:
+            pairs = [e.pair for e in encode_pairs(self.tokenizer, pairs, self.options, report)]
+        return pairs
+
+    def _cap(self, name: str) -> int | None:
+        options = self.options
+        caps = {"train": options.max_train, "validation": options.max_validation, "fit": None}
+        return caps.get(name, options.max_test)
+
+    def _draw(self, items: list[T], most: int | None) -> list[T]:
+        if most is None or len(items) <= most:
+            return items
+        chosen = np.random.default_rng(self.options.seed).choice(len(items), most, replace=False)
+        return [items[i] for i in sorted(chosen)]
+
+
+def _load_tokenizer(source: str | None) -> Any:
+    if source is None:
+        return None
+    from moemerge.models.loading import load_tokenizer
+
+    return load_tokenizer(source)
+
+
+def _split(found: dict[str, list[Pair]], options: Data) -> dict[str, list[Pair]]:
+    """Split tests/test and, where it is not given, validation off train, whole groups at a time."""
+    shares = {"tests/test": options.test_share}
+    shares |= {} if "validation" in found else {"validation": options.validation_share}
+    shares = {name: share for name, share in shares.items() if share}
+    if "tests/test" in shares and "tests/test" in found:
+        raise OptionError(
+            "two test sets are called test",
+            given="tests: {test: ...} and test_share",
+            expected="one of them",
+            fix="rename the one under tests, or leave test_share out",
+        )
+    groups = _groups(found["train"], options.split_by)
+    parts = _partition(groups, shares, options.seed)
+    return found | {name: sorted(pairs, key=lambda p: p.row) for name, pairs in parts.items()}
+
+
+def _groups(pairs: list[Pair], split_by: str | None) -> list[list[Pair]]:
+    """Pairs that must stay together, in order of first appearance."""
+    absent = [pair.row for pair in pairs if split_by and pair.source.get(split_by) is None]
+    if absent:
+        raise DataError(
+            f"{len(absent)} rows have no field {split_by!r} to split by",
+            given=f"rows {', '.join(map(str, absent[:SHOWN]))}; fields {', '.join(pairs[0].source)}",
+            expected="every training row to have it",
+            fix=suggest(split_by or "", pairs[0].source),
+        )
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(_group(pair, split_by), []).append(pair)
+    return list(groups.values())
+
+
+def _group(pair: Pair, split_by: str | None) -> str:
+    key: Any = pair.source.get(split_by) if split_by else pair.prompt or (pair.chosen, pair.rejected)
+    return json.dumps(key, sort_keys=True, default=str)
+
+
+def _partition(groups: list[list[Pair]], shares: dict[str, float], seed: int) -> dict[str, list[Pair]]:
+    """Shuffled groups dealt out: to each name so many as come nearest to its share of rows, then to train."""
+    if len(groups) <= len(shares):
+        raise DataError(
+            f"train cannot be split into {len(shares) + 1} parts",
+            given=f"{len(groups)} group(s) of rows that must stay together",
+            expected=f"at least {len(shares) + 1}: one for each of train, {', '.join(shares)}",
+            fix="give more data, another split_by, or files of their own for validation and tests",
+        )
+    total = sum(map(len, groups))
+    left = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    parts = {}
+    for waiting, (name, share) in zip(range(len(shares), 0, -1), shares.items(), strict=True):
+        ends = np.cumsum([len(group) for group in left[: len(left) - waiting]])
+        count = int(np.abs(ends - share * total).argmin()) + 1
+        parts[name], left = list(itertools.chain(*left[:count])), left[count:]
+    return parts | {"train": list(itertools.chain(*left))}
+
+
+def _overlap(pairs: dict[str, list[Pair]], split_by: str | None) -> dict[str, int]:
+    """Per set, the number of pairs whose group (prompt, or value of split_by) is in train too."""
+    train = {_group(pair, split_by) for pair in pairs.get("train", [])}
+    others = {name: some for name, some in pairs.items() if name != "train"}
+    overlap = {name: sum(_group(p, split_by) in train for p in some) for name, some in others.items()}
+    for name, count in overlap.items():
+        if train and count:
+            log.info("%d of %d pairs of %s share their group with train", count, len(pairs[name]), name)
+    return overlap

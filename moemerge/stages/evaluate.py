@@ -1,0 +1,181 @@
+"""Stage `evaluate`: several reward models measured on the same data, side by side."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge.artifacts.environment import hardware, versions
+from moemerge.artifacts.stage import Draft, stage, write_json
+from moemerge.errors import OptionError, suggest
+from moemerge.evaluation import gold, protocol
+from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores
+from moemerge.evaluation.page import evaluation_sections
+from moemerge.evaluation.probes import PROBES, expand
+from moemerge.evaluation.probes.accuracy import check_sections
+from moemerge.evaluation.probes.base import Probe
+from moemerge.evaluation.report import FORMAT, rewardbench_parts
+from moemerge.evaluation.sets import (
+    EvaluationSet,
+    by_kind,
+    edited_sets,
+    probe_inputs,
+    read_sets,
+    score_tensors,
+)
+from moemerge.models import device as runtime
+from moemerge.models.cost import cost
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score
+from moemerge.options.evaluate import Evaluate, EvaluateSettings
+from moemerge.reports.html import write_report
+from moemerge.reports.provenance import provenance_section
+
+log = logging.getLogger(__name__)
+
+
+@stage("evaluate", Evaluate)
+def evaluate(options: Evaluate, draft: Draft) -> None:
+    """Score every model on every set, once, and run the probes on the scores.
+
+    One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
+    so that comparisons stay paired. Candidates' gold scores are those of the file, or of `gold_model` or
+    `gold_function`. Writes scores.safetensors, report.json, report.html, report.md and plots.
+    Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
+    """
+    options = by_kind(options)
+    check_ensembles(options)
+    probes = _probes(options)
+    device = runtime.use(options)
+    tokenizers = {
+        name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
+    }
+    sets = _regraded(read_sets(options, tokenizers), options, device)
+    check_sections(options, {item.subset for one in sets if one.kind == "pairs" for item in one.items})
+    read = protocol.describe(options, tokenizers, sets)
+    sets += edited_sets(options, tokenizers, probes, sets)
+    scores, models = {}, {}
+    for name, path in options.models.items():
+        model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
+        models[name] = {"source": path, "class": type(model).__name__, **cost(model)}
+        started = time.perf_counter()
+        scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
+        models[name]["seconds"] = time.perf_counter() - started
+        models[name]["tokens"] = sum(len(text.ids) for one in sets for text in one.texts[name])
+        del model
+        _free_memory()
+    scores |= ensemble_scores(options, scores)
+    models |= ensemble_facts(options, models)
+    inputs = probe_inputs(sets, scores)
+    results = {
+        name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
+    }
+    report = {
+        "format": FORMAT,
+        # Without times: evaluated again, the same models give the same report.
+        "models": {
+            name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()
+        },
+        "baseline": options.baseline or next(iter(models)),
+        "gold": gold.told(options),
+        "rows": {f"{one.kind}/{one.name}": one.report for one in sets},
+        "protocol": read,
+        "probes": results,
+    }
+    _write(draft, probes, report)
+    save_file(score_tensors(sets, scores), draft.folder / "scores.safetensors")
+    draft.results |= {"models": models, "rows": report["rows"], "main": _main_numbers(results)}
+
+
+def _probes(options: Evaluate) -> dict[str, Probe]:
+    """The probes asked for that have data; faults in the options are found here, before any work."""
+    known = [*options.models, *options.combinations()]
+    if options.baseline is not None and options.baseline not in known:
+        raise OptionError(
+            "the baseline is none of the models",
+            given=options.baseline,
+            expected=f"one of: {', '.join(known)}",
+            fix=suggest(options.baseline, known),
+        )
+    asked = {name: PROBES.get(name) for name in expand(options.probes)}
+    probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
+    chosen = options.probes != EvaluateSettings().probes
+    for name in asked.keys() - probes.keys() if chosen else ():
+        log.warning("%s is left out: no %s are given", name, asked[name].needs)
+    if not probes or not options.models:
+        raise OptionError(
+            "nothing to evaluate",
+            given=f"{len(options.models)} models; probes {', '.join(asked) or 'none'} without data",
+            expected="models, and pairs, candidates or rewardbench, whatever a probe needs",
+            fix="give models as name=path, and data: its columns tell which of these it is",
+        )
+    return probes
+
+
+def _regraded(sets: list[EvaluationSet], options: Evaluate, device: torch.device) -> list[EvaluationSet]:
+    """The sets; if gold scores are not read but made, candidates have those."""
+    judge = gold.judge(options, device, options, options.trust_remote_code) if options.candidates else None
+    if judge is None:
+        return sets
+    regraded = [
+        replace(one, items=gold.regrade(one.items, judge)) if one.kind == "candidates" else one
+        for one in sets
+    ]
+    del judge
+    _free_memory()
+    return regraded
+
+
+def _score_sets(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[EvaluationSet],
+    batch_tokens: int,
+) -> list[Tensor]:
+    """Scores of each set's texts, one after the other."""
+    found = []
+    for one in sets:
+        found.append(score(model, tokenizer, one.texts[name], batch_tokens, f"{name} on {one.name}"))
+    return found
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _write(draft: Draft, probes: Mapping[str, Probe], report: dict[str, Any]) -> None:
+    """Plots, report.json, and the same as a page and as markdown."""
+    plots = {name: probe.plot(report["probes"][name], draft.folder) for name, probe in probes.items()}
+    report |= {"plots": [plot for names in plots.values() for plot in names], "plots_by_probe": plots}
+    write_json(draft.folder / "report.json", report)
+    made = {**draft.provenance, "versions": versions(), "hardware": hardware()}
+    sections = [*evaluation_sections(report, draft.folder), provenance_section({"evaluate": made})]
+    write_report(draft.folder, "Evaluation", sections)
+
+
+def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy, gold score at the largest n, and scores of RewardBench to show first, by set and model."""
+    found: dict[str, Any] = {}
+    for name, measured in results.get("accuracy", {}).get("sets", {}).items():
+        models = cast(dict[str, Any], measured["all"]["models"])
+        found.setdefault("accuracy", {})[name] = {model: n["accuracy"] for model, n in models.items()}
+    for name, measured in results.get("best_of_n", {}).get("sets", {}).items():
+        last = {model: curve["gold"][-1] for model, curve in measured["models"].items()}
+        found.setdefault("best_of_n_gold", {})[name] = {"n": measured["n"][-1], **last}
+    for name, measured in results.get("rewardbench", {}).get("sets", {}).items():
+        for part, numbers in rewardbench_parts(measured).items():
+            values = {model: of_model["score"] for model, of_model in numbers["models"].items()}
+            found.setdefault("rewardbench", {}).setdefault(name, {})[part] = values
+    return found

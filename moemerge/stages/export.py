@@ -1,0 +1,170 @@
+"""Stage export: each expert of a MoE, or each model of a list, as an ordinary dense reward model, and the
+merge as plain mergekit YAML; or a whole MoE as stock Qwen2-MoE.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.errors import CheckpointError
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.qwen2_moe import write_native
+from moemerge.merging.sources.base import MergeSource
+from moemerge.merging.sources.models import ModelList
+from moemerge.merging.sources.open import open_members
+from moemerge.models import device as runtime
+from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
+from moemerge.models.finite import finite
+from moemerge.options.merge import Export
+
+LINEAR = "linear.yml"
+COMMENT = """# Written by moemerge export; stock mergekit merges it: mergekit-yaml {file} OUTPUT
+# What is merged is weighted block by block; all the rest comes from the first model.
+"""
+
+
+@stage("export", Export)
+def export(options: Export, draft: Draft) -> None:
+    """Write the members as dense checkpoints, and linear.yml if coefficients are given.
+
+    Of a MoE: shared/ (if there is one), expert-0/ ... expert-{N-1}/. What they have in common is stored once
+    and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
+    list of models: those that are not the reward models which take part in the merge (a language model, or a
+    model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
+    they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
+    for stock transformers (see native_export). Raises CheckpointError for what is not whole and for
+    coefficients of another source, UnsupportedError for a MoE that the form cannot express.
+    """
+    runtime.use(options)
+    if options.form == "qwen2_moe":
+        write_native(options, draft)
+    else:
+        _write_experts(options, draft)
+
+
+def _write_experts(options: Export, draft: Draft) -> None:
+    source = open_members(options)
+    found = Coefficients.load(options.coefficients) if options.coefficients else None
+    if found is not None:
+        source.check_fit(found)
+    places = {place: folder for place, folder in enumerate(_references(source)) if folder is None}
+    draft.reserve(source.size(source.dtype, copies=len(places)) if places else 0)
+    _write_members(draft.folder, source, list(places), options.shard_size)
+    if found is not None:
+        home = options.output.absolute()
+        config = linear_config(source, found, home)
+        text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=200)
+        head = COMMENT.format(file=options.output / LINEAR)
+        (draft.folder / LINEAR).write_text(head + text, encoding="utf-8")
+    names = [source.member_names[place] for place in places]
+    draft.results |= {"models": names, "merged_tensors": len(source.tensors)}
+
+
+def _references(source: MergeSource) -> list[Path | None]:
+    """The folder that each member is already a reward model in; None where it must be written."""
+    if not isinstance(source, ModelList):
+        return [None] * len(source.member_names)
+    return [
+        None if source.converted(place) else model.folder.absolute()
+        for place, model in enumerate(source.models)
+    ]
+
+
+def linear_config(source: MergeSource, coefficients: Coefficients, folder: Path) -> dict[str, Any]:
+    """A mergekit configuration, method linear, of the members, `folder` being where export writes them.
+
+    In merged tensors each model has its coefficient, by block; elsewhere the first model has 1, the others 0.
+    """
+    names = source.member_names
+    folders = [known or folder / name for known, name in zip(_references(source), names, strict=True)]
+    filters = _filters(source, coefficients)
+    models = []
+    for place, where in enumerate(folders):
+        by_block = [
+            {"filter": text, "value": coefficients.weights(row, source.has_shared)[place]}
+            for text, row in filters.items()
+        ]
+        weight = [*by_block, {"value": 0.0 if place else 1.0}]
+        models.append({"model": _reference(where), "parameters": {"weight": weight}})
+    kept = source.dense_dtype
+    cast = {} if kept == source.dtype else {"out_dtype": str(kept).removeprefix("torch.")}
+    base = {"merge_method": "linear", "base_model": _reference(folders[0])}
+    return {**base, **cast, "parameters": {"normalize": False}, "models": models}
+
+
+def _filters(source: MergeSource, coefficients: Coefficients) -> dict[str, int]:
+    """mergekit's filters, in order, with the row of coefficients of the tensors whose names contain them.
+
+    The first filter that a name contains counts, so whole names stand last, long ones first.
+    """
+    rows = source.rows(coefficients.blocks)
+    names = [*source.backbone, *rows]
+    short: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    for row in range(len(coefficients.blocks)):
+        own = {name for name in rows if rows[name] == row}
+        prefix = os.path.commonprefix(sorted(own)).rpartition(".")[0] + "."
+        alone = {name for name in names if prefix in name} == own
+        (short if alone else whole).update({prefix: row} if alone else dict.fromkeys(own, row))
+    found = short | {name: whole[name] for name in sorted(whole, key=len, reverse=True)}
+    _check_filters(found, rows, names)
+    return found
+
+
+def _check_filters(filters: dict[str, int], rows: dict[str, int], names: list[str]) -> None:
+    for name in names:
+        row = next((row for text, row in filters.items() if text in name), None)
+        if row != rows.get(name):
+            raise CheckpointError(
+                "the merge cannot be said in mergekit's filters",
+                given=f"{name} is caught by the filter of another block",
+                expected="names of which no whole one is a part of another",
+                fix="merge with moemerge merge",
+            )
+
+
+def _reference(folder: Path) -> str | dict[str, Any]:
+    """A model in mergekit's syntax, in which @ and + within a plain path have a meaning."""
+    path = str(folder)
+    return {"model": {"path": path}} if set("@+") & set(path) else path
+
+
+def _write_members(folder: Path, source: MergeSource, places: list[int], shard_size: int) -> None:
+    """Each member number in `places` as a checkpoint: the backbone's files are common to all."""
+    parts = folder / ".parts"
+    if places:
+        _write_part(parts / "backbone", ((n, finite(source.kept(n), n)) for n in source.backbone), shard_size)
+    for place in tqdm(places, desc="export", leave=False, disable=None):
+        name = source.member_names[place]
+        _write_part(parts / name, _member(source, place), shard_size)
+        _write_model(folder / name, source, [parts / "backbone", parts / name])
+    if places:
+        shutil.rmtree(parts)
+
+
+def _member(source: MergeSource, place: int) -> Iterator[tuple[str, Tensor]]:
+    what = f"of {source.member_names[place]}"
+    return ((t.dense, finite(source.matrix(t, place), f"{t.dense} {what}")) for t in source.tensors)
+
+
+def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> None:
+    folder.mkdir(parents=True)
+    write_checkpoint(folder, tensors, shard_size)
+
+
+def _write_model(folder: Path, source: MergeSource, parts: list[Path]) -> None:
+    folder.mkdir()
+    link_checkpoint(folder, parts)
+    config = source.dense_config()
+    config.dtype = source.dtype
+    config.save_pretrained(folder)
+    source.write_side_files(folder)

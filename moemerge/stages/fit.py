@@ -1,0 +1,196 @@
+"""Stage fit: merge coefficients for a MoE or a list of models, by one of the ways in moemerge.coefficients.
+
+Shapes: L blocks, N weighted members (routed experts, or models besides the base).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.reading import read_candidates, read_pairs
+from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
+from moemerge.errors import CheckpointError
+from moemerge.fitting.methods import METHODS
+from moemerge.fitting.moments import moments
+from moemerge.fitting.objectives.base import mixture
+from moemerge.fitting.pair_objective import PairObjective
+from moemerge.fitting.problem import FitOutcome, FitProblem
+from moemerge.fitting.report import write_report
+from moemerge.fitting.splits import hold_out
+from moemerge.fitting.teachers import Lesson
+from moemerge.merging import distributed
+from moemerge.merging.blocks import layer_of
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.base import MergeSource
+from moemerge.merging.sources.open import open_members
+from moemerge.models import device as runtime
+from moemerge.models.routing import RoutingStatistics
+from moemerge.models.token_limits import check_config
+from moemerge.options.fit import Fit
+
+log = logging.getLogger(__name__)
+
+
+@stage("fit", Fit)
+def fit(options: Fit, draft: Draft) -> None:
+    """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
+
+    uniform and one_hot need nothing but the members, usage routing statistics of the MoE, the others
+    preference pairs. Nothing but coefficients is fitted; models on disk are only read. Started by torchrun,
+    processes share the pairs and the first one writes. Raises OptionError when the method lacks an input,
+    CheckpointError for a foreign or damaged one, UnsupportedError for models that do not go together,
+    DataError for unusable pairs.
+    """
+    device = runtime.use(options)
+    distributed.join()
+    method = METHODS.get(options.method)
+    source = open_members(options)
+    blocks = source.blocks(per_matrix=options.granularity == "matrix")
+    outcome = method(_problem(options, source, blocks, _Data(options, source, blocks, device, draft)))
+    meta = {
+        "method": options.method,
+        "shared_weight": str(options.shared_weight),
+        "granularity": options.granularity,
+        **source.identity(),
+    }
+    coefficients = Coefficients(blocks, outcome.alpha_LN, outcome.shared_L, meta)
+    coefficients.save(draft.folder)
+    log.info("fit: %s", outcome.report["verdict"])
+    write_report(draft, coefficients, outcome, source.member_names[source.has_shared :])
+
+
+def fit_models(
+    models: Sequence[str | Path],
+    pairs: str | Path | None,
+    output: str | Path,
+    base: str | Path | None = None,
+    **options: Any,
+) -> Path:
+    """Merge coefficients for whole models of one architecture: `fit(models=..., pairs=..., output=..., ...)`.
+
+    `options` are those of `moemerge fit`: scope, method, shared_weight, ... Returns `output`, which
+    `merge_models` takes as coefficients; raises as fit does.
+    """
+    given = {"models": [str(model) for model in models], "base": base and str(base)}
+    return fit(output=output, pairs=pairs and str(pairs), **given, **options)
+
+
+def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) -> FitProblem:
+    if not source.has_shared and isinstance(options.shared_weight, str):
+        log.warning("shared_weight %s is ignored: no member is shared", options.shared_weight)
+    return FitProblem(
+        blocks=blocks,
+        num_experts=source.num_members,
+        has_shared=source.has_shared,
+        settings=options,
+        seed=options.seed,
+        statistics=_statistics(options.routing, source),
+        objective=data.objective if options.pairs else None,
+        start=_start(options.start, source, blocks),
+        moments=data.moments if options.pairs else None,
+    )
+
+
+def _start(folder: str | None, source: MergeSource, blocks: list[str]) -> FitOutcome | None:
+    """Given coefficients, a row for each of `blocks`; rows of layers serve all their matrices."""
+    if folder is None:
+        return None
+    found = Coefficients.load(folder)
+    source.check_fit(found)
+    theirs, mine = source.rows(found.blocks), source.rows(blocks)
+    row_of = {mine[name]: row for name, row in theirs.items()}
+    if any(row_of[mine[name]] != row for name, row in theirs.items()):
+        raise CheckpointError(
+            "coefficients to start from are finer than those to fit",
+            given=f"{len(found.blocks)} blocks in {folder}",
+            expected=f"{len(blocks)} blocks, or rows of whole layers",
+            fix="set granularity to what they were fitted with",
+        )
+    rows = [row_of[row] for row in range(len(blocks))]
+    return FitOutcome(found.alpha_LN[rows], found.shared_L[rows])
+
+
+def _statistics(routing: str | None, source: MergeSource) -> RoutingStatistics | None:
+    """The routing statistics, which must be of this very model."""
+    if routing is None:
+        return None
+    found = RoutingStatistics.load(routing)
+    layers = sorted({layer for block in source.blocks() if (layer := layer_of(block)) is not None})
+    theirs, mine = (found.layers, found.num_experts), (layers, source.num_members)
+    if theirs == mine and found.meta.get("model") in (None, source.fingerprint):
+        return found
+    raise CheckpointError(
+        "routing statistics are of another model",
+        given=f"layers {theirs[0]}, {theirs[1]} experts, fingerprint {found.meta.get('model')}",
+        expected=f"layers {mine[0]}, {mine[1]} experts, fingerprint {source.fingerprint}",
+        fix="run route on this MoE; whole models have no routing",
+    )
+
+
+class _Data:
+    """Merged model and pairs, made when a method asks for them; what became of rows goes into the draft."""
+
+    def __init__(
+        self, options: Fit, source: MergeSource, blocks: list[str], device: torch.device, draft: Draft
+    ) -> None:
+        self.options, self.source, self.blocks, self.device = options, source, blocks, device
+        self.rows: dict[str, Any] = draft.results.setdefault("rows", {}) if options.pairs else {}
+
+    @cached_property
+    def merged(self) -> MergedModel:
+        shape = (len(self.blocks), self.source.num_members)
+        alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
+        shared_L = torch.zeros(shape[0], dtype=torch.float64)
+        dtype = torch.promote_types(self.source.dtype, torch.float32)
+        return MergedModel(self.source, alpha_LN, shared_L, self.device, dtype, self.blocks)
+
+    @cached_property
+    def split(self) -> tuple[list[EncodedPair], list[int], list[int]]:
+        """All pairs; the numbers of those to fit, and of those held out."""
+        pairs = self._read("pairs", str(self.options.pairs))
+        if self.options.validation is None:
+            return (pairs, *hold_out(pairs, self.options.holdout, self.options.seed))
+        held_out = self._read("validation", self.options.validation)
+        count = len(pairs)
+        return pairs + held_out, list(range(count)), list(range(count, count + len(held_out)))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.source.tokenizer()
+
+    def objective(self) -> PairObjective:
+        pairs, train, held_out = self.split
+        lesson = Lesson(self.merged, self.tokenizer, pairs, self.options)
+        term = mixture(self.options.objectives, lesson)
+        size, candidates = self.options.micro_batch_size, self._candidates()
+        return PairObjective(self.merged, self.tokenizer, pairs, train, held_out, term, size, candidates)
+
+    def moments(self, start: FitOutcome) -> Tensor:
+        """Over the pairs that are not held out."""
+        pairs, train, _ = self.split
+        lesson = Lesson(self.merged, self.tokenizer, [pairs[number] for number in train], self.options)
+        return moments(lesson, len(self.blocks))
+
+    def _read(self, name: str, source: str) -> list[EncodedPair]:
+        pairs, report = read_pairs(source, self.options)
+        encoded = encode_pairs(self.tokenizer, pairs, self.options, report)
+        check_config(self.source.dense_config(), texts_of(encoded))
+        self.rows[name] = report.summary()
+        return encoded
+
+    def _candidates(self) -> list[EncodedCandidates]:
+        if self.options.candidates is None:
+            return []
+        sets, report = read_candidates(self.options.candidates, self.options)
+        encoded = encode_candidates(self.tokenizer, sets, self.options, report)
+        self.rows["candidates"] = report.summary()
+        return encoded

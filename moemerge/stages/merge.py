@@ -1,0 +1,251 @@
+"""Stage merge: the experts of a MoE, or several models, become one dense reward model of their architecture.
+
+Shapes: L blocks, N weighted members (routed experts, or models besides the base).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.errors import CheckpointError
+from moemerge.merging.average import OURS, as_average, row_blocks
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.sources.base import MergedTensor, MergeSource
+from moemerge.merging.sources.open import open_members
+from moemerge.models import device as runtime
+from moemerge.models.checkpoint import Checkpoint, write_checkpoint
+from moemerge.models.finite import finite, magnitude
+from moemerge.options.merge import Merge
+
+if TYPE_CHECKING:
+    from moemerge.merging.mergekit.methods import HostMethod
+
+log = logging.getLogger(__name__)
+
+
+@stage("merge", Merge)
+def merge(options: Merge, draft: Draft) -> None:
+    """Write the dense model: what `options` name is merged by `options.method`, everything else is kept.
+
+    From a MoE the MLPs are merged, from models what `scope` says. Keeps class, config, tokenizer, chat
+    template and, unless told otherwise, dtype. Holds one shard at once. Our average is compared with a sum in
+    float64 before it is written; everything is read back and compared with what was meant, bit for bit.
+    Raises CheckpointError when tensors are missing, left over, misshapen or not finite, when the coefficients
+    belong to another model, or when a comparison fails; UnsupportedError for models that do not go together;
+    OptionError for what the method does not take. Source: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724);
+    of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods: mergekit (arXiv 2403.13257).
+    """
+    device = runtime.use(options)
+    source = open_members(options)
+    dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
+    way = _way(options, source, dtype, device)
+    draft.reserve(source.size(dtype))
+    write_checkpoint(draft.folder, _dense_tensors(source, way, dtype), options.shard_size)
+    source.write_config(draft.folder, dtype)
+    source.write_side_files(draft.folder)
+    _require_all(draft.folder, source)
+    log.info("merge: largest difference to what was meant %.2e", way.largest_difference)
+    draft.results |= {
+        "method": options.method,
+        "largest_difference": way.largest_difference,
+        "merged_tensors": len(source.tensors),
+        "other_tensors": len(source.backbone),
+        "coefficients": way.coefficients.meta if way.coefficients else None,
+        "table": list(way.coefficients.table()) if way.coefficients else None,
+        "caveats": list(source.caveats),
+    }
+
+
+class _Way(Protocol):
+    """A way to merge: one dense tensor, and how far any so far was from an independent computation."""
+
+    largest_difference: float
+
+    @property
+    def coefficients(self) -> Coefficients | None: ...
+
+    def merged(self, tensor: MergedTensor) -> Tensor: ...
+
+
+def merge_models(
+    models: Sequence[str | Path],
+    output: str | Path,
+    base: str | Path | None = None,
+    coefficients: str | Path | Sequence[float] | None = None,
+    **options: Any,
+) -> Path:
+    """Merge whole models of one architecture: `merge(models=..., output=..., ...)`.
+
+    `coefficients` is the folder that `fit_models` wrote, or one weight per model, the base first if there is
+    one (default: equal). `options` are those of `moemerge merge`: scope, method, parameters, dtype, ...
+    Returns `output`; raises as merge does.
+    """
+    given: dict[str, Any] = {"models": [str(model) for model in models], "base": base and str(base)}
+    if isinstance(coefficients, str | Path):
+        given["coefficients"] = str(coefficients)
+    elif coefficients is not None:
+        given["weights"] = list(coefficients)
+    return merge(output=output, **given, **options)
+
+
+def _coefficients(options: Merge, source: MergeSource) -> Coefficients | None:
+    """Those that were given; for our average of models equal ones otherwise; None if there are none."""
+    if options.coefficients:
+        found = Coefficients.load(options.coefficients)
+        source.check_fit(found)
+        return found
+    if options.weights or options.method == OURS:
+        return _constant(options.weights or [1.0] * len(source.member_names), source)
+    return None
+
+
+def _constant(weights: Sequence[float], source: MergeSource) -> Coefficients:
+    """Coefficients that are the same in every block, in proportion to `weights`."""
+    blocks, values = source.blocks(), torch.tensor(weights, dtype=torch.float64)
+    alpha_N, shared = as_average(values, source.has_shared)
+    shared_L = torch.full((len(blocks),), shared, dtype=torch.float64)
+    return Coefficients(blocks, alpha_N.repeat(len(blocks), 1), shared_L, {"method": "given"})
+
+
+def _way(options: Merge, source: MergeSource, dtype: torch.dtype, device: torch.device) -> _Way:
+    found = _coefficients(options, source)
+    if options.method == OURS:
+        assert found is not None
+        return _Average(source, found, dtype)
+    from moemerge.merging.mergekit.methods import HostMethod  # imports mergekit
+
+    method = HostMethod(options.method, options.parameters, found, options.seed)
+    if found is not None and not method.weighs:
+        log.warning("merge: %s takes no weights, so the coefficients are not used", options.method)
+    return _Hosted(source, method, found if method.weighs else None, dtype, device)
+
+
+def _rows(source: MergeSource, coefficients: Coefficients | None) -> dict[str, int]:
+    return source.rows(coefficients.blocks) if coefficients else {}
+
+
+@dataclass
+class _Average:
+    """The routing-normalised average, each block of rows checked against a float64 sum at once."""
+
+    source: MergeSource
+    coefficients: Coefficients
+    dtype: torch.dtype
+    largest_difference: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.rows = _rows(self.source, self.coefficients)
+
+    @runtime.one_thread()
+    def merged(self, tensor: MergedTensor) -> Tensor:
+        merged = torch.empty(tensor.shape, dtype=self.dtype)
+        copies = list(self.source.matrices(tensor))
+        for block, *parts in zip(*map(row_blocks, (merged, *copies)), strict=True):
+            self._merge(block, parts, tensor)
+        return merged
+
+    def _merge(self, block: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
+        """Fill `block`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
+        c, row = self.coefficients, self.rows[tensor.dense]
+        wide = (_widened(part, block.dtype) for part in parts)
+        block.copy_(self.source.average(wide, c.alpha_LN[row], float(c.shared_L[row])))
+        difference = _difference(block, c.weights(row, self.source.has_shared), parts)
+        # Rounding is bounded by the copies, of which `block` is an average: if it will do, they need no look.
+        if not math.isfinite(difference) or difference > _rounding(block, [block]):
+            for name, part in zip(self.source.member_names, parts, strict=True):
+                finite(part, f"{tensor.dense} of {name}")
+            finite(block, f"{tensor.dense} as merged")
+            if difference > _rounding(block, parts):
+                raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
+        self.largest_difference = max(self.largest_difference, difference)
+
+
+@dataclass
+class _Hosted:
+    """A method of mergekit's."""
+
+    source: MergeSource
+    method: HostMethod
+    coefficients: Coefficients | None
+    dtype: torch.dtype
+    device: torch.device
+    largest_difference: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.rows = _rows(self.source, self.coefficients)
+
+    def merged(self, tensor: MergedTensor) -> Tensor:
+        named = zip(self.source.member_names, self.source.matrices(tensor), strict=True)
+        sound = (finite(matrix, f"{tensor.dense} of {name}") for name, matrix in named)
+        copies = (_widened(matrix, self.dtype).to(self.device) for matrix in sound)
+        row = self.rows.get(tensor.dense)
+        merged = self.method.merge(tensor.dense, row, copies, self.source.has_shared)
+        return finite(_cast(merged.cpu(), self.dtype), f"{tensor.dense} as merged")
+
+
+def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    merged = {tensor.dense: tensor for tensor in source.tensors}
+    for name in tqdm(source.names(), desc="merge", leave=False, disable=None):
+        if name in merged:
+            yield name, way.merged(merged[name])
+        else:
+            yield name, _kept(source, name, dtype)
+
+
+@runtime.one_thread()
+def _kept(source: MergeSource, name: str, dtype: torch.dtype) -> Tensor:
+    stored = finite(source.kept(name), name)
+    kept = _cast(stored, dtype)
+    return kept if kept is stored else finite(kept, f"{name} as {dtype}")
+
+
+def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """`matrix` in the wider of its dtype and `dtype`: the merge must not round away."""
+    return matrix.to(torch.promote_types(matrix.dtype, dtype))
+
+
+def _difference(block: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
+    """Largest |block - float64 sum|; not finite if anything in them is not."""
+    rest = block.double()
+    for weight, part in zip(weights, parts, strict=True):
+        rest.sub_(part, alpha=weight)
+    return magnitude(rest)
+
+
+def _rounding(block: Tensor, parts: Sequence[Tensor]) -> float:
+    """How far rounding can take the average of `parts`, written to `block`, from the float64 sum."""
+    written, summed = torch.finfo(block.dtype), torch.finfo(torch.float32)
+    size = max(map(magnitude, parts)) + written.tiny
+    return size * max(written.eps, summed.eps) * (3 + len(parts))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _require_all(folder: Path, source: MergeSource) -> None:
+    wanted, found = (
+        {*source.backbone, *(tensor.dense for tensor in source.tensors)},
+        set(Checkpoint(folder).names),
+    )
+    if found != wanted:
+        raise _not_as_meant(f"names {sorted(wanted ^ found)[:5]} are missing or left over")
+
+
+def _not_as_meant(given: str) -> CheckpointError:
+    return CheckpointError(
+        "the merged model was not written as meant",
+        given=given,
+        expected="the members' merge, and bit for bit what is kept",
+        fix="check the disk and merge again; with dtype float16, values may be out of its range",
+    )

@@ -1,0 +1,178 @@
+"""Stage route: one pass of preference pairs through a MoE, counting what its gates do.
+
+Shapes: L layers with experts, N routed experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge.artifacts.manifest import model_fingerprint
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
+from moemerge.merging.experts.diversity import barriers, disagreement, measure_updates, score_pairs_at
+from moemerge.merging.experts.report import Diversity, Judgement
+from moemerge.merging.experts.speculation import Speculation, speculation
+from moemerge.merging.experts.uncertainty import member_points
+from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.sources.moe import MoeCheckpoint
+from moemerge.models import device as runtime
+from moemerge.models.checkpoint import local_folder
+from moemerge.models.families.dense import require_moe
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.moe import moe_layers
+from moemerge.models.moe_settings import MoeSettings
+from moemerge.models.routing import SIDES, RoutingStatistics
+from moemerge.models.scoring import score
+from moemerge.options.route import Route
+from moemerge.reports import plotting
+from moemerge.reports.table import Table
+
+PROBE_SHARED_WEIGHT = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@stage("route", Route)
+def route(options: Route, draft: Draft) -> None:
+    """Write routing statistics by subset and side: statistics.safetensors, routing.md, gate_mass.png.
+
+    Padding is never counted; batches change nothing beyond rounding. With `diversity`, also how the experts
+    differ: diversity.json, heat maps, more tables. Raises CheckpointError if the model is no MoE, DataError
+    for unusable pairs.
+    """
+    device = runtime.use(options)
+    tokenizer = load_tokenizer(options.model)
+    pairs, report = read_pairs(options.pairs, options)
+    encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
+    statistics, spied = _observe(options, tokenizer, encoded, device)
+    statistics.meta["model"] = model_fingerprint(local_folder(options.model))
+    statistics.save(draft.folder)
+    _draw(statistics, draft)
+    draft.results |= {"pairs": len(encoded), "rows": report.summary(), **_summary(statistics)}
+    tables, pictures = [_layer_table(statistics), _group_table(statistics)], ["gate_mass.png"]
+    if options.diversity != "none":
+        diversity = _diversity(options, tokenizer, encoded[: options.probe_pairs], spied, device)
+        pictures += diversity.write(draft.folder)
+        draft.results["diversity"] = diversity.results()
+        tables += diversity.tables()
+    (draft.folder / "routing.md").write_text(_report(tables, pictures), encoding="utf-8")
+
+
+def _observe(
+    options: Route, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], device: torch.device
+) -> tuple[RoutingStatistics, Speculation | None]:
+    """What the MoE itself is needed for; it is let go before anything is merged."""
+    model = load_reward_model(str(local_folder(options.model)), device)
+    require_moe(model.config.model_type, options.model)
+    tokens, spied = options.batch_tokens, None
+    if options.diversity == "all":
+        spied = speculation(model, tokenizer, pairs[: options.probe_pairs], tokens, options.seed)
+    return collect(model, tokenizer, pairs, tokens), spied
+
+
+def _diversity(
+    options: Route,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    spied: Speculation | None,
+    device: torch.device,
+) -> Diversity:
+    """How the experts differ, in judgement too if there was a look for speculative ones."""
+    source = MoeCheckpoint(options.model)
+    updates = measure_updates(source)
+    if spied is None:
+        return Diversity(updates)
+    settings, tokens = source.settings, options.batch_tokens
+    shape = (len(settings.layers), settings.num_routed_experts)
+    alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
+    shared_L = torch.full(shape[:1], PROBE_SHARED_WEIGHT * settings.shared_expert, dtype=torch.float64)
+    merged = MergedModel(source, alpha_LN, shared_L, device, torch.promote_types(source.dtype, torch.float32))
+    scores_NP2 = score_pairs_at(merged, tokenizer, pairs, member_points(alpha_LN, shared_L), tokens)
+    judged = Judgement(disagreement(scores_NP2), barriers(merged, tokenizer, pairs, tokens), spied)
+    return Diversity(updates, judged)
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    batch_tokens: int,
+) -> RoutingStatistics:
+    """Routing statistics of a MoE over `pairs`, both sides of each; meta is left empty."""
+    layers = moe_layers(model)
+    settings = MoeSettings.read(model.config.moemerge)
+    statistics = RoutingStatistics(settings.layers, settings.num_routed_experts, settings.num_experts_per_tok)
+    groups = [(pair.pair.subset, side) for pair in pairs for side in SIDES]
+    with statistics.observe(layers, groups) as on_batch:
+        score(model, tokenizer, texts_of(pairs), batch_tokens, "route", on_batch)
+    return statistics
+
+
+def _summary(statistics: RoutingStatistics) -> dict[str, Any]:
+    """What is worth telling per layer: entropy in nats, the largest share, experts that nobody selected."""
+    mass_LN, selections_LN = statistics.gate_mass_LN(), statistics.total().selections_LN
+    return {
+        "tokens": int(statistics.total().tokens_L[0]),
+        "layers": statistics.layers,
+        "entropy": statistics.entropy_L().tolist(),
+        "shared_mass": statistics.shared_mass_L().tolist(),
+        "max_share": mass_LN.max(1).values.tolist(),
+        "dead_experts": {
+            str(number): dead
+            for number, row in zip(statistics.layers, selections_LN, strict=True)
+            if (dead := (row == 0).nonzero()[:, 0].tolist())
+        },
+    }
+
+
+def _draw(statistics: RoutingStatistics, draft: Draft) -> None:
+    plotting.heat_map(
+        statistics.gate_mass_LN().numpy(),
+        draft.folder / "gate_mass.png",
+        "Share of the routed gate mass",
+        "expert",
+        "layer",
+        y_ticks=statistics.layers,
+    )
+
+
+def _report(tables: Sequence[Table], pictures: Sequence[str]) -> str:
+    shown = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in pictures]
+    return "\n".join(["# Routing\n", *(table.markdown() for table in tables), *shown])
+
+
+def _layer_table(statistics: RoutingStatistics) -> Table:
+    experts = [f"expert {i}" for i in range(statistics.num_experts)]
+    columns = [statistics.shared_mass_L(), statistics.entropy_L(), *statistics.gate_mass_LN().T]
+    rows = zip(statistics.layers, *(column.tolist() for column in columns), strict=True)
+    return Table(
+        "Gate mass per layer",
+        ["layer", "shared", "entropy", *experts],
+        [[str(number), *(f"{value:.4f}" for value in values)] for number, *values in rows],
+        "shared: mean gate weight of the shared expert. entropy: of the routing probabilities, in nats. "
+        "experts: shares of the routed gate mass.",
+    )
+
+
+def _group_table(statistics: RoutingStatistics) -> Table:
+    """How far each subset and side departs from the whole: half the L1 distance, mean over layers."""
+    whole_LN, rows = statistics.gate_mass_LN(), []
+    for subset, side in sorted(statistics.groups):
+        mine_LN = statistics.gate_mass_LN(subset, side)
+        tokens = int(statistics.total(subset, side).tokens_L[0])
+        away = _total_variation(mine_LN, whole_LN)
+        rows.append([subset or "(all)", side, str(tokens), f"{away:.4f}"])
+    note = "distance: half the L1 distance of this group's shares from those of all pairs, mean over layers."
+    return Table("Subsets and sides", ["subset", "side", "tokens", "distance"], rows, note)
+
+
+def _total_variation(one_LN: Tensor, other_LN: Tensor) -> float:
+    return float((one_LN - other_LN).abs().sum(1).mean() / 2)

@@ -1,0 +1,125 @@
+"""Stage `sample`: a policy's answers to prompts, as candidate sets for evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge.artifacts.disk import write_whole
+from moemerge.artifacts.stage import Draft, stage, workspace
+from moemerge.data.pairs import CandidateSet, as_answer
+from moemerge.data.reading import distinct, read_prompts
+from moemerge.data.rows import write_rows
+from moemerge.evaluation import gold
+from moemerge.models import device as runtime
+from moemerge.models.scoring import batches
+from moemerge.options.policy import Sample
+from moemerge.training.policy import batch_seed, load_policy, prompt_ids, sample_answers, short_prompts
+
+Drawn = dict[str, list[Any]]
+
+log = logging.getLogger(__name__)
+
+
+@stage("sample", Sample)
+def sample(options: Sample, draft: Draft) -> None:
+    """Draw `per_prompt` answers to every prompt; write candidates.jsonl.gz, which evaluate reads.
+
+    Answers get gold scores if gold_model or gold_function is given, else evaluate must be given one of them.
+    Answers without text are left out and counted, and so are prompts with fewer than two answers. Each batch
+    has a seed of its own and is kept as soon as it is drawn: a killed run, started again, goes on and ends
+    with the same answers. Raises DataError for unusable rows, CheckpointError for an unusable policy,
+    OptionError if there is no such gold function.
+    """
+    device = runtime.use(options)
+    graded = gold.judge(options, device, options, options.trust_remote_code)
+    policy, tokenizer = load_policy(options.model, device, trust=options.trust_remote_code)
+    prompts, report = read_prompts(options.prompts, options)
+    prompts = distinct(short_prompts(prompts, report, tokenizer, options))[: options.max_prompts]
+    with workspace(options) as folder:
+        drawn = list(_draw(options, policy, tokenizer, prompts, folder))
+        sets, results = _gather(prompts, drawn)
+        del policy
+        runtime.free_memory()
+        sets = gold.regrade(sets, graded) if graded else sets
+        write_rows(draft.folder / "candidates.jsonl.gz", (one.plain() for one in sets))
+    draft.results |= {**results, "gold": gold.told(options), "rows": report.summary()}
+
+
+def _draw(
+    options: Sample,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[CandidateSet],
+    folder: Path,
+) -> Iterator[Drawn]:
+    """Batches of answers, each read from `folder` if it is there: the places of their prompts, and texts."""
+    places = [place for place, _ in enumerate(prompts) for _ in range(options.per_prompt)]
+    ids = prompt_ids(tokenizer, [one.prompt for one in prompts])
+    lengths = [len(ids[place]) + options.max_new_tokens for place in places]
+    with tqdm(total=len(places), desc="answers", unit="answer", leave=False, disable=None) as bar:
+        for number, rows in enumerate(batches(lengths, options.batch_tokens)):
+            path = folder / f"{number}.json"
+            if not path.exists():
+                batch = [places[row] for row in rows]
+                write_whole(path, json.dumps(_batch(options, policy, tokenizer, prompts, batch, number)))
+            bar.update(len(rows))
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _batch(
+    options: Sample,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[CandidateSet],
+    places: list[int],
+    number: int,
+) -> Drawn:
+    answers = sample_answers(
+        policy,
+        tokenizer,
+        [prompts[place].prompt for place in places],
+        batch_seed(options.seed, number),
+        options.max_new_tokens,
+        options.temperature,
+        options.top_p,
+    )
+    tokens_B = answers.mask_BT[:, answers.start :].sum(dim=1)
+    ended, tokens = answers.ended_B.tolist(), tokens_B.tolist()
+    return {"places": places, "texts": answers.texts, "ended": ended, "tokens": tokens}
+
+
+def _gather(
+    prompts: Sequence[CandidateSet], drawn: Sequence[Drawn]
+) -> tuple[list[CandidateSet], dict[str, Any]]:
+    """The candidate sets, and what is worth telling of them."""
+    texts: list[list[str]] = [[] for _ in prompts]
+    for part in drawn:
+        for place, text in zip(part["places"], part["texts"], strict=True):
+            texts[place].append(text)
+    full = [replace(one, texts=_said(one, found)) for one, found in zip(prompts, texts, strict=True)]
+    sets = [one for one in full if len(one.texts) > 1]
+    every = [text for found in texts for text in found]
+    blank = sum(not text.strip() for text in every)
+    if blank:
+        log.warning("%d of %d answers have no text and are left out", blank, len(every))
+    return sets, {
+        "prompts": len(sets),
+        "answers": sum(len(one.texts) for one in sets),
+        "left_out": {"prompts": len(full) - len(sets), "answers": blank},
+        "different": sum(len(set(found)) for found in texts) / len(every),
+        "ended": float(np.mean([ended for part in drawn for ended in part["ended"]])),
+        "mean_tokens": float(np.mean([tokens for part in drawn for tokens in part["tokens"]])),
+    }
+
+
+def _said(one: CandidateSet, texts: Sequence[str]) -> list[Any]:
+    return [as_answer(one.prompt, text) for text in texts if text.strip()]

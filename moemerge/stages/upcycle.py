@@ -1,0 +1,195 @@
+"""Stage upcycle: a dense reward model becomes a mixture of experts that computes the same function.
+
+Every expert starts as a copy of the dense MLP (sparse upcycling, arXiv 2212.05055) and gate weights sum
+to one (XFT, arXiv 2404.15247). Letters: N routed experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig
+
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.errors import CheckpointError, UnsupportedError
+from moemerge.models import device as runtime
+from moemerge.models.checkpoint import Checkpoint, copy_side_files, write_checkpoint
+from moemerge.models.configs import load_config
+from moemerge.models.equivalence import largest_difference, probe_batch, probe_scores, require_alike
+from moemerge.models.families import family_of
+from moemerge.models.families.base import ExpertTensor
+from moemerge.models.families.dense import is_moe, skeleton
+from moemerge.models.finite import finite
+from moemerge.models.guards import refuse_own_class, source_names
+from moemerge.models.heads import has_own_code
+from moemerge.models.layout import write_layout
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.modelling import install_shim, layout_of, load_moe, moe_config
+from moemerge.models.moe import make_router
+from moemerge.models.moe_settings import MoeSettings
+from moemerge.options.layers import parse_layers
+from moemerge.options.upcycle import Upcycle
+
+log = logging.getLogger(__name__)
+
+
+@stage("upcycle", Upcycle)
+def upcycle(options: Upcycle, draft: Draft) -> None:
+    """Write the MoE of `options.model`, and check on a probe batch that it equals the dense model.
+
+    A base language model or encoder gets a fresh head drawn from `seed`. Weights are read and written
+    tensor by tensor, so no more than one shard is held. Raises UnsupportedError for an unknown
+    architecture and CheckpointError for a damaged model or when the functions differ.
+    """
+    device = runtime.use(options)
+    source = Checkpoint(options.model)
+    config = _dense_config(source, options)
+    settings = _settings(options, config)
+    moe = moe_config(config, settings)
+    names = source_names(source, config)
+    layout = layout_of(moe)
+    draft.reserve(sum(map(math.prod, layout.moe.values())) * source.dtype(source.names[0]).itemsize)
+    write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
+    moe.save_pretrained(draft.folder)
+    install_shim(draft.folder, config.model_type)
+    write_layout(draft.folder, layout)
+    copy_side_files(source.folder, draft.folder)
+    draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
+    _compare(options, draft, device)
+
+
+def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
+    config = load_config(source.folder, options.trust_remote_code)
+    if is_moe(config):
+        raise UnsupportedError(
+            "the model is a MoE already",
+            given=f"{options.model}, {config.model_type}",
+            expected="a dense reward model",
+            fix="give the dense model, or merge this one first",
+        )
+    family_of(config)
+    if not (options.trust_remote_code and has_own_code(config)):
+        refuse_own_class(config.architectures, options.model)
+    head = str((config.architectures or [""])[0])
+    if head.endswith("ForSequenceClassification") and config.num_labels != 1:
+        raise CheckpointError(
+            "not a reward model",
+            given=f"{head} with {config.num_labels} outputs",
+            expected="one output",
+            fix="use a reward model, whose num_labels is 1",
+        )
+    config.num_labels = 1
+    config.dtype = source.dtype(source.names[0])
+    if config.pad_token_id is None:
+        config.pad_token_id = load_tokenizer(options.model, options.trust_remote_code).pad_token_id
+    return config
+
+
+def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
+    return MoeSettings(
+        num_routed_experts=options.num_routed_experts,
+        num_experts_per_tok=options.num_experts_per_tok,
+        shared_expert=options.shared_expert,
+        layers=parse_layers(options.layers, config.num_hidden_layers),
+        gate=options.gate,
+        gate_shared_weight=options.gate_shared_weight,
+        router=options.router,
+        router_init_std=options.router_init_std,
+        balance_coefficient=options.balance_coefficient,
+        balance_loss=options.balance_loss,
+        dense_dtype=str(config.dtype).removeprefix("torch."),
+    )
+
+
+def _moe_tensors(
+    source: Checkpoint, names: dict[str, str | None], moe: PretrainedConfig, options: Upcycle
+) -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(options.seed)
+    settings = MoeSettings.read(moe.moemerge)
+    tensors = family_of(moe).expert_tensors(moe)
+    experts = {t.dense for t in tensors}
+    shapes = skeleton(moe).state_dict()
+    for name, held in tqdm(names.items(), desc="backbone", disable=None):
+        if held is None:
+            yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
+        elif name not in experts:
+            yield name, finite(source.tensor(held), held)
+    for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
+        yield from _expert_copies(source, names, stack, settings, options.expert_noise, generator)
+    for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
+        yield from _routers(prefix, moe, settings, options.router_init, generator)
+
+
+def _fresh(
+    shape: tuple[int, ...], name: str, config: PretrainedConfig, generator: torch.Generator
+) -> torch.Tensor:
+    std = 0.0 if name.endswith("bias") else getattr(config, "initializer_range", 0.02)
+    return (torch.randn(shape, generator=generator) * std).to(config.dtype)
+
+
+def _stacks(tensors: list[ExpertTensor]) -> list[list[ExpertTensor]]:
+    stacks: dict[str, list[ExpertTensor]] = {}
+    for tensor in tensors:
+        stacks.setdefault(tensor.stacked, []).append(tensor)
+    return list(stacks.values())
+
+
+def _expert_copies(
+    source: Checkpoint,
+    names: dict[str, str | None],
+    stack: list[ExpertTensor],
+    settings: MoeSettings,
+    noise: float,
+    generator: torch.Generator,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The shared copies of the tensors of one stack, then the stack."""
+    dense = {t.dense: finite(source.tensor(str(names[t.dense])), t.dense) for t in stack}
+    if settings.shared_expert:
+        yield from ((t.shared, dense[t.dense]) for t in stack)
+    one = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
+    copies = one.unsqueeze(0).repeat(settings.num_routed_experts, *[1] * one.dim())
+    if noise:
+        for t in stack:
+            part = copies[:, t.rows]
+            std = noise * dense[t.dense].float().std()
+            copies[:, t.rows] = (part + std * torch.randn(part.shape, generator=generator)).to(part.dtype)
+    yield stack[0].stacked, copies
+
+
+def _routers(
+    prefix: str, moe: PretrainedConfig, settings: MoeSettings, start: str, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
+    shapes = make_router(settings.router, moe.hidden_size, settings.num_routed_experts).state_dict()
+    for number, (name, weight) in enumerate(shapes.items()):
+        last = number == len(shapes) - 1
+        std = settings.router_init_std if last else weight.shape[1] ** -0.5
+        drawn = torch.randn(weight.shape, generator=generator) * (0.0 if last and start == "zero" else std)
+        yield f"{prefix}.gate.{name}", drawn.to(moe.dtype)
+
+
+def _compare(options: Upcycle, draft: Draft, device: torch.device) -> None:
+    """Largest difference between the scores of dense model and MoE on a probe batch."""
+    moe = load_moe(draft.folder, str(device))
+    inputs, dtype = probe_batch(moe.config, options.seed, device), moe.dtype
+    ours_B = probe_scores(moe, inputs, prompt_lengths=True)
+    head = {n: p.detach().clone() for n, p in moe.state_dict().items() if n in draft.results["fresh_head"]}
+    del moe
+    dense = load_reward_model(
+        options.model,
+        device,
+        dtype,
+        options.trust_remote_code,
+        fresh_head_seed=options.seed if head else None,
+    )
+    dense.load_state_dict(head, strict=False)
+    theirs_B = probe_scores(dense, inputs)
+    difference = draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
+    log.info("upcycle: largest difference to the dense model %.2e", difference)
+    if not options.expert_noise:
+        what = "the MoE does not equal the dense model"
+        fix = "report this architecture; the model may change its MLP in a way that is not known here"
+        require_alike(ours_B, theirs_B, dtype, what, fix)

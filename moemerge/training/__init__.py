@@ -1,0 +1,1 @@
+"""What changes weights: TRL's trainers, expert schedules, policies."""

@@ -1,0 +1,372 @@
+"""TRL's RewardTrainer as `moemerge train` uses it: rates by role, exact evaluation, small checkpoints.
+
+Checkpoints live in the run's own workspace and are read back by torch.load(weights_only=True) and safetensors
+only; nothing else is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+
+from moemerge.artifacts.disk import flush, flush_tree, write_whole
+from moemerge.data.tokenise import EncodedPair
+from moemerge.errors import CheckpointError, OptionError
+from moemerge.models.moe import FREE, moe_layers
+from moemerge.models.scoring import bradley_terry, score_pairs
+from moemerge.options.train import Train
+from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
+from moemerge.training.report import standings
+
+C = TypeVar("C", bound=TrainingArguments)
+
+WEIGHTS = "model.safetensors"
+STATE = "trainer_state.json"
+WHOLE = "whole"
+EVAL_TOKENS = 8192
+EVALUATIONS = 10
+LOGS_PER_EVALUATION = 10
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator, which also passes on `prompt_lengths` (chosen rows first, as the ids) and `places`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A padded batch of both sides of each pair."""
+        batch = super().torch_call(examples)
+        if "prompt_lengths" in examples[0]:
+            lengths_P2 = torch.tensor([example["prompt_lengths"] for example in examples])
+            batch["prompt_lengths"] = lengths_P2.T.flatten()
+        if "places" in examples[0]:
+            batch["places"] = torch.tensor([example["places"] for example in examples])
+        return batch
+
+
+class Patience(TrainerCallback):
+    """Stops training once `patience` evaluations in a row stood no better than the best before them."""
+
+    def __init__(self, options: Train, start: float) -> None:
+        self.options, self.start = options, start
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask the trainer to stop."""
+        if exhausted(state.log_history, self.options, self.start):
+            control.should_training_stop = True
+
+
+def exhausted(history: list[dict[str, Any]], options: Train, start: float) -> bool:
+    """Whether the last `options.patience` evaluations all stood no better than the best before them.
+
+    `start` is the standing before training (training_report.standing).
+    """
+    found = [start, *standings(history, options.choose_by)]
+    return options.patience is not None and len(found) - 1 - found.index(min(found)) >= options.patience
+
+
+class PairTrainer(RewardTrainer):
+    """A RewardTrainer that logs the balance loss and evaluates on all held-out pairs, each counted once.
+
+    `groups` are AdamW parameter groups; `held_out` the pairs that `measure` and `evaluate` score; `schedule`,
+    if any, steers the gates of each training step. Its checkpoints hold the weights that train, and no
+    others. It sends no telemetry and writes no model card.
+    """
+
+    model: Any
+    processing_class: Any
+
+    def __init__(
+        self,
+        *,
+        groups: list[dict[str, Any]],
+        held_out: Sequence[EncodedPair],
+        schedule: ExpertSchedule | None = None,
+        **trl: Any,
+    ) -> None:
+        super().__init__(**trl)
+        self.groups, self.held_out, self.schedule = groups, held_out, schedule
+        self.moe = list(moe_layers(self.model).values())
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the given groups."""
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(self.groups, **settings)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """One forward and backward pass; the balance loss is a mean over layers and an update's passes."""
+        for layer in self.moe:
+            layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
+        if self.schedule is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        context, places_P = self.moe[0].context, inputs.pop("places").to(self.model.device)
+        context.steering = self.schedule.at(self.state.global_step, places_P)
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            context.steering = FREE
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """TRL's Bradley-Terry loss; besides, the mean balance loss over layers is kept for the log."""
+        result = super().compute_loss(model, *args, **kwargs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics.pop("num_tokens", None)  # TRL's counter forgets the steps before a resume
+        balance = [layer.last_balance.float() for layer in self.moe if layer.last_balance is not None]
+        if balance:
+            metrics["balance_loss"].append(torch.stack(balance).mean().item())
+        return result
+
+    def measure(self) -> dict[str, float]:
+        """Bradley-Terry loss in nats (infinite if scores are not finite) and accuracy on held-out pairs."""
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                scores_P2 = score_pairs(self.model, self.processing_class, self.held_out, EVAL_TOKENS)
+        except CheckpointError:
+            return {"loss": math.inf, "accuracy": 0.0}
+        loss, accuracy = bradley_terry(scores_P2)
+        return {"loss": loss, "accuracy": accuracy}
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure, log and tell the callbacks: TRL's own averages count a ragged last batch too much."""
+        metrics = {f"eval_{name}": value for name, value in self.measure().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: training checkpoints are no models to publish."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / WEIGHTS)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As ever; then the checkpoint is flushed, and only then marked as whole."""
+        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        flush_tree(folder)
+        (folder / WHOLE).touch()
+        flush(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model, Path(resume_from_checkpoint))
+
+
+def load_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Copy the weights of a trainer checkpoint into the parameters of the same names."""
+    with torch.no_grad():
+        for name, tensor in load_file(checkpoint / WEIGHTS).items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def make_trainer(
+    options: Train,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    roles: dict[str, str],
+    pairs: Sequence[EncodedPair],
+    held_out: Sequence[EncodedPair],
+    folder: Path,
+) -> PairTrainer:
+    """A trainer of the parameters in `roles` (name -> role) whose checkpoints go to `folder`, our own.
+
+    Raises OptionError for options of experts that the model lacks.
+    """
+    gated = (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
+    schedule = expert_schedule(options, model, pairs)
+    return PairTrainer(
+        model=model,
+        args=_arguments(options, model.device, len(pairs), bool(held_out), folder),
+        data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id),
+        train_dataset=_dataset(pairs, gated, schedule is not None),
+        eval_dataset=_dataset(held_out, gated) if held_out else None,
+        processing_class=tokenizer,
+        groups=_groups(options, model, roles),
+        held_out=held_out,
+        schedule=schedule,
+    )
+
+
+def expert_schedule(
+    options: Train, model: PreTrainedModel, pairs: Sequence[EncodedPair]
+) -> ExpertSchedule | None:
+    """How `options` steer the gates of `model`, or None if they do not. Raises OptionError if they cannot."""
+    steered, layers = options.steered(), list(moe_layers(model).values())
+    shared = any(layer.shared_expert is not None for layer in layers)
+    if not steered:
+        return None
+    if not layers or ("shared_dropout" in steered and not shared):
+        raise OptionError(
+            "the model lacks the experts that training is to steer",
+            given=f"{', '.join(steered)}; {'no shared expert' if layers else 'a dense model'}",
+            expected="a MoE, for shared_dropout one with a shared expert",
+            fix="leave these options out here, or train a MoE that upcycle made",
+        )
+    subsets = [pair.pair.subset for pair in pairs]
+    experts = assign_experts(options, subsets, layers[0].settings.num_routed_experts)
+    return ExpertSchedule(options, total_steps(options, len(pairs)), experts)
+
+
+def _dataset(pairs: Sequence[EncodedPair], gated: bool, steered: bool = False) -> Dataset:
+    columns: dict[str, list[Any]] = {
+        "chosen_ids": [pair.chosen.ids for pair in pairs],
+        "rejected_ids": [pair.rejected.ids for pair in pairs],
+    }
+    columns["length"] = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
+    if any(pair.pair.margin is not None for pair in pairs):
+        columns["margin"] = [pair.pair.margin or 0.0 for pair in pairs]
+    if gated:
+        columns["prompt_lengths"] = [[p.chosen.prompt_length, p.rejected.prompt_length] for p in pairs]
+    if steered:
+        columns["places"] = list(range(len(pairs)))
+    return Dataset.from_dict(columns)
+
+
+def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: a rate per role, weight decay on matrices only."""
+    rates = {
+        "rest": options.learning_rate,
+        "experts": options.expert_learning_rate or options.learning_rate,
+        "routers": options.router_learning_rate or options.learning_rate,
+    }
+    groups = []
+    for (role, rate), decays in itertools.product(rates.items(), (True, False)):
+        names = [name for name in roles if roles[name] == role and _decays(name) == decays]
+        if names:
+            weights = [model.get_parameter(name) for name in names]
+            decay = options.weight_decay if decays else 0.0
+            groups.append({"params": weights, "lr": rate, "weight_decay": decay, "role": role})
+    return groups
+
+
+def _decays(name: str) -> bool:
+    return not (name.endswith("bias") or "norm" in name.lower())
+
+
+def _arguments(
+    options: Train, device: torch.device, num_pairs: int, evaluates: bool, folder: Path
+) -> RewardConfig:
+    every, logged = _intervals(options, num_pairs)
+    settings = {
+        "output_dir": str(folder.resolve()),
+        "seed": options.seed,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": SCHEDULES[options.schedule],
+        # Rounded down: a short run must not spend its only step at rate zero.
+        "warmup_steps": int(options.warmup * total_steps(options, num_pairs)),
+        "max_grad_norm": options.max_grad_norm,
+        "bf16": autocasts(options.precision, device),
+        "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "train_sampling_strategy": "group_by_length" if options.group_by_length else "random",
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every,
+        "save_steps": every,
+        "save_total_limit": 2,  # the best and the last; older ones go once the last is whole
+        "metric_for_best_model": f"eval_{options.choose_by}",
+        "greater_is_better": options.choose_by == "accuracy",
+        "logging_steps": logged,
+    }
+    return make_config(RewardConfig, settings | _quiet(device))
+
+
+def _quiet(device: torch.device) -> dict[str, Any]:
+    return {
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "max_length": None,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "include_num_input_tokens_seen": "non_padding",
+    }
+
+
+def make_config(kind: type[C], settings: dict[str, Any]) -> C:
+    """TRL's training arguments of a `kind` for one device."""
+    with warnings.catch_warnings():
+        # TRL still uses transformers' old name for activation checkpointing.
+        warnings.simplefilter("ignore", FutureWarning)
+        config = kind(**settings)
+    config._n_gpu = min(config.n_gpu, 1)  # TRL refuses DataParallel; one process trains on one GPU
+    return config
+
+
+def autocasts(precision: str, device: torch.device) -> bool:
+    """Whether training runs under bfloat16 autocast."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16"
+
+
+def total_steps(options: Train, num_pairs: int) -> int:
+    """Optimiser steps of a whole run over `num_pairs` pairs."""
+    passes = math.ceil(num_pairs / options.batch_size)
+    per_epoch = math.ceil(passes / options.gradient_accumulation)
+    return options.max_steps or math.ceil(options.epochs * per_epoch)
+
+
+def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
+    """Steps between evaluations, and between log entries: a divisor, so that a resumed log goes on evenly."""
+    every = options.eval_steps or max(1, total_steps(options, num_pairs) // EVALUATIONS)
+    wanted = max(1, every // LOGS_PER_EVALUATION)
+    return every, next(steps for steps in range(wanted, 0, -1) if every % steps == 0)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete trainer checkpoint in `folder`, or None; incomplete ones are removed.
+
+    A complete one bears a mark that was written when all else was on the disk. Its path of the best
+    checkpoint is renewed in case the folder was moved.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if (path / WHOLE).exists()]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    if not whole:
+        return None
+    state = read_state(whole[-1])
+    if state["best_model_checkpoint"]:
+        state["best_model_checkpoint"] = str(folder.resolve() / Path(state["best_model_checkpoint"]).name)
+        write_whole(whole[-1] / STATE, json.dumps(state))
+    return whole[-1]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state as saved in `checkpoint`."""
+    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
