@@ -19,20 +19,20 @@ test: $(VENV)/.test-installed
 
 # Hundreds of kills, full disks and failing writes against every stage, and mutated inputs: a quarter of an hour.
 torture: $(VENV)/.test-installed
-	$(BIN)/python tests/torture.py --trials 600
+	$(BIN)/python tests/promises/torture.py --trials 600
 	$(MAKE) fuzz
 
 # 10,000 broken inputs; prints how many were read and refused.
 fuzz: $(VENV)/.test-installed
-	$(BIN)/python tests/fuzz.py --count 10000
+	$(BIN)/python tests/promises/fuzz.py --count 10000
 
 # Builds wheel and sdist, installs each into an empty environment, and makes a first small run there.
 wheel: $(VENV)/.test-installed
-	$(BIN)/python tests/check_wheel.py
+	$(BIN)/python tests/promises/check_wheel.py
 
 # A selection of tests under the oldest and the newest dependencies that pyproject.toml allows.
 versions: $(VENV)/.test-installed
-	$(BIN)/python tests/check_versions.py
+	$(BIN)/python tests/promises/check_versions.py
 
 clean:
 	rm -rf $(VENV) build dist runs/quickstart *.egg-info

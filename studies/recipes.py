@@ -1,6 +1,6 @@
 """Run the recipes on real models and data, end to end, and print a row for each.
 
-python benchmarks/recipes.py MODELS DATA [RECIPE ...]
+python studies/recipes.py MODELS DATA [RECIPE ...]
 
 MODELS: folder written by fetch_models.py. DATA: folder with ukp_convarg/pairs.jsonl.gz, and with
 hh_rlhf/train.jsonl.gz, val.jsonl.gz and test.jsonl.gz (rows of prompt, chosen, rejected, subset).

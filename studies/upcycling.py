@@ -1,6 +1,6 @@
 """Upcycled and merged reward models against dense ones of equal budget, with the paper's ablations.
 
-python benchmarks/upcycling.py --seeds 1 2 3 --output runs/upcycling [--settings NAME ...]
+python studies/upcycling.py --seeds 1 2 3 --output runs/upcycling [--settings NAME ...]
 
 The dense model is trained on base pairs first. From it start, on the same training pairs, epochs and two
 rates for the MLPs (the validation loss chooses rate and step): dense controls, and mixtures of experts, one
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import study
+import common
+from common import Measures, measures, once, read, scored, write
 from specialists import rated
-from study import Measures, measures, once, read, scored, write
 
 from moemerge.data.world import WORTH, Worth
 from moemerge.stages.fit import fit
@@ -157,7 +157,7 @@ def measured(home: Path, setting: Setting, seed: int) -> dict[str, Measures]:
 
 
 if __name__ == "__main__":
-    study.run(
+    common.run(
         "Upcycled and merged against dense of equal budget.",
         SETTINGS,
         measured,

@@ -1,9 +1,9 @@
 """Mutation fuzzing of everything that moemerge reads from elsewhere: a valid result or a MoemergeError.
 
-`python tests/fuzz.py --count 10000 --seed 0` prints counts, and exits with 1 if an input led to another
-exception, took longer than SECONDS, needed more than MEMORY, or changed a file. Inputs are good ones, in
-pieces: bytes flipped, cut, doubled, spliced, swapped for awkward ones; structure kept where a checksum or
-length would stop a blind mutation too early.
+`python tests/promises/fuzz.py --count 10000 --seed 0` prints counts, and exits with 1 if an input led to
+another exception, took longer than SECONDS, needed more than MEMORY, or changed a file. Inputs are good
+ones, in pieces: bytes flipped, cut, doubled, spliced, swapped for awkward ones; structure kept where a
+checksum or length would stop a blind mutation too early.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _read_recipe(folder: Path) -> None:
         raise faults[0]
 
 
-FULL = (Path(__file__).parent.parent / "merge_configs" / "quickstart.yml").read_text(encoding="utf-8")
+FULL = (Path(__file__).parent.parent.parent / "merge_configs" / "quickstart.yml").read_text(encoding="utf-8")
 LINES = "".join(json.dumps(pair) + "\n" for pair in pairs(4))
 CHAT = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 CHAT["rejected"] = [CHAT["chosen"][0], {"role": "assistant", "content": "c"}]

@@ -1,6 +1,6 @@
 """Reward models trained apart and merged with learned coefficients, against joint training, over seeds.
 
-python benchmarks/specialists.py --seeds 1 2 3 --output runs/specialists [--settings NAME ...]
+python studies/specialists.py --seeds 1 2 3 --output runs/specialists [--settings NAME ...]
 
 Every setting of SETTINGS splits training pairs of the synthetic world into two parts, each labelled by a
 rater of its own; all models start from one base. Fitting pairs, validation pairs and tests follow the
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import study
-from study import Measures, Row, accuracy, measures, once, read, scored, write
+import common
+from common import Measures, Row, accuracy, measures, once, read, scored, write
 
 from moemerge.data.world import WORTH, Worth, gold_reward
 from moemerge.stages.fit import fit_models
@@ -182,6 +182,6 @@ def measured(home: Path, setting: Setting, seed: int) -> dict[str, Measures]:
 
 
 if __name__ == "__main__":
-    study.run(
+    common.run(
         "Specialists merged against joint training.", SETTINGS, measured, Path("runs/specialists"), "joint"
     )

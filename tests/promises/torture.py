@@ -1,6 +1,6 @@
 """Kills, full disks and failing writes, hundreds of times, against every stage; are the promises kept?
 
-    python tests/torture.py [--trials 600] [--minutes 240] [--seed 0] [--stages merge train ...]
+    python tests/promises/torture.py [--trials 600] [--minutes 240] [--seed 0] [--stages merge train ...]
 
 What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
 else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that

@@ -1,7 +1,7 @@
 """Wheel and sdist, each built, installed into an environment of its own, and used there.
 
-`python tests/check_wheel.py` lets pip install every dependency into an empty environment, as a user would;
-`--reuse` lends the new environments this one's dependencies, so that only the package itself is new.
+`python tests/promises/check_wheel.py` lets pip install every dependency into an empty environment, as a user
+would; `--reuse` lends the new environments this one's dependencies, so that only the package itself is new.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PARTS = ("moemerge", "merge_configs", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "import setuptools.build_meta as backend, sys; getattr(backend, sys.argv[1])(sys.argv[2])"
 SMALL = [

@@ -29,7 +29,7 @@ from moemerge.stages.export import export
 from moemerge.stages.merge import merge
 from moemerge.stages.upcycle import upcycle
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "merge_configs" / "mergekit"
 ALPHA = torch.tensor([0.25, 0.25, 0.125, 0.125, 0.125, 0.125, 0.0], dtype=torch.float64).repeat(3, 1)
 SHARED = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)

@@ -1,6 +1,6 @@
 """SmolLM2-135M on helpful and harmless pairs, upcycled or trained apart, and merged, over seeds.
 
-python benchmarks/helpful_harmless.py MODELS DATA --seeds 1 2 3 --output runs/hh [--label_noise 0.3 --short]
+python studies/helpful_harmless.py MODELS DATA --seeds 1 2 3 --output runs/hh [--label_noise 0.3 --short]
 
 A form for a CPU: the last two of 30 layers train, the others are computed once per text (frozen_layers.py);
 texts of at most 700 characters, 256 tokens. MODELS: folder written by fetch_models.py. DATA: folder with
@@ -29,9 +29,9 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common import Row, once, read, write_sets
 from frozen_layers import LowerLayers, install, upper_layers
 from real_data import Dealt, Files, Options, flipped, halves, longest, mixed, shuffled
-from study import Row, once, read, write_sets
 
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate

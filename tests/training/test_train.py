@@ -330,7 +330,7 @@ def test_prompt_lengths_reach_a_prompt_gated_model(world: Path, tmp_path: Path) 
 KILLED = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from conftest import tiny_tokenizer
 from test_train import resumable, run
 from moemerge.training import trainer
@@ -366,10 +366,10 @@ def resumable() -> dict[str, Any]:
 def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: Path) -> None:
     """Killed in a step, killed again in the middle of a checkpoint, then let run."""
     straight = run(world, tmp_path / "straight", **resumable())
-    tests = Path(__file__).parent
-    given = [sys.executable, "-c", KILLED, str(tests), str(world), str(tmp_path / "killed")]
+    paths = os.pathsep.join(sys.path)
+    given = [sys.executable, "-c", KILLED, paths, str(world), str(tmp_path / "killed")]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(given, cwd=tests.parent, text=True, **pipes) as process:
+    with subprocess.Popen(given, cwd=Path(__file__).parent, text=True, **pipes) as process:
         for kind in ("step", "save"):
             process.stdin.write(f"{kind}\n")
             process.stdin.flush()

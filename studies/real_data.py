@@ -1,6 +1,6 @@
 """Merged reward models against dense ones of equal budget on people's judgements, over seeds.
 
-python benchmarks/real_data.py MODELS DATA --seeds 1 2 3 --output runs/real_data [--settings NAME ...]
+python studies/real_data.py MODELS DATA --seeds 1 2 3 --output runs/real_data [--settings NAME ...]
 
 MODELS: folder written by fetch_models.py; the encoder in it, 22M parameters, is what everything starts from.
 DATA: folder with ukp_convarg, hh_rlhf, tulu_human_eval and summ_human_bon (rows as moemerge reads them).
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from study import Row, once, read, write_sets
+from common import Row, once, read, write_sets
 
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate

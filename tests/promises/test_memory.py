@@ -13,7 +13,7 @@ from small_moe import random_pairs, write_rows
 from moemerge.merging.coefficients import Coefficients
 from moemerge.stages.upcycle import upcycle
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # ulimit -d: anonymous memory and private mappings; what the libraries have taken when imported comes on top.
 LIMITED = """
 import resource, sys

@@ -26,7 +26,9 @@ FOUR = "disk full\n  given: 1\n  expected: 2\n  to fix: 3"
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, tmpfs and the preloaded shim")
 def test_twenty_kills_and_bad_disks_break_no_promise() -> None:
-    same = {"PYTHONPATH": str(Path(moemerge.__file__).parent.parent)}  # of the moemerge under test
+    same = {
+        "PYTHONPATH": os.pathsep.join([str(Path(moemerge.__file__).parent.parent), *sys.path])
+    }  # of the moemerge under test
     command = [sys.executable, str(HERE / "torture.py"), "--trials", "21", "--seed", "5", "--stages"]
     done = subprocess.run(
         [*command, "upcycle", "merge", "overwrite"],

@@ -31,7 +31,7 @@ from moemerge.run import cli, pipeline
 from moemerge.run.check import load_recipe
 from moemerge.run.plan import plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 Main = Callable[..., tuple[int, str, str]]
 
 

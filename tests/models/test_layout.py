@@ -75,7 +75,7 @@ def test_merging_without_transformers_writes_the_same_files(tmp_path: Path) -> N
     Coefficients([f"layers.{n}" for n in range(3)], ALPHA, SHARED).save(tmp_path / "found")
     options = ["--model", moe, "--coefficients", tmp_path / "found", "--output", tmp_path / "light"]
     command = [sys.executable, "-c", LIGHT_MERGE, *map(str, options)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (moe / FILE).unlink()
     heavy = merge(model=str(moe), coefficients=str(tmp_path / "found"), output=tmp_path / "heavy")

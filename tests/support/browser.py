@@ -1,6 +1,6 @@
 """A headless Chromium over its debugging pipe, with the standard library alone.
 
-`python tests/browser.py PAGE PICTURE [WIDTH HEIGHT]` takes a screenshot of a page's first screen.
+`python tests/support/browser.py PAGE PICTURE [WIDTH HEIGHT]` takes a screenshot of a page's first screen.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def test_refusals_give_the_reason(name: str) -> None:
 
 
 def test_the_readme_lists_the_architectures() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
     assert table() in readme, "put the text of moemerge.models.families.table.table() into README.md"
 
 

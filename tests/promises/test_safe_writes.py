@@ -28,7 +28,8 @@ from moemerge.options.base import Run, Source
 from moemerge.run import signals as stopping
 from moemerge.run.signals import Stopped, stoppable
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
+PATHS = os.pathsep.join(sys.path)  # what a child needs to import this file and its helpers
 # Child processes import this file without conftest, which imports much.
 FSYNC = getattr(sys.modules.get("conftest"), "FSYNC", os.fsync)
 
@@ -71,7 +72,7 @@ def hidden(folder: Path) -> list[str]:
 
 CHILD = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import test_safe_writes as t
 from pathlib import Path
 from moemerge.artifacts import disk
@@ -103,8 +104,8 @@ t.write(output=output, text="newer", overwrite=True)
 
 
 def killed(output: Path, place: str) -> None:
-    given = [sys.executable, "-c", CHILD, str(TESTS), str(output), place]
-    assert subprocess.run(given, cwd=TESTS.parent, timeout=120).returncode == 9
+    given = [sys.executable, "-c", CHILD, PATHS, str(output), place]
+    assert subprocess.run(given, cwd=ROOT, timeout=120).returncode == 9
 
 
 @pytest.mark.parametrize(
@@ -392,8 +393,8 @@ def test_no_secret_gets_into_a_manifest(tmp_path: Path, during: Any, monkeypatch
 # Signals
 
 WAITING = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import os, sys, time
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import test_safe_writes as t
 import moemerge.stages
 from moemerge.options import data
@@ -413,8 +414,8 @@ cli.main(["synthetic", "--output", sys.argv[2]])
 
 @contextmanager
 def waiting(output: Path) -> Iterator[Any]:
-    given = [sys.executable, "-c", WAITING, str(TESTS), str(output)]
-    with subprocess.Popen(given, cwd=TESTS.parent, stderr=subprocess.PIPE, text=True) as process:
+    given = [sys.executable, "-c", WAITING, PATHS, str(output)]
+    with subprocess.Popen(given, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while not (output.parent / "started").exists():
             assert process.poll() is None, process.stderr
         yield process

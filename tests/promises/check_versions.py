@@ -1,8 +1,8 @@
 """A selection of tests under the oldest and the newest dependencies that pyproject.toml allows.
 
-`python tests/check_versions.py oldest|newest|both` makes an environment per end, lends it this one's torch
-(other versions of torch take gigabytes), installs the lower bounds, or what pip finds newest, and runs
-TESTS there. `--dry-run` only asks pip whether the versions go together.
+`python tests/promises/check_versions.py oldest|newest|both` makes an environment per end, lends it this
+one's torch (other versions of torch take gigabytes), installs the lower bounds, or what pip finds newest,
+and runs TESTS there. `--dry-run` only asks pip whether the versions go together.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from pathlib import Path
 
 import tomllib
 
-ROOT = Path(__file__).parent.parent
-TESTS = ["test_coefficients.py", "test_checkpoint.py", "test_upcycle.py", "test_merge.py", "test_routing.py"]
+ROOT = Path(__file__).parent.parent.parent
+TESTS = [
+    "fitting/test_coefficients.py",
+    "models/test_checkpoint.py",
+    "stages/test_upcycle.py",
+    "stages/test_merge.py",
+    "models/test_routing.py",
+]
 LENT = ("torch",)  # and what torch itself needs
 NEEDED = ("pytest>=8", "hypothesis>=6")
 

