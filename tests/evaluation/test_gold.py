@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_dense
+from safetensors.torch import load_file, save_file
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.pairs import CandidateSet
@@ -78,16 +80,26 @@ def test_a_function_gives_what_its_scores_in_the_file_give(given: dict[str, Any]
     np.testing.assert_allclose(function_judge(f"{home}:rate")(items), np.ravel(scores))
 
 
-def test_gold_by_a_reward_model_is_its_score(
-    given: dict[str, Any], dense_folder: Path, tmp_path: Path
-) -> None:
+def negated(model: Path, folder: Path) -> Path:
+    """The reward model with its head's sign turned: what one likes best, the other likes least."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"] = -tensors["score.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_gold_by_a_reward_model_is_its_score(given: dict[str, Any], tmp_path: Path) -> None:
     other = save_dense(tmp_path / "other", "qwen2", seed=3)
-    models = {"m": str(dense_folder), "same": str(other)}
+    models = {"m": str(negated(other, tmp_path / "negated")), "same": str(other)}
     out = evaluate(**{**given, "models": models}, gold_model=str(other), output=tmp_path / "e")
-    found = best_of_n(out)
-    assert found["models"]["same"]["gold"] == pytest.approx(found["references"]["best possible"])
-    assert found["models"]["same"]["regret_area"] == pytest.approx(0, abs=1e-6)
-    assert found["models"]["m"]["gold"][-1] < found["references"]["best possible"][-1]
+    report = best_of_n(out)
+    assert report["models"]["same"]["gold"] == pytest.approx(report["references"]["best possible"])
+    assert report["models"]["same"]["regret_area"] == pytest.approx(0, abs=1e-6)
+    gold = model_judge(str(other), CPU, 64)
+    scores = [gold([(row["prompt"], x["text"]) for x in row["candidates"]]) for row in rows(scored=False)]
+    assert report["models"]["m"]["gold"][-1] == pytest.approx(np.mean([x.min() for x in scores]), abs=1e-5)
+    assert report["models"]["m"]["gold"][-1] < report["references"]["best possible"][-1]
     assert read_manifest(out)["inputs"]["gold_model"]["files"]
     model, tokenizer = load_reward_model(str(other), "cpu"), load_tokenizer(str(other))
     row = rows(scored=False)[0]
