@@ -39,6 +39,8 @@ def test_twenty_kills_and_bad_disks_break_no_promise() -> None:
     )
     assert "21 trials, 0 broken promises" in done.stdout, done.stdout + done.stderr[-2000:]
     assert done.returncode == 0 and re.search(r"killed at a time: exit codes .*-9: \d", done.stdout)
+    strikes = re.findall(r"(\d+) of (\d+) struck before", done.stdout)
+    assert strikes and all(struck == tried != "0" for struck, tried in strikes), done.stdout
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -52,6 +52,8 @@ WAYS = (
     "signal",
 )
 KILLS = WAYS[:2]  # twice in every round
+TIMED = ("killed at a time", "signal")
+TRIES = 12  # of a signal at a time, each at half the delay of the one before: the last comes at once
 Digests = dict[str, str]
 
 
@@ -68,9 +70,13 @@ class Known:
 
 @dataclass
 class Tally:
-    """What became of the trials, by stage and way; the broken promises in words."""
+    """What became of the trials, by stage and way; the broken promises in words.
+
+    `struck` counts, by way, the signals at a time that came before the command's end.
+    """
 
     trials: Counter = field(default_factory=Counter)
+    struck: Counter = field(default_factory=Counter)
     endings: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
     faults: list[str] = field(default_factory=list)
     leftovers: Counter = field(default_factory=Counter)
@@ -170,20 +176,37 @@ def draw(way: str, known: Known, dice: random.Random) -> Trial:
 
 
 def attempt(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Digests, tally: Tally) -> None:
-    """Spoil one command, look at what it left, repeat it undisturbed, look again."""
+    """One trial. A signal that came after the command's end is sent again, earlier, until it strikes.
+
+    How long a command takes was measured once, and may be less now; a kill that is late would test nothing.
+    """
+    scenario = known.scenario
+    tally.trials[scenario.name, trial.way] += 1
+    for _ in range(TRIES):
+        code = spoil(known, trial, inputs, given, tally)
+        if trial.delay is None:
+            return
+        if code != 0:
+            tally.struck[trial.way] += 1
+            return
+        trial = replace(trial, delay=trial.delay / 2)
+    tally.faults.append(f"{scenario.name}, {trial.way}: {TRIES} signals, and all came after its end")
+
+
+def spoil(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Digests, tally: Tally) -> int:
+    """Spoil one command, look at what it left, repeat it undisturbed, look again; the spoilt one's exit code."""
     scenario = known.scenario
     with disk(scenario.home, trial.room):
         prepare(scenario)
         if trial.room is not None:
             resize(scenario.home, shutil.disk_usage(scenario.home).used + trial.room)
         ending = fork(scenario.arguments, scenario.home, trial.spoil, trial.delay, trial.kind)
-        where = f"{scenario.name}, {trial.way}"
-        tally.trials[scenario.name, trial.way] += 1
-        tally.endings[trial.way][ending.code] += 1
+        code, where = ending.code, f"{scenario.name}, {trial.way}"
+        tally.endings[trial.way][code] += 1
         tally.faults += [f"{where}: {one}" for one in look(known, ending, inputs, given)]
         if trial.room is not None:
             resize(scenario.home, 1 << 30)
-        if ending.code != 0 and (scenario.again or scenario.before or not scenario.output.exists()):
+        if code != 0 and (scenario.again or scenario.before or not scenario.output.exists()):
             ending = fork(scenario.arguments, scenario.home, lambda: None, None, signal.SIGKILL)
             again = [
                 *look(known, ending, inputs, given),
@@ -192,6 +215,7 @@ def attempt(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Di
             tally.faults += [f"{where}, repeated: {one}" for one in again]
         hidden = [path.name for path in scenario.home.rglob(".*") if not path.name.endswith("lock")]
         tally.leftovers[scenario.name] += len(hidden) > 0
+    return code
 
 
 @contextmanager
@@ -325,6 +349,9 @@ def table(tally: Tally) -> str:
     lines.append("| all | " + " | ".join(map(str, [*counts, sum(counts)])) + " |")
     for way in ways:
         lines.append(f"{way}: exit codes {dict(sorted(tally.endings[way].items()))}")
+        if way in TIMED:
+            count = sum(tally.trials[stage, way] for stage in stages)
+            lines.append(f"{way}: {tally.struck[way]} of {count} struck before the command's end")
     lines.append(f"stages with leftovers after the repeated command: {dict(+tally.leftovers)}")
     lines += [f"{count} x {text}" for text, count in Counter(tally.faults).most_common()]
     return "\n".join([*lines, f"{sum(counts)} trials, {len(tally.faults)} broken promises"])
