@@ -194,7 +194,7 @@ def attempt(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Di
 
 
 def spoil(known: Known, trial: Trial, inputs: Callable[[], Digests], given: Digests, tally: Tally) -> int:
-    """Spoil one command, look at what it left, repeat it undisturbed, look again; the spoilt one's exit code."""
+    """Spoil one command, look at what it left, repeat it undisturbed, look again; the first exit code."""
     scenario = known.scenario
     with disk(scenario.home, trial.room):
         prepare(scenario)
