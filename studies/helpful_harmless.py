@@ -76,9 +76,9 @@ def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
 
 def deal_short(data: Path, draw: random.Random, label_noise: float) -> Dealt:
     """The same for upcycling alone: helpful pairs, and the tests that are about them."""
-    found = deal(data, draw, label_noise)
-    pairs = {name: found.pairs[name] for name in ("base", "train", "held", "fit")}
-    return Dealt(pairs, {name: found.tests[name] for name in ("helpful", "tulu")}, {})
+    drawn = deal(data, draw, label_noise)
+    pairs = {name: drawn.pairs[name] for name in ("base", "train", "held", "fit")}
+    return Dealt(pairs, {name: drawn.tests[name] for name in ("helpful", "tulu")}, {})
 
 
 def tests(data: Path, test: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
@@ -112,57 +112,58 @@ def shorter(row: Row, characters: int = 900) -> Row:
     return {**row, "candidates": [some for some in row["candidates"] if len(some["text"]) < room]}
 
 
-def mixture(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+def mixture(home: Path, base: str, pairs: Files, training: Options) -> Iterator[tuple[str, str]]:
     """The mixture trained as the control is, and its merges."""
-    seed, text = {"seed": common["seed"]}, text_options(common)
+    seed, text = {"seed": training["seed"]}, text_options(training)
     start = once(home / "upcycle", upcycle, model=base, **seed, **MIXTURE)
-    moe = once(home / "moe", train, model=start, pairs=pairs["train"], **common)
+    moe = once(home / "moe", train, model=start, pairs=pairs["train"], **training)
     yield "moe", moe
     routing = once(home / "routing", route, model=moe, pairs=pairs["train"], max_pairs=200, **text)
     data = {"pairs": pairs["fit"], "validation": pairs["held"], **text}
     for method, options in MERGES.items():
-        place = home / f"fit-{method}"
-        found = once(place, fit, model=moe, method=method, routing=routing, **options, **data)
-        yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=found)
+        coefficients = once(
+            home / f"fit-{method}", fit, model=moe, method=method, routing=routing, **options, **data
+        )
+        yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=coefficients)
 
 
-def specialists(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+def specialists(home: Path, base: str, pairs: Files, training: Options) -> Iterator[tuple[str, str]]:
     """A, B and the model trained on both kinds, and the averages of A and B."""
     dealt = {"A": "a", "B": "b", "joint": "joint"}
     trained = {
-        name: once(home / part, train, model=base, pairs=pairs[part], **common)
+        name: once(home / part, train, model=base, pairs=pairs[part], **training)
         for name, part in dealt.items()
     }
     yield from trained.items()
     both = [trained["A"], trained["B"]]
     yield "A+B: uniform", once(home / "both-uniform", merge_models, models=both)
-    data = {"pairs": pairs["joint-fit"], "validation": pairs["joint-held"], **text_options(common)}
-    found = once(home / "both-fit", fit_models, models=both, **LEARNED, **data)
-    yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=found)
+    data = {"pairs": pairs["joint-fit"], "validation": pairs["joint-held"], **text_options(training)}
+    coefficients = once(home / "both-fit", fit_models, models=both, **LEARNED, **data)
+    yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=coefficients)
 
 
-def text_options(common: Options) -> Options:
-    """Those of `common` that tell how texts are read, and the seed."""
-    return {name: common[name] for name in ("max_length", "bad_rows", "seed")}
+def text_options(training: Options) -> Options:
+    """Those of `training` that tell how texts are read, and the seed."""
+    return {name: training[name] for name in ("max_length", "bad_rows", "seed")}
 
 
-def evaluated(home: Path, given: argparse.Namespace, dealt: Dealt, start: Path, seed: int) -> str:
+def evaluated(home: Path, arguments: argparse.Namespace, dealt: Dealt, start: Path, seed: int) -> str:
     """Make every model of this seed and evaluate them; the evaluation's folder."""
     sets = {"pairs": dealt.pairs, "tests": dealt.tests, "candidates": dealt.candidates}
     files = write_sets(home, sets)
-    common: Options = {"batch_size": 16, "group_by_length": True, "learning_rate": given.learning_rate}
-    common |= {"max_length": given.max_length, "bad_rows": "skip", "seed": seed}
+    training: Options = {"batch_size": 16, "group_by_length": True, "learning_rate": arguments.learning_rate}
+    training |= {"max_length": arguments.max_length, "bad_rows": "skip", "seed": seed}
     pairs = files["pairs"]
-    base = once(home / "base", train, model=str(start), pairs=pairs["base"], **common)
-    control = once(home / "control", train, model=base, pairs=pairs["train"], **common)
-    models = {"base": base, "control": control, **dict(mixture(home, base, pairs, common))}
-    models["tuned"] = once(home / "tuned", train, model=control, pairs=pairs["fit"], **common)
+    base = once(home / "base", train, model=str(start), pairs=pairs["base"], **training)
+    control = once(home / "control", train, model=base, pairs=pairs["train"], **training)
+    models = {"base": base, "control": control, **dict(mixture(home, base, pairs, training))}
+    models["tuned"] = once(home / "tuned", train, model=control, pairs=pairs["fit"], **training)
     measured: Options = {"pairs": files["tests"], "baseline": "control"}
-    if not given.short:
-        models |= dict(specialists(home, base, pairs, common))
+    if not arguments.short:
+        models |= dict(specialists(home, base, pairs, training))
         measured |= {"ensembles": {"specialists": ["A", "B"]}, "ensemble_by": ["mean"]}
         measured["candidates"] = files["candidates"]
-    return once(home / "evaluation", evaluate, models=models, **text_options(common), **measured)
+    return once(home / "evaluation", evaluate, models=models, **text_options(training), **measured)
 
 
 def options(description: str, output: Path) -> argparse.ArgumentParser:
@@ -178,32 +179,32 @@ def options(description: str, output: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def run(given: argparse.Namespace, deal: Callable[[Path, random.Random, float], Dealt]) -> None:
-    """Run every seed and print a table; `given` has also max_length and short."""
-    model, start = given.models / "smollm2", given.output / "upper"
+def run(arguments: argparse.Namespace, deal: Callable[[Path, random.Random, float], Dealt]) -> None:
+    """Run every seed and print a table; `arguments` has also max_length and short."""
+    model, start = arguments.models / "smollm2", arguments.output / "upper"
     if not start.exists():
         upper_layers(model, UPPER, start)
-    lower, states = LowerLayers(model, UPPER), given.output / "states"
+    lower, states = LowerLayers(model, UPPER), arguments.output / "states"
     if states.exists():
         lower.load(states)
     with install(lower):
         runs = []
-        for seed in given.seeds:
-            dealt = deal(given.data, random.Random(seed), given.label_noise)
-            runs.append(evaluated(given.output / f"seed-{seed}", given, dealt, start, seed))
+        for seed in arguments.seeds:
+            dealt = deal(arguments.data, random.Random(seed), arguments.label_noise)
+            runs.append(evaluated(arguments.output / f"seed-{seed}", arguments, dealt, start, seed))
     if not states.exists():
         lower.save(states)
-    place = given.output / "comparison"
-    compare(output=place, runs=runs, baseline="control", confidence=given.confidence, overwrite=True)
-    print((place / "compare.md").read_text(encoding="utf-8"))
+    comparison = arguments.output / "comparison"
+    compare(output=comparison, runs=runs, baseline="control", confidence=arguments.confidence, overwrite=True)
+    print((comparison / "compare.md").read_text(encoding="utf-8"))
 
 
 def main() -> None:
     """Read the options and run."""
     parser = options(__doc__, Path("runs/hh"))
     parser.add_argument("--short", action="store_true", help="upcycling alone")
-    given = parser.parse_args(namespace=argparse.Namespace(max_length=256))
-    run(given, deal_short if given.short else deal)
+    arguments = parser.parse_args(namespace=argparse.Namespace(max_length=256))
+    run(arguments, deal_short if arguments.short else deal)
 
 
 if __name__ == "__main__":

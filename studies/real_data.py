@@ -121,9 +121,9 @@ def deal_hh(data: Path, draw: random.Random, seed: int) -> Dealt:
 
 def shuffled(rows: Iterable[T], draw: random.Random) -> list[T]:
     """The rows in an order of the draw."""
-    found = list(rows)
-    draw.shuffle(found)
-    return found
+    order = list(rows)
+    draw.shuffle(order)
+    return order
 
 
 def halves(rows: Iterable[Row], draw: random.Random) -> tuple[list[Row], list[Row]]:
@@ -154,69 +154,71 @@ def flipped(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]
 def dealt(home: Path, data: Path, setting: Setting, seed: int) -> dict[str, Files]:
     """Files of this seed's pairs, tests and candidates, by name."""
     draw = random.Random(seed)
-    found = setting.deal(data, draw, seed)
+    drawn = setting.deal(data, draw, seed)
     noisy = {
         name: rows if name in ("validation", "fit") else flipped(rows, setting.label_noise, draw)
-        for name, rows in found.pairs.items()
+        for name, rows in drawn.pairs.items()
     }
-    return write_sets(home, {"pairs": noisy, "tests": found.tests, "candidates": found.candidates})
+    return write_sets(home, {"pairs": noisy, "tests": drawn.tests, "candidates": drawn.candidates})
 
 
-def dense_models(home: Path, base: str, pairs: Files, common: Options) -> Files:
+def dense_models(home: Path, base: str, pairs: Files, training: Options) -> Files:
     """The control, two trainings of half its epochs, and their average."""
-    half = {"epochs": common["epochs"] / 2}
-    orders: dict[str, Options] = {f"warm-{i}": {"seed": 1000 * i + common["seed"], **half} for i in (1, 2)}
+    half = {"epochs": training["epochs"] / 2}
+    orders: dict[str, Options] = {f"warm-{i}": {"seed": 1000 * i + training["seed"], **half} for i in (1, 2)}
     ways: dict[str, Options] = {"control": {}, **orders}
     trained = {
-        name: once(home / name, train, model=base, **(common | {"pairs": pairs["train"]} | options))
+        name: once(home / name, train, model=base, **(training | {"pairs": pairs["train"]} | options))
         for name, options in ways.items()
     }
     return trained | {"warm": once(home / "warm", merge_models, models=[trained[name] for name in orders])}
 
 
-def mixtures(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+def mixtures(home: Path, base: str, pairs: Files, training: Options) -> Iterator[tuple[str, str]]:
     """The mixture and its merges."""
-    seed = {"seed": common["seed"]}
+    seed = {"seed": training["seed"]}
     start = once(home / "upcycle", upcycle, model=base, **seed, **MIXTURE)
-    moe = once(home / "moe", train, model=start, **(common | {"pairs": pairs["train"]}))
+    moe = once(home / "moe", train, model=start, **(training | {"pairs": pairs["train"]}))
     yield "moe", moe
-    text = {"max_length": common["max_length"], "bad_rows": "skip", **seed}
+    text = {"max_length": training["max_length"], "bad_rows": "skip", **seed}
     routing = once(home / "routing", route, model=moe, pairs=pairs["train"], max_pairs=200, **text)
     text |= {"pairs": pairs["fit"], "validation": pairs["validation"], "sensitivity": False}
     for method, options in MERGES.items():
-        found = once(
+        coefficients = once(
             home / f"fit-{method}", fit, model=moe, method=method, routing=routing, **options, **text
         )
-        yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=found)
+        yield f"moe: {method}", once(home / f"merge-{method}", merge, model=moe, coefficients=coefficients)
 
 
-def specialists(home: Path, base: str, pairs: Files, common: Options) -> Iterator[tuple[str, str]]:
+def specialists(home: Path, base: str, pairs: Files, training: Options) -> Iterator[tuple[str, str]]:
     """A and B, and their averages."""
-    both = [once(home / part, train, model=base, **(common | {"pairs": pairs[part]})) for part in ("a", "b")]
+    both = [
+        once(home / part, train, model=base, **(training | {"pairs": pairs[part]})) for part in ("a", "b")
+    ]
     yield from zip("AB", both, strict=True)
     yield "A+B: uniform", once(home / "both-uniform", merge_models, models=both)
-    text = {"max_length": common["max_length"], "bad_rows": "skip", "seed": common["seed"]}
+    text = {"max_length": training["max_length"], "bad_rows": "skip", "seed": training["seed"]}
     text |= {"pairs": pairs["fit"], "validation": pairs["validation"], "sensitivity": False}
-    found = once(home / "both-fit", fit_models, models=both, **MERGES["learned"], **text)
-    yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=found)
+    coefficients = once(home / "both-fit", fit_models, models=both, **MERGES["learned"], **text)
+    yield "A+B: learned", once(home / "both-learned", merge_models, models=both, coefficients=coefficients)
 
 
-def evaluated(home: Path, given: argparse.Namespace, setting: Setting, seed: int) -> str:
+def evaluated(home: Path, arguments: argparse.Namespace, setting: Setting, seed: int) -> str:
     """Make every model of this seed and evaluate them; the evaluation's folder."""
-    files = dealt(home, given.data, setting, seed)
+    files = dealt(home, arguments.data, setting, seed)
     pairs = files["pairs"]
-    common: Options = {"batch_size": 16, "max_length": setting.max_length, "bad_rows": "skip"}
-    common |= {"group_by_length": True, "patience": None, "seed": seed, "learning_rate": setting.rates[0]}
-    base = once(home / "base", train, model=str(given.models / "minilm"), pairs=pairs["base"], **common)
-    common |= {"validation": pairs["validation"], "epochs": setting.epochs, "eval_steps": 12}
-    common |= {"search": {"learning_rate": list(setting.rates)}}
-    dense, ensembles = dense_models(home, base, pairs, common), {}
+    training: Options = {"batch_size": 16, "max_length": setting.max_length, "bad_rows": "skip"}
+    training |= {"group_by_length": True, "patience": None, "seed": seed, "learning_rate": setting.rates[0]}
+    base = once(home / "base", train, model=str(arguments.models / "minilm"), pairs=pairs["base"], **training)
+    training |= {"validation": pairs["validation"], "epochs": setting.epochs, "eval_steps": 12}
+    training |= {"search": {"learning_rate": list(setting.rates)}}
+    dense, ensembles = dense_models(home, base, pairs, training), {}
     models = {"control": dense["control"]}
     if setting.mixture:
-        models = {"base": base, **dense, **dict(mixtures(home, base, pairs, common))}
+        models = {"base": base, **dense, **dict(mixtures(home, base, pairs, training))}
         ensembles["ensemble"] = ["warm-1", "warm-2"]
     if setting.parts:
-        models |= dict(specialists(home, base, pairs, common))
+        models |= dict(specialists(home, base, pairs, training))
         ensembles["specialists"] = ["A", "B"]
     measured: Options = {"pairs": files["tests"], "candidates": files["candidates"], "baseline": "control"}
     measured |= {"ensembles": ensembles, "ensemble_by": ["mean"], "seed": seed, "bad_rows": "skip"}
@@ -240,13 +242,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real_data"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
-    given = parser.parse_args()
-    for name in given.settings:
-        home = given.output / name.replace(", ", "-")
-        runs = [evaluated(home / f"seed-{seed}", given, SETTINGS[name], seed) for seed in given.seeds]
-        place = home / "comparison"
-        compare(output=place, runs=runs, baseline="control", confidence=given.confidence, overwrite=True)
-        print(name, (place / "compare.md").read_text(encoding="utf-8"), sep="\n", flush=True)
+    arguments = parser.parse_args()
+    for name in arguments.settings:
+        home = arguments.output / name.replace(", ", "-")
+        runs = [evaluated(home / f"seed-{seed}", arguments, SETTINGS[name], seed) for seed in arguments.seeds]
+        comparison = home / "comparison"
+        compare(
+            output=comparison, runs=runs, baseline="control", confidence=arguments.confidence, overwrite=True
+        )
+        print(name, (comparison / "compare.md").read_text(encoding="utf-8"), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ Runs go to runs/NAME; finished steps are not repeated.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 
@@ -46,10 +46,14 @@ def row(name: str, settings: list[str]) -> str:
 
 def main() -> None:
     """Run the recipes named on the command line, or the two that need no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("recipes", nargs="*", default=["minilm_ukp", "smollm2_hh_cpu"])
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    models, data, *names = sys.argv[1:]
-    known = overrides(Path(models).resolve(), Path(data).resolve())
-    for name in names or ["minilm_ukp", "smollm2_hh_cpu"]:
+    known = overrides(arguments.models.resolve(), arguments.data.resolve())
+    for name in arguments.recipes:
         print(row(name, known[name]), flush=True)
 
 

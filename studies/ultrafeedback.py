@@ -40,5 +40,5 @@ def deal(data: Path, draw: random.Random, label_noise: float) -> Dealt:
 
 
 if __name__ == "__main__":
-    given = options(__doc__, Path("runs/ultrafeedback")).parse_args()
-    run(argparse.Namespace(**vars(given), max_length=512, short=True), deal)
+    arguments = options(__doc__, Path("runs/ultrafeedback")).parse_args()
+    run(argparse.Namespace(**vars(arguments), max_length=512, short=True), deal)

@@ -109,15 +109,15 @@ def world(home: Path, setting: Setting, seed: int) -> Path:
 def models(home: Path, setting: Setting, seed: int) -> dict[str, str]:
     """Every model of this seed, by name."""
     data = world(home, setting, seed)
-    common = {**BATCH, **RATES, "seed": seed, "epochs": setting.epochs}
-    common |= {"pairs": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl")}
+    training = {**BATCH, **RATES, "seed": seed, "epochs": setting.epochs}
+    training |= {"pairs": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl")}
     plain = {**BATCH, "seed": seed, "learning_rate": 1e-3, "epochs": setting.base_epochs}
     base = once(
         home / "base", train, model=str(home / "world/model"), pairs=str(data / "base.jsonl"), **plain
     )
 
     def dense(name: str, **options: Any) -> str:
-        return once(home / name, train, model=base, **(common | options))
+        return once(home / name, train, model=base, **(training | options))
 
     half = {"epochs": setting.epochs / 2}
     warm = {f"half {i}": dense(f"warm-{i}", **half, seed=1000 * i + seed) for i in (1, 2)}
@@ -127,24 +127,24 @@ def models(home: Path, setting: Setting, seed: int) -> dict[str, str]:
         "control, x3": dense("control-x3", epochs=3 * setting.epochs),
         "warm": once(home / "warm", merge_models, models=list(warm.values())),
         **warm,
-        **dict(mixtures(home, base, common)),
+        **dict(mixtures(home, base, training)),
     }
 
 
-def mixtures(home: Path, base: str, common: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def mixtures(home: Path, base: str, training: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Every variant's mixture and its merges."""
     for name, variant in VARIANTS.items():
-        place = home / name.replace(", ", "-").replace(" ", "-")
-        start = once(place / "upcycle", upcycle, model=base, seed=common["seed"], **variant.upcycle)
-        moe = once(place / "moe", train, model=start, **(common | variant.train))
+        folder = home / name.replace(", ", "-").replace(" ", "-")
+        start = once(folder / "upcycle", upcycle, model=base, seed=training["seed"], **variant.upcycle)
+        moe = once(folder / "moe", train, model=start, **(training | variant.train))
         yield f"{name}: moe", moe
-        text = {"max_length": 64, "seed": common["seed"]}
-        routing = once(place / "routing", route, model=moe, pairs=common["pairs"], **text)
-        text |= {"pairs": str(home / "rated/fit.jsonl"), "validation": common["validation"]}
+        text = {"max_length": 64, "seed": training["seed"]}
+        routing = once(folder / "routing", route, model=moe, pairs=training["pairs"], **text)
+        text |= {"pairs": str(home / "rated/fit.jsonl"), "validation": training["validation"]}
         for way, options in variant.merges.items():
-            folder = place / way.replace(", ", "-").replace(" ", "-")
-            found = once(Path(f"{folder}-fit"), fit, model=moe, routing=routing, **options, **text)
-            yield f"{name}: {way}", once(folder, merge, model=moe, coefficients=found)
+            merged = folder / way.replace(", ", "-").replace(" ", "-")
+            coefficients = once(Path(f"{merged}-fit"), fit, model=moe, routing=routing, **options, **text)
+            yield f"{name}: {way}", once(merged, merge, model=moe, coefficients=coefficients)
 
 
 def measured(home: Path, setting: Setting, seed: int) -> dict[str, Measures]:
