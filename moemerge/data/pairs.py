@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,21 @@ class Pair:
         row: Row = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
         optional = {"subset": self.subset or None, "margin": self.margin}
         return row | {k: v for k, v in optional.items() if v is not None}
+
+
+def prompt_key(pair: Pair) -> str:
+    """Equal for pairs of one prompt: what never straddles a split, and the sampling unit of every interval.
+
+    The order of a message's fields does not matter. A pair without a prompt stands alone, but for copies of
+    itself: they have the same scores, so they are no further observation.
+    """
+    return json.dumps(pair.prompt or (pair.chosen, pair.rejected), sort_keys=True)
+
+
+def numbered(keys: Iterable[str]) -> list[int]:
+    """Equal numbers for equal keys, counted from 0 in the order of their first appearance."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 @dataclass(frozen=True)

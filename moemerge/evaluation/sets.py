@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moemerge.data import reading as data
-from moemerge.data.pairs import CandidateSet, Pair, value_of
+from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key, value_of
 from moemerge.data.rewardbench import Choice, encode_choices, is_choice, read_choices
 from moemerge.data.rows import RowReport, Text, read_rows
 from moemerge.data.tokenise import Encoded, encode_candidates, encode_pairs
@@ -162,12 +162,11 @@ def _identity(tokenizer: Any) -> str:
 
 def _pair_scores(one: EvaluationSet, values: Mapping[str, Any]) -> PairScores:
     pairs: Sequence[Pair] = one.items
-    prompts = [json.dumps(pair.prompt) if pair.prompt else f"row {pair.row}" for pair in pairs]
     lengths = [[_characters(pair.chosen), _characters(pair.rejected)] for pair in pairs]
     return PairScores(
         scores={model: found.reshape(-1, 2) for model, found in values.items()},
         subsets=np.array([pair.subset for pair in pairs], dtype=np.str_),
-        prompts=np.array(_numbered(prompts)),
+        prompts=np.array(numbered(map(prompt_key, pairs))),
         lengths=np.array(lengths),
     )
 
@@ -197,13 +196,8 @@ def _choice_scores(one: EvaluationSet, values: Mapping[str, Any]) -> ChoiceScore
         num_correct=np.array([one.num_correct for one in choices]),
         subsets=np.array([one.subset for one in choices], dtype=np.str_),
         ids=np.array([one.id for one in choices], dtype=np.str_),
-        prompts=np.array(_numbered([json.dumps(one.turns) for one in choices])),
+        prompts=np.array(numbered(json.dumps(one.turns) for one in choices)),
     )
-
-
-def _numbered(keys: Sequence[str]) -> list[int]:
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def _characters(text: Text) -> int:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moemerge.data.pairs import Pair
+from moemerge.data.pairs import Pair, prompt_key
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair
 from moemerge.fitting.objectives.base import Term
 from moemerge.fitting.problem import Measured, Objective, Split
-from moemerge.fitting.splits import _prompt_key, fold, prompt_numbers
+from moemerge.fitting.splits import fold, prompt_numbers
 from moemerge.merging import distributed
 from moemerge.merging.merged_model import Answers, MergedModel, MergeGradient, batch_tokens, margins
 from moemerge.models.scoring import score
@@ -82,7 +82,7 @@ class PairObjective:
         if not self.candidates:
             return self
         self.merged.merge(alpha_LN, shared_L)
-        held = {_prompt_key(self.pairs[number]) for number in self.held_out}
+        held = {prompt_key(self.pairs[number].pair) for number in self.held_out}
         texts = [answer for one in self.candidates for answer in one.answers]
         size = batch_tokens(texts, self.micro_batch_size)
         scores = score(self.merged.model, self.tokenizer, texts, size).double()
@@ -90,7 +90,7 @@ class PairObjective:
         found = [
             pair
             for one, mine in zip(self.candidates, scores.split(sizes), strict=True)
-            if (pair := overrated(one, mine)) is not None and _prompt_key(pair) not in held
+            if (pair := overrated(one, mine)) is not None and prompt_key(pair.pair) not in held
         ]
         numbers = range(len(self.pairs), len(self.pairs) + len(found))
         return replace(self, pairs=[*self.pairs, *found], train=[*self.train, *numbers])

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
 
+from moemerge.data.pairs import numbered, prompt_key
 from moemerge.data.tokenise import EncodedPair
 from moemerge.errors import DataError
 
 
 def prompt_numbers(pairs: Sequence[EncodedPair]) -> list[int]:
-    """Equal numbers for pairs of one prompt, counted from 0; without a prompt each pair stands alone."""
-    keys = [_prompt_key(pair) for pair in pairs]
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    return [places[key] for key in keys]
-
-
-def _prompt_key(pair: EncodedPair) -> str:
-    return json.dumps(pair.pair.prompt or (pair.pair.chosen, pair.pair.rejected), sort_keys=True)
+    """Equal numbers for pairs of one prompt (`prompt_key`), counted from 0."""
+    return numbered(prompt_key(pair.pair) for pair in pairs)
 
 
 def hold_out(pairs: Sequence[EncodedPair], share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -20,6 +20,7 @@ import torch
 
 from moemerge.artifacts.stage import Draft, stage, write_json
 from moemerge.data import reading as data
+from moemerge.data.pairs import prompt_key
 from moemerge.data.rows import BadRow, RowReport, write_rows
 from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
 from moemerge.errors import DataError
@@ -151,7 +152,7 @@ def summary(found: Sequence[Search], spread: float, settings: AttackSettings, se
 
 
 def _clusters(found: Sequence[Search]) -> Any:
-    keys = [json.dumps(one.pair.prompt or one.pair.row) for one in found]
+    keys = [prompt_key(one.pair) for one in found]
     return np.unique(keys, return_inverse=True)[1]
 
 

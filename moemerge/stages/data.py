@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moemerge.artifacts.stage import Draft, stage, write_json
-from moemerge.data.pairs import CandidateSet, Pair
+from moemerge.data.pairs import CandidateSet, Pair, prompt_key
 from moemerge.data.reading import T, read_candidates, read_pairs
 from moemerge.data.rows import SHOWN, Row, RowReport, write_rows
 from moemerge.data.tokenise import encode_candidates, encode_pairs
@@ -142,8 +142,9 @@ def _groups(pairs: list[Pair], split_by: str | None) -> list[list[Pair]]:
 
 
 def _group(pair: Pair, split_by: str | None) -> str:
-    key: Any = pair.source.get(split_by) if split_by else pair.prompt or (pair.chosen, pair.rejected)
-    return json.dumps(key, sort_keys=True, default=str)
+    if not split_by:
+        return prompt_key(pair)
+    return json.dumps(pair.source.get(split_by), sort_keys=True, default=str)
 
 
 def _partition(groups: list[list[Pair]], shares: dict[str, float], seed: int) -> dict[str, list[Pair]]:

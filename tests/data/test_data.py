@@ -12,7 +12,7 @@ from conftest import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.data.pairs import CandidateSet, Pair
+from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.rows import BadRow, RowReport
 from moemerge.data.tokenise import Encoded, encode, encode_candidates, encode_pairs
@@ -420,6 +420,21 @@ def prepared(
     source = write_lines(folder / f"{name}.jsonl", rows)
     out = prepare(output=folder / name, train=source, **options)
     return {str(p.relative_to(out)).removesuffix(".jsonl.gz"): rows_of(p) for p in sorted(out.rglob("*.gz"))}
+
+
+def test_pairs_of_one_prompt_have_one_key() -> None:
+    """Whatever the order of a message's fields; without prompts only copies are alike."""
+    chat, turned = [{"role": "user", "content": "hi"}], [{"content": "hi", "role": "user"}]
+    pairs = [
+        Pair("hi", "a", "b"),
+        Pair("hi", "c", "d", row=2),
+        Pair(chat, "a", "b"),
+        Pair(turned, "c", "d"),
+        Pair("", "a", "b", row=5),
+        Pair("", "a", "c"),
+        Pair("", "a", "b", row=7),
+    ]
+    assert numbered(map(prompt_key, pairs)) == [0, 0, 1, 1, 2, 3, 2]
 
 
 @pytest.mark.parametrize("split_by", [None, "topic"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moemerge.data.pairs import Pair
+from moemerge.data.pairs import Pair, prompt_key
 from moemerge.data.rows import BadRow, RowReport, Text
 from moemerge.data.tokenise import Encoded, encode_all
 from moemerge.evaluation.probes.base import Case, Edit, Edited, Edits
@@ -90,7 +89,7 @@ def apply(edit: Edit, prompt: Text, answer: Text, stranger: str, random: Random)
 
 def _strangers(pairs: Sequence[Pair], places: Sequence[int], seed: int) -> list[str]:
     """For each pair the chosen answer to another prompt, the next in a random order; "" if there is none."""
-    prompts = {place: json.dumps(pairs[place].prompt or place) for place in places}
+    prompts = {place: prompt_key(pairs[place]) for place in places}
     order = [places[i] for i in np.random.default_rng(seed).permutation(len(places))]
     found = {}
     for i, place in enumerate(order):
