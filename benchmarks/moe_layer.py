@@ -18,7 +18,7 @@ from transformers import LlamaConfig, Qwen2MoeConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from moemerge.models.families.llama import FAMILY
+from moemerge.models.families import FAMILIES
 from moemerge.models.moe import DenseExpert, MoELayer, StackedExperts
 from moemerge.models.moe_settings import MoeSettings
 
@@ -29,7 +29,7 @@ def our_layer(hidden: int, inner: int, experts: int, selected: int) -> MoELayer:
     config._experts_implementation = "grouped_mm"
     settings = MoeSettings(experts, selected, True, [0], "xft", 0.5, "linear", 0.02, 0.0, "cv", "float32")
     mlp = LlamaMLP(config)
-    shared = DenseExpert({m: getattr(mlp, p.split(".")[1]) for m, p in FAMILY.matrices}, "silu")
+    shared = DenseExpert({m: getattr(mlp, p.split(".")[1]) for m, p in FAMILIES["llama"].matrices}, "silu")
     shapes = {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}
     layer = MoELayer(settings, hidden, StackedExperts(config, shapes, "silu"), shared)
     for parameter in layer.parameters():

@@ -115,6 +115,7 @@ class _HostWatch:
 
 
 _HOSTS = ("transformers", "mergekit")
+_PREFIX = "moemerge_"  # models.families.base.PREFIX, which a light import cannot read
 
 
 def _hook_hosts() -> None:
@@ -132,7 +133,7 @@ def _watch_model_types(module: Any) -> None:
     import wrapt
 
     def look_up(wrapped: Any, instance: Any, args: tuple[str], kwargs: dict[str, Any]) -> Any:
-        if str(args[0]).startswith("moemerge_"):
+        if str(args[0]).startswith(_PREFIX):
             _register_model_types()
         return wrapped(*args, **kwargs)
 

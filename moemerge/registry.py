@@ -1,4 +1,4 @@
-"""Open sets (families, coefficient methods, probes): names that point to members, imported late."""
+"""Open sets (coefficient methods, probes, stages): names that point to members, imported late."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from moemerge.evaluation.page import main_numbers
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import read_report, rewardbench_parts
 from moemerge.evaluation.verdict import standing
+from moemerge.models.families.base import PREFIX
 from moemerge.options import recipe
 from moemerge.options.base import Run
 from moemerge.options.publish import Publish
@@ -30,7 +31,7 @@ from moemerge.reports.table import Table
 
 SHORT = 12
 MODEL_STAGES = ("merge", "train", "upcycle", "export")
-MIXTURES = ("moemerge_", "qwen2_moe")
+MIXTURES = (PREFIX, "qwen2_moe")
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
@@ -243,7 +244,7 @@ def _eval_result(name: str, metric: str, title: str, value: float) -> EvalResult
 
 
 def _loading(name: str, folder: Path) -> str:
-    mixture = _model_type(folder).startswith("moemerge_")
+    mixture = _model_type(folder).startswith(PREFIX)
     code = LOADING.format(name=name, extra="\nimport moemerge  # knows the model type" if mixture else "")
     return f"```python\n{code}\n```"
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moemerge.errors import CheckpointError, OptionError
 
-OURS = "routing_normalized_average"
 TOLERANCE = 1e-6
 # Elements: a handful of blocks stays in a core's cache, and is worth the calls that it costs.
 BLOCK = 2**16

@@ -15,6 +15,7 @@ from moemerge.artifacts.stage import RECIPE_COPY
 from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, UnsupportedError, suggest
 from moemerge.models.config_file import LAYERS, read_config
 from moemerge.models.families import FAMILIES, family_called
+from moemerge.models.families.base import PREFIX
 from moemerge.options.base import input_fields
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
@@ -213,7 +214,7 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
     known = config or {}
     if "model_type" in known:
         try:
-            family_called(str(known["model_type"]).removeprefix("moemerge_"))
+            family_called(str(known["model_type"]).removeprefix(PREFIX))
         except UnsupportedError as fault:
             yield fault
     layers = next(
@@ -245,7 +246,7 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
 
 
 def _is_encoder(model_type: str) -> bool:
-    return model_type in FAMILIES and not FAMILIES.get(model_type).causal
+    return model_type in FAMILIES and not FAMILIES[model_type].causal
 
 
 def _has_validation(recipe: Recipe) -> bool:

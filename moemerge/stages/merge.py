@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
-from moemerge.merging.average import OURS, as_average, row_blocks
+from moemerge.merging.average import as_average, row_blocks
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.sources.open import open_members
-from moemerge.models import device as runtime
 from moemerge.models.checkpoint import Checkpoint, write_checkpoint
+from moemerge.models.device import one_thread, use_device
 from moemerge.models.finite import finite, magnitude
+from moemerge.options.base import OURS
 from moemerge.options.merge import Merge
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def merge(options: Merge, draft: Draft) -> None:
     OptionError for what the method does not take. Source: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724);
     of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods: mergekit (arXiv 2403.13257).
     """
-    device = runtime.use(options)
+    device = use_device(options)
     source = open_members(options)
     dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
     way = _way(options, source, dtype, device)
@@ -146,7 +147,7 @@ class _Average:
     def __post_init__(self) -> None:
         self.rows = _rows(self.source, self.coefficients)
 
-    @runtime.one_thread()
+    @one_thread()
     def merged(self, tensor: MergedTensor) -> Tensor:
         merged = torch.empty(tensor.shape, dtype=self.dtype)
         copies = list(self.source.matrices(tensor))
@@ -202,7 +203,7 @@ def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterat
             yield name, _kept(source, name, dtype)
 
 
-@runtime.one_thread()
+@one_thread()
 def _kept(source: MergeSource, name: str, dtype: torch.dtype) -> Tensor:
     stored = finite(source.kept(name), name)
     kept = _cast(stored, dtype)

@@ -59,7 +59,7 @@ def by_hand(
 def test_yaml_merge_equals_the_sum_by_hand(dense: list[Path], coefficients: Path, tmp_path: Path) -> None:
     order = [2, 0, 1]  # the order in the file does not matter, the parameter expert does
     config = {
-        "merge_method": mergekit_bridge.NAME,
+        "merge_method": mergekit_bridge.OURS,
         "base_model": str(dense[0]),
         "parameters": {"coefficients": str(coefficients)},
         "models": [{"model": str(dense[i + 1]), "parameters": {"expert": i}} for i in order],
@@ -87,7 +87,7 @@ def test_yaml_merge_equals_the_sum_by_hand(dense: list[Path], coefficients: Path
 
 def merge_in_memory(dense: list[Path], **parameters: object) -> dict[str, torch.Tensor]:
     models = dict(zip(["base", "a", "b", "c"], map(weights, dense), strict=True))
-    return merge_state_dicts(models, mergekit_bridge.NAME, base="base", parameters=parameters)
+    return merge_state_dicts(models, mergekit_bridge.OURS, base="base", parameters=parameters)
 
 
 NUMBERS = {"a": 0, "b": 1, "c": 2}
@@ -103,7 +103,7 @@ def test_layers_without_coefficients_must_be_the_same_in_all_models(
     alike = [{name: t if ".layers.1." in name else base[name] for name, t in e.items()} for e in experts]
     models = dict(zip(["base", *NUMBERS], [base, *alike], strict=True))
     parameters = {"coefficients": str(tmp_path), "expert": NUMBERS}
-    merged = merge_state_dicts(models, mergekit_bridge.NAME, base="base", parameters=parameters)
+    merged = merge_state_dicts(models, mergekit_bridge.OURS, base="base", parameters=parameters)
     for name, value in by_hand([base, *experts], layers=(1,)).items():
         torch.testing.assert_close(merged[name].double(), value, atol=2e-7, rtol=0)
 
@@ -158,7 +158,7 @@ def test_mlp_tensors_are_told_by_name(name: str, layer: int | None) -> None:
 def test_registering_twice_does_no_harm() -> None:
     mergekit_bridge.register()
     mergekit_bridge.register()
-    assert [m.spec.name for m in registry.registered_methods()].count(mergekit_bridge.NAME) == 1
+    assert [m.spec.name for m in registry.registered_methods()].count(mergekit_bridge.OURS) == 1
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_registering_twice_does_no_harm() -> None:
     ],
 )
 def test_importing_the_package_registers_the_method_in_either_order(imports: str) -> None:
-    code = f"{imports}; print(registry.get('{mergekit_bridge.NAME}').spec.pretty_name)"
+    code = f"{imports}; print(registry.get('{mergekit_bridge.OURS}').spec.pretty_name)"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent
     )
@@ -179,9 +179,9 @@ def test_importing_the_package_registers_the_method_in_either_order(imports: str
 def test_the_bridge_can_be_imported_first() -> None:
     """As an entry point does."""
     code = (
-        "from moemerge.merging.mergekit.bridge import NAME, register; register()\n"
+        "from moemerge.merging.mergekit.bridge import OURS, register; register()\n"
         "from mergekit.merge_methods import registry\n"
-        "assert [m.spec.name for m in registry.registered_methods()].count(NAME) == 1"
+        "assert [m.spec.name for m in registry.registered_methods()].count(OURS) == 1"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -222,7 +222,7 @@ def test_inline_weights_give_what_the_file_gives(
     by_file = config_file(
         tmp_path / "a",
         dense,
-        mergekit_bridge.NAME,
+        mergekit_bridge.OURS,
         {"coefficients": str(coefficients)},
         [{"expert": i} for i in range(3)],
     )
@@ -265,7 +265,7 @@ def test_coefficients_are_found_beside_the_yaml_then_here(
     here, beside = tmp_path / "here", tmp_path / "beside"
     Coefficients.of_layers([0, 1, 2], ALPHA, SHARED).save(here / "fit")
     file = config_file(
-        beside, dense, mergekit_bridge.NAME, {"coefficients": "fit"}, [{"expert": i} for i in range(3)]
+        beside, dense, mergekit_bridge.OURS, {"coefficients": "fit"}, [{"expert": i} for i in range(3)]
     )
     monkeypatch.chdir(here)
     assert run_cli("yaml", file, tmp_path / "one", "--no-copy-tokenizer") == 0
@@ -287,7 +287,7 @@ def test_wrong_coefficients_end_before_weights_are_written(
     if fault != "missing file":
         Coefficients.of_layers(layers, alpha_LN, SHARED).save(tmp_path / "fit")
     given = {"coefficients": str(tmp_path / "fit")}
-    file = config_file(tmp_path, dense, mergekit_bridge.NAME, given, [{"expert": i} for i in range(3)])
+    file = config_file(tmp_path, dense, mergekit_bridge.OURS, given, [{"expert": i} for i in range(3)])
     assert run_cli("yaml", file, tmp_path / "out") == 2
     assert "to fix:" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.safetensors"))
@@ -327,7 +327,7 @@ def test_raw_and_multi_stage_merges_know_the_method(
     dense: list[Path], coefficients: Path, tmp_path: Path
 ) -> None:
     given = [{"expert": i} for i in range(3)]
-    method, shared = mergekit_bridge.NAME, {"coefficients": str(coefficients)}
+    method, shared = mergekit_bridge.OURS, {"coefficients": str(coefficients)}
     expected = by_hand([weights(folder) for folder in dense])
     staged = config_file(tmp_path / "multi", dense, method, shared, given)
     staged.write_text(

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+import moemerge
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs
@@ -37,7 +38,8 @@ from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.mergekit.bridge import mlp_layer
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.checkpoint import Checkpoint
-from moemerge.models.families import FAMILIES, family_called, family_of
+from moemerge.models.families import ENCODERS, FAMILIES, GATED, PLAIN, family_called, family_of
+from moemerge.models.families.base import PREFIX
 from moemerge.models.families.refused import REFUSED
 from moemerge.models.families.table import table
 from moemerge.models.loading import load_tokenizer
@@ -93,7 +95,7 @@ def test_the_whole_chain(family: str, tmp_path: Path) -> None:
     moe = load_moe(folder)
     equals_dense(moe, dense)
     observes_every_token(moe)
-    prompts_see_the_answer(moe, not FAMILIES.get(family).causal)
+    prompts_see_the_answer(moe, not FAMILIES[family].causal)
     merges_into_the_dense_model(folder, dense, tmp_path)
     trains(moe)
     saves_and_loads(moe, tmp_path / "trained")
@@ -292,8 +294,13 @@ def test_dropout_of_the_dense_mlp_is_kept(tmp_path: Path) -> None:
 
 def test_every_family_has_tiny_sizes_and_names_itself() -> None:
     assert set(TINY) == set(FAMILIES) and set(CORE) < set(TINY)
-    assert {name: FAMILIES.get(name).model_type for name in FAMILIES} == {name: name for name in FAMILIES}
+    assert {name: family.model_type for name, family in FAMILIES.items()} == {name: name for name in FAMILIES}
+    assert len(FAMILIES) == len(GATED) + len(PLAIN) + len(ENCODERS), "a model_type stands in two rows"
     assert list(FAMILIES) == sorted(FAMILIES)
+
+
+def test_the_door_knows_our_model_types_by_the_same_prefix() -> None:
+    assert moemerge._PREFIX == PREFIX
 
 
 @pytest.mark.parametrize("name", REFUSED)

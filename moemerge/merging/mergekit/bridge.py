@@ -37,9 +37,9 @@ from moemerge.merging.blocks import blocks_of, layer_of
 from moemerge.merging.coefficients import FILE, Coefficients
 from moemerge.merging.mergekit.guards import guarded, our_documents, refuse_separators, whole
 from moemerge.models.finite import finite
+from moemerge.options.base import OURS
 
-NAME = "routing_normalized_average"
-INLINE = "routing_normalized_average_inline"
+INLINE = f"{OURS}_inline"
 # The stock commands, and the argument of each that is the YAML file.
 COMMANDS = {
     "yaml": ("mergekit.scripts.run_yaml", "config_file"),
@@ -65,7 +65,7 @@ _SHAPE = {
 }
 
 
-@merge_method(name=NAME, pretty_name="Routing-normalised average", **_SHAPE)  # type: ignore[untyped-decorator]
+@merge_method(name=OURS, pretty_name="Routing-normalised average", **_SHAPE)  # type: ignore[untyped-decorator]
 def average(
     group: TensorGroup, expert: PerNonBase[Annotated[int, Field(ge=0)]], coefficients: CoefficientsPath
 ) -> torch.Tensor:
@@ -137,7 +137,7 @@ def run_command(name: str, arguments: Sequence[str], program: str) -> None:
 @contextmanager
 def _checked(name: str, module: Any, file: Path, parameters: dict[str, Any]) -> Iterator[None]:
     """Checks before and after each merge of the YAML `file` that is by a method of ours."""
-    documents = our_documents(file, (NAME, INLINE))
+    documents = our_documents(file, (OURS, INLINE))
     if not documents:
         yield
     elif name == "pytorch":  # bare files of weights: there is no model to check
@@ -146,7 +146,7 @@ def _checked(name: str, module: Any, file: Path, parameters: dict[str, Any]) -> 
             yield
     else:
         refuse_separators(documents, dicts_too=name == "multi")
-        stock, module.run_merge = module.run_merge, guarded(module.run_merge, (NAME, INLINE))
+        stock, module.run_merge = module.run_merge, guarded(module.run_merge, (OURS, INLINE))
         try:
             yield
         finally:
@@ -188,7 +188,7 @@ def _mlp_pattern() -> re.Pattern[str]:
     """Names of MLP tensors in the families that moemerge knows."""
     from moemerge.models.families import FAMILIES
 
-    families = [FAMILIES.get(name) for name in FAMILIES]
+    families = FAMILIES.values()
     layers = {family.layers.rpartition(".")[2] for family in families}
     matrices = {path for family in families for _, path in family.matrices}
     either = [f"(?:{'|'.join(map(re.escape, sorted(names)))})" for names in (layers, matrices)]

@@ -125,11 +125,12 @@ def _check_models(config: Any, options: Any) -> Checkpoint:
 
 def _check_model(reference: Any, options: Any) -> Checkpoint:
     from moemerge.models.families import family_called
+    from moemerge.models.families.base import PREFIX
     from moemerge.models.guards import check_reward_model
 
     folder = reference.local_path(cache_dir=options.transformers_cache, ignore_lora=True)
     model_type = str(Checkpoint(folder).config.get("model_type"))
-    family_called(model_type.removeprefix("moemerge_"))
+    family_called(model_type.removeprefix(PREFIX))
     return check_reward_model(folder)
 
 

@@ -15,8 +15,8 @@ from mergekit.merge_methods.base import MergeMethod, ParameterScope, TensorGroup
 from torch import Tensor
 
 from moemerge.errors import OptionError, suggest
-from moemerge.merging.average import OURS
 from moemerge.merging.coefficients import Coefficients
+from moemerge.options.base import OURS
 
 SHARED, WEIGHT = "shared", "weight"
 

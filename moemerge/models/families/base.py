@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
-
-from torch import nn
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from moemerge.models.moe import DenseExpert
 
+PREFIX = "moemerge_"  # of the model_type of our MoEs: moemerge_llama is made from llama
 STACKS = {"gate": "gate_up_proj", "up": "up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
 
 
@@ -69,9 +69,7 @@ class Family:
         """The transformer layers of a reward model, and their path in it."""
         base = model.base_model
         path = next(name for name, module in model.named_modules() if module is base)
-        layers = base.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return f"{path}.{self.layers}", layers
+        return f"{path}.{self.layers}", cast("nn.ModuleList", base.get_submodule(self.layers))
 
     def expert_tensors(self, config: PretrainedConfig) -> list[ExpertTensor]:
         """Every dense MLP tensor of the layers that have (or, for a dense config, can have) experts."""

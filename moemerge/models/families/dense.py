@@ -14,9 +14,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from moemerge.errors import CheckpointError
+from moemerge.models.families.base import PREFIX
 
-PREFIX = "moemerge_"
-OURS = ("moemerge", "auto_map", "model_type", "architectures", "transformers_version")
+# Keys of config.json that say what wrote it, not what the architecture computes.
+NOT_CARRIED = ("moemerge", "auto_map", "model_type", "architectures", "transformers_version")
 
 
 def is_moe(config: PretrainedConfig) -> bool:
@@ -37,7 +38,7 @@ def require_moe(model_type: str, name: str | Path) -> None:
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the dense reward model of the same architecture; a new object."""
-    values = {key: value for key, value in config.to_dict().items() if key not in OURS}
+    values = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED}
     kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
     dense = kind.from_dict({**values, "model_type": kind.model_type})
     dense.architectures = [dense_class(dense).__name__]
@@ -47,7 +48,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
 def shared_values(config: PretrainedConfig, kind: type[PretrainedConfig]) -> dict[str, Any]:
     """The values of `config` without those that only its own class declares: what one of `kind` may keep."""
     own, theirs = ({field.name for field in fields(one)} for one in (type(config), kind))
-    return {k: v for k, v in config.to_dict().items() if k not in own - theirs and k not in OURS}
+    return {k: v for k, v in config.to_dict().items() if k not in own - theirs and k not in NOT_CARRIED}
 
 
 def dense_class(config: PretrainedConfig) -> type[PreTrainedModel]:

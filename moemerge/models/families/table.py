@@ -9,8 +9,7 @@ from moemerge.models.families.base import Family
 def table() -> str:
     """A Markdown table: one row per kind of MLP, with its model types, decoders before encoders."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for name in FAMILIES:
-        family = FAMILIES.get(name)
+    for name, family in FAMILIES.items():
         kind = ("decoder" if family.causal else "encoder", _mlp(family))
         rows.setdefault(kind, []).append(f"`{name}`")
     lines = [f"| {kind} | {mlp} | {', '.join(names)} |" for (kind, mlp), names in sorted(rows.items())]

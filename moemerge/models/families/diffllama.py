@@ -1,5 +1,0 @@
-"""DiffLlama: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("diffllama")

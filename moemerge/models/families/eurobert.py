@@ -1,5 +1,0 @@
-"""EuroBERT: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("eurobert", causal=False)

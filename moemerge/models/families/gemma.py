@@ -1,5 +1,0 @@
-"""Gemma: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("gemma")

@@ -1,5 +1,0 @@
-"""Helium: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("helium")

@@ -1,5 +1,0 @@
-"""Llama: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("llama")

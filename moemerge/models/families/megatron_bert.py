@@ -1,7 +1,0 @@
-"""Megatron-BERT: as BERT."""
-
-from dataclasses import replace
-
-from moemerge.models.families import bert
-
-FAMILY = replace(bert.FAMILY, model_type="megatron-bert")

@@ -1,5 +1,0 @@
-"""Ministral: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("ministral")

@@ -1,5 +1,0 @@
-"""Ministral 3: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("ministral3")

@@ -1,5 +1,0 @@
-"""Mistral: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("mistral")

@@ -1,5 +1,0 @@
-"""Nemotron: MLP without gate, squared ReLU."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("nemotron", matrices=(("up", "mlp.up_proj"), ("down", "mlp.down_proj")))

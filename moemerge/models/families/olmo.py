@@ -1,5 +1,0 @@
-"""OLMo: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("olmo")

@@ -1,5 +1,0 @@
-"""OLMo 2: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("olmo2")

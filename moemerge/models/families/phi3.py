@@ -1,5 +1,0 @@
-"""Phi-3 and Phi-4: gated MLP, gate and up fused."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("phi3", matrices=(("gate_up", "mlp.gate_up_proj"), ("down", "mlp.down_proj")))

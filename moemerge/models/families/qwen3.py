@@ -1,5 +1,0 @@
-"""Qwen3: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("qwen3")

@@ -1,5 +1,0 @@
-"""SmolLM3: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("smollm3")

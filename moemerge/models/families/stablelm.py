@@ -1,5 +1,0 @@
-"""StableLM: gated MLP."""
-
-from moemerge.models.families.base import Family
-
-FAMILY = Family("stablelm")
