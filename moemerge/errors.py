@@ -57,6 +57,12 @@ def _rebuild(kind: type[MoemergeError], what: str, parts: dict[str, str]) -> Moe
     return kind(what, **parts)
 
 
+def few(names: Iterable[object], most: int = 4) -> str:
+    """`names` in a line for people to read; of more than `most` the others are only counted."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Advice for a misspelt name: the nearest known one, or the whole list."""
     known = sorted(known)

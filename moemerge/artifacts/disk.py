@@ -71,6 +71,14 @@ def write_whole(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to the file `source`, or a copy where the file system has no links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def exists(path: Path) -> bool:
     """Whether there is anything at `path`, a dangling link included."""
     return os.path.lexists(path)

@@ -22,11 +22,11 @@ from transformers import PreTrainedConfig, Qwen2MoeConfig, Qwen2MoeForSequenceCl
 from moemerge.artifacts.stage import Draft
 from moemerge.errors import UnsupportedError
 from moemerge.merging.sources.moe import MoeCheckpoint
-from moemerge.models import device as runtime
 from moemerge.models.checkpoint import copy_side_files, write_checkpoint
+from moemerge.models.device import use_device
 from moemerge.models.equivalence import largest_difference, probe_batch, probe_scores, require_alike
-from moemerge.models.families.base import ExpertTensor
-from moemerge.models.families.dense import PREFIX, dense_config, shared_values
+from moemerge.models.families.base import PREFIX, ExpertTensor
+from moemerge.models.families.dense import dense_config, shared_values
 from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import load_moe
 from moemerge.options.merge import Export
@@ -190,7 +190,7 @@ def _reason(source: MoeCheckpoint) -> tuple[str, str] | None:
 
 def _compare(options: Export, source: MoeCheckpoint, draft: Draft) -> None:
     """Largest difference between the scores of the MoE and of what was written, on a probe batch."""
-    device = runtime.use(options)
+    device = use_device(options)
     inputs = probe_batch(source.config, options.seed, device)
     theirs_B = probe_scores(load_moe(source.folder, str(device)), inputs)
     ours_B = probe_scores(load_reward_model(str(draft.folder), device, source.dtype), inputs)

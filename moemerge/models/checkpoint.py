@@ -6,7 +6,6 @@ Letters: N routed experts.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moemerge.artifacts.disk import flush_and_forget
+from moemerge.artifacts.disk import flush_and_forget, link_or_copy
 from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
@@ -294,7 +293,7 @@ def link_checkpoint(folder: Path, parts: Sequence[Path]) -> None:
 
     Their files are hard-linked, or copied where the file system cannot; an index names them all.
     """
-    _number(folder, [path for part in parts for path in sorted(part.glob("*.safetensors"))], _link)
+    _number(folder, [path for part in parts for path in sorted(part.glob("*.safetensors"))], link_or_copy)
 
 
 def _number(folder: Path, files: Sequence[Path], put: Callable[[Path, Path], Any]) -> None:
@@ -308,13 +307,6 @@ def _number(folder: Path, files: Sequence[Path], put: Callable[[Path, Path], Any
         put(path, folder / name)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _link(path: Path, target: Path) -> None:
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)
 
 
 def _data_size(path: Path) -> int:

@@ -14,7 +14,7 @@ from moemerge.artifacts.foreign import refuse_foreign, refuse_paths
 from moemerge.artifacts.json_file import read_object
 from moemerge.errors import CheckpointError, MoemergeError
 from moemerge.models.config_file import read_config
-from moemerge.models.families.dense import PREFIX
+from moemerge.models.families.base import PREFIX
 from moemerge.models.moe_settings import MoeSettings
 
 ADAPTER = "adapter_config.json"

@@ -14,16 +14,16 @@ from moemerge.options.base import Run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def use(options: Run) -> torch.device:
+def use_device(options: Run) -> torch.device:
     """Set the CPU threads that `options` ask for and return its device; OptionError if it is not there."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return pick_device(options.device)
 
 
-def use_for_training(options: Run) -> torch.device:
-    """As `use`; OptionError for any but the first GPU, because TRL's trainers take that."""
-    device = use(options)
+def use_training_device(options: Run) -> torch.device:
+    """As `use_device`; OptionError for any but the first GPU, because TRL's trainers take that."""
+    device = use_device(options)
     if device.type == "cuda" and device.index:
         raise OptionError(
             "training uses the first GPU that it sees",

@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moemerge.errors import CheckpointError, UnsupportedError
+from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.configs import load_config, unloadable
-from moemerge.models.families.dense import PREFIX, dense_class, skeleton
+from moemerge.models.families.base import PREFIX
+from moemerge.models.families.dense import dense_class, skeleton
 from moemerge.models.families.refused import REFUSED
 from moemerge.models.finite import finite
 from moemerge.models.heads import claims_head, in_head, spare_head
@@ -101,7 +102,7 @@ def check_tensors(weights: Checkpoint, config: PretrainedConfig) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     faults = weights.differences(wanted, tied, lambda name: old_buffer(model, name))
     if faults:
-        given = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items())
+        given = "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items())
         raise CheckpointError(
             f"{weights.folder} does not fit its own config",
             given=given,
@@ -153,7 +154,7 @@ def check_alike(models: Sequence[Checkpoint], dtypes: bool = True) -> None:
             if found:
                 raise CheckpointError(
                     f"models do not go together: their tensors differ in {what}",
-                    given=f"{_few(sorted(found))} of {other.folder}, beside {first.folder}",
+                    given=f"{few(sorted(found))} of {other.folder}, beside {first.folder}",
                     expected="models of one architecture, size and dtype",
                     fix="give models made from the same one; save them in one dtype",
                 )
@@ -163,10 +164,6 @@ def check_finite(weights: Checkpoint) -> None:
     """Read every tensor, one at a time; CheckpointError if one holds NaN or an infinity."""
     for name, tensor in weights.tensors():
         finite(tensor, f"{name} of {weights.folder}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def source_names(source: Checkpoint, config: PreTrainedConfig) -> dict[str, str | None]:

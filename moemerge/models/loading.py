@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from moemerge.errors import CheckpointError, MoemergeError
+from moemerge.errors import CheckpointError, MoemergeError, few
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.configs import check_files, load_config, tell_of_code, unloadable
 from moemerge.models.guards import refuse_larger, refuse_own_class
@@ -169,7 +169,7 @@ def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], s
             f"{name} {tuple(found)}, not {tuple(want)}" for name, found, want in loading["mismatched_keys"]
         },
     }
-    given = "; ".join(f"{kind}: {_few(names)}" for kind, names in wrong.items() if names)
+    given = "; ".join(f"{kind}: {few(sorted(map(str, names)))}" for kind, names in wrong.items() if names)
     if not given:
         return
     headless = bool(missing) and head == missing
@@ -181,11 +181,6 @@ def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], s
         if headless
         else "copy the checkpoint again, or save it again with the code that made it",
     )
-
-
-def _few(names: set[Any]) -> str:
-    shown = sorted(str(name) for name in names)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
 def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:

@@ -32,8 +32,8 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.configs import load_config, unloadable
 from moemerge.models.families import FAMILIES, family_of
-from moemerge.models.families.base import Family
-from moemerge.models.families.dense import PREFIX, dense_class, dense_config, require_moe, skeleton
+from moemerge.models.families.base import PREFIX, Family
+from moemerge.models.families.dense import dense_class, dense_config, require_moe, skeleton
 from moemerge.models.layout import Layout, write_layout
 from moemerge.models.moe import MoELayer, StackedExperts, TokenContext, moe_layers
 from moemerge.models.moe_settings import MoeSettings

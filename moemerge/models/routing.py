@@ -136,11 +136,6 @@ class RoutingStatistics:
         gate_LN = self.total(subset, side).gate_LN
         return gate_LN / gate_LN.sum(1, keepdim=True)
 
-    def selection_share_LN(self, subset: str | None = None, side: str | None = None) -> Tensor:
-        """Share of the tokens that selected each expert; rows sum to K."""
-        total = self.total(subset, side)
-        return total.selections_LN / total.tokens_L[:, None]
-
     def shared_mass_L(self, subset: str | None = None, side: str | None = None) -> Tensor:
         """Mean gate weight of the shared expert per layer, in [0, 1], float64."""
         total = self.total(subset, side)

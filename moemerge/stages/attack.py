@@ -29,7 +29,7 @@ from moemerge.evaluation.attack_edits import chosen_edits
 from moemerge.evaluation.attack_search import Gold, Scorer, Search, _judge, search
 from moemerge.evaluation.probes.edit_effects import excerpt
 from moemerge.evaluation.probes.edits import last_message, some_pairs
-from moemerge.models import device as runtime
+from moemerge.models.device import use_device
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score, score_pairs
 from moemerge.options.attack import Attack, AttackSettings
@@ -57,7 +57,7 @@ def attack(options: Attack, draft: Draft) -> None:
     `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
     be attacked, OptionError for unknown edits or an unusable gold function.
     """
-    device = runtime.use(options)
+    device = use_device(options)
     gold = _gold(options, device)
     edits = chosen_edits(options.edits, options.words, gold is not None)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,8 @@ from moemerge.evaluation.sets import (
     read_sets,
     score_tensors,
 )
-from moemerge.models import device as runtime
 from moemerge.models.cost import cost
+from moemerge.models.device import free_memory, use_device
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score
 from moemerge.options.evaluate import Evaluate, EvaluateSettings
@@ -55,7 +54,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     options = by_kind(options)
     check_ensembles(options)
     probes = _probes(options)
-    device = runtime.use(options)
+    device = use_device(options)
     tokenizers = {
         name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
     }
@@ -72,7 +71,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         models[name]["seconds"] = time.perf_counter() - started
         models[name]["tokens"] = sum(len(text.ids) for one in sets for text in one.texts[name])
         del model
-        _free_memory()
+        free_memory()
     scores |= ensemble_scores(options, scores)
     models |= ensemble_facts(options, models)
     inputs = probe_inputs(sets, scores)
@@ -131,7 +130,7 @@ def _regraded(sets: list[EvaluationSet], options: Evaluate, device: torch.device
         for one in sets
     ]
     del judge
-    _free_memory()
+    free_memory()
     return regraded
 
 
@@ -147,12 +146,6 @@ def _score_sets(
     for one in sets:
         found.append(score(model, tokenizer, one.texts[name], batch_tokens, f"{name} on {one.name}"))
     return found
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _write(draft: Draft, probes: Mapping[str, Probe], report: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from moemerge.merging.qwen2_moe import write_native
 from moemerge.merging.sources.base import MergeSource
 from moemerge.merging.sources.models import ModelList
 from moemerge.merging.sources.open import open_members
-from moemerge.models import device as runtime
 from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
+from moemerge.models.device import use_device
 from moemerge.models.finite import finite
 from moemerge.options.merge import Export
 
@@ -44,7 +44,7 @@ def export(options: Export, draft: Draft) -> None:
     for stock transformers (see native_export). Raises CheckpointError for what is not whole and for
     coefficients of another source, UnsupportedError for a MoE that the form cannot express.
     """
-    runtime.use(options)
+    use_device(options)
     if options.form == "qwen2_moe":
         write_native(options, draft)
     else:

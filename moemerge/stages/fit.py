@@ -32,7 +32,7 @@ from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.base import MergeSource
 from moemerge.merging.sources.open import open_members
-from moemerge.models import device as runtime
+from moemerge.models.device import use_device
 from moemerge.models.routing import RoutingStatistics
 from moemerge.models.token_limits import check_config
 from moemerge.options.fit import Fit
@@ -50,7 +50,7 @@ def fit(options: Fit, draft: Draft) -> None:
     CheckpointError for a foreign or damaged one, UnsupportedError for models that do not go together,
     DataError for unusable pairs.
     """
-    device = runtime.use(options)
+    device = use_device(options)
     distributed.join()
     method = METHODS.get(options.method)
     source = open_members(options)

@@ -27,7 +27,7 @@ from moemerge.evaluation import gold
 from moemerge.evaluation.gold import Judge
 from moemerge.evaluation.policy_page import MEASURED, table
 from moemerge.evaluation.probes import over_optimisation
-from moemerge.models import device as runtime
+from moemerge.models.device import free_memory, use_training_device
 from moemerge.options.policy import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
@@ -52,7 +52,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
     the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
     """
     _check_baseline(options)
-    device = runtime.use_for_training(options)
+    device = use_training_device(options)
     judge = gold.judge(options, device, options, options.trust_remote_code)
     assert judge is not None  # the options see to it
     with workspace(options) as folder:
@@ -62,7 +62,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
             if not path.exists():
                 write_whole(path, json.dumps(_run(options, name, judge, device, folder)))
             runs[name] = json.loads(path.read_text(encoding="utf-8"))
-            runtime.free_memory()
+            free_memory()
     report = _report(options, runs)
     _write(draft, report, runs)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -15,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from moemerge.artifacts.disk import link_or_copy
 from moemerge.artifacts.redaction import HIDDEN, redact
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.verify import verify_folder
@@ -154,14 +154,7 @@ def _stage_model(model: Path, folder: Path) -> None:
         name = path.relative_to(model).as_posix()
         if path.is_file() and any(fnmatch(name, pattern) for pattern in MODEL_FILES):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(path, folder / name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copy2(source, target)
+            link_or_copy(path, folder / name)
 
 
 def _stage_plots(model: Path, evaluation: str, folder: Path) -> None:

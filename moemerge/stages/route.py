@@ -23,8 +23,8 @@ from moemerge.merging.experts.speculation import Speculation, speculation
 from moemerge.merging.experts.uncertainty import member_points
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
-from moemerge.models import device as runtime
 from moemerge.models.checkpoint import local_folder
+from moemerge.models.device import use_device
 from moemerge.models.families.dense import require_moe
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.moe import moe_layers
@@ -48,7 +48,7 @@ def route(options: Route, draft: Draft) -> None:
     differ: diversity.json, heat maps, more tables. Raises CheckpointError if the model is no MoE, DataError
     for unusable pairs.
     """
-    device = runtime.use(options)
+    device = use_device(options)
     tokenizer = load_tokenizer(options.model)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)

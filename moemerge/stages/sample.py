@@ -19,7 +19,7 @@ from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import write_rows
 from moemerge.evaluation import gold
-from moemerge.models import device as runtime
+from moemerge.models.device import free_memory, use_device
 from moemerge.models.scoring import batches
 from moemerge.options.policy import Sample
 from moemerge.training.policy import batch_seed, load_policy, prompt_ids, sample_answers, short_prompts
@@ -39,7 +39,7 @@ def sample(options: Sample, draft: Draft) -> None:
     with the same answers. Raises DataError for unusable rows, CheckpointError for an unusable policy,
     OptionError if there is no such gold function.
     """
-    device = runtime.use(options)
+    device = use_device(options)
     graded = gold.judge(options, device, options, options.trust_remote_code)
     policy, tokenizer = load_policy(options.model, device, trust=options.trust_remote_code)
     prompts, report = read_prompts(options.prompts, options)
@@ -48,7 +48,7 @@ def sample(options: Sample, draft: Draft) -> None:
         drawn = list(_draw(options, policy, tokenizer, prompts, folder))
         sets, results = _gather(prompts, drawn)
         del policy
-        runtime.free_memory()
+        free_memory()
         sets = gold.regrade(sets, graded) if graded else sets
         write_rows(draft.folder / "candidates.jsonl.gz", (one.plain() for one in sets))
     draft.results |= {**results, "gold": gold.told(options), "rows": report.summary()}

@@ -31,9 +31,9 @@ from moemerge.artifacts.stage import Draft, stage, workspace
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.errors import OptionError, UnsupportedError
-from moemerge.models import device as runtime
 from moemerge.models.configs import load_config
 from moemerge.models.cost import flops_ratio
+from moemerge.models.device import use_training_device
 from moemerge.models.families import family_of
 from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model, load_tokenizer
@@ -95,7 +95,7 @@ class _Bench:
 
 
 def _bench(options: Train, draft: Draft) -> _Bench:
-    device = runtime.use_for_training(options)
+    device = use_training_device(options)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, tokenizer, name, draft) for name, source in sides.items()}

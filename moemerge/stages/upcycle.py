@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError, UnsupportedError
-from moemerge.models import device as runtime
 from moemerge.models.checkpoint import Checkpoint, copy_side_files, write_checkpoint
 from moemerge.models.configs import load_config
+from moemerge.models.device import use_device
 from moemerge.models.equivalence import largest_difference, probe_batch, probe_scores, require_alike
 from moemerge.models.families import family_of
 from moemerge.models.families.base import ExpertTensor
@@ -45,7 +45,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     tensor by tensor, so no more than one shard is held. Raises UnsupportedError for an unknown
     architecture and CheckpointError for a damaged model or when the functions differ.
     """
-    device = runtime.use(options)
+    device = use_device(options)
     source = Checkpoint(options.model)
     config = _dense_config(source, options)
     settings = _settings(options, config)

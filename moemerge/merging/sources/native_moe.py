@@ -74,7 +74,7 @@ class NativeMoe(ExpertSource):
         self._refuse_inexpressible()
         self.num_members = int(getattr(self.config, self.sibling.experts))
         self.has_shared = bool(self.sibling.shared) and self._shared_width == self._width
-        dense, with_experts = self.dense_config(), set(moe_layers(self.config))
+        dense, with_experts = self.dense_config(), set(layers_with_experts(self.config))
         found = family_called(self.sibling.dense).expert_tensors(dense)
         self.tensors: list[ExpertTensor] = [t for t in found if t.layer in with_experts]
         merged = {tensor.dense for tensor in self.tensors}
@@ -196,7 +196,7 @@ class NativeMoe(ExpertSource):
     def _reason(self) -> tuple[str, str, str] | None:
         """Why the sibling cannot express the MoE, what is to blame, and what to do; None if it can."""
         c, other = self.config, "merge another model"
-        number, layers = getattr(c, self.sibling.experts), moe_layers(c)
+        number, layers = getattr(c, self.sibling.experts), layers_with_experts(c)
         if _is_export(self.folder):
             fix = "merge the MoE that it was exported from"
             return "its down_proj are scaled, as moemerge export does", "written by moemerge export", fix
@@ -223,7 +223,7 @@ class NativeMoe(ExpertSource):
             yield GATED
 
 
-def moe_layers(config: PreTrainedConfig) -> list[int]:
+def layers_with_experts(config: PreTrainedConfig) -> list[int]:
     """The numbers of the layers of a native MoE that have experts."""
     step = getattr(config, "decoder_sparse_step", 1)
     dense = getattr(config, "mlp_only_layers", None) or []
