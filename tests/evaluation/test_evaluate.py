@@ -133,7 +133,7 @@ def test_parameters_count_what_a_token_uses(world: dict[str, Any]) -> None:
 
 def test_equal_prompts_make_one_cluster_and_empty_ones_none() -> None:
     prompts = ["w1", "w2", "w1", "", "", [], [{"role": "user", "content": "w1"}]]
-    some = [Pair(prompt, "a", "bcd", row=row) for row, prompt in enumerate(prompts)]
+    some = [Pair(prompt, "abcdefg"[row], "bcd", row=row) for row, prompt in enumerate(prompts)]
     one = EvaluationSet("pairs", "test", some, {}, {})
     scores = probe_inputs([one], {"m": [torch.arange(14.0)]})["pairs"]["test"]
     assert scores.prompts.tolist() == [0, 1, 0, 2, 3, 4, 5]
