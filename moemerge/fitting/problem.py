@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from moemerge.errors import OptionError
@@ -102,7 +103,7 @@ class FitProblem:
         """`values`, a row per block; where the settings want one row for all blocks, their mean in each."""
         if self.settings.granularity != "global":
             return values
-        return values.mean(0, keepdim=True).expand_as(values).clone()
+        return mean_of(values).expand_as(values).clone()
 
     def data(self) -> Objective:
         """The objective; OptionError if there is none."""
@@ -115,6 +116,12 @@ class FitProblem:
         if self.moments is not None:
             return self.moments(start)
         raise no_pairs()
+
+
+def mean_of(values: Tensor) -> Tensor:
+    """Mean over the first dimension; a number that is the same all along it stays as it is, bit for bit."""
+    # The sum of three equal numbers is rounded, and a third of it need not be that number again.
+    return torch.where((values == values[0]).all(0), values[0], values.mean(0))
 
 
 def no_pairs() -> OptionError:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from moemerge.fitting.problem import FitOutcome, FitProblem
+from moemerge.fitting.problem import FitOutcome, FitProblem, mean_of
 from moemerge.merging.merged_model import MergeGradient
 
 SMALLEST_START = 1e-4
@@ -30,7 +30,7 @@ class Space:
         self.start_log_RN = start.alpha_LN[:rows].clamp(min=smallest).log().log_softmax(1)
         shared_rows = {"learned": rows, "learned_global": 1}.get(str(self.settings.shared_weight), 0)
         self.shared_rows = shared_rows if problem.has_shared else 0
-        pooled_R = start.shared_L.mean()[None] if self.shared_rows == 1 else start.shared_L
+        pooled_R = mean_of(start.shared_L)[None] if self.shared_rows == 1 else start.shared_L
         shared_R = pooled_R[: self.shared_rows].clamp(smallest, 1 - smallest)
         self.start_V = torch.cat([self.start_log_RN.flatten(), shared_R.logit()])
         self.low_V, self.high_V = self.start_V - BOUND, self.start_V + BOUND

@@ -56,7 +56,8 @@ def as_average(weights_M: Tensor, has_shared: bool) -> tuple[Tensor, float]:
     If the shared one has all the weight, the others have equal alpha.
     """
     routed_N = weights_M[1:] if has_shared else weights_M
-    shared = 1 - float(routed_N.sum() / weights_M.sum())
+    # Not 1 - routed / all: that would make 0.30000000000000004 of weights 0.3 and 0.7.
+    shared = float(weights_M[0] / weights_M.sum()) if has_shared else 0.0
     if not float(routed_N.sum()):
         return torch.full_like(routed_N, 1 / len(routed_N)), shared
     return routed_N / routed_N.sum(), shared

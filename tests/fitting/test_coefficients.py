@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.nn.functional import logsigmoid
 
 from moemerge.errors import CheckpointError
 from moemerge.fitting.methods import METHODS
-from moemerge.fitting.problem import FitProblem, Measured
+from moemerge.fitting.problem import FitOutcome, FitProblem, Measured, mean_of
+from moemerge.fitting.starts import start as initial
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergeGradient
 from moemerge.models.routing import RoutingStatistics, Sums
@@ -141,6 +142,58 @@ def test_uniform_usage_and_match_by_hand() -> None:
     assert found.shared_L.tolist() == [0.25, 0.5, 0.75]
     alone = FitProblem(base.blocks, N, False, base.settings)
     assert METHODS.get("uniform")(alone).shared_L.tolist() == [0.0] * 3
+
+
+def fragile_row(copies: int) -> Tensor:
+    """A row of alpha of which the mean of so many copies is another row, in the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        row_N = torch.rand(N, generator=generator, dtype=torch.float64).softmax(0)
+        if not torch.equal(row_N.expand(copies, N).mean(0), row_N):
+            return row_N
+    pytest.fail("the mean of equal rows is each of them here, always")
+
+
+def test_equal_rows_stay_as_they_are_where_all_blocks_share_one() -> None:
+    row_N = fragile_row(3)
+    base = problem(granularity="global", shared_weight="learned")
+    given = FitOutcome(row_N.expand(3, N), row_N[:1].expand(3))
+    found = initial(replace(base, start=given))
+    assert torch.equal(found.alpha_LN, given.alpha_LN) and torch.equal(found.shared_L, given.shared_L)
+    bowl = Bowl(ALPHA)
+    asked = {"granularity": "global", "method": "grid", "grid": [0.5]}
+    chosen = METHODS.get("grid")(replace(problem(bowl, **asked), start=given))
+    assert torch.equal(chosen.alpha_LN, given.alpha_LN)
+
+
+def test_the_mean_of_unequal_rows_is_their_mean() -> None:
+    values_LN = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.5, 0.5]], dtype=torch.float64)
+    assert mean_of(values_LN).tolist() == [0.5, 0.5]
+    assert mean_of(torch.tensor([0.25, 0.5])).item() == 0.375
+
+
+def test_what_is_learned_is_the_best_point_itself_also_if_all_folds_agree() -> None:
+    """The coefficients whose held-out loss decided, not ones that were normalised or averaged again."""
+    measured: list[Tensor] = []
+
+    class Noting(Bowl):
+        def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: str) -> Measured:
+            measured.append(alpha_LN.clone())
+            return super().measure(alpha_LN, shared_L, split)
+
+        def folds(self, number: int, seed: int) -> list[Bowl]:
+            return [Bowl(self.best_LN)] * number
+
+    for seed in range(20):
+        measured.clear()
+        best_LN = torch.randn(3, N, generator=torch.Generator().manual_seed(seed)).double().softmax(1)
+        settings = {"learning_rate": 0.1, "max_epochs": 5, "sensitivity": False}
+        alone = METHODS.get("learned")(problem(Noting(best_LN), seed, **settings))
+        assert not alone.report["kept_initial"]
+        on_the_way = measured[:-2]  # the last two are the report's
+        assert any(torch.equal(alpha_LN, alone.alpha_LN) for alpha_LN in on_the_way)
+        together = METHODS.get("learned")(problem(Noting(best_LN), seed, folds=3, **settings))
+        assert torch.equal(together.alpha_LN, alone.alpha_LN)
 
 
 def test_an_unused_expert_can_come_back() -> None:

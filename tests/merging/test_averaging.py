@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moemerge.errors import CheckpointError, OptionError
-from moemerge.merging.average import routing_normalized_average
+from moemerge.merging.average import as_average, routing_normalized_average
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -115,3 +115,12 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
             routing_normalized_average(shared, matrices(count, torch.float32), [0.25] * 4, 0.5)
     with pytest.raises(CheckpointError, match="one shape"):
         routing_normalized_average(shared, [*experts[:3], experts[3][:1]], [0.25] * 4, 0.5)
+
+
+def test_proportions_that_sum_to_one_stay_as_they_are() -> None:
+    """Weights 0.3 and 0.7 are not 0.30000000000000004 and 0.7; none at all is 0, and all is 1, exactly."""
+    for shared in (0.3, 0.1, 0.7, 0.0, 1.0, 1e-17):
+        alpha_N, found = as_average(torch.tensor([shared, 1 - shared], dtype=torch.float64), has_shared=True)
+        assert found == shared and alpha_N.tolist() == [1.0]
+    alpha_N, found = as_average(torch.tensor([0.25, 0.75], dtype=torch.float64), has_shared=False)
+    assert found == 0 and alpha_N.tolist() == [0.25, 0.75]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moemerge.fitting.problem import FitOutcome, FitProblem, Objective
+from moemerge.fitting.problem import FitOutcome, FitProblem, Objective, mean_of
 from moemerge.fitting.significance import chance, gain, measures, paired
 from moemerge.fitting.starts import start
 from moemerge.fitting.walk import BACK, Point, Walk
@@ -56,8 +56,11 @@ class _Trial:
     def outcome(self) -> FitOutcome:
         """The best point; over folds the mean of theirs."""
         points = self.points(self.best)
-        alpha_LN, shared_L = (torch.stack([getattr(p, n) for p in points]).mean(0) for n in _NAMES)
-        return FitOutcome(alpha_LN / alpha_LN.sum(1, keepdim=True), shared_L)
+        # Each row of alpha sums to one, so their mean does: to normalise it would only change last digits.
+        return FitOutcome(
+            mean_of(torch.stack([point.alpha_LN for point in points])),
+            mean_of(torch.stack([point.shared_L for point in points])),
+        )
 
     def points(self, number: int) -> list[Point]:
         """The point of this number of each walk, the last one of one that ended before; then those back."""
@@ -72,9 +75,6 @@ class _Trial:
     def judged(self, number: int) -> Tensor:
         """Held-out losses that decide, of all walks at this number."""
         return torch.cat([point.judged_P for point in self.points(number)])
-
-
-_NAMES = ("alpha_LN", "shared_L")
 
 
 def _numbered(parts: list[list[int]]) -> list[int]:

@@ -29,9 +29,11 @@ def least_squares(problem: FitProblem) -> FitOutcome:
     first = start(problem)
     squares_LMM = problem.squares(first)
     if problem.settings.granularity == "global":
-        squares_LMM = squares_LMM.sum(0, keepdim=True).expand_as(squares_LMM)
-    found = [_row(problem, squares_LMM[row], first, row) for row in range(len(problem.blocks))]
-    alpha_LN, shared_L = torch.stack([alpha for alpha, _ in found]), torch.stack([s for _, s in found])
+        # One row serves all blocks: it minimises their sum. Solved once, so that all rows have the same bits.
+        solved = [_row(problem, squares_LMM.sum(0), first, 0)] * len(problem.blocks)
+    else:
+        solved = [_row(problem, squares_LMM[row], first, row) for row in range(len(problem.blocks))]
+    alpha_LN, shared_L = torch.stack([alpha for alpha, _ in solved]), torch.stack([s for _, s in solved])
     return FitOutcome(alpha_LN, shared_L, _report(problem, first, alpha_LN, shared_L))
 
 
