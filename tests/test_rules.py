@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from tiny_models import save_dense
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moemerge"
@@ -240,8 +241,6 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _furnish(folder: Path) -> None:
-    from conftest import save_dense
-
     save_dense(folder / "reward-model")
     words = [f"w{i}" for i in range(40)]
     rows = [

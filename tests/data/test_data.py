@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import tiny_tokenizer
+from tiny_models import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moemerge.artifacts.manifest import read_manifest

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
-from conftest import save_dense, tiny_tokenizer
 from pyarrow import parquet
 from safetensors.torch import load_file
+from tiny_models import save_dense, tiny_tokenizer
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.rewardbench import encode_choices, read_choices

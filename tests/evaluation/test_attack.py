@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_dense
 from scipy import stats
+from tiny_models import save_dense
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.pairs import Pair

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import save_dense
 from safetensors.torch import load_file
 from scipy import stats
+from tiny_models import save_dense
 
 from moemerge.data.pairs import Pair
 from moemerge.data.rows import Text

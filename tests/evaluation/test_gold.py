@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_dense
 from safetensors.torch import load_file, save_file
+from tiny_models import save_dense
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.pairs import CandidateSet

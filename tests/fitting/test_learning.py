@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_dense
 from small_moe import (
     ALPHA,
     SHARED,
@@ -23,6 +22,7 @@ from small_moe import (
     widen_norms,
     write_rows,
 )  # fmt: skip
+from tiny_models import save_dense
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import linear, logsigmoid

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_dense
 from safetensors.torch import load_file
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
+from tiny_models import save_dense
 from torch import Tensor
 
 from moemerge.artifacts.manifest import read_manifest

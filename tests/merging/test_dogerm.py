@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SIZES, TINY, VOCABULARY, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file
 from small_moe import random_pairs, rewrite, write_rows
+from tiny_models import SIZES, TINY, VOCABULARY, tiny_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import save_dense
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from mergekit.merge_methods import merge_state_dicts, registry
 from safetensors.torch import load_file
+from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.errors import CheckpointError, MoemergeError, OptionError

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import save_dense, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file
 from small_moe import rewrite
+from tiny_models import save_dense, tiny_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
 from small_moe import gradient_of, make_moe, random_pairs, rewrite, write_rows
+from tiny_models import save_dense, tiny_tokenizer
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
@@ -104,7 +104,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "albert", "modernbert"])
 def test_the_plain_mean(family: str, tmp_path: Path) -> None:
     """WARM: heads included. ALBERT can be no MoE here, but its models can be averaged."""
-    from conftest import SIZES, TINY
+    from tiny_models import SIZES, TINY
 
     TINY.setdefault("albert", {"embedding_size": 16}) if family == "albert" else None
     try:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_dense
 from small_moe import make_moe, rewrite
 from test_families import scores
+from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, Qwen2MoeConfig
 
 from moemerge.artifacts.manifest import read_manifest

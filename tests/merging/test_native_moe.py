@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from small_moe import make_moe, random_pairs, write_rows
 from test_families import scores
+from tiny_models import SIZES, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

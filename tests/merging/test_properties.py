@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration, OutputSliceDefinition
 from mergekit.merge_methods import registry
 from mergekit.parameter_resolver import resolve_parameters
+from tiny_models import save_dense
 from torch import Tensor
 
 from moemerge.merging.average import routing_normalized_average

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORE, SIZES, TINY, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, gradient_of, random_pairs, rewrite, stock_merge, write_rows
+from tiny_models import CORE, SIZES, TINY, tiny_dense, tiny_tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORE
 from small_moe import ALPHA, SHARED, make_moe
+from tiny_models import CORE
 from transformers import AutoConfig
 
 from moemerge.errors import CheckpointError

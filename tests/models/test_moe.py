@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_dense
+from tiny_models import tiny_dense
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_dense
 from small_moe import K, N, make_moe, random_pairs, rewrite, write_rows
+from tiny_models import save_dense
 from torch import Tensor
 
 from moemerge.artifacts.manifest import read_manifest

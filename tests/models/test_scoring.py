@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORE, SIZES, TINY, save_dense, tiny_tokenizer
 from hostile_files import edit_json
 from safetensors.torch import load_file, save_file
+from tiny_models import CORE, SIZES, TINY, save_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 

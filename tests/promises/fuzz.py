@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.append(str(Path(__file__).parent.parent / "support"))
 
+import environment  # noqa: F401  (one thread, no network)
 import torch
 from hostile_files import CANDIDATES, PAIR, RECIPE, pairs, shard
 from safetensors.torch import save_file

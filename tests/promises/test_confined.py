@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_dense
 from hostile_files import copy_model, deep, edit_json, jsonl, opened_by, pairs
 from huggingface_hub import constants
 from small_chain import make_chain
 from small_policy import save_policy, write_prompts
+from tiny_models import save_dense
 
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.errors import ArtifactError, CheckpointError, MoemergeError

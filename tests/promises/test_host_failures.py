@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SIZES, TINY, save_dense, tiny_tokenizer
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import MergeOptions, run_merge
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_moe import ALPHA, SHARED, make_moe, random_pairs, rewrite, write_rows
+from tiny_models import SIZES, TINY, save_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoConfig,

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_dense
 from hostile_files import (
     CANDIDATES,
     INDEX,
@@ -31,6 +30,7 @@ from hostile_files import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_models import save_dense
 
 import moemerge
 from moemerge.artifacts.foreign import refuse_foreign

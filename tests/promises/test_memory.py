@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import save_dense
 from small_moe import random_pairs, write_rows
+from tiny_models import save_dense
 
 from moemerge.merging.coefficients import Coefficients
 from moemerge.stages.upcycle import upcycle

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, Page, find_browser
-from conftest import save_dense
 from PIL import Image
 from test_html_report import check_page
+from tiny_models import save_dense
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.stages.evaluate import evaluate

@@ -30,8 +30,7 @@ from moemerge.run.signals import Stopped, stoppable
 
 ROOT = Path(__file__).parent.parent.parent
 PATHS = os.pathsep.join(sys.path)  # what a child needs to import this file and its helpers
-# Child processes import this file without conftest, which imports much.
-FSYNC = getattr(sys.modules.get("conftest"), "FSYNC", os.fsync)
+# Child processes import this file without torch: what imports it stands in the tests.
 
 
 class Write(Run):
@@ -271,6 +270,8 @@ def test_the_lock_holds_against_whoever_opened_the_file_before_it_was_removed(tm
 def test_files_and_folders_are_flushed_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from environment import FSYNC
+
     flushed: list[str] = []
 
     def note(handle: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import save_dense
+from tiny_models import save_dense
 from torture import Known, digests, look
 from torture_forks import Ending
 from torture_scenarios import Scenario

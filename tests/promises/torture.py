@@ -34,7 +34,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-import conftest  # noqa: F401  (one thread, no network)
+sys.path.append(str(Path(__file__).parent.parent / "support"))
+
+import environment  # noqa: F401  (one thread, no network)
 from torture_forks import SHIM, Ending, arm, fork, in_a_fork, preload_and_restart
 from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
 

@@ -7,8 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import save_dense
 from small_moe import make_moe, random_pairs, write_rows
+from tiny_models import save_dense
 
 SLOW = {"train", "route", "fit", "evaluate"}
 # What other scenarios read.

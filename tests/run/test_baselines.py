@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_dense
 from safetensors.torch import load_file
 from small_moe import write_rows
 from small_run import TINY_RUN
+from tiny_models import save_dense
 from torch.utils.flop_counter import FlopCounterMode
 
 from moemerge.artifacts.manifest import read_manifest

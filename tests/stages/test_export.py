@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORE
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, stock_merge, write_rows
+from tiny_models import CORE
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.artifacts.manifest import read_manifest

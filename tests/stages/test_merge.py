@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORE, tiny_dense, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
+from tiny_models import CORE, tiny_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import save_dense
 from hostile_files import edit_json, opened_by
 from huggingface_hub import ModelCard
 from small_chain import make_chain
+from tiny_models import save_dense
 
 from moemerge.artifacts.manifest import own_digest, read_manifest, stated_licence
 from moemerge.artifacts.stage import artifact, write_json

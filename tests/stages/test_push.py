@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import save_dense, tiny_dense, tiny_tokenizer
 from hub_server import Hub, Trouble, serve
 from small_moe import make_moe
+from tiny_models import save_dense, tiny_dense, tiny_tokenizer
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.stage import artifact

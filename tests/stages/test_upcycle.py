@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CORE, SIZES, save_dense, tiny_dense, tiny_tokenizer
+from tiny_models import CORE, SIZES, save_dense, tiny_dense, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from moemerge.artifacts.manifest import read_manifest

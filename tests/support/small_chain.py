@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import save_dense
+from tiny_models import save_dense
 
 from moemerge.artifacts.stage import artifact
 from moemerge.merging.coefficients import Coefficients

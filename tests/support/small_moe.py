@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from conftest import save_dense
 from safetensors.torch import load_file, save_file
+from tiny_models import save_dense
 from torch import Tensor, nn
 
 from moemerge.data.reading import read_pairs

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import SIZES, TINY, tiny_dense, tiny_tokenizer
+from tiny_models import SIZES, TINY, tiny_dense, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CHAT = (

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_dense, tiny_tokenizer
 from small_policy import save_last_word_model, save_policy, write_prompts
+from tiny_models import save_dense, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_dense, tiny_tokenizer
 from safetensors.torch import load_file
+from tiny_models import save_dense, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts.manifest import read_manifest
@@ -331,7 +331,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1].split(os.pathsep)
-from conftest import tiny_tokenizer
+from tiny_models import tiny_tokenizer
 from test_train import resumable, run
 from moemerge.training import trainer
 

@@ -1,0 +1,121 @@
+"""Tiny models and a tiny tokenizer, built in code: CPU, offline, seeded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+VOCABULARY = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
+SIZES = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "num_labels": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+DECODERS = {"num_key_value_heads": 2, "head_dim": 8}
+PARTIAL = {"num_key_value_heads": 2}
+TINY: dict[str, dict[str, object]] = {
+    "arcee": DECODERS,
+    "bert": {},
+    "biogpt": {},
+    "bloom": {},
+    "camembert": {},
+    "data2vec-text": {},
+    "deberta": {},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "diffllama": DECODERS,
+    "distilbert": {"hidden_dim": 48},
+    "electra": {"embedding_size": 24},
+    "ernie": {},
+    "eurobert": DECODERS,
+    "exaone4": DECODERS,
+    "falcon": {"ffn_hidden_size": 48},
+    "gemma": DECODERS,
+    "gemma2": DECODERS,
+    "gemma3_text": DECODERS,
+    "glm": DECODERS,
+    "glm4": DECODERS,
+    "gpt2": {"n_inner": 48},
+    "gpt_bigcode": {"n_inner": 48},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "gpt_neox": {},
+    "gptj": {"n_inner": 48, "rotary_dim": 4},
+    "helium": DECODERS,
+    "hunyuan_v1_dense": DECODERS,
+    "llama": DECODERS,
+    "megatron-bert": {},
+    "minicpm3": {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "ministral": DECODERS,
+    "ministral3": DECODERS,
+    "mistral": DECODERS,
+    "modernbert": {},
+    "modernbert-decoder": {"bos_token_id": 1},
+    "mpnet": {},
+    "mpt": {},
+    "nemotron": DECODERS,
+    "olmo": PARTIAL,
+    "olmo2": PARTIAL,
+    "olmo3": PARTIAL,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "persimmon": {},
+    "phi": PARTIAL,
+    "phi3": PARTIAL,
+    "qwen2": PARTIAL,
+    "qwen3": DECODERS,
+    "qwen3_5_text": {
+        **DECODERS,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "rembert": {"input_embedding_size": 16},
+    "roberta": {},
+    "roformer": {},
+    "seed_oss": DECODERS,
+    "smollm3": DECODERS,
+    "stablelm": PARTIAL,
+    "starcoder2": PARTIAL,
+    "xlm-roberta": {},
+}
+# What tests of anything but architectures run over.
+CORE = ("bert", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w60 split at white space, with pad and eos, right padding."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="right"
+    )
+
+
+def tiny_dense(family: str = "llama", seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A random dense reward model of `family`, float32, eval mode."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**SIZES, **TINY[family], **changes})
+    return AutoModelForSequenceClassification.from_config(config).float().eval()
+
+
+def save_dense(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
+    """A tiny dense reward model with its tokenizer, saved as an ordinary checkpoint."""
+    tiny_dense(family, seed, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
