@@ -223,6 +223,25 @@ def test_the_wheel_has_every_folder_and_pins_cover_every_dependency() -> None:
     assert "torch==2.13.0" in pins.splitlines()
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_no_test_imports_another() -> None:
+    """What several share stands in tests/support; a child process may import the file that started it."""
+    imports = {
+        path.name: set(re.findall(r"^\s*(?:from|import) (test_\w+|conftest)\b", path.read_text(), re.M))
+        - {path.stem}
+        for path in TESTS
+    }
+    assert {name: names for name, names in imports.items() if names} == {}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by name, and SECURITY.md names them without their folder."""
+    names = [path.name for path in TESTS if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
+
+
 MARKED = re.compile(r"^<!-- tested -->\n```python\n(.*?)^```", re.S | re.M)
 
 

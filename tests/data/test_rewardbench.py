@@ -15,6 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file
+from small_reports import choice_scores
 from tiny_models import save_dense, tiny_tokenizer
 
 from moemerge.artifacts.manifest import read_manifest
@@ -80,23 +81,6 @@ TIES = {
     "tied:6": ([1.0, 1.0, 1.0, 1.0], 2),
 }
 TIES_PUBLISHED = 0.6120943191398207
-
-
-def choice_scores(rows: list[dict[str, Any]], version: int = 2) -> ChoiceScores:
-    """Rows with scores (of one model, or of several by name), correct, subset, id, prompt, lengths."""
-    named = [r["scores"] if isinstance(r["scores"], dict) else {"m": r["scores"]} for r in rows]
-    sizes = [len(next(iter(scores.values()))) for scores in named]
-    lengths = [r.get("lengths", [1] * size) for r, size in zip(rows, sizes, strict=True)]
-    return ChoiceScores(
-        version,
-        {model: np.concatenate([scores[model] for scores in named]).astype(float) for model in named[0]},
-        np.concatenate(lengths),
-        np.array(sizes),
-        np.array([r.get("correct", 1) for r in rows]),
-        np.array([r.get("subset", "") for r in rows]),
-        np.array([r.get("id", "") for r in rows]),
-        np.array([r.get("prompt", place) for place, r in enumerate(rows)]),
-    )
 
 
 def ties_rows(rows: dict[str, tuple[list[float], int]]) -> list[dict[str, Any]]:

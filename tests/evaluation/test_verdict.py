@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from test_pipeline import REPORT
-from test_rewardbench import choice_scores
+from small_reports import REPORT, choice_scores
 
 from moemerge.errors import ArtifactError
 from moemerge.evaluation import main_table as summary

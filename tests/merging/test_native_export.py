@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_moe import make_moe, rewrite
-from test_families import scores
-from tiny_models import save_dense
+from tiny_models import save_dense, scores
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, Qwen2MoeConfig
 
 from moemerge.artifacts.manifest import read_manifest

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_moe import make_moe, random_pairs, write_rows
-from test_families import scores
-from tiny_models import SIZES, tiny_tokenizer
+from tiny_models import SIZES, scores, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, gradient_of, random_pairs, rewrite, stock_merge, write_rows
-from tiny_models import CORE, SIZES, TINY, tiny_dense, tiny_tokenizer
+from tiny_models import CORE, SIZES, TINY, batch, scores, tiny_dense, tiny_tokenizer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
@@ -53,22 +53,7 @@ from moemerge.stages.route import collect
 from moemerge.stages.train import train
 from moemerge.stages.upcycle import upcycle
 
-LENGTHS = (13, 7, 1, 10)
 EVEN = torch.full((3, 3), 1 / 3, dtype=torch.float64)
-
-
-def batch() -> dict[str, Tensor]:
-    """Four sequences, padded on the right."""
-    ids_BT = torch.randint(2, SIZES["vocab_size"], (4, 13), generator=torch.Generator().manual_seed(5))
-    mask_BT = torch.ones_like(ids_BT)
-    for row, length in enumerate(LENGTHS):
-        ids_BT[row, length:], mask_BT[row, length:] = 0, 0
-    return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
-
-@torch.no_grad()
-def scores(model: nn.Module, **more: Tensor) -> Tensor:
-    return model.eval()(**batch(), **more).logits[:, 0]
 
 
 def lively(family: str, folder: Path) -> nn.Module:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_moe import tiny_moe
-from tiny_models import CORE, save_dense, tiny_tokenizer
+from tiny_models import CORE, save_dense, tiny_moe, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 from moemerge.errors import CheckpointError

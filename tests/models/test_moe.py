@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from tiny_models import tiny_dense
+from tiny_models import TINY_MOE, tiny_moe
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification
 
 from moemerge.errors import CheckpointError, UnsupportedError
-from moemerge.models.modelling import moe_config, register
 from moemerge.models.moe import Gating, MoELayer, balance_loss, gate_weights, moe_layers
 from moemerge.models.moe_settings import MoeSettings
-
-SETTINGS: dict[str, Any] = {
-    "num_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "shared_expert": True,
-    "layers": [0, 1, 2],
-    "gate": "xft",
-    "gate_shared_weight": 0.5,
-    "router": "linear",
-    "router_init_std": 0.02,
-    "balance_coefficient": 0.1,
-    "balance_loss": "cv",
-    "dense_dtype": "float32",
-}
-
-
-def tiny_moe(family: str = "llama", **changes: Any) -> torch.nn.Module:
-    """A random MoE whose experts all differ."""
-    register()
-    settings = MoeSettings.read({**SETTINGS, **changes})
-    torch.manual_seed(1)
-    return AutoModelForSequenceClassification.from_config(moe_config(tiny_dense(family).config, settings))
 
 
 def random_logits(num_tokens: int = 50, num_experts: int = 7) -> torch.Tensor:
@@ -239,9 +213,9 @@ def test_autocast_runs_the_experts_in_half_precision() -> None:
 
 def test_settings_refuse_unknown_and_missing_keys() -> None:
     with pytest.raises(CheckpointError, match="unknown key 'gates'"):
-        MoeSettings.read({**SETTINGS, "gates": 1})
+        MoeSettings.read({**TINY_MOE, "gates": 1})
     with pytest.raises(CheckpointError, match="missing key 'gate'"):
-        MoeSettings.read({k: v for k, v in SETTINGS.items() if k != "gate"})
+        MoeSettings.read({k: v for k, v in TINY_MOE.items() if k != "gate"})
 
 
 def test_pieces_of_a_batch_are_refused() -> None:

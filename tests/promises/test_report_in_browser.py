@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import Browser, Page, find_browser
+from html_page import check_page
 from PIL import Image
-from test_html_report import check_page
 from tiny_models import save_dense
 
 from moemerge.artifacts.manifest import read_manifest

@@ -16,8 +16,9 @@ def test_every_promise_names_tests_that_exist() -> None:
     assert len(rows) >= 10
     assert [row for row in rows if not NAMED.search(row)] == []
     for file, name in set(NAMED.findall(text)):
-        (path,) = (ROOT / "tests").rglob(file)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        homes = list((ROOT / "tests").rglob(file))
+        assert len(homes) == 1, f"{file} is to stand in one folder of tests, is in {homes}"
+        tree = ast.parse(homes[0].read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (file, name)
 
 

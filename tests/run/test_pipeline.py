@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_reports import REPORT
 
 from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.lock import hold, lock_of
@@ -26,34 +27,6 @@ from moemerge.run.headlines import headline
 from moemerge.run.page import write_run_page
 from moemerge.run.plan import plan
 from moemerge.run.templates import templates, write_template
-
-REPORT = {
-    "format": FORMAT,
-    "models": {
-        name: {"active_parameters": 10}
-        for name in ("dense", "control", "moe", "merge-usage", "merge-learned")
-    },
-    "baseline": "control",
-    "probes": {
-        "accuracy": {
-            "confidence": 0.95,
-            "sets": {
-                "test": {
-                    "all": {
-                        "models": {
-                            name: {
-                                "accuracy": 0.75,
-                                "interval": [0.7, 0.8],
-                                "vs_baseline": {"difference": 0.02, "interval": [0.01, 0.03], "p": 0.004},
-                            }
-                            for name in ("dense", "control", "moe", "merge-usage", "merge-learned")
-                        }
-                    }
-                }
-            },
-        }
-    },
-}
 
 
 class Killed(BaseException):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from moemerge.models.modelling import moe_config, register
+from moemerge.models.moe_settings import MoeSettings
 
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
 SIZES = {
@@ -96,6 +101,20 @@ TINY: dict[str, dict[str, object]] = {
 }
 # What tests of anything but architectures run over.
 CORE = ("bert", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+TINY_MOE: dict[str, Any] = {
+    "num_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert": True,
+    "layers": [0, 1, 2],
+    "gate": "xft",
+    "gate_shared_weight": 0.5,
+    "router": "linear",
+    "router_init_std": 0.02,
+    "balance_coefficient": 0.1,
+    "balance_loss": "cv",
+    "dense_dtype": "float32",
+}
+LENGTHS = (13, 7, 1, 10)  # of the sequences of `batch`
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -119,3 +138,26 @@ def save_dense(folder: Path, family: str = "llama", seed: int = 0, **changes: ob
     tiny_dense(family, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_moe(family: str = "llama", **changes: Any) -> torch.nn.Module:
+    """A random MoE whose experts all differ."""
+    register()
+    settings = MoeSettings.read({**TINY_MOE, **changes})
+    torch.manual_seed(1)
+    return AutoModelForSequenceClassification.from_config(moe_config(tiny_dense(family).config, settings))
+
+
+def batch() -> dict[str, Tensor]:
+    """Four sequences, padded on the right."""
+    ids_BT = torch.randint(2, SIZES["vocab_size"], (4, 13), generator=torch.Generator().manual_seed(5))
+    mask_BT = torch.ones_like(ids_BT)
+    for row, length in enumerate(LENGTHS):
+        ids_BT[row, length:], mask_BT[row, length:] = 0, 0
+    return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+
+@torch.no_grad()
+def scores(model: nn.Module, **more: Tensor) -> Tensor:
+    """What a reward model gives each sequence of `batch`."""
+    return model.eval()(**batch(), **more).logits[:, 0]

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures of another file)
 """Options that let experts grow apart: what the gates do at each step, and that a resumed run is the same."""
 
 from __future__ import annotations
@@ -10,22 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_moe import tiny_moe
-from test_train import (
+from small_training import (
     ROUTERS,
     brute_force,
     gradients,
     history,
-    make,
     moved,
-    no_figures,
     raiser,
     rows,
     run,
+    trainer_of,
     weights,
-    world,
     write,
 )
+from tiny_models import tiny_moe
 from torch import Tensor
 
 from moemerge.errors import OptionError
@@ -33,9 +30,9 @@ from moemerge.models.moe import FREE, Gating, MoELayer, Steering, balance_loss, 
 from moemerge.options.train import Train
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
 
-__all__ = ["no_figures", "world"]
 STEERED = {"shared_dropout": 0.4, "router_temperature": 3.0, "top1_warmup": 0.4, "assign": "shards"}
 TOKENS = 5
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def options(**given: Any) -> Train:
@@ -190,7 +187,7 @@ def test_options_that_contradict_are_refused(world: Path, tmp_path: Path) -> Non
 
 
 def test_plain_options_steer_nothing(world: Path, tmp_path: Path) -> None:
-    trainer = make(world, tmp_path)
+    trainer = trainer_of(world, tmp_path)
     assert trainer.schedule is None and "places" not in trainer.train_dataset.column_names
     assert options(temperature_share=0.1, assign_share=0.1).steered() == []
 
@@ -203,10 +200,10 @@ def test_update_gradient_is_that_of_the_steered_gates(
 ) -> None:
     """Two passes per update, against a loss written out over a model whose gates are steered by hand."""
     given = {"batch_size": 3, "gradient_accumulation": 2, "max_steps": 1, "max_grad_norm": 1e9}
-    trainer = make(world, tmp_path, gradient_checkpointing=checkpointing, **given, **STEERED)
+    trainer = trainer_of(world, tmp_path, gradient_checkpointing=checkpointing, **given, **STEERED)
     collate, batches = trainer.data_collator, []
     trainer.data_collator = lambda examples: batches.append(collate(examples)) or dict(batches[-1])
-    found, model = gradients(trainer), make(world, tmp_path / "b").model.train()
+    found, model = gradients(trainer), trainer_of(world, tmp_path / "b").model.train()
     context = next(iter(moe_layers(model).values())).context
     for batch in batches[:2]:
         places = batch.pop("places")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -15,133 +13,37 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_training import (
+    EXPERTS,
+    ROUTERS,
+    brute_force,
+    encoded,
+    gradients,
+    history,
+    module,
+    moved,
+    raiser,
+    rows,
+    run,
+    train,
+    trainer_of,
+    weights,
+    write,
+)
 from tiny_models import save_dense, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.artifacts.stage import Draft
 from moemerge.data.pairs import Pair
 from moemerge.data.tokenise import Encoded, EncodedPair
 from moemerge.errors import DataError, OptionError
-from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.loading import load_reward_model
 from moemerge.models.moe import balance_loss, gate_weights, moe_layers
 from moemerge.models.scoring import score_pairs
-from moemerge.options.train import Train
 from moemerge.stages.upcycle import upcycle
 
-module = importlib.import_module("moemerge.stages.train")
-train = module.train
 STEADY = {"schedule": "constant", "warmup": 0.0, "patience": None}
-EXPERTS, ROUTERS = (".mlp.experts.", ".mlp.shared_expert."), (".mlp.gate.",)
-
-
-def words(draw: random.Random, low: int, high: int, count: int) -> str:
-    return " ".join(f"w{draw.randint(low, high)}" for _ in range(count))
-
-
-def rows(count: int, seed: int, flip: bool = False, margin: bool = False) -> list[dict[str, Any]]:
-    """Pairs in which the chosen answer has lower word numbers (higher with `flip`), of ragged lengths."""
-    draw, made = random.Random(seed), []
-    for _ in range(count):
-        low, high = (words(draw, a, b, draw.randint(2, 9)) for a, b in ((0, 40), (20, 60)))
-        made.append({"prompt": words(draw, 0, 60, draw.randint(1, 5)) + " ", "chosen": low, "rejected": high})
-        if flip:
-            made[-1] |= {"chosen": high, "rejected": low}
-        if margin:
-            made[-1]["margin"] = draw.random()
-    return made
-
-
-def write(path: Path, made: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return str(path)
-
-
-@pytest.fixture(autouse=True)
-def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training; one test draws."""
-    if request.node.name != "test_output_is_quiet_complete_and_alone":
-        monkeypatch.setattr("moemerge.training.report.panels", lambda *_: None)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, MoEs made of it, and files of pairs; read only."""
-    folder = tmp_path_factory.mktemp("world")
-    dense = save_dense(folder / "dense")
-    made = {"num_routed_experts": 4, "num_experts_per_tok": 2, "router_init_std": 0.5}
-    for name, more in {
-        "moe": {"balance_coefficient": 0.1},
-        "free": {"balance_coefficient": 0.0},
-        "upper": {"layers": "last:2"},
-        "prompt": {"gate": "prompt"},
-    }.items():
-        upcycle(model=str(dense), output=folder / name, **made, **more)
-    write(folder / "train.jsonl", rows(48, 1))
-    write(folder / "held.jsonl", rows(13, 2))
-    write(folder / "flipped.jsonl", rows(24, 3, flip=True))
-    write(folder / "margin.jsonl", rows(8, 4, margin=True))
-    return folder
-
-
-def run(world: Path, output: Path, model: str = "moe", held: bool = False, **options: Any) -> dict[str, Any]:
-    """Train; the results of the manifest."""
-    given = {"pairs": str(world / "train.jsonl"), "device": "cpu"} | options
-    if held:
-        given["validation"] = str(world / "held.jsonl")
-    train(model=str(world / model), output=output, **given)
-    return read_manifest(output)["results"]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def moved(before: Path, after: Path) -> set[str]:
-    old, new = weights(before), weights(after)
-    assert old.keys() == new.keys()
-    return {name for name in old if not torch.equal(old[name], new[name])}
-
-
-def make(world: Path, home: Path, model: str = "moe", pairs: str = "train", **options: Any) -> Any:
-    """A trainer as the stage makes it, and its model."""
-    from moemerge.training.trainer import make_trainer
-
-    given = {"model": str(world / model), "output": home / "out", "pairs": str(world / f"{pairs}.jsonl")}
-    chosen = Train(**given, **options)
-    tokenizer = load_tokenizer(given["model"])
-    held = encoded(tokenizer, world / "held.jsonl")
-    bench = module._Bench(
-        torch.device("cpu"), tokenizer, encoded(tokenizer, world / f"{pairs}.jsonl"), held, Draft(home, home)
-    )
-    loaded, roles = module._prepare(bench, chosen, bench.device)
-    return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
-
-
-def encoded(tokenizer: Any, path: Path) -> list[EncodedPair]:
-    from moemerge.data.reading import read_pairs
-    from moemerge.data.tokenise import encode_pairs
-    from moemerge.options.base import TextFormat
-
-    pairs, report = read_pairs(str(path), TextFormat())
-    return encode_pairs(tokenizer, pairs, TextFormat(), report)
-
-
-def gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    """Gradients that reach the optimiser in the first update."""
-    from transformers import TrainerCallback
-
-    found: dict[str, torch.Tensor] = {}
-
-    class Catch(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            trained = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-            found.update({name: grad.clone() for name, grad in trained.items()} if not found else {})
-
-    trainer.add_callback(Catch())
-    trainer.train()
-    return found
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
@@ -154,22 +56,6 @@ def test_loss_goes_down_and_is_the_loss_of_what_is_saved(world: Path, tmp_path: 
     assert brute_force(world / model, world / "held.jsonl") == pytest.approx(
         tuple(results["before"].values()), abs=1e-6
     )
-
-
-def brute_force(folder: Path, path: Path) -> tuple[float, float]:
-    """Loss and accuracy, each text alone in its batch, by transformers only."""
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    differences = []
-    with torch.no_grad():
-        for pair in encoded(load_tokenizer(str(folder)), path):
-            chosen, rejected = (
-                model(torch.tensor([side.ids])).logits.item() for side in (pair.chosen, pair.rejected)
-            )
-            differences.append(chosen - rejected)
-    gaps = torch.tensor(differences, dtype=torch.float64)
-    return -logsigmoid(gaps).mean().item(), (gaps > 0).double().mean().item()
 
 
 def expected(names: set[str], model: str, trainable: str, layers: str) -> set[str]:
@@ -244,7 +130,7 @@ def test_first_step_moves_each_role_by_its_own_rate(world: Path, tmp_path: Path)
 
 
 def test_parameter_groups_cover_each_parameter_once_and_spare_norms(world: Path, tmp_path: Path) -> None:
-    trainer = make(world, tmp_path, weight_decay=0.1, expert_learning_rate=1e-3)
+    trainer = trainer_of(world, tmp_path, weight_decay=0.1, expert_learning_rate=1e-3)
     names = {id(weight): name for name, weight in trainer.model.named_parameters()}
     groups = trainer.create_optimizer().param_groups
     found = [names[id(weight)] for group in groups for weight in group["params"]]
@@ -259,7 +145,7 @@ def test_parameter_groups_cover_each_parameter_once_and_spare_norms(world: Path,
 def test_update_gradient_equals_explicit_loss(world: Path, tmp_path: Path, checkpointing: bool) -> None:
     """Two passes per update: their mean of Bradley-Terry + 0.1 * mean over layers of the balance loss."""
     options = {"batch_size": 3, "gradient_accumulation": 2, "max_steps": 1, "max_grad_norm": 1e9}
-    trainer = make(world, tmp_path, gradient_checkpointing=checkpointing, **options)
+    trainer = trainer_of(world, tmp_path, gradient_checkpointing=checkpointing, **options)
     collate, batches = trainer.data_collator, []
     trainer.data_collator = lambda examples: batches.append(collate(examples)) or batches[-1]
     found = gradients(trainer)
@@ -291,22 +177,24 @@ def explicit_gradients(folder: Path, batches: list[Any], coefficient: float) -> 
 
 def test_eight_single_pairs_make_the_update_of_one_batch_of_eight(world: Path, tmp_path: Path) -> None:
     options = {"max_steps": 1, "max_grad_norm": 1e9}
-    one = gradients(make(world, tmp_path / "a", "free", batch_size=8, **options))
-    many = gradients(make(world, tmp_path / "b", "free", batch_size=1, gradient_accumulation=8, **options))
+    one = gradients(trainer_of(world, tmp_path / "a", "free", batch_size=8, **options))
+    many = gradients(
+        trainer_of(world, tmp_path / "b", "free", batch_size=1, gradient_accumulation=8, **options)
+    )
     assert one.keys() == many.keys() and len(one) > 20
     for name in one:
         torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_measure_equals_brute_force_whatever_the_batches(world: Path, tmp_path: Path) -> None:
-    found = make(world, tmp_path).measure()
+    found = trainer_of(world, tmp_path).measure()
     assert (found["loss"], found["accuracy"]) == pytest.approx(
         brute_force(world / "moe", world / "held.jsonl"), abs=1e-6
     )
 
 
 def test_margins_enter_the_loss(world: Path, tmp_path: Path) -> None:
-    trainer = make(world, tmp_path, "dense", "margin")
+    trainer = trainer_of(world, tmp_path, "dense", "margin")
     scores = score_pairs(trainer.model, trainer.processing_class, trainer.held_out, 64)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(8)])
     with torch.no_grad():
@@ -318,7 +206,7 @@ def test_margins_enter_the_loss(world: Path, tmp_path: Path) -> None:
 
 
 def test_prompt_lengths_reach_a_prompt_gated_model(world: Path, tmp_path: Path) -> None:
-    trainer = make(world, tmp_path, "prompt")
+    trainer = trainer_of(world, tmp_path, "prompt")
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(5)])
     prompts = [len(row["prompt"].split()) for row in rows(48, 1)[:5]]
     assert batch["prompt_lengths"].tolist() == prompts * 2
@@ -327,12 +215,15 @@ def test_prompt_lengths_reach_a_prompt_gated_model(world: Path, tmp_path: Path) 
     assert results["after"]["loss"] < results["before"]["loss"]
 
 
+RESUMABLE: dict[str, Any] = {
+    "held": True, "epochs": 3, "learning_rate": 3e-3, "eval_steps": 3, "batch_size": 10, "threads": 1
+}  # fmt: skip
 KILLED = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1].split(os.pathsep)
-from tiny_models import tiny_tokenizer
-from test_train import resumable, run
+import environment
+from small_training import run
 from moemerge.training import trainer
 
 kind, steps = "", 0
@@ -353,21 +244,17 @@ for line in sys.stdin:
     if child == 0:
         if kind == "save":
             trainer.PairTrainer._save_optimizer_and_scheduler = save
-        run(Path(sys.argv[2]), Path(sys.argv[3]), **resumable())
+        run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4]))
         os._exit(0)
     print("status", os.waitpid(child, 0)[1], file=sys.__stdout__, flush=True)
 """
 
 
-def resumable() -> dict[str, Any]:
-    return {"held": True, "epochs": 3, "learning_rate": 3e-3, "eval_steps": 3, "batch_size": 10, "threads": 1}
-
-
 def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: Path) -> None:
     """Killed in a step, killed again in the middle of a checkpoint, then let run."""
-    straight = run(world, tmp_path / "straight", **resumable())
+    straight = run(world, tmp_path / "straight", **RESUMABLE)
     paths = os.pathsep.join(sys.path)
-    given = [sys.executable, "-c", KILLED, paths, str(world), str(tmp_path / "killed")]
+    given = [sys.executable, "-c", KILLED, paths, str(world), str(tmp_path / "killed"), json.dumps(RESUMABLE)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(given, cwd=Path(__file__).parent, text=True, **pipes) as process:
         for kind in ("step", "save"):
@@ -380,7 +267,7 @@ def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: P
             assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
         process.stdin.close()
     assert not (home / "checkpoint-9" / "whole").exists()
-    resumed = run(world, tmp_path / "killed", **resumable())
+    resumed = run(world, tmp_path / "killed", **RESUMABLE)
     assert not moved(tmp_path / "straight", tmp_path / "killed")
     assert history(tmp_path / "straight") == history(tmp_path / "killed")
     assert {k: v for k, v in straight.items() if k != "seconds"} == {
@@ -388,10 +275,6 @@ def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: P
     }
     left = [p for p in tmp_path.iterdir() if p.name.startswith(".") and not p.name.endswith(".tmp")]
     assert not left
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return list(json.loads((folder / "history.json").read_text()))
 
 
 def test_run_killed_after_its_last_step_trains_no_further(
@@ -442,13 +325,6 @@ def test_a_pickle_in_the_workspace_runs_nothing_when_training_goes_on(
             run(world, tmp_path / "out", **options)
         assert not (tmp_path / "ran").exists()
         (home / name).write_bytes(whole)
-
-
-def raiser(text: str) -> Any:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError(text)
-
-    return fail
 
 
 def test_best_weights_are_kept_not_the_last(world: Path, tmp_path: Path) -> None:
