@@ -32,7 +32,7 @@ from transformers import (
 
 from moemerge.errors import ArtifactError, CheckpointError, MoemergeError, OptionError, UnsupportedError
 from moemerge.merging.coefficients import Coefficients
-from moemerge.merging.mergekit.bridge import INLINE, NAME, run_command
+from moemerge.merging.mergekit.bridge import INLINE, OURS, run_command
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.loading import load_reward_model
 from moemerge.stages.evaluate import evaluate
@@ -603,7 +603,7 @@ def test_the_method_by_coefficients_is_checked_alike(models: list[Path], tmp_pat
     Coefficients.of_layers([0, 1, 2], alpha_LN, shared_L).save(tmp_path / "fit")
     numbered = [{"model": str(m), "parameters": {"expert": i}} for i, m in enumerate(models[1:])]
     given: dict[str, Any] = {"coefficients": str(tmp_path / "fit")}
-    how = {"merge_method": NAME, "parameters": given, "models": numbered}
+    how = {"merge_method": OURS, "parameters": given, "models": numbered}
     assert right(ours(tmp_path / "ours", models, **how), models)
     spoil(models[2], HEAD, float("nan"))
     refused(CheckpointError, f"NaN or infinity in {HEAD}", tmp_path / "nan", models, **how)
