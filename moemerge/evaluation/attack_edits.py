@@ -115,22 +115,22 @@ CHANGE_CONTENT: dict[str, Edit] = {"delete_word": delete_word, "swap_words": swa
 ALL = {**KEEP_CONTENT, **CHANGE_CONTENT}
 
 
-def chosen_edits(names: list[str], words: list[str], judged: bool) -> dict[str, Edit]:
-    """The edits called `names`, or all that may be used; `judged`: a gold function judges the outcome.
+def chosen_edits(names: list[str], words: list[str], has_gold: bool) -> dict[str, Edit]:
+    """The edits called `names`, or all that may be used; `has_gold`: a gold score judges the outcome.
 
-    `words` replace those of insert_word. Raises OptionError for an unknown name, or one that needs a judge.
+    `words` replace those of insert_word. Raises OptionError for an unknown name, or one that needs gold.
     """
     for name in names:
         if name not in ALL:
             raise OptionError(
                 "unknown edit", given=name, expected=f"one of: {', '.join(ALL)}", fix=suggest(name, ALL)
             )
-        if name in CHANGE_CONTENT and not judged:
+        if name in CHANGE_CONTENT and not has_gold:
             raise OptionError(
                 f"{name} may change what an answer says",
                 given="no gold function",
                 expected="one that tells whether the edited answer is still the worse one",
                 fix="give gold as module:function, or choose other edits",
             )
-    found = {name: ALL[name] for name in names or (ALL if judged else KEEP_CONTENT)}
+    found = {name: ALL[name] for name in names or (ALL if has_gold else KEEP_CONTENT)}
     return {**found, "insert_word": insert_word(tuple(words))} if words and "insert_word" in found else found

@@ -19,7 +19,7 @@ from moemerge.reports.statistics import Floats
 
 Scorer = Callable[[Sequence[Item]], Floats]
 Gold = Callable[[Text, Text], float]
-Judge = Callable[[Text], bool]
+StillWorse = Callable[[Text], bool]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Search:
     goal: float
     beam: list[Variant]
     random: Random
-    keeps_class: Judge
+    keeps_class: StillWorse
     queries: int = 0
     seen: set[str] = field(default_factory=set)
 
@@ -84,8 +84,8 @@ class Search:
         self.beam = sorted([*self.beam, *usable], key=lambda variant: -variant.score)[:beam]
 
 
-def _judge(pair: Pair, gold: Gold | None) -> Judge:
-    """Tells whether a text is worse than the chosen answer; without gold everything is."""
+def still_worse(pair: Pair, gold: Gold | None) -> StillWorse:
+    """What tells whether a text is worse than the chosen answer; without gold everything is."""
     if gold is None:
         return lambda text: True
     limit = gold(pair.prompt, pair.chosen)
@@ -107,7 +107,9 @@ def search(
     stay below the chosen one. The draws for a pair depend on `seed` and its row only.
     """
     searches = [
-        Search(pair, goal, [Variant(pair.rejected, start)], Random(f"{seed} {pair.row}"), _judge(pair, gold))
+        Search(
+            pair, goal, [Variant(pair.rejected, start)], Random(f"{seed} {pair.row}"), still_worse(pair, gold)
+        )
         for pair, (goal, start) in zip(pairs, scores_P2.tolist(), strict=True)
     ]
     for one in searches:

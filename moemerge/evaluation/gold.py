@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.rows import BadRow, Text
@@ -25,40 +24,42 @@ from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score
 from moemerge.options.base import TextFormat
 from moemerge.options.policy import GoldSource
+from moemerge.reports.statistics import Floats
 
-Floats = NDArray[np.float64]
-Judge = Callable[[Sequence[Item]], Floats]
+Reward = Callable[[Sequence[Item]], Floats]
 BATCH_TOKENS = 8192
 # Recipes and manifests of version 0.1 may name a function by its module's place then.
 MOVED = {"moemerge.synthetic": "moemerge.data.world"}
 
 
-def told(source: GoldSource) -> str:
+def source_of_gold(source: GoldSource) -> str:
     """Where gold scores come from, in a few words."""
     named = source.model_dump(mode="json")
     return str(named["gold_model"] or named["gold_function"] or "scores in the file")
 
 
-def judge(source: GoldSource, device: torch.device, format: TextFormat, trust: bool = False) -> Judge | None:
+def load_gold(
+    source: GoldSource, device: torch.device, format: TextFormat, trust: bool = False
+) -> Reward | None:
     """What gives (prompt, answer) items their gold scores, [C]; None if the scores are to be read.
 
     Raises CheckpointError for an unusable model, OptionError if there is no such function.
     """
     if source.gold_model:
-        return model_judge(source.gold_model, device, format.max_length, trust)
-    return function_judge(source.gold_function) if source.gold_function else None
+        return model_reward(source.gold_model, device, format.max_length, trust)
+    return function_reward(source.gold_function) if source.gold_function else None
 
 
-def regrade(sets: Sequence[CandidateSet], judge: Judge) -> list[CandidateSet]:
-    """The sets with gold scores by `judge`."""
-    scores = iter(judge([(one.prompt, text) for one in sets for text in one.texts]).tolist())
+def regrade(sets: Sequence[CandidateSet], gold: Reward) -> list[CandidateSet]:
+    """The sets with the scores that `gold` gives their texts."""
+    scores = iter(gold([(one.prompt, text) for one in sets for text in one.texts]).tolist())
     return [replace(one, gold=[next(scores) for _ in one.texts]) for one in sets]
 
 
-def model_judge(path: str, device: torch.device, max_length: int, trust: bool = False) -> Judge:
-    """A reward model as a judge: its own tokenizer and chat template, texts as evaluate makes them.
+def model_reward(path: str, device: torch.device, max_length: int, trust: bool = False) -> Reward:
+    """The scores of a reward model: its own tokenizer and chat template, texts as evaluate makes them.
 
-    The judge raises DataError for a text that is longer than `max_length` tokens or cannot be encoded.
+    What is returned raises DataError for a text that is longer than `max_length` tokens or cannot be encoded.
     """
     tokenizer = load_tokenizer(path, trust)
     model = load_reward_model(path, device, trust_remote_code=trust)
@@ -81,10 +82,11 @@ def _usable(one: Encoded | BadRow, path: str, max_length: int) -> Encoded:
     )
 
 
-def function_judge(named: str | Callable[[Text, Text], float]) -> Judge:
-    """A function of prompt and answer, both as they are in the data, as a judge.
+def function_reward(named: str | Callable[[Text, Text], float]) -> Reward:
+    """The scores that a function of prompt and answer gives, both as they are in the data.
 
-    `named` is the function, FILE.py:NAME or MODULE:NAME. The judge raises DataError if the function raises,
+    `named` is the function, FILE.py:NAME or MODULE:NAME. What is returned raises
+    DataError if the function raises,
     or if it gives no finite number. Raises OptionError if there is no such function.
     """
     function: Any = load_function(named) if isinstance(named, str) else named

@@ -7,7 +7,7 @@ from typing import Any
 
 from moemerge.evaluation.differences import differences
 from moemerge.evaluation.report import Report, _rewardbench_title, _sets, rewardbench_parts
-from moemerge.reports.table import _markdown
+from moemerge.reports.table import Table
 
 
 def table(report: Report) -> str:
@@ -21,7 +21,7 @@ def table(report: Report) -> str:
         ("parameters used", {m: f"{v['active_parameters']:,}" for m, v in report["models"].items()})
     )
     rows = [[cells.get(model, "") for _, cells in columns] for model in report["models"]]
-    return _markdown([title for title, _ in columns], rows)
+    return Table("", [title for title, _ in columns], rows).aligned()
 
 
 def _accuracy(report: Report) -> Iterator[tuple[str, dict[str, str]]]:

@@ -23,7 +23,7 @@ BOTH = "helped in one place, made it worse in another"
 BETTER, BELOW = "better", "worse"
 
 
-def judge(found: Sequence[Difference], level: float) -> list[tuple[str, float]]:
+def holm_verdicts(found: Sequence[Difference], level: float) -> list[tuple[str, float]]:
     """HELPED, WORSE, SAME or EQUAL for each of all the differences looked at together, and Holm's p."""
     adjusted = holm(np.array([one.p for one in found])).tolist()
     return [(_word(one, p <= level), p) for one, p in zip(found, adjusted, strict=True)]
@@ -66,7 +66,7 @@ def verdict_over_seeds(group: Report, model: str, confidence: float) -> str:
 
 def _told(found: Sequence[Difference], level: float) -> tuple[str, str]:
     """All differences in one phrase, and one by one."""
-    judged = judge(found, level)
+    judged = holm_verdicts(found, level)
     words = {word for word, _ in judged}
     clear = [word for word in (HELPED, WORSE) if word in words]
     head = BOTH if len(clear) > 1 else clear[0] if clear else SAME if SAME in words else EQUAL
@@ -115,7 +115,7 @@ def standing_over_seeds(group: Report, confidence: float) -> str:
 
 def _standing(found: Mapping[str, Sequence[Difference]], baseline: str, level: float) -> str:
     everything = [one for of_model in found.values() for one in of_model]
-    words = iter(judge(everything, level))
+    words = iter(holm_verdicts(everything, level))
     groups: dict[str, list[str]] = {}
     for model, of_model in found.items():
         groups.setdefault(_in_words([(one.what, next(words)[0]) for one in of_model]), []).append(model)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from moemerge.models.scoring import loss_and_accuracy
 from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, percentile_interval
 
 DRAWS = 4000
@@ -22,8 +23,8 @@ CONFIDENCE = 0.95
 
 def measures(margins_P: Tensor) -> dict[str, float]:
     """Mean Bradley-Terry loss in nats and accuracy (ties are errors) of score differences."""
-    loss = float(-logsigmoid(margins_P).mean())
-    return {"loss": loss, "accuracy": float((margins_P > 0).double().mean())}
+    loss, accuracy = loss_and_accuracy(margins_P)
+    return {"loss": loss, "accuracy": accuracy}
 
 
 def gain(before_P: Tensor, after_P: Tensor) -> dict[str, float]:

@@ -138,6 +138,10 @@ def bradley_terry(scores_P2: Tensor) -> tuple[float, float]:
             expected="at least one",
             fix="give a file with usable pairs",
         )
-    margin_P = scores_P2[:, 0].double() - scores_P2[:, 1].double()
-    loss_P = -torch.nn.functional.logsigmoid(margin_P)
-    return loss_P.mean().item(), (margin_P > 0).double().mean().item()
+    return loss_and_accuracy(scores_P2[:, 0].double() - scores_P2[:, 1].double())
+
+
+def loss_and_accuracy(margins_P: Tensor) -> tuple[float, float]:
+    """As `bradley_terry`, of the differences chosen - rejected, one at least."""
+    loss_P = -torch.nn.functional.logsigmoid(margins_P)
+    return loss_P.mean().item(), (margins_P > 0).double().mean().item()

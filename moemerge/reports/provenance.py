@@ -44,15 +44,16 @@ def _inputs(manifest: Manifest) -> Iterator[list[str]]:
 
 def _settings(manifest: Manifest) -> Iterator[list[str]]:
     left_out = {*manifest["inputs"], *NO_SETTINGS}
-    for name, value in _flat({k: v for k, v in manifest["options"].items() if k not in left_out}):
+    for name, value in dotted({k: v for k, v in manifest["options"].items() if k not in left_out}):
         if value is not None and value not in ({}, []):
             yield [name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested options, named as in train.epochs; an empty mapping is a value."""
     for name, value in options.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-BLOCK = 4_000_000
+MOST_COUNTS = 4_000_000  # resamples times clusters that are in memory at once
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -120,10 +120,23 @@ def bootstrap_means(sums_KX: Floats, resamples: int, seed: int) -> Floats:
     return totals_RX[:, :-1] / totals_RX[:, -1:]
 
 
+def resampled_curves(curves_XQMV: Floats, resamples: int, seed: int) -> Floats:
+    """Means over prompts: of all first, then of each resample of them; [X, M, 1 + R, V].
+
+    X kinds of curve of M models with V points each, one per prompt Q. All share the resamples, so that
+    differences between models are paired.
+    """
+    kinds, prompts, models, points = curves_XQMV.shape
+    values_QY = np.moveaxis(curves_XQMV, 1, 0).reshape(prompts, -1)
+    draws_RY = bootstrap_means(np.column_stack([values_QY, np.ones(prompts)]), resamples, seed)
+    means_RY = np.concatenate([values_QY.mean(axis=0, keepdims=True), draws_RY])
+    return np.moveaxis(means_RY.reshape(-1, kinds, models, points), 0, 2)
+
+
 def _draws(clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
     """How often each cluster is drawn in each resample, some resamples at a time."""
     random = np.random.default_rng(seed)
-    size = max(1, BLOCK // clusters)
+    size = max(1, MOST_COUNTS // clusters)
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
         drawn = random.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
@@ -144,31 +157,16 @@ def banded(name: str, values_RX: Floats, confidence: float) -> dict[str, Any]:
     return {name: values_RX[0].tolist(), f"{name}_low": low.tolist(), f"{name}_high": high.tolist()}
 
 
-def t_interval(values_S: Sequence[float], confidence: float) -> Interval | None:
-    """Student's t-interval of the mean of independent values; None where their spread is not known.
+def t_test(values_S: Sequence[float], confidence: float) -> tuple[Interval, float] | None:
+    """Student's t-interval of the mean of independent values, and two-sided p that it is 0.
 
-    It is not known of a single value, nor of equal ones other than 0: shares of few pairs are coarse, and
-    three equal ones are no proof.
+    None where the values' spread is not known: of a single value, and of equal ones other than 0. Shares of
+    few pairs are coarse, and three equal differences are no proof.
     """
-    if not _spread_is_known(values_S):
+    if len(values_S) < 2:
         return None
-    mean, error = _mean_and_error(values_S)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values_S) - 1)) * error
-    return mean - half, mean + half
-
-
-def t_test(values_S: Sequence[float]) -> float | None:
-    """Two-sided p of Student's t-test that the mean of independent values is 0; None as in t_interval."""
-    if not _spread_is_known(values_S):
-        return None
-    mean, error = _mean_and_error(values_S)
-    return 2 * float(stats.t.sf(abs(mean) / error, len(values_S) - 1)) if error else 1.0
-
-
-def _spread_is_known(values_S: Sequence[float]) -> bool:
-    equal = np.allclose(values_S, values_S[0], rtol=1e-9, atol=0)
-    return len(values_S) > 1 and (not equal or values_S[0] == 0)
-
-
-def _mean_and_error(values_S: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values_S)), float(np.std(values_S, ddof=1)) / math.sqrt(len(values_S))
+    if np.allclose(values_S, values_S[0], rtol=1e-9, atol=0):
+        return ((0.0, 0.0), 1.0) if values_S[0] == 0 else None
+    test = stats.ttest_1samp(values_S, 0.0)
+    low, high = test.confidence_interval(confidence)
+    return (float(low), float(high)), float(test.pvalue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LONG_TEXT = 60
@@ -20,9 +21,18 @@ class Table:
         """The table as GitHub markdown, headed by its title; columns of numbers keep to the right."""
         rule = ["---:" if numeric else "---" for numeric in self.numeric()]
         cells = [[_markdown_cell(cell) for cell in row] for row in [self.header, rule, *self.rows]]
-        body = ["| " + " | ".join(row) + " |" for row in cells]
+        body = map(_line, cells)
         note = ["", inert_markdown(self.note)] if self.note else []
         return "\n".join([f"### {inert_markdown(self.title)}", "", *body, *note]) + "\n"
+
+    def aligned(self) -> str:
+        """Header and rows alone, padded: as readable in a terminal as on a page."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        rows = [self.header, rule, *self.rows]
+        return "\n".join(
+            _line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+        )
 
     def numeric(self) -> list[bool]:
         """Which columns hold numbers only."""
@@ -34,6 +44,10 @@ class Table:
 
     def _columns(self) -> list[list[str]]:
         return [[row[place] for row in self.rows] for place in range(len(self.header))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def inert_markdown(text: str) -> str:
@@ -52,17 +66,3 @@ def _is_number(cell: str) -> bool:
 def percent(share: float) -> str:
     """A share as readers say it: 95% for 0.95, 97.5% for 0.975."""
     return f"{100 * share:g}%"
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table with aligned columns, as readable in a terminal as on a page."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [
-            cell.ljust(w) if place == 0 else cell.rjust(w)
-            for place, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in [header, rule, *rows]
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -17,7 +17,7 @@ import click
 from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, suggest
 from moemerge.evaluation.main_table import table
-from moemerge.reports.table import _markdown
+from moemerge.reports.table import Table
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
 from moemerge.run.signals import Stopped, stoppable
@@ -287,4 +287,4 @@ def _say_how_to_go_on(number: int, arguments: Sequence[str]) -> NoReturn:
 def fault_table(faults: Sequence[Fault]) -> str:
     """One row per thing that is wrong with a folder."""
     rows = [[fault.file, fault.what, fault.recorded, fault.found] for fault in faults]
-    return _markdown(["file", "what", "in the manifest", "found"], rows)
+    return Table("", ["file", "what", "in the manifest", "found"], rows).aligned()

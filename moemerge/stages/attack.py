@@ -26,7 +26,7 @@ from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
 from moemerge.errors import DataError
 from moemerge.evaluation import gold as gold_scores
 from moemerge.evaluation.attack_edits import chosen_edits
-from moemerge.evaluation.attack_search import Gold, Scorer, Search, _judge, search
+from moemerge.evaluation.attack_search import Gold, Scorer, Search, search, still_worse
 from moemerge.evaluation.probes.edit_effects import excerpt
 from moemerge.evaluation.probes.edits import last_message, some_pairs
 from moemerge.models.device import use_device
@@ -44,8 +44,8 @@ SHOWN = 10
 
 def _gold(options: Attack, device: torch.device) -> Gold | None:
     """The gold score of one answer, by the function or reward model that the options name."""
-    judge = gold_scores.judge(options, device, options, options.trust_remote_code)
-    return None if judge is None else lambda prompt, text: float(judge([(prompt, text)])[0])
+    reward = gold_scores.load_gold(options, device, options, options.trust_remote_code)
+    return None if reward is None else lambda prompt, text: float(reward([(prompt, text)])[0])
 
 
 @stage("attack", Attack)
@@ -65,7 +65,7 @@ def attack(options: Attack, draft: Draft) -> None:
     encoded, rows = _read(options, tokenizer)
     scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
     right_P = scores_P2[:, 0] > scores_P2[:, 1]
-    agreed_P = np.array([_judge(one.pair, gold)(one.pair.rejected) for one in encoded])
+    agreed_P = np.array([still_worse(one.pair, gold)(one.pair.rejected) for one in encoded])
     if not (right_P & agreed_P).any():
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
     pairs = [one.pair for one, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]

@@ -25,7 +25,8 @@ from moemerge.options.compare import Compare
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line, Panel
 from moemerge.reports.html import Section, write_report
-from moemerge.reports.statistics import t_interval, t_test
+from moemerge.reports.provenance import dotted
+from moemerge.reports.statistics import t_test
 from moemerge.reports.table import Table, percent
 
 # What runs of one recipe may differ in.
@@ -127,15 +128,8 @@ def _run(folder: str, manifest: Mapping[str, Any]) -> _Run:
 
 def _recipe(path: Path) -> dict[str, Any]:
     """What the run's recipe sets, by dotted names; nothing for an evaluation outside a run."""
-    return dict(_flat(read_object(path))) if path.exists() else {}
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{name}.")
-        elif above + name not in FREE:
-            yield above + name, value
+    recipe = read_object(path) if path.exists() else {}
+    return {name: value for name, value in dotted(recipe) if name not in FREE}
 
 
 def _measures(
@@ -261,8 +255,8 @@ def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Co
         if model != baseline and baseline in runs[0].measures[what]:
             paired_S = values_S - np.array([run.measures[what][baseline] for run in runs])
             found[model]["difference"] = float(paired_S.mean())
-            found[model]["interval"] = t_interval(paired_S.tolist(), options.confidence)
-            found[model]["p"] = t_test(paired_S.tolist())
+            tested = t_test(paired_S.tolist(), options.confidence)
+            found[model]["interval"], found[model]["p"] = tested or (None, None)
     return found
 
 

@@ -85,7 +85,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
             name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()
         },
         "baseline": options.baseline or next(iter(models)),
-        "gold": gold.told(options),
+        "gold": gold.source_of_gold(options),
         "rows": {f"{one.kind}/{one.name}": one.report for one in sets},
         "protocol": read,
         "probes": results,
@@ -122,14 +122,16 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
 
 def _regraded(sets: list[EvaluationSet], options: Evaluate, device: torch.device) -> list[EvaluationSet]:
     """The sets; if gold scores are not read but made, candidates have those."""
-    judge = gold.judge(options, device, options, options.trust_remote_code) if options.candidates else None
-    if judge is None:
+    if not options.candidates:
+        return sets
+    reward = gold.load_gold(options, device, options, options.trust_remote_code)
+    if reward is None:
         return sets
     regraded = [
-        replace(one, items=gold.regrade(one.items, judge)) if one.kind == "candidates" else one
+        replace(one, items=gold.regrade(one.items, reward)) if one.kind == "candidates" else one
         for one in sets
     ]
-    del judge
+    del reward
     free_memory()
     return regraded
 

@@ -24,14 +24,14 @@ from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import Row, Text, write_rows
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.evaluation import gold
-from moemerge.evaluation.gold import Judge
+from moemerge.evaluation.gold import Reward
 from moemerge.evaluation.policy_page import MEASURED, table
 from moemerge.evaluation.probes import over_optimisation
 from moemerge.models.device import free_memory, use_training_device
 from moemerge.options.policy import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
-from moemerge.reports.statistics import Floats, banded, bootstrap_means
+from moemerge.reports.statistics import Floats, banded, resampled_curves
 from moemerge.training.policy import Answers, batch_seed, kl_from, load_policy, sample_answers, short_prompts
 
 TITLES = {
@@ -53,14 +53,14 @@ def optimise(options: Optimise, draft: Draft) -> None:
     """
     _check_baseline(options)
     device = use_training_device(options)
-    judge = gold.judge(options, device, options, options.trust_remote_code)
-    assert judge is not None  # the options see to it
+    gold_reward = gold.load_gold(options, device, options, options.trust_remote_code)
+    assert gold_reward is not None  # the options see to it
     with workspace(options) as folder:
         runs = {}
         for number, name in enumerate(options.models):
             path = folder / f"{number}.json"
             if not path.exists():
-                write_whole(path, json.dumps(_run(options, name, judge, device, folder)))
+                write_whole(path, json.dumps(_run(options, name, gold_reward, device, folder)))
             runs[name] = json.loads(path.read_text(encoding="utf-8"))
             free_memory()
     report = _report(options, runs)
@@ -88,8 +88,8 @@ class _Meter:
     reference: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Text]
-    proxy: Judge
-    gold: Judge
+    proxy: Reward
+    gold: Reward
     rows: list[Row]
 
     def measure(self, step: int) -> None:
@@ -114,16 +114,16 @@ class _Meter:
         return sample_answers(self.policy, self.tokenizer, prompts, seed, longest, self.options.temperature)
 
 
-def _run(options: Optimise, name: str, judge: Judge, device: torch.device, folder: Path) -> Row:
+def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device, folder: Path) -> Row:
     """Optimise against one model: the rows of all its measurements, and what became of the prompts' rows."""
     from moemerge.training.policy_gradient import optimise_policy
 
     load = partial(load_policy, options.policy, device, torch.float32, options.trust_remote_code)
     (policy, tokenizer), (reference, _) = load(), load()
-    proxy = gold.model_judge(options.models[name], device, options.max_length, options.trust_remote_code)
+    proxy = gold.model_reward(options.models[name], device, options.max_length, options.trust_remote_code)
     prompts, told = _prompts(options, tokenizer)
     held = min(options.measure_prompts, len(prompts) // 2)
-    meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, judge, [])
+    meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, gold_reward, [])
     meter.measure(0)
     optimise_policy(options, policy, tokenizer, prompts[held:], proxy, meter.measure, folder)
     return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": told}
@@ -149,13 +149,13 @@ def _report(options: Optimise, runs: dict[str, Row]) -> dict[str, Any]:
     models, first = list(runs), next(iter(runs.values()))
     steps = sorted({row["step"] for row in first["rows"]})
     values_3QMV = np.stack([_by_prompt(run["rows"], steps) for run in runs.values()], axis=2)
-    found_3MRV = _with_draws(values_3QMV, options.resamples, options.seed)
+    found_3MRV = resampled_curves(values_3QMV, options.resamples, options.seed)
     baseline = models.index(options.baseline or models[0])
     return {
         "confidence": options.confidence,
         "prompts": first["prompts"],
         "rows": first["source"],
-        "gold": gold.told(options),
+        "gold": gold.source_of_gold(options),
         "steps": steps,
         "baseline": models[baseline],
         "models": {
@@ -175,15 +175,6 @@ def _by_prompt(rows: Sequence[Row], steps: Sequence[int]) -> Floats:
     means_3QV = sums_3QV / (len(start) / count)
     means_3QV[1] = (means_3QV[1] - start.mean()) / (start.std() or 1.0)
     return means_3QV
-
-
-def _with_draws(values_3QMV: Floats, resamples: int, seed: int) -> Floats:
-    """Means over prompts, first of all and then of each resample; [3, M, 1 + R, V]."""
-    kinds, prompts, models, steps = values_3QMV.shape
-    values_QX = np.moveaxis(values_3QMV, 1, 0).reshape(prompts, -1)
-    draws_RX = bootstrap_means(np.column_stack([values_QX, np.ones(prompts)]), resamples, seed)
-    found_RX = np.concatenate([values_QX.mean(axis=0, keepdims=True), draws_RX])
-    return np.moveaxis(found_RX.reshape(-1, kinds, models, steps), 0, 2)
 
 
 def _summary(found_3RV: Floats, baseline_3RV: Floats, steps: Sequence[int], confidence: float) -> Row:

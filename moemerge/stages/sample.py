@@ -40,7 +40,7 @@ def sample(options: Sample, draft: Draft) -> None:
     OptionError if there is no such gold function.
     """
     device = use_device(options)
-    graded = gold.judge(options, device, options, options.trust_remote_code)
+    gold_reward = gold.load_gold(options, device, options, options.trust_remote_code)
     policy, tokenizer = load_policy(options.model, device, trust=options.trust_remote_code)
     prompts, report = read_prompts(options.prompts, options)
     prompts = distinct(short_prompts(prompts, report, tokenizer, options))[: options.max_prompts]
@@ -49,9 +49,9 @@ def sample(options: Sample, draft: Draft) -> None:
         sets, results = _gather(prompts, drawn)
         del policy
         free_memory()
-        sets = gold.regrade(sets, graded) if graded else sets
+        sets = gold.regrade(sets, gold_reward) if gold_reward else sets
         write_rows(draft.folder / "candidates.jsonl.gz", (one.plain() for one in sets))
-    draft.results |= {**results, "gold": gold.told(options), "rows": report.summary()}
+    draft.results |= {**results, "gold": gold.source_of_gold(options), "rows": report.summary()}
 
 
 def _draw(

@@ -18,7 +18,7 @@ from moemerge.data.pairs import CandidateSet
 from moemerge.data.reading import read_candidates
 from moemerge.data.tokenise import encode
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluation.gold import function_judge, model_judge, regrade
+from moemerge.evaluation.gold import function_reward, model_reward, regrade
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.options.base import TextFormat
 from moemerge.options.evaluate import Evaluate
@@ -77,7 +77,7 @@ def test_a_function_gives_what_its_scores_in_the_file_give(given: dict[str, Any]
     assert json.loads((out / "report.json").read_text())["gold"] == f"{__name__}:words"
     assert read_manifest(out)["options"]["gold_function"] == f"{__name__}:words"
     items = [(row["prompt"], one["text"]) for row in scored for one in row["candidates"]]
-    np.testing.assert_allclose(function_judge(f"{home}:rate")(items), np.ravel(scores))
+    np.testing.assert_allclose(function_reward(f"{home}:rate")(items), np.ravel(scores))
 
 
 def negated(model: Path, folder: Path) -> Path:
@@ -96,7 +96,7 @@ def test_gold_by_a_reward_model_is_its_score(given: dict[str, Any], tmp_path: Pa
     report = best_of_n(out)
     assert report["models"]["same"]["gold"] == pytest.approx(report["references"]["best possible"])
     assert report["models"]["same"]["regret_area"] == pytest.approx(0, abs=1e-6)
-    gold = model_judge(str(other), CPU, 64)
+    gold = model_reward(str(other), CPU, 64)
     scores = [gold([(row["prompt"], x["text"]) for x in row["candidates"]]) for row in rows(scored=False)]
     assert report["models"]["m"]["gold"][-1] == pytest.approx(np.mean([x.min() for x in scores]), abs=1e-5)
     assert report["models"]["m"]["gold"][-1] < report["references"]["best possible"][-1]
@@ -107,7 +107,7 @@ def test_gold_by_a_reward_model_is_its_score(given: dict[str, Any], tmp_path: Pa
     with torch.no_grad():
         expected = [model(torch.tensor([one])).logits[0, 0].item() for one in ids]
     items = [(row["prompt"], one["text"]) for one in row["candidates"]]
-    np.testing.assert_allclose(model_judge(str(other), CPU, 64)(items), expected, atol=1e-5)
+    np.testing.assert_allclose(model_reward(str(other), CPU, 64)(items), expected, atol=1e-5)
 
 
 def test_candidates_without_scores_need_gold(given: dict[str, Any], tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_candidates_without_scores_need_gold(given: dict[str, Any], tmp_path: Pa
     with pytest.raises(OptionError, match="give one of them"):
         evaluate(**given, gold_model="a", gold_function="b.py:c", output=tmp_path / "e")
     with pytest.raises(DataError, match="cannot score a text"):
-        model_judge(given["models"]["m"], CPU, 4)([("w1 w2 ", "w3 w4")])
+        model_reward(given["models"]["m"], CPU, 4)([("w1 w2 ", "w3 w4")])
 
 
 def test_sets_without_scores_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_sets_without_scores_are_kept_as_they_are(tmp_path: Path) -> None:
     assert [one.plain() for one in sets] == rows(scored=False) and sets[0].gold == []
     scored, _ = read_candidates(write(tmp_path / "y.jsonl", scored=True), TextFormat(), scored=False)
     assert [one.plain() for one in scored] == rows(scored=True)
-    assert regrade(sets, function_judge(words)) == scored
+    assert regrade(sets, function_reward(words)) == scored
 
 
 @pytest.mark.parametrize(
@@ -138,24 +138,24 @@ def test_sets_without_scores_are_kept_as_they_are(tmp_path: Path) -> None:
 )
 def test_a_function_that_is_not_there(named: str, given: str) -> None:
     with pytest.raises(OptionError, match=given):
-        function_judge(named)
+        function_reward(named)
 
 
 def test_a_function_that_fails_is_a_fault_of_the_user() -> None:
     items = [("w1", "w2")]
     for value, told in ((float("nan"), "nan"), ("much", "ValueError")):
         with pytest.raises(DataError, match=told):
-            function_judge(lambda prompt, answer, value=value: value)(items)
-    judge = function_judge("moemerge.data.world:gold_reward")
+            function_reward(lambda prompt, answer, value=value: value)(items)
+    reward = function_reward("moemerge.data.world:gold_reward")
     with pytest.raises(DataError, match="not of the synthetic world"):
-        judge(items)
-    assert judge([("explain sea ", "water number")]).shape == (1,)
+        reward(items)
+    assert reward([("explain sea ", "water number")]).shape == (1,)
 
 
 def test_chats_reach_the_function_as_they_are() -> None:
     seen: list[Any] = []
     chat = CandidateSet([{"role": "user", "content": "w1"}], [[{"role": "assistant", "content": "w2"}]], [])
-    regraded = regrade([chat], function_judge(lambda prompt, answer: seen.append((prompt, answer)) or 1.5))
+    regraded = regrade([chat], function_reward(lambda prompt, answer: seen.append((prompt, answer)) or 1.5))
     assert seen == [(chat.prompt, chat.texts[0])] and regraded[0].gold == [1.5]
 
 

@@ -21,7 +21,7 @@ from moemerge.evaluation.differences import Difference, differences
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.probes.base import CandidateScores, PairScores
 from moemerge.evaluation.report import FORMAT, outdated, read_report
-from moemerge.evaluation.verdict import judge, standing, verdict
+from moemerge.evaluation.verdict import holm_verdicts, standing, verdict
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports.statistics import bootstrap_means, mcnemar, resampled_p
 
@@ -145,15 +145,19 @@ def accuracy_difference(ours: int, theirs: int) -> Difference:
 def test_where_nothing_differs_a_false_word_is_as_rare_as_promised() -> None:
     """Of 1000 reports; uncorrected, every fourth would have one."""
     found = families(0.0)
-    false = np.mean([any(word != "no clear difference" for word, _ in judge(one, 0.05)) for one in found])
-    helped = np.mean([any(word == "helped" for word, _ in judge(one, 0.05)) for one in found])
+    false = np.mean(
+        [any(word != "no clear difference" for word, _ in holm_verdicts(one, 0.05)) for one in found]
+    )
+    helped = np.mean([any(word == "helped" for word, _ in holm_verdicts(one, 0.05)) for one in found])
     uncorrected = np.mean([any(one.low > 0 or one.high < 0 for one in family) for family in found])
     assert 0.01 < helped < false <= 0.05 and uncorrected > 0.15, (helped, false, uncorrected)
 
 
 def test_a_planted_effect_is_found() -> None:
     found = families(0.8)
-    planted, others = zip(*[(judge(one, 0.05)[3], judge(one, 0.05)[4:]) for one in found], strict=True)
+    planted, others = zip(
+        *[(holm_verdicts(one, 0.05)[3], holm_verdicts(one, 0.05)[4:]) for one in found], strict=True
+    )
     assert np.mean([word == "helped" for word, _ in planted]) > 0.9
     assert np.mean([any(word != "no clear difference" for word, _ in one) for one in others]) <= 0.05
 

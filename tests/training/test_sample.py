@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.reading import distinct, read_candidates, read_prompts
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
-from moemerge.evaluation.gold import model_judge
+from moemerge.evaluation.gold import model_reward
 from moemerge.options.base import TextFormat
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.sample import sample
@@ -163,7 +163,7 @@ def test_samples_can_be_evaluated(folder: Path, tmp_path: Path) -> None:
     sets, _ = read_candidates(source, TextFormat())
     items = [(one.prompt, text) for one in sets for text in one.texts]
     gold = np.array([score for one in sets for score in one.gold])
-    assert len(sets) == 5 and gold == pytest.approx(model_judge(liked, CPU, 64)(items), abs=1e-5)
+    assert len(sets) == 5 and gold == pytest.approx(model_reward(liked, CPU, 64)(items), abs=1e-5)
     results = read_manifest(drawn)["results"]
     assert results["answers"] == len(gold) and results["answers"] + results["left_out"]["answers"] == 40
     out = evaluate(models={"m": liked}, candidates={"c": source}, resamples=100, output=tmp_path / "e")

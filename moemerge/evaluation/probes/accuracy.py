@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import log_expit
+import torch
 
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation.probes import comparisons
 from moemerge.evaluation.probes.base import NO_SUBSET, PairScores, Probe
+from moemerge.models.scoring import loss_and_accuracy
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, sampling_units, share_interval
@@ -107,11 +108,8 @@ def _renamed(versus: comparisons.Comparison) -> dict[str, Any]:
 
 def _plain_numbers(scores_P2: Floats) -> dict[str, Any]:
     margin_P = scores_P2[:, 0] - scores_P2[:, 1]
-    return {
-        "accuracy": float((margin_P > 0).mean()),
-        "ties": int((margin_P == 0).sum()),
-        "loss": float(-log_expit(margin_P).mean()),
-    }
+    loss, accuracy = loss_and_accuracy(torch.from_numpy(margin_P))
+    return {"accuracy": accuracy, "ties": int((margin_P == 0).sum()), "loss": loss}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

@@ -25,7 +25,7 @@ from moemerge.evaluation.probes.base import CandidateScores, Probe
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
-from moemerge.reports.statistics import Floats, Integers, banded, bootstrap_means, resampled_p
+from moemerge.reports.statistics import Floats, Integers, banded, resampled_curves, resampled_p
 from moemerge.reports.table import Table, percent
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _measure_set(name: str, scores: CandidateScores, settings: EvaluateSettings,
     grid, sizes = grid_sizes(fewest), sample_sizes(fewest)
     lines = {**scores.scores, **_references(scores)}
     curves_2QMS = np.stack([_curves(scores, values, grid) for values in lines.values()], axis=2)
-    found_2MRS = _with_draws(curves_2QMS, settings.resamples, seed)
+    found_2MRS = resampled_curves(curves_2QMS, settings.resamples, seed)
     gold, proxy = (dict(zip(lines, found_MRS, strict=True)) for found_MRS in found_2MRS)
     best_RS = gold[REFERENCES[-1]]
     values = {model: _values(grid, gold[model], proxy[model], best_RS) for model in scores.scores}
@@ -141,15 +141,6 @@ def _curves(scores: CandidateScores, proxy_C: NDArray[Any], grid: Sequence[int])
     parts = zip(scores.by_prompt(standard_C), scores.by_prompt(both_C2), strict=True)
     curves_QS2 = np.stack([best_of(proxy_N, both_N2, grid) for proxy_N, both_N2 in parts])
     return np.moveaxis(curves_QS2, -1, 0)
-
-
-def _with_draws(curves_2QMS: Floats, resamples: int, seed: int) -> Floats:
-    """Means over prompts, first of all and then of each resample; [2, M, 1 + R, S]."""
-    kinds, prompts, lines, places = curves_2QMS.shape
-    values_QX = np.moveaxis(curves_2QMS, 1, 0).reshape(prompts, -1)
-    draws_RX = bootstrap_means(np.column_stack([values_QX, np.ones(prompts)]), resamples, seed)
-    found_RX = np.concatenate([values_QX.mean(axis=0, keepdims=True), draws_RX])
-    return np.moveaxis(found_RX.reshape(-1, kinds, lines, places), 0, 2)
 
 
 def _values(grid: Sequence[int], gold_RS: Floats, proxy_RS: Floats, best_RS: Floats) -> dict[str, Floats]:
