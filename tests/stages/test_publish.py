@@ -185,6 +185,10 @@ HEADS: dict[str, tuple[str, dict[str, str]]] = {
     "long": ("license: " + "x" * 1000, {}),
     "not_utf8": ("license: mit\nother: \udcff", {"license": "mit"}),
     "name_alone": ("license_name: mine", {}),
+    # What took one expression over the whole head the cube of their number of steps: for ever.
+    "spaces": ("license:" + " " * 50_000 + "\n" + "license: " * 5_000, {}),
+    "quotes": ("license: \"mit'", {}),
+    "empty": ("license:", {}),
 }
 
 
