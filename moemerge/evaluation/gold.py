@@ -23,7 +23,7 @@ from moemerge.errors import DataError, MoemergeError, OptionError, suggest
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score
 from moemerge.options.base import TextFormat
-from moemerge.options.policy import GoldSource
+from moemerge.options.gold import GoldSource
 from moemerge.reports.statistics import Floats
 
 Reward = Callable[[Sequence[Item]], Floats]

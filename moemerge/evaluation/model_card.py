@@ -24,9 +24,10 @@ from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import read_report, rewardbench_parts
 from moemerge.evaluation.verdict import standing
 from moemerge.models.families.base import PREFIX
-from moemerge.options import recipe
 from moemerge.options.base import Run
+from moemerge.options.merge import MergeSettings
 from moemerge.options.publish import Publish
+from moemerge.registry import Registry
 from moemerge.reports.table import Table
 
 SHORT = 12
@@ -76,14 +77,16 @@ class Evaluation:
         return [path for path in sorted(self.folder.iterdir()) if path.name in named and path.is_file()]
 
 
-def make_card(options: Publish) -> ModelCard:
+def make_card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     """The card of `options.model`, from its manifest and those of everything that it came from.
+
+    option_classes: those of the stages by name; what differs from their defaults is told.
 
     Raises ArtifactError if no stage wrote the folder as a model, the evaluation does not hold it, or what
     manifests and report hold is not what a stage writes there.
     """
     try:
-        return _card(options)
+        return _card(options, option_classes)
     except NONSENSE as error:
         raise ArtifactError(
             "no card can be made of what the manifests and the report tell",
@@ -93,7 +96,7 @@ def make_card(options: Publish) -> ModelCard:
         ) from error
 
 
-def _card(options: Publish) -> ModelCard:
+def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     folder = Path(options.model)
     home = home_of(folder)
     manifest = expect_stage(home, *MODEL_STAGES)
@@ -103,7 +106,7 @@ def _card(options: Publish) -> ModelCard:
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
     parts = [f"# {title}", _kind(manifest, folder), _loading(title, folder)]
-    parts += ["## Made from", _made_from(chain), *_coefficients(manifest)]
+    parts += ["## Made from", _made_from(chain, option_classes), *_coefficients(manifest)]
     parts += _evaluation(evaluation) if evaluation else []
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -253,17 +256,18 @@ def _model_type(folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
 
 
-def _made_from(chain: list[Manifest]) -> str:
-    rows = [_stage_row(manifest) for manifest in chain]
+def _made_from(chain: list[Manifest], option_classes: Registry[type[Run]]) -> str:
+    rows = [_stage_row(manifest, option_classes) for manifest in chain]
     table = Table(
         "Stages, in order", ["stage", "from", "settings other than the defaults", "moemerge", "when"], rows
     )
     return table.markdown().rstrip()
 
 
-def _stage_row(manifest: Manifest) -> list[str]:
+def _stage_row(manifest: Manifest, option_classes: Registry[type[Run]]) -> list[str]:
     sources = [f"{name}: {_source_name(given)}" for name, given in flat_inputs(manifest).items()]
-    settings = [f"{name}={_brief(value)}" for name, value in _changed_settings(manifest).items()]
+    changed = _changed_settings(manifest, option_classes)
+    settings = [f"{name}={_brief(value)}" for name, value in changed.items()]
     version = manifest["versions"].get("moemerge", "")
     return [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
 
@@ -274,13 +278,13 @@ def _source_name(given: dict[str, Any]) -> str:
     return f"`{Path(given.get('path', '')).name}` ({given['sha256'][:SHORT]})"
 
 
-def _changed_settings(manifest: Manifest) -> dict[str, Any]:
+def _changed_settings(manifest: Manifest, option_classes: Registry[type[Run]]) -> dict[str, Any]:
     """Options other than their defaults, without paths and what does not change results."""
-    kind = getattr(recipe, manifest["stage"].title(), None)
-    if not (isinstance(kind, type) and issubclass(kind, Run)):
+    if manifest["stage"] not in option_classes:
         return {}
     left_out = {*manifest["inputs"], *Run.model_fields} - {"seed"}
-    fields = {name: field for name, field in kind.model_fields.items() if name not in left_out}
+    declared = option_classes.get(manifest["stage"]).model_fields
+    fields = {name: field for name, field in declared.items() if name not in left_out}
     given = {name: manifest["options"][name] for name in fields if name in manifest["options"]}
     return {
         name: value
@@ -317,7 +321,7 @@ def _kind(manifest: Manifest, folder: Path) -> str:
 
 def _host_method(manifest: Manifest) -> str | None:
     """mergekit's method that merged the model; None for the routing-normalised average."""
-    ours = recipe.MergeSettings.model_fields["method"].default
+    ours = MergeSettings.model_fields["method"].default
     method = str(manifest["options"].get("method", ours))
     return None if method == ours else method
 

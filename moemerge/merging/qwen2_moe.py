@@ -29,7 +29,7 @@ from moemerge.models.families.base import PREFIX, ExpertTensor
 from moemerge.models.families.dense import dense_config, shared_values
 from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import load_moe
-from moemerge.options.merge import Export
+from moemerge.options.export import Export
 
 # Width of a shared expert of zeros, where the MoE has none: what any tensor-parallel split divides.
 IDLE = 16

@@ -1,11 +1,11 @@
-"""Settings of the stage attack; recipe.py makes the stage's options of them. Imports nothing heavy."""
+"""Options of attack."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from moemerge.options.base import Run, Source, TextFormat
-from moemerge.options.policy import GoldSource
+from moemerge.options.gold import GoldSource
 
 
 class AttackSettings(GoldSource):

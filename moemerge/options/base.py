@@ -1,6 +1,6 @@
 """What options are made of: their base, what every stage takes, what is read, what is merged.
 
-This file imports nothing heavy: `moemerge --help` and `moemerge check` depend on that.
+Nothing in this folder imports anything heavy: `moemerge check` and `moemerge STAGE --help` depend on that.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name)]
 SourceList = Annotated[list[Named], INPUT]
 Output = Annotated[Path, AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers
-Layers = str
 OURS = "routing_normalized_average"  # the name of our own merge method
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
 

@@ -1,4 +1,4 @@
-"""Settings of the stage evaluate; recipe.py makes the stage's options of them. Imports nothing heavy."""
+"""Options of evaluate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from moemerge.options.base import Run, Sources, TextFormat
-from moemerge.options.policy import GoldSource
+from moemerge.options.gold import GoldSource
 
 
 class EvaluateSettings(GoldSource):

@@ -1,4 +1,4 @@
-"""Settings of the stage fit; recipe.py makes the stage's options of them. Imports nothing heavy."""
+"""Options of fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of merge and export."""
+"""Options of merge."""
 
 from __future__ import annotations
 
@@ -55,22 +55,4 @@ class Merge(MergeSettings, Members, Run):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
         if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
             raise ValueError("weights must be finite, none below zero and one above")
-        return self
-
-
-class Export(Members, Run):
-    """Options of `moemerge export`."""
-
-    form: Literal["dense", "qwen2_moe"] = Field(
-        "dense", description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it"
-    )
-    coefficients: Source | None = Field(
-        None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
-    )
-    shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
-
-    @model_validator(mode="after")
-    def _form_fits(self) -> Export:
-        if self.form != "dense" and (self.models or self.coefficients):
-            raise ValueError(f"form {self.form} goes with a MoE as model, and without coefficients")
         return self

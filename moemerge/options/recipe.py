@@ -1,42 +1,26 @@
-"""Every option of every stage, declared once: recipes, flags, help and checks follow from here.
+"""A recipe: the settings of a whole run, a section per stage.
 
-A stage's *settings* are what a recipe holds; its *options* add the paths that it reads and writes.
-This file imports nothing heavy: `moemerge --help` and `moemerge check` depend on that.
+A stage's *settings* are what a recipe holds; its *options* add the paths that it reads and writes. Both stand
+in the stage's own file beside this one.
 """
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from moemerge.options.attack import Attack as Attack
-from moemerge.options.attack import AttackSettings as AttackSettings
 from moemerge.options.base import MAX_SEED, Options, Output, Source
-from moemerge.options.compare import BaselineSettings as BaselineSettings
-from moemerge.options.compare import Compare as Compare
-from moemerge.options.data import Data as Data
-from moemerge.options.data import DataSettings as DataSettings
-from moemerge.options.data import Synthetic as Synthetic
-from moemerge.options.data import SyntheticSettings as SyntheticSettings
-from moemerge.options.evaluate import Evaluate as Evaluate
-from moemerge.options.evaluate import EvaluateSettings as EvaluateSettings
-from moemerge.options.fit import Fit as Fit
-from moemerge.options.fit import FitSettings as FitSettings
-from moemerge.options.merge import Export as Export
-from moemerge.options.merge import Merge as Merge
-from moemerge.options.merge import MergeSettings as MergeSettings
-from moemerge.options.policy import Optimise as Optimise
-from moemerge.options.policy import OptimiseSettings as OptimiseSettings
-from moemerge.options.policy import Sample as Sample
-from moemerge.options.policy import SampleSettings
-from moemerge.options.publish import Publish as Publish
-from moemerge.options.publish import PublishSettings as PublishSettings
-from moemerge.options.route import Route as Route
-from moemerge.options.route import RouteSettings as RouteSettings
-from moemerge.options.train import STEERING as STEERING
-from moemerge.options.train import Train as Train
-from moemerge.options.train import TrainSettings as TrainSettings
-from moemerge.options.upcycle import Upcycle as Upcycle
-from moemerge.options.upcycle import UpcycleSettings as UpcycleSettings
+from moemerge.options.baselines import BaselineSettings
+from moemerge.options.data import DataSettings
+from moemerge.options.evaluate import EvaluateSettings
+from moemerge.options.fit import FitSettings
+from moemerge.options.merge import MergeSettings
+from moemerge.options.optimise import OptimiseSettings
+from moemerge.options.publish import PublishSettings
+from moemerge.options.route import RouteSettings
+from moemerge.options.sample import SampleSettings
+from moemerge.options.synthetic import SyntheticSettings
+from moemerge.options.train import TrainSettings
+from moemerge.options.upcycle import UpcycleSettings
 
 
 class Recipe(Options):

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Layers, Options, Run, Source, TextFormat
+from moemerge.options.base import Options, Run, Source, TextFormat
 
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
@@ -34,7 +34,7 @@ class TrainSettings(Options):
     trainable: Literal["full", "experts", "lora"] = Field(
         "full", description="full; experts: experts, routers and head; lora: those plus LoRA on attention"
     )
-    train_layers: Layers = Field("all", description="transformer layers that train; the head always does")
+    train_layers: str = Field("all", description="transformer layers that train; the head always does")
     lora_rank: int = Field(16, ge=1, description="rank of LoRA on attention")
     lora_alpha: float = Field(32.0, gt=0, description="scale of LoRA on attention")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

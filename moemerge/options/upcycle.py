@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Layers, Options, Run, Source
+from moemerge.options.base import Options, Run, Source
 
 
 class UpcycleSettings(Options):
@@ -15,7 +15,7 @@ class UpcycleSettings(Options):
     num_routed_experts: int = Field(7, ge=2, description="routed experts per layer (N)")
     num_experts_per_tok: int = Field(5, ge=1, description="routed experts per token (K)")
     shared_expert: bool = Field(True, description="keep one expert that sees every token")
-    layers: Layers = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
+    layers: str = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
     gate: Literal["xft", "topk", "prompt"] = Field(
         "xft",
         description="xft: normalised, shared 1 - max s; topk: renormalised; prompt: one gate per prompt",

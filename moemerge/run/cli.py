@@ -21,30 +21,13 @@ from moemerge.reports.table import Table
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
 from moemerge.run.signals import Stopped, stoppable
+from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
     from moemerge.artifacts.weight_files import Fault
     from moemerge.run.pipeline import StepReport
 
 FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
-
-# Commands that run one stage, in pipeline order; recipe.py has their options, in classes of the same names.
-STAGE_COMMANDS = {
-    "synthetic": "Make preference data with a known gold reward.",
-    "data": "Read, check and split preference data.",
-    "upcycle": "Turn a dense reward model into a mixture of experts.",
-    "train": "Train a reward model on preference pairs.",
-    "route": "Count which experts a MoE uses.",
-    "fit": "Find merge coefficients.",
-    "merge": "Merge a MoE into one dense reward model.",
-    "export": "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
-    "sample": "Sample a policy: candidate answers for evaluate.",
-    "optimise": "Optimise a policy against reward models; gold and proxy reward over steps.",
-    "evaluate": "Compare reward models.",
-    "attack": "Search for edited answers that a reward model overrates; write them as training pairs.",
-    "publish": "Write the model card; push to the hub.",
-    "compare": "Compare runs over seeds: means, paired differences, cost.",
-}
 
 
 class Program(click.Group):
@@ -99,7 +82,7 @@ def run_stage(stage: str, **values: Any) -> None:
 
     output = STAGES.get(stage)(**given_options(stage, values))
     if leads():
-        click.echo(f"{output}  {headline(stage, read_manifest(output)['results'])}")
+        click.echo(f"{output}  {headline(read_manifest(output))}")
         if stage == "evaluate":
             _tell_evaluation(output)
 
@@ -197,7 +180,6 @@ def verify(folder: Path, inputs: bool) -> int:
     """
     from moemerge.artifacts.verify import UNCHECKED
     from moemerge.artifacts.verify import verify as verify_artifact
-    from moemerge.run.cli import fault_table
 
     found = verify_artifact(folder, inputs)
     for one in found.gone:
@@ -216,7 +198,7 @@ def verify(folder: Path, inputs: bool) -> int:
 
 def _tell_step(step: StepReport) -> None:
     what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
-    click.echo(f"{step.name:<14} {what:>8}  {headline(step.stage, step.results)}")
+    click.echo(f"{step.name:<14} {what:>8}  {headline(step.manifest)}")
 
 
 def _loading_lines(folder: Path) -> str:
@@ -227,9 +209,11 @@ def _loading_lines(folder: Path) -> str:
     )
 
 
-for _name, _summary in STAGE_COMMANDS.items():
+for _row in ROWS:
     cli.add_command(
-        StageCommand(_name, help=_summary, callback=partial(run_stage, _name), params=[_verbosity()]), _name
+        StageCommand(
+            _row.name, help=_row.summary, callback=partial(run_stage, _row.name), params=[_verbosity()]
+        )
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from moemerge.errors import OptionError
+from moemerge.stages import OPTIONS
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -59,13 +60,10 @@ class Flag(click.Option):
 
 def flags(stage: str) -> list[Flag]:
     """One flag per option of `stage`, required ones first."""
-    from moemerge.options import base as options
-    from moemerge.options import recipe
+    from moemerge.options.base import Run
 
-    fields = getattr(recipe, stage.capitalize()).model_fields
-    order = sorted(
-        fields, key=lambda name: (not fields[name].is_required(), name in options.Run.model_fields)
-    )
+    fields = OPTIONS.get(stage).model_fields
+    order = sorted(fields, key=lambda name: (not fields[name].is_required(), name in Run.model_fields))
     return [_flag(name, fields[name]) for name in order]
 
 
@@ -130,9 +128,7 @@ def _default_text(field: FieldInfo) -> str:
 
 def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     """The options that were given on the command line, as the stage's option class takes them."""
-    from moemerge.options import recipe
-
-    fields = getattr(recipe, stage.capitalize()).model_fields
+    fields = OPTIONS.get(stage).model_fields
     given = {}
     for name, value in values.items():
         if value is None or value == ():

@@ -64,7 +64,7 @@ def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section
     for stage, title in kinds.items():
         steps = [step for step, manifest in manifests.items() if manifest["stage"] == stage]
         figures = [figure for step in steps for figure in _figures(run / step, len(steps) > 1)]
-        lines = [f"{step}: {headline(stage, manifests[step]['results'])}" for step in steps]
+        lines = [f"{step}: {headline(manifests[step])}" for step in steps]
         tables = [_optimised(run / step) for step in steps if stage == "optimise"]
         if figures:
             yield Section(title, lines, tables=tables, figures=figures)
@@ -89,8 +89,5 @@ def _data(section: Section, manifests: Mapping[str, Any]) -> Section:
 
 
 def _steps(manifests: Mapping[str, Any]) -> Section:
-    rows = [
-        [step, f"{manifest['seconds']:.1f}", headline(manifest["stage"], manifest["results"])]
-        for step, manifest in manifests.items()
-    ]
+    rows = [[step, f"{manifest['seconds']:.1f}", headline(manifest)] for step, manifest in manifests.items()]
     return Section("Steps", tables=[Table("Steps in order", ["step", "seconds", "what came of it"], rows)])

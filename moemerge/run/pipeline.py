@@ -14,7 +14,7 @@ from typing import Any
 from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import disk_faults, leftovers, recover, write_whole
 from moemerge.artifacts.lock import hold, lock_of
-from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.manifest import Manifest, read_manifest
 from moemerge.artifacts.stage import RECIPE_COPY, plain_options, why_stale
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
@@ -33,13 +33,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What became of a step: why it ran (None if it was skipped), how long it took, what it told."""
+    """What became of a step: why it ran (None if it was skipped), how long it took, its manifest."""
 
     name: str
     stage: str
     reason: str | None
     seconds: float
-    results: dict[str, Any]
+    manifest: Manifest
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The stage's results."""
+        return dict(self.manifest["results"])
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ def _run_step(step: Step) -> StepReport:
     if reason is not None:
         log.info("%s starts: %s", step.name, reason)
         STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
-    results = read_manifest(step.options.output)["results"]
-    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, results)
+    manifest = read_manifest(step.options.output)
+    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest)
 
 
 def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.fitting.methods import FINDS_SHARED
-from moemerge.options import recipe as options_of
 from moemerge.options.base import Options, Run, TextFormat
+from moemerge.options.compare import Compare
+from moemerge.options.data import DataSettings
+from moemerge.options.fit import FitSettings
+from moemerge.options.merge import MergeSettings
+from moemerge.options.optimise import OptimiseSettings
 from moemerge.options.recipe import Recipe
+from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
 from moemerge.run import policies as policy_steps
 from moemerge.run.check import model_names
+from moemerge.stages import OPTIONS
 
 # What the synthetic world writes, as a recipe's section data names it.
 WORLD = {
@@ -39,7 +45,7 @@ def plan(recipe: Recipe) -> list[Step]:
         return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
     runs = by_seed(recipe)
     steps = [replace(step, name=f"{run.output.name}/{step.name}") for run in runs for step in plan(run)]
-    comparison = options_of.Compare(
+    comparison = Compare(
         runs=[str(run.output / "evaluate") for run in runs],
         baseline=_Plan(recipe).baseline(),
         confidence=recipe.evaluate.confidence,
@@ -75,9 +81,9 @@ class _Plan:
     def pairs(self, name: str) -> str:
         return self.path(f"data/{name}.jsonl.gz")
 
-    def _data_settings(self) -> options_of.DataSettings:
+    def _data_settings(self) -> DataSettings:
         """The recipe's section data; with a synthetic world, pointed at the files of that world."""
-        settings = self.recipe.data or options_of.DataSettings()
+        settings = self.recipe.data or DataSettings()
         if self.recipe.synthetic is None:
             return settings
         world = {key: _under(self.output / "synthetic" / "data", value) for key, value in WORLD.items()}
@@ -96,10 +102,9 @@ class _Plan:
 
     def step(self, name: str, stage: str, section: Options | None, **given: Any) -> tuple[str, str, Run]:
         """A step's name, stage and options: those of a recipe's section, and what the plan adds."""
-        kind = getattr(options_of, stage.capitalize())
         settings = section.model_dump() if section is not None else {}
         fields = {**settings, **self.common, **given, "output": self.output / name}
-        return name, stage, kind(**fields)
+        return name, stage, OPTIONS.get(stage)(**fields)
 
     def steps(self) -> Iterator[tuple[str, str, Run]]:
         """All steps in order."""
@@ -126,9 +131,7 @@ class _Plan:
             yield self.optimise(recipe.optimise)
         yield self.publish()
 
-    def train(
-        self, name: str, section: options_of.TrainSettings, model: str, **given: Any
-    ) -> tuple[str, str, Run]:
+    def train(self, name: str, section: TrainSettings, model: str, **given: Any) -> tuple[str, str, Run]:
         """Training of a dense model or a MoE."""
         given = {"pairs": self.pairs("train"), "validation": self.validation} | given
         return self.step(name, "train", section, **self.format, **self.trust, **given, model=model)
@@ -138,7 +141,7 @@ class _Plan:
         for name, section, given in baselines.trainings(self.recipe, self.path("upcycle")):
             yield self.train(name, section, self.dense, **given)
         if baselines.is_averaged(self.recipe):
-            settings = options_of.MergeSettings(dtype=self.recipe.merge.dtype)
+            settings = MergeSettings(dtype=self.recipe.merge.dtype)
             members = [self.path(name) for name in baselines.fine_tunes(self.recipe)]
             yield self.step(baselines.WARM, "merge", settings, models=members)
         if self.recipe.baselines.tuned and self.recipe.control:
@@ -153,7 +156,7 @@ class _Plan:
         given = {"method": method, "model": self.moe, "routing": self.path("route")} | self.fitting()
         settings = self.recipe.fit.model_copy(update={"method": method})
         if method not in FINDS_SHARED and settings.learns_shared:
-            settings = settings.model_copy(update={"shared_weight": options_of.FitSettings().shared_weight})
+            settings = settings.model_copy(update={"shared_weight": FitSettings().shared_weight})
         yield self.step(f"fit-{method}", "fit", settings, **self.format, **given)
         given = {"model": self.moe, "coefficients": self.path(f"fit-{method}")}
         yield self.step(f"merge-{method}", "merge", self.recipe.merge, **given)
@@ -177,7 +180,7 @@ class _Plan:
             ensembles=baselines.ensembles(self.recipe),
         )
 
-    def optimise(self, section: options_of.OptimiseSettings) -> tuple[str, str, Run]:
+    def optimise(self, section: OptimiseSettings) -> tuple[str, str, Run]:
         """A policy optimised against the merged model and its dense rival."""
         names = policy_steps.optimised(self.recipe)
         given = {"models": self.models(names), "baseline": names[0]}

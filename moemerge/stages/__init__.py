@@ -1,29 +1,135 @@
-"""The stages by name. To add one: one file and one line here."""
+"""The stages, a row each, in pipeline order: commands, flags, the Python door and headlines follow from here.
+
+To add one: its file beside this one, its options in options/, and a row. Importing this loads no stage.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moemerge.artifacts.stage import Stage
 from moemerge.registry import Registry
+from moemerge.reports import headlines
 
-# Every stage by the name in its manifests, in pipeline order.
-STAGES: Registry[Stage[Any]] = Registry(
-    "stage",
-    {
-        "synthetic": "moemerge.stages.synthetic:write_world",
-        "data": "moemerge.stages.data:prepare",
-        "upcycle": "moemerge.stages.upcycle:upcycle",
-        "train": "moemerge.stages.train:train",
-        "route": "moemerge.stages.route:route",
-        "fit": "moemerge.stages.fit:fit",
-        "merge": "moemerge.stages.merge:merge",
-        "export": "moemerge.stages.export:export",
-        "sample": "moemerge.stages.sample:sample",
-        "optimise": "moemerge.stages.optimise:optimise",
-        "evaluate": "moemerge.stages.evaluate:evaluate",
-        "attack": "moemerge.stages.attack:attack",
-        "publish": "moemerge.stages.publish:publish",
-        "compare": "moemerge.stages.compare:compare",
-    },
+if TYPE_CHECKING:
+    from moemerge.artifacts.stage import Stage
+    from moemerge.options.base import Run
+
+
+class Row(NamedTuple):
+    """What is known of a stage before it is imported.
+
+    name: in manifests, recipes and on the command line; function, options: "module:name" of the stage and of
+    its option class; summary: the command's help; headline: from a manifest's results to one line.
+    """
+
+    name: str
+    function: str
+    options: str
+    summary: str
+    headline: Callable[[Mapping[str, Any]], str]
+
+
+ROWS = (
+    Row(
+        "synthetic",
+        "moemerge.stages.synthetic:write_world",
+        "moemerge.options.synthetic:Synthetic",
+        "Make preference data with a known gold reward.",
+        headlines.sizes,
+    ),
+    Row(
+        "data",
+        "moemerge.stages.data:prepare",
+        "moemerge.options.data:Data",
+        "Read, check and split preference data.",
+        headlines.sizes,
+    ),
+    Row(
+        "upcycle",
+        "moemerge.stages.upcycle:upcycle",
+        "moemerge.options.upcycle:Upcycle",
+        "Turn a dense reward model into a mixture of experts.",
+        headlines.upcycle,
+    ),
+    Row(
+        "train",
+        "moemerge.stages.train:train",
+        "moemerge.options.train:Train",
+        "Train a reward model on preference pairs.",
+        headlines.train,
+    ),
+    Row(
+        "route",
+        "moemerge.stages.route:route",
+        "moemerge.options.route:Route",
+        "Count which experts a MoE uses.",
+        headlines.route,
+    ),
+    Row(
+        "fit",
+        "moemerge.stages.fit:fit",
+        "moemerge.options.fit:Fit",
+        "Find merge coefficients.",
+        "{verdict}".format_map,
+    ),
+    Row(
+        "merge",
+        "moemerge.stages.merge:merge",
+        "moemerge.options.merge:Merge",
+        "Merge a MoE into one dense reward model.",
+        "largest difference to what was meant {largest_difference:.1e}".format_map,
+    ),
+    Row(
+        "export",
+        "moemerge.stages.export:export",
+        "moemerge.options.export:Export",
+        "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
+        headlines.export,
+    ),
+    Row(
+        "sample",
+        "moemerge.stages.sample:sample",
+        "moemerge.options.sample:Sample",
+        "Sample a policy: candidate answers for evaluate.",
+        "{answers} answers to {prompts} prompts".format_map,
+    ),
+    Row(
+        "optimise",
+        "moemerge.stages.optimise:optimise",
+        "moemerge.options.optimise:Optimise",
+        "Optimise a policy against reward models; gold and proxy reward over steps.",
+        headlines.optimise,
+    ),
+    Row(
+        "evaluate",
+        "moemerge.stages.evaluate:evaluate",
+        "moemerge.options.evaluate:Evaluate",
+        "Compare reward models.",
+        headlines.evaluate,
+    ),
+    Row(
+        "attack",
+        "moemerge.stages.attack:attack",
+        "moemerge.options.attack:Attack",
+        "Search for edited answers that a reward model overrates; write them as training pairs.",
+        headlines.attack,
+    ),
+    Row(
+        "publish",
+        "moemerge.stages.publish:publish",
+        "moemerge.options.publish:Publish",
+        "Write the model card; push to the hub.",
+        headlines.publish,
+    ),
+    Row(
+        "compare",
+        "moemerge.stages.compare:compare",
+        "moemerge.options.compare:Compare",
+        "Compare runs over seeds: means, paired differences, cost.",
+        "{models} models, {seeds} seeds".format_map,
+    ),
 )
+
+STAGES: Registry[Stage[Any]] = Registry("stage", {row.name: row.function for row in ROWS})
+OPTIONS: Registry[type[Run]] = Registry("stage", {row.name: row.options for row in ROWS})

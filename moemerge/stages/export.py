@@ -24,7 +24,7 @@ from moemerge.merging.sources.open import open_members
 from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.models.device import use_device
 from moemerge.models.finite import finite
-from moemerge.options.merge import Export
+from moemerge.options.export import Export
 
 LINEAR = "linear.yml"
 COMMENT = """# Written by moemerge export; stock mergekit merges it: mergekit-yaml {file} OUTPUT

@@ -28,7 +28,7 @@ from moemerge.evaluation.gold import Reward
 from moemerge.evaluation.policy_page import MEASURED, table
 from moemerge.evaluation.probes import over_optimisation
 from moemerge.models.device import free_memory, use_training_device
-from moemerge.options.policy import Optimise
+from moemerge.options.optimise import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.statistics import Floats, banded, resampled_curves

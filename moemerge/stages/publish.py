@@ -21,6 +21,7 @@ from moemerge.artifacts.verify import verify_folder
 from moemerge.errors import ArtifactError, MoemergeError, OptionError
 from moemerge.evaluation.model_card import find_evaluation, home_of, make_card
 from moemerge.options.publish import Publish
+from moemerge.stages import OPTIONS
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ def publish(options: Publish, draft: Draft) -> None:
     """
     _check_target(options)
     _refuse_damaged(home_of(Path(options.model)))
-    card = make_card(options)
+    card = make_card(options, OPTIONS)
     card.save(draft.folder / "README.md")
     _stage_model(Path(options.model), draft.folder)
     if options.evaluation:

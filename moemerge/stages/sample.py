@@ -21,7 +21,7 @@ from moemerge.data.rows import write_rows
 from moemerge.evaluation import gold
 from moemerge.models.device import free_memory, use_device
 from moemerge.models.scoring import batches
-from moemerge.options.policy import Sample
+from moemerge.options.sample import Sample
 from moemerge.training.policy import batch_seed, load_policy, prompt_ids, sample_answers, short_prompts
 
 Drawn = dict[str, list[Any]]

@@ -12,7 +12,7 @@ import numpy as np
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.rows import Row, write_rows
 from moemerge.data.world import SHIFTED, TRAINING, VOCABULARY, WIDE, candidate_rows, pair_rows
-from moemerge.options.data import Synthetic
+from moemerge.options.synthetic import Synthetic
 
 
 @stage("synthetic", Synthetic)

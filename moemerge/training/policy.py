@@ -23,7 +23,8 @@ from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.configs import unloadable
 from moemerge.models.loading import load_tokenizer, quiet_loading, refuse_pickle
-from moemerge.options.policy import Optimise, Sample
+from moemerge.options.optimise import Optimise
+from moemerge.options.sample import Sample
 
 SHORT_PROMPTS = "prompts that leave room for max_new_tokens within max_length"
 

@@ -17,7 +17,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from moemerge.data.pairs import as_answer
 from moemerge.data.rows import Text
 from moemerge.data.tokenise import Item
-from moemerge.options.policy import Optimise
+from moemerge.options.optimise import Optimise
 from moemerge.reports.statistics import Floats
 from moemerge.training.policy import answer_text
 from moemerge.training.trainer import autocasts, make_config

@@ -23,6 +23,7 @@ from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.loading import load_reward_model
 from moemerge.options.publish import Publish
 from moemerge.run import cli
+from moemerge.stages import OPTIONS
 from moemerge.stages.merge import merge
 
 # Every method that takes a base and any number of models, with parameters it needs.
@@ -174,7 +175,7 @@ def test_parameters_from_the_command_line_are_texts(moe: Path, tmp_path: Path) -
 def test_the_card_names_the_method(moe: Path, coefficients: str, tmp_path: Path) -> None:
     options = {"coefficients": coefficients, "parameters": {"normalize": False}}
     merged_by(moe, tmp_path / "m", "linear", **options)
-    card = str(make_card(Publish(model=str(tmp_path / "m"), output=tmp_path / "card")))
+    card = str(make_card(Publish(model=str(tmp_path / "m"), output=tmp_path / "card"), OPTIONS))
     assert "mergekit)'s method `linear`" in card and "2512.00724" not in card
     assert "## Coefficients" not in card
 

@@ -398,7 +398,7 @@ import os, sys, time
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 import test_safe_writes as t
 import moemerge.stages
-from moemerge.options import data
+from moemerge.options import synthetic
 from moemerge.run import cli
 
 def wait(draft):
@@ -407,7 +407,7 @@ def wait(draft):
 t.HOOK = wait
 class Stages:
     def get(self, name):
-        return t.Stage("synthetic", data.Synthetic, lambda options, draft: wait(draft))
+        return t.Stage("synthetic", synthetic.Synthetic, lambda options, draft: wait(draft))
 moemerge.stages.STAGES = Stages()
 cli.main(["synthetic", "--output", sys.argv[2]])
 """

@@ -11,6 +11,7 @@ import pytest
 from small_reports import REPORT
 
 from moemerge.artifacts.checksums import fingerprint
+from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.stage import Draft, Stage
@@ -18,7 +19,6 @@ from moemerge.errors import ArtifactError, Faults, OptionError
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation import report as report_file
 from moemerge.evaluation.report import FORMAT
-from moemerge.options import recipe as options_of
 from moemerge.options.base import Run, input_fields
 from moemerge.options.recipe import Recipe
 from moemerge.run import pipeline, recipe_file
@@ -27,6 +27,7 @@ from moemerge.run.headlines import headline
 from moemerge.run.page import write_run_page
 from moemerge.run.plan import plan
 from moemerge.run.templates import templates, write_template
+from moemerge.stages import OPTIONS
 
 
 class Killed(BaseException):
@@ -41,7 +42,7 @@ class FakeStages:
         self.kill_in = ""
 
     def get(self, name: str) -> Stage[Any]:
-        return Stage(name, getattr(options_of, name.capitalize()), self.body)
+        return Stage(name, OPTIONS.get(name), self.body)
 
     def body(self, options: Run, draft: Draft) -> None:
         self.calls.append(options.output.name)
@@ -549,7 +550,12 @@ def test_headlines_say_what_a_stage_came_to() -> None:
     expected = (
         "validation loss 0.7000 -> 0.6123, accuracy 0.5000 -> 0.7500, best at step 10 of 20, best of 2 trials"
     )
-    assert headline("train", train) == expected
-    assert headline("train", {"before": None, "steps": 3, "train_loss": 0.5}).startswith("3 steps")
-    assert headline("fit", {"verdict": "Kept."}) == "Kept."
-    assert headline("merge", {"loss": 0.12345}) == "loss 0.1235"
+
+    def told(stage: str, **results: Any) -> str:
+        versions = {"moemerge": package_version()}
+        return headline({"stage": stage, "results": results, "versions": versions})
+
+    assert told("train", **train) == expected
+    assert told("train", before=None, after=None, steps=3, train_loss=0.5).startswith("3 steps")
+    assert told("fit", verdict="Kept.") == "Kept."
+    assert told("merge", largest_difference=1.25e-7) == "largest difference to what was meant 1.2e-07"

@@ -85,7 +85,7 @@ def test_a_recipe_samples_measures_and_optimises(
     assert (
         "## Policy gradient" in page and "optimise.png" in page and "| merge-uniform minus control |" in page
     )
-    lines = {step.name: headline(step.stage, step.results) for step in told}
+    lines = {step.name: headline(step.manifest) for step in told}
     assert lines["sample"] == f"{len(answers)} answers to 12 prompts"
     assert lines["optimise"].startswith("control: gold ")
     assert [step.reason for step in pipeline.run_recipe("recipe.yml").steps] == [None] * len(run.steps)

@@ -198,7 +198,7 @@ def test_files_and_manifest(whole: Path, output: Path) -> None:
     manifest = read_manifest(output)
     assert manifest["options"]["runs"] == [str(whole / f"seed-{seed}/evaluate") for seed in (11, 3, 5, 7)]
     assert len(manifest["inputs"]["runs"]) == 4
-    assert headline("compare", manifest["results"]) == "3 models, 4 seeds"
+    assert headline(manifest) == "3 models, 4 seeds"
 
 
 def test_one_seed_has_no_interval_and_few_say_so(study: Path, tmp_path: Path) -> None:

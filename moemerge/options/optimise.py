@@ -1,69 +1,13 @@
-"""Settings of what deals with policies: gold scores, sampling, optimising. Imports nothing heavy."""
+"""Options of optimise."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Field, PlainSerializer, SerializationInfo, WrapValidator, model_validator
+from pydantic import Field, model_validator
 
-from moemerge.options.base import Options, Run, Source, Sources, TextFormat
-
-
-def _or_callable(value: Any, validate: Any) -> Any:
-    return value if callable(value) else validate(value)
-
-
-def _by_name(value: Any, info: SerializationInfo) -> Any:
-    return f"{value.__module__}:{value.__qualname__}" if info.mode == "json" and callable(value) else value
-
-
-# In Python a function too; manifests then hold its name.
-Function = Annotated[str | None, WrapValidator(_or_callable), PlainSerializer(_by_name)]
-
-
-class GoldSource(Options):
-    """Who says what an answer is truly worth, if not scores in the file."""
-
-    gold_model: Source | None = Field(None, description="reward model whose scores are gold")
-    gold_function: Function = Field(
-        None,
-        description="FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold score",
-    )
-
-    @model_validator(mode="after")
-    def _one_gold(self) -> GoldSource:
-        if self.gold_model and self.gold_function:
-            raise ValueError("gold_model and gold_function say two things: give one of them")
-        return self
-
-    @property
-    def has_gold(self) -> bool:
-        """Whether gold scores are made, and not read."""
-        return bool(self.gold_model or self.gold_function)
-
-
-class SampleSettings(GoldSource):
-    """Answers of a policy, as candidates for best-of-n."""
-
-    model: Source = Field(description="policy: a causal language model, folder or hub name")
-    prompts: Source = Field(description="rows with a prompt; equal prompts count once")
-    per_prompt: int = Field(16, ge=2, description="answers to each prompt")
-    max_prompts: int | None = Field(None, ge=1, description="use the first so many prompts")
-    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens; longer ones are cut")
-    temperature: float = Field(1.0, gt=0, description="divides the policy's logits")
-    top_p: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="draw from the likeliest tokens with this share; below 1, KL is not log n - ...",
-    )
-    batch_tokens: int = Field(8192, ge=1, description="tokens of prompts and answers in one batch")
-
-
-class Sample(SampleSettings, TextFormat, Run):
-    """Options of `moemerge sample`."""
-
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+from moemerge.options.base import Run, Source, Sources, TextFormat
+from moemerge.options.gold import GoldSource
 
 
 class OptimiseSettings(GoldSource):

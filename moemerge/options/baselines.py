@@ -1,0 +1,40 @@
+"""The section baselines of a recipe: what the run adds to hold a MoE and its merges against."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import Options
+
+
+class BaselineSettings(Options):
+    """What a MoE and its merges are measured against besides the control; all train as the control does."""
+
+    same_flops: bool = Field(
+        False, description="the control once more, longer: as many FLOPs as training the MoE takes"
+    )
+    fine_tunes: int = Field(
+        0,
+        ge=0,
+        description="number of fine-tunes of the dense model, in other orders, to average and combine",
+    )
+    budget: Literal["full", "split"] = Field(
+        "full",
+        description="of each fine-tune; full: the control's, which is one of them then; split: a share of it",
+    )
+    warm: bool = Field(True, description="with fine_tunes: their average (WARM, arXiv 2401.12187)")
+    ensemble: bool = Field(
+        True, description="with fine_tunes: their scores combined, as evaluate.ensemble_by says"
+    )
+
+    tuned: bool = Field(
+        False, description="the control trained on, on data.fit, which learned coefficients have seen too"
+    )
+
+    @model_validator(mode="after")
+    def _more_than_one(self) -> BaselineSettings:
+        if self.fine_tunes == 1:
+            raise ValueError("fine_tunes: one alone is no ensemble")
+        return self

@@ -1,0 +1,34 @@
+"""Options of sample."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moemerge.options.base import Run, Source, TextFormat
+from moemerge.options.gold import GoldSource
+
+SAMPLED = "sampled"  # what a run calls the candidate set that sample draws
+
+
+class SampleSettings(GoldSource):
+    """Answers of a policy, as candidates for best-of-n."""
+
+    model: Source = Field(description="policy: a causal language model, folder or hub name")
+    prompts: Source = Field(description="rows with a prompt; equal prompts count once")
+    per_prompt: int = Field(16, ge=2, description="answers to each prompt")
+    max_prompts: int | None = Field(None, ge=1, description="use the first so many prompts")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens; longer ones are cut")
+    temperature: float = Field(1.0, gt=0, description="divides the policy's logits")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="draw from the likeliest tokens with this share; below 1, KL is not log n - ...",
+    )
+    batch_tokens: int = Field(8192, ge=1, description="tokens of prompts and answers in one batch")
+
+
+class Sample(SampleSettings, TextFormat, Run):
+    """Options of `moemerge sample`."""
+
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")

@@ -1,0 +1,93 @@
+"""What a stage came to, in one line: functions of the results in its manifest, for the table of stages.
+
+A result that is not there is a KeyError: writer and reader have come apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Results = Mapping[str, Any]
+
+LONGEST_VALUE, MOST_VALUES = 40, 6
+
+
+def plain(results: Results) -> str:
+    """The first few single values under their own names, whatever the stage; those in a mapping too."""
+    nested = {
+        f"{name}.{key}": value
+        for name, group in results.items()
+        if isinstance(group, dict)
+        for key, value in group.items()
+    }
+    single = {k: v for k, v in {**results, **nested}.items() if isinstance(v, (bool, int, float, str))}
+    texts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in single.items()]
+    return "  ".join([text for text in texts if len(text) <= LONGEST_VALUE][:MOST_VALUES])
+
+
+def sizes(results: Results) -> str:
+    """Rows per file, and how many files had bad ones."""
+    bad = sum(len(report["bad"]) > 0 for report in results.get("rows", {}).values())
+    written = ", ".join(f"{name} {size}" for name, size in results["sizes"].items())
+    return written + (f"; bad rows in {bad} file(s), see report.json" if bad else "")
+
+
+def upcycle(results: Results) -> str:
+    """Experts, and how exactly the MoE computes what the dense model does."""
+    experts = f"{results['num_routed_experts']} routed experts, {results['num_experts_per_tok']} per token"
+    return f"{experts}; largest difference to the dense model {results['largest_difference']:.1e}"
+
+
+def train(results: Results) -> str:
+    """Loss and accuracy on held-out pairs before and after; without such pairs the training loss."""
+    before, after = results["before"], results["after"]
+    if before is None or after is None:
+        return f"{results['steps']} steps, training loss {results['train_loss']:.4f}"
+    loss, accuracy = (f"{before[k]:.4f} -> {after[k]:.4f}" for k in ("loss", "accuracy"))
+    steps = f"best at step {results['best_step']} of {results['steps']}"
+    trials = f", best of {len(results['trials'])} trials" if "trials" in results else ""
+    return f"validation loss {loss}, accuracy {accuracy}, {steps}{trials}"
+
+
+def route(results: Results) -> str:
+    """Tokens seen, mean weight of the shared expert, largest share of a routed one, experts never used."""
+    shared = sum(results["shared_mass"]) / len(results["shared_mass"])
+    unused = sum(map(len, results["dead_experts"].values()))
+    largest = max(results["max_share"])
+    used = f"shared weight {shared:.3f}, largest share {largest:.3f}, {unused} unused experts"
+    return f"{results['tokens']} tokens; {used}"
+
+
+def export(results: Results) -> str:
+    """The models written, or how exactly the one for stock transformers computes what the MoE does."""
+    if "form" in results:
+        return f"{results['form']}; largest difference to the MoE {results['largest_difference']:.1e}"
+    return f"{len(results['models'])} dense models: {', '.join(results['models'])}"
+
+
+def optimise(results: Results) -> str:
+    """Gold reward at the end, and the step where it was highest, per reward model."""
+    return "; ".join(
+        f"{name}: gold {last['gold']:.3f} at the end, highest at step {last['peak_step']:.0f}"
+        for name, last in results["models"].items()
+    )
+
+
+def evaluate(results: Results) -> str:
+    """The number of models."""
+    count = len(results["models"])
+    return f"{count} model{'s' * (count != 1)}"
+
+
+def attack(results: Results) -> str:
+    """How many of the attacked pairs the search turned around, as a share with its interval."""
+    low, high = results["interval"]
+    share = f"{results['success_rate']:.1%} ({low:.1%} to {high:.1%})"
+    return f"{results['succeeded']} of {results['attacked']} pairs turned around: {share}"
+
+
+def publish(results: Results) -> str:
+    """Size of the repository, and whether it was pushed."""
+    state = "pushed" if results["pushed"] else "staged, not pushed"
+    return f"{len(results['files'])} files, {results['bytes'] / 1e6:.1f} MB, {state}"
