@@ -29,12 +29,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from moemerge.data.pairs import Pair
 from moemerge.data.tokenise import Encoded, EncodedPair
+from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.objectives.base import mixture
 from moemerge.fitting.pair_objective import PairObjective
 from moemerge.fitting.problem import FitProblem
-from moemerge.fitting.starts import start
-from moemerge.fitting.teachers import Lesson
-from moemerge.fitting.walk import Walk
+from moemerge.fitting.targets import Targets
+from moemerge.fitting.trajectory import Trajectory
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.scoring import collate
@@ -130,7 +130,7 @@ def our_step(merged: MergedModel, objective: PairObjective, logits_LN: Tensor, s
 def objective_of(merged: MergedModel, pairs: list[EncodedPair], size: int) -> PairObjective:
     """Bradley-Terry on all pairs, `size` of them per forward pass."""
     tokenizer, numbers = merged.source.tokenizer(), list(range(len(pairs)))
-    term = mixture({"bradley_terry": 1.0}, Lesson(merged, tokenizer, pairs, FitSettings()))
+    term = mixture({"bradley_terry": 1.0}, Targets(merged, tokenizer, pairs, FitSettings()))
     return PairObjective(merged, tokenizer, pairs, numbers, numbers, term, size)
 
 
@@ -264,7 +264,7 @@ def measure_optimisers(folder: Path, seeds: int) -> None:
         for way, options in ways.items():
             settings = FitSettings(**options, batch_size=256, evals_per_epoch=1, patience=10_000)
             problem = FitProblem(blocks, 7, True, settings, seed, objective=lambda made=objective: made)
-            walk = Walk(problem, objective, start(problem)).run()
+            walk = Trajectory(problem, objective, initial_coefficients(problem)).run()
             # Training and held-out pairs are the same here.
             curves[way] = [(point["passes"], point["held_out_loss"]) for point in walk.trajectory]
         first = curves["lbfgs"][0][1]

@@ -152,13 +152,13 @@ def merge_itself(root: Path, output: Path) -> None:
     """Print anonymous memory before, seconds of one merge and of one whole stage, everything imported."""
     import torch
 
-    from moemerge.merging.sources.open import open_members
+    from moemerge.merging.sources.open import open_source
     from moemerge.models.checkpoint import write_checkpoint
     from moemerge.options.merge import Merge
     from moemerge.stages.merge import _dense_tensors, _way, merge
 
     options = Merge(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=output / "stage")
-    source = open_members(options)
+    source = open_source(options)
     before = fields(os.getpid(), "status")["RssAnon"] * 1024
     output.mkdir()
     start = time.perf_counter()

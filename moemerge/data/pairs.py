@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,9 @@ def prompt_key(pair: Pair) -> str:
     return json.dumps(pair.prompt or (pair.chosen, pair.rejected), sort_keys=True)
 
 
-def numbered(keys: Iterable[str]) -> list[int]:
+def numbered(keys: Iterable[Hashable]) -> list[int]:
     """Equal numbers for equal keys, counted from 0 in the order of their first appearance."""
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 

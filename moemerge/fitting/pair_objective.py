@@ -24,7 +24,7 @@ from moemerge.models.scoring import score
 
 @dataclass(frozen=True)
 class PairObjective:
-    """See coefficients.base.Objective. `train` and `held_out` are numbers of `pairs`, which `term` knows.
+    """See problem.Objective. `train` and `held_out` are numbers of `pairs`, which `term` knows.
 
     With several processes each computes its share of every sum; all get the same result.
     """
@@ -54,7 +54,8 @@ class PairObjective:
         self.merged.merge(alpha_LN, shared_L)
         weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
         mine = distributed.share(len(rows))
-        numbers = [self.train[rows[place]] for place in mine]
+        numbers = [self.train[rows[index]] for index in mine]
+        # Divided by the number of all rows, not of this process's: the sum over processes is the mean then.
         scaled = weights[mine] / len(rows)
         return self.merged.gradient(self._parts(numbers, scaled))
 
@@ -63,49 +64,54 @@ class PairObjective:
         self.merged.merge(alpha_LN, shared_L)
         numbers = self._numbers(split)
         mine = distributed.share(len(numbers))
-        margins_P, losses_P = self._measured([numbers[place] for place in mine])
-        return Measured(*(distributed.gathered(found, mine, len(numbers)) for found in (margins_P, losses_P)))
+        measured = self._measured([numbers[index] for index in mine])
+        return Measured(*(distributed.gathered(values_P, mine, len(numbers)) for values_P in measured))
 
     def folds(self, number: int, seed: int) -> list[Objective]:
         """`number` objectives that hold out one part of all pairs each; pairs of one prompt stay together."""
         numbers = [*self.train, *self.held_out]
         parts = fold([self.pairs[n] for n in numbers], number, seed)
-        held = [[numbers[place] for place in part] for part in parts]
+        held = [[numbers[index] for index in part] for part in parts]
         return [replace(self, train=_without(numbers, part), held_out=part) for part in held]
 
     def hardened(self, alpha_LN: Tensor, shared_L: Tensor) -> Objective:
-        """With a pair more per candidate set: its best answer against the one that is overrated most.
+        """The objective with one pair more per candidate set: the best answer against the most overrated one.
 
-        Overrated: the model's score, standardised within the set, lies furthest above the gold score,
-        standardised alike. Sets whose best answer is that one, or that are of held-out prompts, give none.
+        Most overrated is the answer whose score by the model, standardised within the set, lies furthest
+        above its standardised gold score. A set gives no pair if that answer is the best one, or if its
+        prompt is held out.
         """
         if not self.candidates:
             return self
         self.merged.merge(alpha_LN, shared_L)
         held = {prompt_key(self.pairs[number].pair) for number in self.held_out}
-        texts = [answer for one in self.candidates for answer in one.answers]
+        texts = [answer for candidates in self.candidates for answer in candidates.answers]
         size = batch_tokens(texts, self.micro_batch_size)
         scores = score(self.merged.model, self.tokenizer, texts, size).double()
-        sizes = [len(one.answers) for one in self.candidates]
-        found = [
+        sizes = [len(candidates.answers) for candidates in self.candidates]
+        negatives = [
             pair
-            for one, mine in zip(self.candidates, scores.split(sizes), strict=True)
-            if (pair := overrated(one, mine)) is not None and prompt_key(pair.pair) not in held
+            for candidates, scores_C in zip(self.candidates, scores.split(sizes), strict=True)
+            if (pair := overrated(candidates, scores_C)) is not None and prompt_key(pair.pair) not in held
         ]
-        numbers = range(len(self.pairs), len(self.pairs) + len(found))
-        return replace(self, pairs=[*self.pairs, *found], train=[*self.train, *numbers])
+        # Behind all other pairs: by their numbers a term sees that there are no targets for them.
+        numbers = range(len(self.pairs), len(self.pairs) + len(negatives))
+        return replace(self, pairs=[*self.pairs, *negatives], train=[*self.train, *numbers])
 
     def _numbers(self, split: Split) -> Sequence[int]:
         return self.train if split == "train" else self.held_out
 
     def _parts(self, numbers: list[int], weights: Tensor) -> Iterator[Callable[[], Tensor]]:
         """The weighted sum of losses, a micro-batch at a time, the longest pairs first."""
-        order = sorted(range(len(numbers)), key=lambda place: -self._length(numbers[place]))
+        # Pairs of like length together, so that little is padding.
+        order = sorted(range(len(numbers)), key=lambda index: -self._length(numbers[index]))
         for start in range(0, len(order), self.micro_batch_size):
-            places = order[start : start + self.micro_batch_size]
-            yield self._part([numbers[place] for place in places], weights[places])
+            batch = order[start : start + self.micro_batch_size]
+            yield self._part([numbers[index] for index in batch], weights[batch])
 
     def _part(self, numbers: list[int], weights_B: Tensor) -> Callable[[], Tensor]:
+        """The weighted sum of these pairs' losses, to be computed when it is called for."""
+
         def loss() -> Tensor:
             answers = self.merged.answers([self.pairs[n] for n in numbers], self.term.states)
             losses_B = self.term.loss(answers, torch.tensor(numbers))
@@ -115,36 +121,38 @@ class PairObjective:
 
     @torch.no_grad()
     def _measured(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Margins and losses of these pairs."""
         if not numbers:
             return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         if self.term.states:
-            parts = [
-                self._looked(part.tolist()) for part in torch.tensor(numbers).split(self.micro_batch_size)
-            ]
-            margins_P, losses_P = (torch.cat(found) for found in zip(*parts, strict=True))
+            batches = torch.tensor(numbers).split(self.micro_batch_size)
+            parts = [self._with_states(batch.tolist()) for batch in batches]
+            margins_P, losses_P = (torch.cat(values) for values in zip(*parts, strict=True))
             return margins_P, losses_P
+        # Without states the scorer will do, which packs texts of any pair into batches.
         pairs = [self.pairs[number] for number in numbers]
         margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size)
         return margins_P, self.term.loss(Answers(margins_P), torch.tensor(numbers))
 
-    def _looked(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        answers = self.merged.answers([self.pairs[n] for n in numbers], True)
+    def _with_states(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        answers = self.merged.answers([self.pairs[n] for n in numbers], states=True)
         return answers.margins_P.cpu(), self.term.loss(answers, torch.tensor(numbers)).cpu()
 
     def _length(self, number: int) -> int:
         return max(len(self.pairs[number].chosen.ids), len(self.pairs[number].rejected.ids))
 
 
-def overrated(one: EncodedCandidates, scores_C: Tensor) -> EncodedPair | None:
+def overrated(candidates: EncodedCandidates, scores_C: Tensor) -> EncodedPair | None:
     """The best answer by gold against the most overrated one; None if these are of equal gold or the same."""
-    gold_C = torch.tensor(one.candidates.gold, dtype=torch.float64)
+    c = candidates.candidates
+    gold_C = torch.tensor(c.gold, dtype=torch.float64)
+    # Standardised, as the scores have neither the gold's scale nor its zero.
     too_high_C = _standardised(scores_C) - _standardised(gold_C)
     best, worst = int(gold_C.argmax()), int(too_high_C.argmax())
     if gold_C[best] <= gold_C[worst]:
         return None
-    c = one.candidates
     pair = Pair(c.prompt, c.texts[best], c.texts[worst], c.subset, row=c.row)
-    return EncodedPair(one.answers[best], one.answers[worst], pair)
+    return EncodedPair(candidates.answers[best], candidates.answers[worst], pair)
 
 
 def _standardised(values_C: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a way to find coefficients is given, and what it gives.
+"""What a method that finds coefficients is given, and what it returns.
 
 Shapes: L blocks (rows of coefficients), N routed experts, P pairs.
 """
@@ -25,7 +25,7 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the merged model makes of P pairs, float64 on CPU.
+    """Margin and loss of P pairs by the merged model, float64 on CPU.
 
     margins_P: score(chosen) - score(rejected). losses_P: the loss that is fitted.
     """
@@ -69,9 +69,9 @@ class Objective(Protocol):
 class FitProblem:
     """What a method may use. `statistics` are there only after routing, `objective` only if pairs were given.
 
-    `objective` and `moments` are functions, so that only a method that needs the merged model pays for
-    loading it. `start` are given coefficients to start from. `moments` gives the quadratic form of
-    least_squares for each block, [L, N + 1, N + 1].
+    `objective` and `output_grams` are functions, so that only a method that needs the merged model pays for
+    loading it. `start` are coefficients to start from, if the user names some. `output_grams` gives the
+    quadratic form of least_squares for each block, [L, N + 1, N + 1] (see gram.py).
     """
 
     blocks: list[str]
@@ -82,7 +82,7 @@ class FitProblem:
     statistics: RoutingStatistics | None = None
     objective: Callable[[], Objective] | None = None
     start: FitOutcome | None = None
-    moments: Callable[[FitOutcome], Tensor] | None = None
+    output_grams: Callable[[FitOutcome], Tensor] | None = None
 
     def routing(self) -> RoutingStatistics:
         """The statistics; OptionError if there are none."""
@@ -96,7 +96,7 @@ class FitProblem:
         )
 
     def layer_rows(self, layers: Sequence[int]) -> list[int]:
-        """For each block the place of its transformer layer among `layers`."""
+        """For each block the position of its transformer layer in `layers`."""
         return [layers.index(layer_of(block)) for block in self.blocks]
 
     def pooled(self, values: Tensor) -> Tensor:
@@ -111,10 +111,10 @@ class FitProblem:
             return self.objective()
         raise no_pairs()
 
-    def squares(self, start: FitOutcome) -> Tensor:
-        """What `moments` gives at `start`; OptionError without pairs."""
-        if self.moments is not None:
-            return self.moments(start)
+    def grams(self, start: FitOutcome) -> Tensor:
+        """The quadratic forms at `start`; OptionError without pairs."""
+        if self.output_grams is not None:
+            return self.output_grams(start)
         raise no_pairs()
 
 
@@ -136,11 +136,21 @@ def no_pairs() -> OptionError:
 
 @dataclass(frozen=True)
 class FitOutcome:
-    """What a method found. `report` holds JSON values; its `verdict` says in words what came of it."""
+    """Coefficients that a method found, or starts from. `report` holds JSON values, `verdict` a sentence."""
 
     alpha_LN: Tensor
     shared_L: Tensor
     report: dict[str, Any] = field(default_factory=dict)
+
+
+def movement(blocks: list[str], first: FitOutcome, last: FitOutcome) -> list[dict[str, Any]]:
+    """How far each block's coefficients went: L1, half of it, and the shared weight's change."""
+    l1_L = (last.alpha_LN - first.alpha_LN).abs().sum(1)
+    shared_L = last.shared_L - first.shared_L
+    return [
+        {"block": name, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
+        for name, l1, shared in zip(blocks, l1_L, shared_L, strict=True)
+    ]
 
 
 Method = Callable[[FitProblem], FitOutcome]

@@ -1,4 +1,4 @@
-"""What fit tells: report.json, fit.md with its tables, alpha.png.
+"""What fit reports: report.json, fit.md with its tables, alpha.png.
 
 Shapes: N weighted members (routed experts, or models besides the base).
 """
@@ -15,7 +15,7 @@ from moemerge.reports.table import Table
 
 
 def write_report(draft: Draft, coefficients: Coefficients, outcome: FitOutcome, members: list[str]) -> None:
-    """Write report and pictures into the draft's folder, and what is worth telling into its results."""
+    """Write report and pictures into the draft's folder, and the numbers of the report into its results."""
     write_json(draft.folder / "report.json", outcome.report)
     plotting.heat_map(
         coefficients.alpha_LN.numpy(),
@@ -52,8 +52,8 @@ def _loss_tables(report: dict[str, Any]) -> list[Table]:
 def _changed(at: dict[str, float], change: dict[str, Any] | None, name: str) -> str:
     if change is None:
         return f"{at[name]:.4f}"
-    one = change[name]
-    return f"{at[name]:.4f} ({one['change']:+.4f}, {one['low']:+.4f} to {one['high']:+.4f})"
+    c = change[name]
+    return f"{at[name]:.4f} ({c['change']:+.4f}, {c['low']:+.4f} to {c['high']:+.4f})"
 
 
 def _sensitivity_tables(report: dict[str, Any]) -> list[Table]:
@@ -64,7 +64,7 @@ def _sensitivity_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def _coefficient_table(coefficients: Coefficients, report: dict[str, Any], members: list[str]) -> Table:
-    moved = [f"{one['l1']:.4f}" for one in report.get("moved", [])] or [""] * len(coefficients.blocks)
+    moved = [f"{block['l1']:.4f}" for block in report.get("moved", [])] or [""] * len(coefficients.blocks)
     rows = [
         [block, l1, f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)]
         for l1, (block, shared, alpha_N) in zip(moved, coefficients.table(), strict=True)

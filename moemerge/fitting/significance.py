@@ -63,12 +63,16 @@ def chance(gains_KP: Tensor, best: int, prompts: Sequence[int], seed: int) -> fl
     scale_K = np.sqrt((sums_GK**2).sum(0))
     if not scale_K[best]:
         return 1.0
+    # With random signs a sum over prompts has mean 0 and variance scale^2: divided by the scale, points that
+    # moved little and points that moved much can be compared. A point without gains, as the start, gives 0.
     unit_GK = sums_GK / np.where(scale_K > 0, scale_K, np.inf)
     drawn_R = _flipped_maxima(unit_GK, np.random.default_rng(seed))
-    # Draws that equal the observed value up to rounding count as at least as large.
+    # Draws that equal the observed value up to rounding count as at least as large. The observed signs are
+    # one draw more (the 1 + ...): without it p could be 0, and the test would not keep its level.
     return float((1 + (drawn_R >= unit_GK[:, best].sum() - 1e-9).sum()) / (1 + DRAWS))
 
 
 def _flipped_maxima(unit_GK: Floats, random: np.random.Generator) -> Floats:
+    """For each draw of the prompts' signs the largest sum over the points, [R]."""
     signs_RG = random.integers(0, 2, size=(DRAWS, len(unit_GK)), dtype=np.int8) * 2 - 1
     return (signs_RG.astype(np.float64) @ unit_GK).max(1)

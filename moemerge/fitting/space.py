@@ -27,9 +27,11 @@ class Space:
         self.start, self.settings = start, problem.settings
         rows = 1 if self.settings.granularity == "global" else len(problem.blocks)
         smallest = SMALLEST_START
+        # Where all blocks share one row, those of the start are equal, and the first stands for all.
         self.start_log_RN = start.alpha_LN[:rows].clamp(min=smallest).log().log_softmax(1)
         shared_rows = {"learned": rows, "learned_global": 1}.get(str(self.settings.shared_weight), 0)
         self.shared_rows = shared_rows if problem.has_shared else 0
+        # One lambda for all blocks starts at their mean, also where alpha has a row for each.
         pooled_R = mean_of(start.shared_L)[None] if self.shared_rows == 1 else start.shared_L
         shared_R = pooled_R[: self.shared_rows].clamp(smallest, 1 - smallest)
         self.start_V = torch.cat([self.start_log_RN.flatten(), shared_R.logit()])
@@ -51,14 +53,17 @@ class Space:
         away = (v_V - self.start_V).square().sum()
         return (self.settings.kl * divergence + self.settings.l2 * away) / len(logits_RN)
 
-    def gradient(self, v_V: Tensor, at: MergeGradient) -> tuple[float, Tensor]:
+    def gradient(self, v_V: Tensor, merge: MergeGradient) -> tuple[float, Tensor]:
         """Loss with regularisers, and its gradient, from the merge's gradient at `point(v_V)`."""
         v_V = v_V.detach().clone().requires_grad_()
         with torch.enable_grad():
             alpha_LN, shared_L = self.point(v_V)
             pull = self.pull(v_V)
-            linear = (alpha_LN * at.alpha_LN).sum() + (shared_L * at.shared_L).sum() + pull
-        return at.loss + float(pull.detach()), torch.autograd.grad(linear, v_V)[0]
+            # The chain rule by autograd: <coefficients(v), their gradient held fixed> has the gradient dL/dv.
+            # Blocks that share a row add up by themselves. A constant in a row of merge.alpha_LN drops out,
+            # as the row of alpha sums to one whatever v is.
+            linear = (alpha_LN * merge.alpha_LN).sum() + (shared_L * merge.shared_L).sum() + pull
+        return merge.loss + float(pull.detach()), torch.autograd.grad(linear, v_V)[0]
 
     def _parts(self, v_V: Tensor) -> tuple[Tensor, Tensor]:
         size = self.start_log_RN.numel()

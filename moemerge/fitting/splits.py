@@ -25,6 +25,7 @@ def hold_out(pairs: Sequence[EncodedPair], share: float, seed: int) -> tuple[lis
     """
     prompts = prompt_numbers(pairs)
     order, sizes = _shuffled(prompts, 2, seed)
+    # Prompts in random order until they have enough pairs; at least one prompt is left to train on.
     reached = accumulate(sizes[prompt] for prompt in order)
     enough = next(number for number, size in enumerate(reached, start=1) if size >= share * len(pairs))
     held = set(order[: min(enough, len(order) - 1)])
@@ -39,12 +40,14 @@ def fold(pairs: Sequence[EncodedPair], number: int, seed: int) -> list[list[int]
     """
     prompts = prompt_numbers(pairs)
     order, _ = _shuffled(prompts, number, seed)
+    # Parts have like numbers of prompts, not of pairs: fold borders are rounded shares of all prompts.
     ends = [round(part * len(order) / number) for part in range(number + 1)]
     parts = [set(order[start:end]) for start, end in pairwise(ends)]
     return [[n for n, prompt in enumerate(prompts) if prompt in part] for part in parts]
 
 
 def _shuffled(prompts: list[int], least: int, seed: int) -> tuple[list[int], Counter[int]]:
+    """The prompts in random order, and how many pairs each has; DataError if there are fewer than `least`."""
     sizes = Counter(prompts)
     if len(sizes) < least:
         raise DataError(

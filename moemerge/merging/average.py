@@ -14,7 +14,7 @@ from moemerge.errors import CheckpointError, OptionError
 
 TOLERANCE = 1e-6
 # Elements: a handful of blocks stays in a core's cache, and is worth the calls that it costs.
-BLOCK = 2**16
+CHUNK = 2**16
 
 
 def routing_normalized_average(
@@ -63,14 +63,14 @@ def as_average(weights_M: Tensor, has_shared: bool) -> tuple[Tensor, float]:
     return routed_N / routed_N.sum(), shared
 
 
-def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Views of `matrix`, blocks of its rows, of about 2**16 elements; equal shapes have equal blocks.
 
     A merge that goes block by block reads every copy from memory once, whatever it does with it.
     """
     if not matrix.ndim:
         return (matrix,)
-    return matrix.split(max(1, BLOCK * len(matrix) // max(1, matrix.numel())))
+    return matrix.split(max(1, CHUNK * len(matrix) // max(1, matrix.numel())))
 
 
 def check_weights(alpha_N: Tensor | Sequence[float], shared_weight: float, has_shared: bool) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 HEAD, OUTSIDE = "head", "outside"
-BLOCK = re.compile(r"head|outside|layers\.\d+(\.[\w.-]+)?")
+BLOCK_NAME = re.compile(r"head|outside|layers\.\d+(\.[\w.-]+)?")
 _LAYER = re.compile(r"layers\.(\d+)")
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.(?:weight|bias))?$")
 

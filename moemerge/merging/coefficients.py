@@ -19,7 +19,7 @@ from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.stage import write_json
 from moemerge.artifacts.weight_files import order_metadata
 from moemerge.errors import CheckpointError
-from moemerge.merging.blocks import BLOCK
+from moemerge.merging.blocks import BLOCK_NAME
 
 FORMAT = "moemerge coefficients 2"
 FILE = "coefficients.safetensors"
@@ -112,7 +112,7 @@ class Coefficients:
 
 def _fault(c: Coefficients) -> str | None:
     alpha_LN, shared_L = c.alpha_LN, c.shared_L
-    if len(set(c.blocks)) < len(c.blocks) or not all(BLOCK.fullmatch(block) for block in c.blocks):
+    if len(set(c.blocks)) < len(c.blocks) or not all(BLOCK_NAME.fullmatch(block) for block in c.blocks):
         return f"blocks {list(c.blocks)}"
     if not c.blocks or alpha_LN.ndim != 2 or not alpha_LN.shape[1]:
         return f"{len(c.blocks)} blocks, alpha of shape {list(alpha_LN.shape)}"

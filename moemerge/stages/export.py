@@ -20,7 +20,7 @@ from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.qwen2_moe import write_native
 from moemerge.merging.sources.base import MergeSource
 from moemerge.merging.sources.models import ModelList
-from moemerge.merging.sources.open import open_members
+from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.models.device import use_device
 from moemerge.models.finite import finite
@@ -52,7 +52,7 @@ def export(options: Export, draft: Draft) -> None:
 
 
 def _write_experts(options: Export, draft: Draft) -> None:
-    source = open_members(options)
+    source = open_source(options)
     found = Coefficients.load(options.coefficients) if options.coefficients else None
     if found is not None:
         source.check_fit(found)

@@ -18,20 +18,20 @@ from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
 from moemerge.errors import CheckpointError
+from moemerge.fitting.gram import output_grams
 from moemerge.fitting.methods import METHODS
-from moemerge.fitting.moments import moments
 from moemerge.fitting.objectives.base import mixture
 from moemerge.fitting.pair_objective import PairObjective
 from moemerge.fitting.problem import FitOutcome, FitProblem
 from moemerge.fitting.report import write_report
 from moemerge.fitting.splits import hold_out
-from moemerge.fitting.teachers import Lesson
+from moemerge.fitting.targets import Targets
 from moemerge.merging import distributed
 from moemerge.merging.blocks import layer_of
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.base import MergeSource
-from moemerge.merging.sources.open import open_members
+from moemerge.merging.sources.open import open_source
 from moemerge.models.device import use_device
 from moemerge.models.routing import RoutingStatistics
 from moemerge.models.token_limits import check_config
@@ -53,7 +53,7 @@ def fit(options: Fit, draft: Draft) -> None:
     device = use_device(options)
     distributed.join()
     method = METHODS.get(options.method)
-    source = open_members(options)
+    source = open_source(options)
     blocks = source.blocks(per_matrix=options.granularity == "matrix")
     outcome = method(_problem(options, source, blocks, _Data(options, source, blocks, device, draft)))
     meta = {
@@ -96,7 +96,7 @@ def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) 
         statistics=_statistics(options.routing, source),
         objective=data.objective if options.pairs else None,
         start=_start(options.start, source, blocks),
-        moments=data.moments if options.pairs else None,
+        output_grams=data.output_grams if options.pairs else None,
     )
 
 
@@ -169,16 +169,16 @@ class _Data:
 
     def objective(self) -> PairObjective:
         pairs, train, held_out = self.split
-        lesson = Lesson(self.merged, self.tokenizer, pairs, self.options)
-        term = mixture(self.options.objectives, lesson)
+        targets = Targets(self.merged, self.tokenizer, pairs, self.options)
+        term = mixture(self.options.objectives, targets)
         size, candidates = self.options.micro_batch_size, self._candidates()
         return PairObjective(self.merged, self.tokenizer, pairs, train, held_out, term, size, candidates)
 
-    def moments(self, start: FitOutcome) -> Tensor:
+    def output_grams(self, start: FitOutcome) -> Tensor:
         """Over the pairs that are not held out."""
         pairs, train, _ = self.split
-        lesson = Lesson(self.merged, self.tokenizer, [pairs[number] for number in train], self.options)
-        return moments(lesson, len(self.blocks))
+        targets = Targets(self.merged, self.tokenizer, [pairs[number] for number in train], self.options)
+        return output_grams(targets, len(self.blocks))
 
     def _read(self, name: str, source: str) -> list[EncodedPair]:
         pairs, report = read_pairs(source, self.options)

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
-from moemerge.merging.average import as_average, row_blocks
+from moemerge.merging.average import as_average, row_chunks
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.base import MergedTensor, MergeSource
-from moemerge.merging.sources.open import open_members
+from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import Checkpoint, write_checkpoint
 from moemerge.models.device import one_thread, use_device
 from moemerge.models.finite import finite, magnitude
@@ -47,7 +47,7 @@ def merge(options: Merge, draft: Draft) -> None:
     of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods: mergekit (arXiv 2403.13257).
     """
     device = use_device(options)
-    source = open_members(options)
+    source = open_source(options)
     dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
     way = _way(options, source, dtype, device)
     draft.reserve(source.size(dtype))
@@ -151,7 +151,7 @@ class _Average:
     def merged(self, tensor: MergedTensor) -> Tensor:
         merged = torch.empty(tensor.shape, dtype=self.dtype)
         copies = list(self.source.matrices(tensor))
-        for block, *parts in zip(*map(row_blocks, (merged, *copies)), strict=True):
+        for block, *parts in zip(*map(row_chunks, (merged, *copies)), strict=True):
             self._merge(block, parts, tensor)
         return merged
 

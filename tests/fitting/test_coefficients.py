@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from moemerge.errors import CheckpointError
+from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.problem import FitOutcome, FitProblem, Measured, mean_of
-from moemerge.fitting.starts import start as initial
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergeGradient
 from moemerge.models.routing import RoutingStatistics, Sums
@@ -158,7 +158,7 @@ def test_equal_rows_stay_as_they_are_where_all_blocks_share_one() -> None:
     row_N = fragile_row(3)
     base = problem(granularity="global", shared_weight="learned")
     given = FitOutcome(row_N.expand(3, N), row_N[:1].expand(3))
-    found = initial(replace(base, start=given))
+    found = initial_coefficients(replace(base, start=given))
     assert torch.equal(found.alpha_LN, given.alpha_LN) and torch.equal(found.shared_L, given.shared_L)
     bowl = Bowl(ALPHA)
     asked = {"granularity": "global", "method": "grid", "grid": [0.5]}

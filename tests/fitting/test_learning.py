@@ -30,17 +30,17 @@ from torch.nn.functional import linear, logsigmoid
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.tokenise import Encoded, EncodedCandidates, EncodedPair
 from moemerge.errors import CheckpointError, DataError, OptionError
+from moemerge.fitting.gram import output_grams
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.methods.least_squares import on_simplex
-from moemerge.fitting.moments import moments
 from moemerge.fitting.objectives.base import Term
 from moemerge.fitting.pair_objective import PairObjective, overrated
 from moemerge.fitting.problem import FitOutcome, FitProblem, Measured
 from moemerge.fitting.significance import chance, paired
 from moemerge.fitting.space import Space
 from moemerge.fitting.splits import fold
-from moemerge.fitting.teachers import Lesson, pair_gate_mass
-from moemerge.fitting.walk import BACK
+from moemerge.fitting.targets import Targets, pair_gate_mass
+from moemerge.fitting.trajectory import BACK
 from moemerge.merging import merged_model
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import Answers, MergedModel, MergeGradient
@@ -101,19 +101,19 @@ def brute_answers(merged: MergedModel, pairs: Sequence[EncodedPair], weights: di
     return Answers(margins_P, torch.stack(states))
 
 
-def brute_loss(lesson: Lesson, answers: Answers) -> Tensor:
-    """The mean loss of the lesson's objectives, written out."""
-    s, d_P, total = lesson.settings, answers.margins_P, torch.zeros(())
+def brute_loss(targets: Targets, answers: Answers) -> Tensor:
+    """The mean loss of the objectives, written out."""
+    s, d_P, total = targets.settings, answers.margins_P, torch.zeros(())
     if "bradley_terry" in s.objectives:
-        column_P = torch.tensor([p.pair.margin or 0.0 for p in lesson.pairs])
-        m_P = {"none": 0, "column": column_P, "strength": lesson.teacher_P}[s.margin]
+        column_P = torch.tensor([p.pair.margin or 0.0 for p in targets.pairs])
+        m_P = {"none": 0, "column": column_P, "strength": targets.teacher_P}[s.margin]
         e, x_P = s.label_smoothing, d_P - m_P
         bt_P = (1 - e) * torch.log1p(torch.exp(-x_P)) + e * torch.log1p(torch.exp(x_P))
         total = total + s.objectives["bradley_terry"] * bt_P.mean()
     if "distillation" in s.objectives:
-        total = total + s.objectives["distillation"] * ((d_P - lesson.teacher_P) ** 2).mean()
+        total = total + s.objectives["distillation"] * ((d_P - targets.teacher_P) ** 2).mean()
     if "alignment" in s.objectives:
-        own = lesson.own
+        own = targets.of_owners
         states = ((answers.states_2PD - own.states_2PD) ** 2).mean() / (own.states_2PD**2).mean()
         scores = ((d_P - own.margins_P) ** 2).mean() / (own.margins_P**2).mean()
         total = total + s.objectives["alignment"] * (states + scores)
@@ -153,9 +153,9 @@ def test_gradients_of_every_objective_and_granularity(
         return space.gradient(v_V, objective.gradient(alpha_LN, shared_L, range(5)))
 
     loss, gradient_V = at(v_V)
-    lesson = Lesson(merged, source.tokenizer(), pairs, wanted)
+    targets = Targets(merged, source.tokenizer(), pairs, wanted)
     free_V = v_V.clone().requires_grad_()
-    brute = brute_loss(lesson, brute_answers(merged, pairs, averaged(merged, *space.point(free_V))))
+    brute = brute_loss(targets, brute_answers(merged, pairs, averaged(merged, *space.point(free_V))))
     brute = brute + space.pull(free_V)
     assert loss == pytest.approx(float(brute.detach()), rel=1e-9)
     expected_V = torch.autograd.grad(brute, free_V)[0]
@@ -429,7 +429,7 @@ def test_starts(moe: Path) -> None:
     assert found.alpha_LN.tolist() == [[0.0, 1.0, 0.0]] * 3 and found.shared_L.tolist() == [0.25] * 3
     with pytest.raises(OptionError, match="no member has this number"):
         METHODS.get("one_hot")(FitProblem(blocks, N, True, FitSettings(initial_member=N)))
-    from moemerge.fitting.starts import start
+    from moemerge.fitting.initial import initial_coefficients
 
     given = FitOutcome(ALPHA, SHARED)
     for granularity, shared, alpha_LN, shared_L in (
@@ -438,7 +438,7 @@ def test_starts(moe: Path) -> None:
         ("global", "learned_global", ALPHA.mean(0).expand(3, N), [float(SHARED.mean())] * 3),
     ):
         settings = FitSettings(granularity=granularity, shared_weight=shared)
-        found = start(FitProblem(blocks, N, True, settings, start=given))
+        found = initial_coefficients(FitProblem(blocks, N, True, settings, start=given))
         torch.testing.assert_close(found.alpha_LN, alpha_LN)
         assert found.shared_L.tolist() == pytest.approx(shared_L)
 
@@ -464,7 +464,7 @@ def test_members_mapped_kept_and_read_in_pieces_are_the_same(
 
 def test_the_teacher_is_the_moe_and_gate_mass_is_a_recount(moe: Path, tmp_path: Path) -> None:
     pairs, source = encode(moe, random_pairs(5), tmp_path), MoeCheckpoint(moe)
-    lesson = Lesson(double(source), source.tokenizer(), pairs, FitSettings(micro_batch_size=2))
+    targets = Targets(double(source), source.tokenizer(), pairs, FitSettings(micro_batch_size=2))
     model = load_moe(moe)
     from moemerge.models.moe import moe_layers
 
@@ -479,10 +479,10 @@ def test_the_teacher_is_the_moe_and_gate_mass_is_a_recount(moe: Path, tmp_path: 
                 for token in range(len(text.ids)):
                     for expert, weight in zip(gating.index_TK[token], gating.weights_TK[token], strict=True):
                         mass_N[int(expert)] += float(weight.detach())
-        assert float(lesson.teacher_P[number]) == pytest.approx(scores[0] - scores[1], rel=1e-4)
+        assert float(targets.teacher_P[number]) == pytest.approx(scores[0] - scores[1], rel=1e-4)
         found_N = pair_gate_mass(load_moe(moe), source.tokenizer(), pairs, 2)[number]
         torch.testing.assert_close(found_N, mass_N / mass_N.sum(), rtol=1e-5, atol=1e-6)
-    owners = lesson.owners_PN
+    owners = targets.owners_PN
     assert owners.sum(1).tolist() == [1.0] * 5 and set(owners.flatten().tolist()) == {0.0, 1.0}
 
 
@@ -490,22 +490,22 @@ def test_owners_by_subset(moe: Path, tmp_path: Path) -> None:
     rows = random_pairs(4, subsets=("helpful", "harmless"))
     pairs, source = encode(moe, rows, tmp_path), MoeCheckpoint(moe)
     settings = FitSettings(owners={"helpful": 2, "harmless": 0})
-    lesson = Lesson(double(source), source.tokenizer(), pairs, settings)
-    assert lesson.owners_PN.argmax(1).tolist() == [2, 0, 2, 0]
+    targets = Targets(double(source), source.tokenizer(), pairs, settings)
+    assert targets.owners_PN.argmax(1).tolist() == [2, 0, 2, 0]
     alone = double(source)
     alone.merge(torch.eye(N, dtype=torch.float64)[2].repeat(L, 1), torch.zeros(L, dtype=torch.float64))
     states_2D = brute_answers(alone, pairs[:1], {}).states_2PD[:, 0]
-    torch.testing.assert_close(lesson.own.states_2PD[:, 0], states_2D.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(targets.of_owners.states_2PD[:, 0], states_2D.detach(), rtol=1e-6, atol=1e-7)
     with pytest.raises(OptionError, match="has no owner"):
-        _ = Lesson(double(source), source.tokenizer(), pairs, FitSettings(owners={"helpful": 1})).owners_PN
+        _ = Targets(double(source), source.tokenizer(), pairs, FitSettings(owners={"helpful": 1})).owners_PN
 
 
-def test_moments_against_outputs_written_out(moe: Path, tmp_path: Path) -> None:
+def test_output_grams_against_outputs_written_out(moe: Path, tmp_path: Path) -> None:
     """w'Sw is the squared distance of outputs for any w; its minimum is found on the simplex."""
     rows, source = random_pairs(4, subsets=("a", "b")), MoeCheckpoint(moe)
     pairs, merged = encode(moe, rows, tmp_path), double(source)
     owner = {"a": 0, "b": 2}
-    S_LMM = moments(Lesson(merged, source.tokenizer(), pairs, FitSettings(owners=owner)), L)
+    S_LMM = output_grams(Targets(merged, source.tokenizer(), pairs, FitSettings(owners=owner)), L)
     weights_M = torch.tensor([0.3, 0.2, 0.4, 0.1], dtype=torch.float64)
     expected_L = torch.zeros(L, dtype=torch.float64)
     matrices = [t for t in source.tensors if len(t.shape) == 2]

@@ -23,7 +23,7 @@ from moemerge.errors import CheckpointError, MoemergeError, UnsupportedError
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.native_moe import BASIN, NativeMoe
-from moemerge.merging.sources.open import open_members
+from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.families import FAMILIES
 from moemerge.models.families.refused import MOE, REFUSED
@@ -294,7 +294,7 @@ def test_what_the_sibling_cannot_express_is_refused(
 ) -> None:
     folder = save(native(kind, **changes), tmp_path / "moe")
     with pytest.raises(UnsupportedError, match=reason):
-        open_members(Members(model=str(folder)))
+        open_source(Members(model=str(folder)))
 
 
 def test_our_own_export_is_refused(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_our_own_export_is_refused(tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe", "qwen2", gate="topk")
     folder = export(model=str(moe), form="qwen2_moe", output=tmp_path / "native")
     with pytest.raises(UnsupportedError, match="merge the MoE that it was exported from"):
-        open_members(Members(model=str(folder)))
+        open_source(Members(model=str(folder)))
 
 
 @pytest.mark.parametrize("kind", NO_SIBLING)

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.errors import CheckpointError, MoemergeError
-from moemerge.merging.blocks import BLOCK
+from moemerge.merging.blocks import BLOCK_NAME
 from moemerge.merging.coefficients import FORMAT, Coefficients
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.config_file import read_config
@@ -222,7 +222,7 @@ def _coefficients(folder: Path, draw: random.Random) -> None:
 
 def _read_coefficients(folder: Path) -> None:
     found = Coefficients.load(folder)
-    assert all(BLOCK.fullmatch(block) for block in found.blocks)
+    assert all(BLOCK_NAME.fullmatch(block) for block in found.blocks)
     assert bool(found.alpha_LN.isfinite().all()) and list(found.table())
 
 

@@ -17,7 +17,7 @@ from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs
 from moemerge.fitting.objectives.base import mixture
 from moemerge.fitting.pair_objective import PairObjective
-from moemerge.fitting.teachers import Lesson
+from moemerge.fitting.targets import Targets
 from moemerge.merging.merged_model import MergedModel, MergeGradient
 from moemerge.models.loading import load_tokenizer
 from moemerge.options.base import TextFormat
@@ -88,7 +88,7 @@ def objective_of(
 ) -> PairObjective:
     """The objective with all pairs on both sides; `size` pairs per forward pass."""
     tokenizer, wanted = merged.source.tokenizer(), FitSettings(**settings)
-    term = mixture(wanted.objectives, Lesson(merged, tokenizer, pairs, wanted))
+    term = mixture(wanted.objectives, Targets(merged, tokenizer, pairs, wanted))
     numbers = list(range(len(pairs)))
     return PairObjective(merged, tokenizer, pairs, numbers, numbers, term, size)
 

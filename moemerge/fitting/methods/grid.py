@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.errors import OptionError
+from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.problem import FitOutcome, FitProblem, Objective
 from moemerge.fitting.significance import gain, measures
-from moemerge.fitting.starts import start
 
 
 def grid(problem: FitProblem) -> FitOutcome:
@@ -31,8 +31,8 @@ def grid(problem: FitProblem) -> FitOutcome:
             expected="a MoE with a shared expert, or models with a base",
             fix="choose method learned, or name a base",
         )
-    first, objective = start(problem), problem.data()
-    tried = {}
+    first, objective = initial_coefficients(problem), problem.data()
+    tried: dict[float, dict[str, float]] = {}
     for weight in tqdm(problem.settings.grid, desc="fit", leave=False, disable=None):
         tried[weight] = measures(objective.measure(first.alpha_LN, _all(weight, first), "train").margins_P)
     best = min(tried, key=lambda weight: tried[weight]["loss"])
@@ -63,5 +63,5 @@ def _report(
         "pairs": {"train": objective.num_train, "held_out": len(held_P["before"])},
         "train": {"before": measures(before_P), "after": tried[best]},
         "held_out": {**held_out, "gain": better},
-        "grid": [{"shared_weight": weight, **found} for weight, found in tried.items()],
+        "grid": [{"shared_weight": weight, **numbers} for weight, numbers in tried.items()],
     }

@@ -1,6 +1,6 @@
 """Coefficients learned on preference pairs, and kept only if held-out pairs say that they are better.
 
-Shapes: L blocks, N weighted members, P pairs, J points of a walk.
+Shapes: L blocks, N weighted members, P pairs, J points of a trajectory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moemerge.fitting.problem import FitOutcome, FitProblem, Objective, mean_of
+from moemerge.data.pairs import numbered
+from moemerge.fitting.initial import initial_coefficients
+from moemerge.fitting.problem import FitOutcome, FitProblem, Objective, mean_of, movement
 from moemerge.fitting.significance import chance, gain, measures, paired
-from moemerge.fitting.starts import start
-from moemerge.fitting.walk import BACK, Point, Walk
+from moemerge.fitting.trajectory import BACK, Point, Trajectory
 from moemerge.merging.blocks import layer_of
 
 KEPT = "Nothing that was tried beat the initial coefficients on the held-out pairs"
@@ -22,34 +23,42 @@ KEPT = "Nothing that was tried beat the initial coefficients on the held-out pai
 def learned(problem: FitProblem) -> FitOutcome:
     """Fit alpha, and lambda if shared_weight is learned, to the objectives of the merged model.
 
-    An optimiser (settings.optimizer) walks from the start; the outcome is the point on its way with the
-    lowest held-out loss (settings.judge), unless it could be chance: with p >= settings.level, by a paired
+    An optimiser (settings.optimizer) begins at the start; the outcome is the point on its trajectory with the
+    lowest held-out loss (settings.judge), unless that may be chance: with p >= settings.level, by a paired
     test that counts how many points were tried, the start is kept, exactly. With settings.folds each part of
-    the pairs is held out from a walk of its own; the outcome is the mean of the walks' coefficients after the
+    the pairs is held out from a run of its own; the outcome is the mean of the runs' coefficients after the
     number of points that is best over all parts together. Deterministic for a given seed.
 
     Raises OptionError without pairs, or without routing where the start needs it.
     Source: learned merge coefficients, XFT (arXiv 2404.15247, fourth step) and UMM-RM (arXiv 2512.00724).
     """
-    objective, first = problem.data(), start(problem)
+    objective, first = problem.data(), initial_coefficients(problem)
     folds = problem.settings.folds
     parts = objective.folds(folds, problem.seed) if folds else [objective]
-    trial = _Trial(problem, [Walk(problem, part, first).run() for part in parts])
-    found = trial.outcome if trial.moved else first
-    return FitOutcome(found.alpha_LN, found.shared_L, _report(problem, objective, first, found, trial))
+    selection = _Selection(problem, [Trajectory(problem, part, first).run() for part in parts])
+    last = selection.outcome if selection.moved else first
+    return FitOutcome(last.alpha_LN, last.shared_L, _report(problem, objective, first, last, selection))
 
 
-class _Trial:
-    """One walk, or one per fold, and the verdict of the pairs that each of them held out."""
+class _Selection:
+    """The point that held-out pairs select from one trajectory, or from one per fold, and whether by chance.
 
-    def __init__(self, problem: FitProblem, walks: list[Walk]) -> None:
-        self.settings, self.walks = problem.settings, walks
-        self.prompts = _numbered([walk.objective.prompts("held_out") for walk in walks])
-        self.longest = max(len(walk.points) for walk in walks)
+    Points are numbered: those of the trajectories first, then the ones back towards the start.
+    """
+
+    def __init__(self, problem: FitProblem, trajectories: list[Trajectory]) -> None:
+        self.settings, self.trajectories = problem.settings, trajectories
+        parts = [trajectory.objective.prompts("held_out") for trajectory in trajectories]
+        # Each fold counts its prompts from 0; no prompt is held out twice, so none may share a number.
+        self.prompts = numbered((part, number) for part, numbers in enumerate(parts) for number in numbers)
+        self.longest = max(len(trajectory.points) for trajectory in trajectories)
+        # Folds together hold out every pair once: a row has the loss of all pairs after equally many points.
         losses_JP = torch.stack([self.judged(j) for j in range(self.longest + len(BACK))])
         self.best = int(losses_JP.mean(1).argmin())
         gains_JP = losses_JP[0] - losses_JP
+        # Point 0 is the start. The test needs the gains of all: the best of many is high by chance alone.
         self.p = chance(gains_JP, self.best, self.prompts, problem.seed) if self.best else 1.0
+        # p can be exactly 1, and level 1 is to let every best point pass.
         self.moved = self.best > 0 and (self.p < self.settings.level or self.settings.level == 1)
 
     @property
@@ -63,38 +72,35 @@ class _Trial:
         )
 
     def points(self, number: int) -> list[Point]:
-        """The point of this number of each walk, the last one of one that ended before; then those back."""
+        """Point `number` of each trajectory; a trajectory that ended before gives its last point."""
         if number >= self.longest:
-            return [walk.back[number - self.longest] for walk in self.walks]
-        return [walk.points[min(number, len(walk.points) - 1)] for walk in self.walks]
+            return [trajectory.back[number - self.longest] for trajectory in self.trajectories]
+        return [
+            trajectory.points[min(number, len(trajectory.points) - 1)] for trajectory in self.trajectories
+        ]
 
     def margins(self, number: int) -> Tensor:
-        """Held-out margins of all walks at this number."""
+        """Held-out margins of all trajectories at point `number`."""
         return torch.cat([point.held_out.margins_P for point in self.points(number)])
 
     def judged(self, number: int) -> Tensor:
-        """Held-out losses that decide, of all walks at this number."""
+        """Held-out losses that decide, of all trajectories at point `number`."""
         return torch.cat([point.judged_P for point in self.points(number)])
 
 
-def _numbered(parts: list[list[int]]) -> list[int]:
-    """Prompt numbers of several parts, no number in two of them."""
-    pairs = [(part, number) for part, numbers in enumerate(parts) for number in numbers]
-    places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-    return [places[pair] for pair in pairs]
-
-
 def _report(
-    problem: FitProblem, objective: Objective, first: FitOutcome, found: FitOutcome, trial: _Trial
+    problem: FitProblem, objective: Objective, first: FitOutcome, last: FitOutcome, selection: _Selection
 ) -> dict[str, Any]:
-    before_P, after_P = (trial.margins(number) for number in (0, trial.best if trial.moved else 0))
-    train_P = [objective.measure(at.alpha_LN, at.shared_L, "train").margins_P for at in (first, found)]
-    walk = trial.walks[0]
-    change = paired(before_P, after_P, trial.prompts, problem.seed)
+    before_P, after_P = (
+        selection.margins(number) for number in (0, selection.best if selection.moved else 0)
+    )
+    train_P = [objective.measure(at.alpha_LN, at.shared_L, "train").margins_P for at in (first, last)]
+    trajectories = selection.trajectories
+    change = paired(before_P, after_P, selection.prompts, problem.seed)
     on_train = paired(train_P[0], train_P[1], objective.prompts("train"), problem.seed)
     return {
-        "verdict": _verdict(trial, change),
-        "kept_initial": not trial.moved,
+        "verdict": _verdict(selection, change),
+        "kept_initial": not selection.moved,
         "pairs": {"train": objective.num_train, "held_out": len(before_P)},
         "train": {"before": measures(train_P[0]), "after": measures(train_P[1]), "change": on_train},
         "held_out": {
@@ -102,62 +108,55 @@ def _report(
             "after": measures(after_P),
             "gain": gain(before_P, after_P),
             "change": change,
-            "p": trial.p,
+            "p": selection.p,
         },
-        "optimizer": walk.optimizer,
-        "passes": round(sum(one.passes for one in trial.walks), 3),
-        "best_point": trial.best,
-        "moved": movement(problem.blocks, first, found),
-        "sensitivity": _sensitivity(problem, objective, first, found) if trial.moved else [],
-        "trajectory": walk.trajectory,
+        "optimizer": trajectories[0].optimizer,
+        "passes": round(sum(trajectory.passes for trajectory in trajectories), 3),
+        "best_point": selection.best,
+        "moved": movement(problem.blocks, first, last),
+        "sensitivity": _sensitivity(problem, objective, first, last) if selection.moved else [],
+        "trajectory": trajectories[0].history,
     }
 
 
-def movement(blocks: list[str], first: FitOutcome, found: FitOutcome) -> list[dict[str, Any]]:
-    """How far each block's coefficients went: L1, half of it, and the shared weight's change."""
-    l1_L = (found.alpha_LN - first.alpha_LN).abs().sum(1)
-    shared_L = found.shared_L - first.shared_L
-    return [
-        {"block": name, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
-        for name, l1, shared in zip(blocks, l1_L, shared_L, strict=True)
-    ]
-
-
 def _sensitivity(
-    problem: FitProblem, objective: Objective, first: FitOutcome, found: FitOutcome
+    problem: FitProblem, objective: Objective, first: FitOutcome, last: FitOutcome
 ) -> list[dict[str, Any]]:
-    """What held-out loss and accuracy lose when one layer goes back to its start."""
+    """How much held-out loss and accuracy get worse when one layer alone goes back to its start."""
     if not problem.settings.sensitivity:
         return []
-    with_all = measures(objective.measure(found.alpha_LN, found.shared_L, "held_out").margins_P)
+    with_all = measures(objective.measure(last.alpha_LN, last.shared_L, "held_out").margins_P)
     rows = []
-    for layer in dict.fromkeys(_home(block) for block in problem.blocks):
-        back_L = torch.tensor([_home(block) == layer for block in problem.blocks])
-        alpha_LN = torch.where(back_L[:, None], first.alpha_LN, found.alpha_LN)
-        shared_L = torch.where(back_L, first.shared_L, found.shared_L)
+    # A layer as a whole, also where each of its matrices has a row: their effects do not add up.
+    for layer in dict.fromkeys(_layer_name(block) for block in problem.blocks):
+        back_L = torch.tensor([_layer_name(block) == layer for block in problem.blocks])
+        alpha_LN = torch.where(back_L[:, None], first.alpha_LN, last.alpha_LN)
+        shared_L = torch.where(back_L, first.shared_L, last.shared_L)
         without = measures(objective.measure(alpha_LN, shared_L, "held_out").margins_P)
         worse = {"loss": without["loss"] - with_all["loss"]}
         rows.append({"layer": layer, **worse, "accuracy": with_all["accuracy"] - without["accuracy"]})
     return rows
 
 
-def _home(block: str) -> str:
+def _layer_name(block: str) -> str:
+    """`layers.3` for any block of that layer; outside and head stand for themselves."""
     number = layer_of(block)
     return block if number is None else f"layers.{number}"
 
 
-def _verdict(trial: _Trial, change: dict[str, Any]) -> str:
-    if not trial.best:
+def _verdict(selection: _Selection, change: dict[str, Any]) -> str:
+    """What came of the fit, in a sentence."""
+    if not selection.best:
         return f"{KEPT}: they are kept."
-    before, after = (float(trial.judged(number).mean()) for number in (0, trial.best))
+    before, after = (float(selection.judged(number).mean()) for number in (0, selection.best))
     loss = f"from {before:.4f} to {after:.4f}"
-    if not trial.moved:
-        return f"{KEPT} beyond chance (loss {loss} at best, p = {trial.p:.2g}): they are kept."
-    found = [measures(trial.margins(number))["accuracy"] for number in (0, trial.best)]
-    accuracy = f"accuracy from {found[0]:.4f} to {found[1]:.4f}"
-    if trial.settings.judge == "objective":
-        return f"What is fitted went {loss} on held-out pairs (p = {trial.p:.2g}), {accuracy}."
-    loss = f"{loss} (change {_interval(change['loss'])}, p = {trial.p:.2g})"
+    if not selection.moved:
+        return f"{KEPT} beyond chance (loss {loss} at best, p = {selection.p:.2g}): they are kept."
+    shares = [measures(selection.margins(number))["accuracy"] for number in (0, selection.best)]
+    accuracy = f"accuracy from {shares[0]:.4f} to {shares[1]:.4f}"
+    if selection.settings.judge == "objective":
+        return f"What is fitted went {loss} on held-out pairs (p = {selection.p:.2g}), {accuracy}."
+    loss = f"{loss} (change {_interval(change['loss'])}, p = {selection.p:.2g})"
     return f"The held-out loss went {loss}, {accuracy}."
 
 

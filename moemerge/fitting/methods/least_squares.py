@@ -12,10 +12,9 @@ import torch
 from scipy.optimize import LinearConstraint, minimize
 from torch import Tensor
 
-from moemerge.fitting.methods.learned import movement
-from moemerge.fitting.problem import FitOutcome, FitProblem
+from moemerge.fitting.initial import initial_coefficients
+from moemerge.fitting.problem import FitOutcome, FitProblem, movement
 from moemerge.fitting.significance import gain, measures, paired
-from moemerge.fitting.starts import start
 
 
 def least_squares(problem: FitProblem) -> FitOutcome:
@@ -26,31 +25,36 @@ def least_squares(problem: FitProblem) -> FitOutcome:
     start. Labels are not used; held-out pairs only report. Raises OptionError without pairs. Source: the
     regression of RegMean (arXiv 2212.09849), its free matrix narrowed to the averages that a merge can be.
     """
-    first = start(problem)
-    squares_LMM = problem.squares(first)
+    first = initial_coefficients(problem)
+    gram_LMM = problem.grams(first)
     if problem.settings.granularity == "global":
         # One row serves all blocks: it minimises their sum. Solved once, so that all rows have the same bits.
-        solved = [_row(problem, squares_LMM.sum(0), first, 0)] * len(problem.blocks)
+        rows = [_row(problem, gram_LMM.sum(0), first, 0)] * len(problem.blocks)
     else:
-        solved = [_row(problem, squares_LMM[row], first, row) for row in range(len(problem.blocks))]
-    alpha_LN, shared_L = torch.stack([alpha for alpha, _ in solved]), torch.stack([s for _, s in solved])
+        rows = [_row(problem, gram_LMM[row], first, row) for row in range(len(problem.blocks))]
+    alpha_LN, shared_L = torch.stack([alpha_N for alpha_N, _ in rows]), torch.stack([s for _, s in rows])
     return FitOutcome(alpha_LN, shared_L, _report(problem, first, alpha_LN, shared_L))
 
 
-def _row(problem: FitProblem, squares_MM: Tensor, first: FitOutcome, row: int) -> tuple[Tensor, Tensor]:
+def _row(problem: FitProblem, gram_MM: Tensor, first: FitOutcome, row: int) -> tuple[Tensor, Tensor]:
+    """alpha_N and lambda of one row: those that minimise `gram_MM`, or of `first` where that says nothing."""
     free = problem.settings.learns_shared and problem.has_shared
     shared = None if free else float(first.shared_L[row])
-    if shared == 1 or not bool(squares_MM.any()):
+    # All weight on the shared member, or no matrix in the block: every alpha is as good.
+    if shared == 1 or not bool(gram_MM.any()):
         return first.alpha_LN[row], first.shared_L[row]
-    weights_M = on_simplex(squares_MM, shared if problem.has_shared else 0.0)
+    weights_M = on_simplex(gram_MM, shared if problem.has_shared else 0.0)
+    # w_0 = lambda and w_i = (1 - lambda) alpha_i, so alpha is the rest of w, made to sum to one.
     routed = weights_M[1:].sum()
     alpha_N = weights_M[1:] / routed if routed > 0 else first.alpha_LN[row]
     return alpha_N, weights_M[0] if free else first.shared_L[row]
 
 
-def on_simplex(squares_MM: Tensor, first_weight: float | None) -> Tensor:
+def on_simplex(gram_MM: Tensor, first_weight: float | None) -> Tensor:
     """w >= 0 with sum 1 that minimises w' S w, S symmetric and >= 0; w_0 = `first_weight` unless None."""
-    S = (squares_MM / squares_MM.diagonal().abs().max()).numpy()
+    # A factor does not move the minimum, but ftol is absolute: the largest number of S becomes 1. It is on
+    # the diagonal, as S is a Gram matrix.
+    S = (gram_MM / gram_MM.diagonal().abs().max()).numpy()
     count = len(S)
     fixed = first_weight is not None
     start = np.full(count, (1 - (first_weight or 0)) / (count - 1) if fixed else 1 / count)
@@ -58,7 +62,7 @@ def on_simplex(squares_MM: Tensor, first_weight: float | None) -> Tensor:
     bounds = [(start[0], start[0]) if fixed else (0.0, 1.0), *[(0.0, 1.0)] * (count - 1)]
     constraint = LinearConstraint(np.ones((1, count)), 1, 1)
     solve: Any = minimize
-    found = solve(
+    solution = solve(
         lambda w: (w @ S @ w, 2 * S @ w),
         start,
         jac=True,
@@ -67,7 +71,9 @@ def on_simplex(squares_MM: Tensor, first_weight: float | None) -> Tensor:
         constraints=constraint,
         options={"ftol": 1e-14, "maxiter": 1000},
     )
-    weights_M = torch.from_numpy(found.x).clamp(min=0)
+    weights_M = torch.from_numpy(solution.x).clamp(min=0)
+    # SLSQP keeps bounds and sum only up to its tolerance. w_0 stays, as it may be fixed; the others are
+    # scaled to sum to what it leaves.
     weights_M[1:] *= (1 - weights_M[0]) / weights_M[1:].sum().clamp(min=1e-300)
     return weights_M
 
@@ -79,10 +85,10 @@ def _report(problem: FitProblem, first: FitOutcome, alpha_LN: Tensor, shared_L: 
         [objective.measure(at.alpha_LN, at.shared_L, split).margins_P for at in (first, after)]
         for split in ("held_out", "train")
     )
-    before, now = measures(held_P[0]), measures(held_P[1])
+    before, later = measures(held_P[0]), measures(held_P[1])
     verdict = (
         f"Least squares on the members' outputs; the held-out loss goes from {before['loss']:.4f} to "
-        f"{now['loss']:.4f}, accuracy from {before['accuracy']:.4f} to {now['accuracy']:.4f}."
+        f"{later['loss']:.4f}, accuracy from {before['accuracy']:.4f} to {later['accuracy']:.4f}."
     )
     return {
         "verdict": verdict,
@@ -94,7 +100,7 @@ def _report(problem: FitProblem, first: FitOutcome, alpha_LN: Tensor, shared_L: 
         },
         "held_out": {
             "before": before,
-            "after": now,
+            "after": later,
             "gain": gain(held_P[0], held_P[1]),
             "change": paired(held_P[0], held_P[1], objective.prompts("held_out"), problem.seed),
         },

@@ -1,12 +1,12 @@
-"""All weight on one member, the shared one's apart: the merge as that expert or model would be."""
+"""All weight on one member, besides the shared one's: the merge as that expert or model would be."""
 
 from __future__ import annotations
 
 import torch
 
 from moemerge.errors import OptionError
+from moemerge.fitting.initial import initial_shared_L
 from moemerge.fitting.problem import FitOutcome, FitProblem
-from moemerge.fitting.starts import start_shared_L
 
 
 def one_hot(problem: FitProblem) -> FitOutcome:
@@ -25,4 +25,4 @@ def one_hot(problem: FitProblem) -> FitOutcome:
     alpha_LN = torch.zeros(len(problem.blocks), count, dtype=torch.float64)
     alpha_LN[:, member] = 1
     verdict = f"Member {member} has all the weight besides the shared one; nothing was fitted."
-    return FitOutcome(alpha_LN, start_shared_L(problem), {"verdict": verdict})
+    return FitOutcome(alpha_LN, initial_shared_L(problem), {"verdict": verdict})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from moemerge.fitting.initial import initial_shared_L
 from moemerge.fitting.problem import FitOutcome, FitProblem
-from moemerge.fitting.starts import start_shared_L
 
 
 def uniform(problem: FitProblem) -> FitOutcome:
@@ -13,4 +13,4 @@ def uniform(problem: FitProblem) -> FitOutcome:
     shape = (len(problem.blocks), problem.num_experts)
     alpha_LN = torch.full(shape, 1 / problem.num_experts, dtype=torch.float64)
     verdict = "Every routed expert of a layer has the same weight; nothing was fitted."
-    return FitOutcome(alpha_LN, start_shared_L(problem), {"verdict": verdict})
+    return FitOutcome(alpha_LN, initial_shared_L(problem), {"verdict": verdict})

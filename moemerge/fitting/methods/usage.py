@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moemerge.fitting.initial import initial_shared_L
 from moemerge.fitting.problem import FitOutcome, FitProblem
-from moemerge.fitting.starts import start_shared_L
 
 
 def usage(problem: FitProblem, side: str | None = None) -> FitOutcome:
@@ -17,7 +17,7 @@ def usage(problem: FitProblem, side: str | None = None) -> FitOutcome:
     alpha_LN = routing.gate_mass_LN(side=side)[problem.layer_rows(routing.layers)]
     where = f" on {side} answers" if side else ""
     verdict = f"Experts are weighted by the gate mass seen in routing{where}; nothing was fitted."
-    return FitOutcome(problem.pooled(alpha_LN), start_shared_L(problem), {"verdict": verdict})
+    return FitOutcome(problem.pooled(alpha_LN), initial_shared_L(problem), {"verdict": verdict})
 
 
 def usage_chosen(problem: FitProblem) -> FitOutcome:

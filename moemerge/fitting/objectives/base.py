@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moemerge.fitting.objectives import OBJECTIVES
-from moemerge.fitting.teachers import Lesson
+from moemerge.fitting.targets import Targets
 from moemerge.merging.merged_model import Answers
 
 Loss = Callable[[Answers, Tensor], Tensor]
@@ -17,9 +17,9 @@ Loss = Callable[[Answers, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Term:
-    """`loss(answers, rows)`: the loss of B pairs, float64 [B], whose numbers in the lesson are `rows`.
+    """`loss(answers, rows)`: the loss of B pairs, float64 [B], whose numbers in Targets.pairs are `rows`.
 
-    Pairs beyond the lesson's first ones (hard negatives) have labels and nothing else: a term that needs more
+    Numbers beyond those pairs are hard negatives, which have labels and no targets: a term that needs targets
     gives 0 for them. `states`: the loss looks at last-token states.
     """
 
@@ -27,12 +27,12 @@ class Term:
     states: bool = False
 
 
-MakeTerm = Callable[[Lesson], Term]
+MakeTerm = Callable[[Targets], Term]
 
 
-def mixture(weights: Mapping[str, float], lesson: Lesson) -> Term:
+def mixture(weights: Mapping[str, float], targets: Targets) -> Term:
     """The weighted sum of the objectives named. Raises OptionError for an unknown one."""
-    terms = [(weight, OBJECTIVES.get(name)(lesson)) for name, weight in weights.items()]
+    terms = [(weight, OBJECTIVES.get(name)(targets)) for name, weight in weights.items()]
 
     def loss(answers: Answers, rows: Tensor) -> Tensor:
         return torch.stack([weight * term.loss(answers, rows) for weight, term in terms]).sum(0)
@@ -43,6 +43,8 @@ def mixture(weights: Mapping[str, float], lesson: Lesson) -> Term:
 def of_rows(values_P: Tensor, rows: Tensor, otherwise: Tensor) -> Tensor:
     """`values_P` of these rows; where there is none, `otherwise`, so that their difference is 0."""
     known = rows < len(values_P)
-    found = values_P[rows.clamp(max=len(values_P) - 1)].to(otherwise.device)
+    # Rows beyond the end read the last value, which `where` then drops.
+    values_B = values_P[rows.clamp(max=len(values_P) - 1)].to(otherwise.device)
     shape = [-1] + [1] * (otherwise.ndim - 1)
-    return torch.where(known.view(shape).to(otherwise.device), found, otherwise.detach())
+    # A target has no gradient; where it is the answer itself, the squared difference has none either.
+    return torch.where(known.view(shape).to(otherwise.device), values_B, otherwise.detach())

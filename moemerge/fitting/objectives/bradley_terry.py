@@ -8,36 +8,37 @@ from torch.nn.functional import logsigmoid
 
 from moemerge.errors import DataError
 from moemerge.fitting.objectives.base import Term, of_rows
-from moemerge.fitting.teachers import Lesson
+from moemerge.fitting.targets import Targets
 from moemerge.merging.merged_model import Answers
 
 
-def bradley_terry(lesson: Lesson) -> Term:
+def bradley_terry(targets: Targets) -> Term:
     """-(1 - e) log sigmoid(d - m) - e log sigmoid(m - d), d = score(chosen) - score(rejected).
 
     e is settings.label_smoothing; the margin m is 0, the data's column, or the teacher's own difference
     (preference strength). Raises DataError if a pair lacks the column.
     Source: adaptive margin and soft labels, Secrets of RLHF II (arXiv 2401.06080).
     """
-    margins_P, smoothing = _margins(lesson), lesson.settings.label_smoothing
+    margins_P, smoothing = _margins(targets), targets.settings.label_smoothing
 
     def loss(answers: Answers, rows: Tensor) -> Tensor:
         d_B = answers.margins_P
         if margins_P is not None:
+            # Hard negatives have no margin: theirs is 0.
             d_B = d_B - of_rows(margins_P, rows, torch.zeros_like(d_B))
         return -(1 - smoothing) * logsigmoid(d_B) - smoothing * logsigmoid(-d_B)
 
     return Term(loss)
 
 
-def _margins(lesson: Lesson) -> Tensor | None:
-    kind = lesson.settings.margin
+def _margins(targets: Targets) -> Tensor | None:
+    kind = targets.settings.margin
     if kind == "none":
         return None
     if kind == "strength":
-        return lesson.teacher_P
-    column = [pair.pair.margin for pair in lesson.pairs]
-    lacking = [pair.pair.row for pair in lesson.pairs if pair.pair.margin is None]
+        return targets.teacher_P
+    column = [pair.pair.margin for pair in targets.pairs]
+    lacking = [pair.pair.row for pair in targets.pairs if pair.pair.margin is None]
     if lacking:
         raise DataError(
             "pairs have no margin",

@@ -19,6 +19,7 @@ def adam(task: Task) -> None:
     every, total = math.ceil(per_epoch / settings.evals_per_epoch), per_epoch * settings.max_epochs
     order: list[list[int]] = []
     for step in range(1, total + 1):
+        # A new random order whenever all batches are used up: every pair once per epoch.
         order = order or [
             rows.tolist()
             for rows in torch.randperm(task.num_pairs, generator=generator).split(settings.batch_size)
@@ -26,6 +27,7 @@ def adam(task: Task) -> None:
         _, v_V.grad = task.gradient(v_V.detach(), order.pop(0))
         optimiser.step()
         with torch.no_grad():
+            # Adam knows no bounds: a step beyond them is cut off.
             v_V.clamp_(task.low_V, task.high_V)
         if (step % every == 0 or step == total) and task.visit(v_V.detach().clone()):
             return

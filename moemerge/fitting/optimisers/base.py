@@ -11,10 +11,10 @@ from moemerge.options.fit import FitSettings
 
 
 class Task(Protocol):
-    """A loss over vectors between two bounds, all float64, and somebody who watches the way.
+    """A loss over vectors between two bounds, all float64, and an observer of the points on the way.
 
-    `v_V` is where to begin. An optimiser calls `visit` with every point worth looking at, and ends when that
-    says so; it returns nothing.
+    `v_V` is where to begin. An optimiser calls `visit` with every point that may become the outcome, and ends
+    when that returns True; it returns nothing, as the task keeps what it was shown.
     """
 
     v_V: Tensor
@@ -37,7 +37,7 @@ class Task(Protocol):
         ...
 
     def visit(self, v_V: Tensor) -> bool:
-        """Look at a point; True: stop."""
+        """Measure a point and keep it; True: stop."""
         ...
 
 

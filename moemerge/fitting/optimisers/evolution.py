@@ -24,6 +24,7 @@ def cma(task: Task) -> None:
         from cma import CMAEvolutionStrategy
     generator = np.random.default_rng(task.seed)
     options: dict[str, Any] = {
+        # NaN: cma is not to seed numpy's global state; all its draws come from `randn`.
         "seed": math.nan,
         "randn": lambda *shape: generator.standard_normal(shape),
         "bounds": [task.low_V.tolist(), task.high_V.tolist()],
@@ -34,5 +35,6 @@ def cma(task: Task) -> None:
     while not strategy.stop():
         population = strategy.ask()
         strategy.tell(population, [task.loss(torch.tensor(v, dtype=torch.float64)) for v in population])
+        # The mean of the distribution, within the bounds: less noisy than the best of one generation.
         if task.visit(torch.tensor(strategy.result.xfavorite, dtype=torch.float64)):
             return

@@ -20,9 +20,11 @@ def lbfgs(task: Task) -> None:
         return loss, gradient_V.numpy()
 
     def visit(intermediate_result: Any) -> None:
+        # A copy: scipy may write the next iterate into the same memory.
         if task.visit(torch.from_numpy(intermediate_result.x.copy())):
             raise StopIteration
 
+    # maxfun and not maxiter: a line search may take several passes for one iterate.
     limits = Bounds(task.low_V.numpy(), task.high_V.numpy())
     options = {"maxfun": task.settings.max_epochs, "ftol": 1e-10, "gtol": 1e-8}
     start = task.v_V.numpy()

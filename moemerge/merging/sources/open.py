@@ -9,7 +9,7 @@ from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
 from moemerge.options.base import Members
 
 
-def open_members(options: Members) -> MergeSource:
+def open_source(options: Members) -> MergeSource:
     """The MoE, ours or a native one, or the list of models, that `options` name.
 
     Raises UnsupportedError for a native MoE without a dense sibling, and whatever opening it raises.

@@ -1,4 +1,4 @@
-"""What objectives learn from besides labels: the MoE's scores, the members' answers, whose inputs pairs are.
+"""What coefficients are fitted to besides labels: the MoE's scores, the members' answers on their own pairs.
 
 Shapes: P pairs, B of them at a time, T texts, L layers, N weighted members, D width of the last state.
 """
@@ -23,8 +23,8 @@ from moemerge.options.fit import FitSettings
 
 
 @dataclass
-class Lesson:
-    """Pairs, and what is known of them; each thing is computed when it is first asked for, and once.
+class Targets:
+    """Pairs, and what the MoE or its members say of them; each is computed when first asked for, and once.
 
     A MoE is loaded whole for its scores or its routing. Members are merged one after the other into `merged`.
     """
@@ -56,17 +56,19 @@ class Lesson:
         if not is_moe(self.merged.source.config):
             return torch.full((len(self.pairs), count), 1 / count, dtype=torch.float64)
         mass_PN = pair_gate_mass(self._moe(), self.tokenizer, self.pairs, self.settings.micro_batch_size)
+        # Relative to its mean: an expert that the router favours everywhere would else own every pair.
         winner_P = (mass_PN / mass_PN.mean(0).clamp(min=1e-12)).argmax(1)
         return torch.nn.functional.one_hot(winner_P, count).double()
 
     @cached_property
-    def own(self) -> Answers:
-        """What each pair's owners say of it, the mean of several; on the CPU."""
+    def of_owners(self) -> Answers:
+        """What each pair's owners answer on it, the mean of several; on the CPU."""
         owners_PN = self.owners_PN
         margins_P = torch.zeros(len(self.pairs), dtype=torch.float64)
         states_2PD: Tensor | None = None
-        for member, rows, answers in self.members():
+        for member, rows, answers in self.by_member():
             assert answers.states_2PD is not None
+            # Shares of a pair sum to one over its owners: what is added up is their mean.
             share_B = owners_PN[rows, member]
             margins_P[rows] += share_B * answers.margins_P.cpu()
             if states_2PD is None:
@@ -75,19 +77,20 @@ class Lesson:
         return Answers(margins_P, states_2PD)
 
     @torch.no_grad()
-    def members(self) -> Iterator[tuple[int, list[int], Answers]]:
+    def by_member(self) -> Iterator[tuple[int, list[int], Answers]]:
         """Each member's answers on its own pairs, a micro-batch at a time: member, pairs' numbers, answers.
 
-        While one is given, `merged` holds that member, in every block.
+        While a batch is out, `merged` is that member, in every block.
         """
         for member in range(self.merged.source.num_members):
             owned = self.owners_PN[:, member].nonzero()[:, 0].tolist()
             for begin in range(0, len(owned), self.settings.micro_batch_size):
                 rows = owned[begin : begin + self.settings.micro_batch_size]
-                self._become(member)
+                self._become(member)  # anew each time: whoever takes the batches may merge something else
                 yield member, rows, self.merged.answers([self.pairs[row] for row in rows], states=True)
 
     def _become(self, member: int) -> None:
+        """Make `merged` the member alone, in every block, without the shared one."""
         alpha_LN = torch.zeros_like(self.merged.alpha_LN)
         alpha_LN[:, member] = 1
         self.merged.merge(alpha_LN, torch.zeros_like(self.merged.shared_L))

@@ -1,4 +1,7 @@
-"""Where coefficients start, and what is not learned of them. Shapes: L blocks, N weighted members."""
+"""The coefficients that a fit starts from, and the shared weight where it is not learned.
+
+Shapes: L blocks, N weighted members.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from moemerge.fitting.problem import FitOutcome, FitProblem
 START_SHARED = 0.5
 
 
-def start(problem: FitProblem) -> FitOutcome:
+def initial_coefficients(problem: FitProblem) -> FitOutcome:
     """Where methods that learn begin: given coefficients, or settings.initial; shared weight as asked.
 
     `auto` is usage where there are routing statistics, else uniform. A shared weight that is to be learned
     begins at 0.5, the best fixed one of UMM-RM, or where the given coefficients have it; a fixed one holds.
     """
-    settings, given = problem.settings, problem.start
-    if given is not None:
-        shared_L = given.shared_L if settings.learns_shared else start_shared_L(problem)
-        return FitOutcome(problem.pooled(given.alpha_LN), problem.pooled(shared_L))
+    settings, start = problem.settings, problem.start
+    if start is not None:
+        shared_L = start.shared_L if settings.learns_shared else initial_shared_L(problem)
+        return FitOutcome(problem.pooled(start.alpha_LN), problem.pooled(shared_L))
     if settings.learns_shared:
         settings = settings.model_copy(update={"shared_weight": START_SHARED})
     auto = "uniform" if problem.statistics is None else "usage"
@@ -31,23 +34,23 @@ def start(problem: FitProblem) -> FitOutcome:
     return method(replace(problem, settings=settings))
 
 
-def start_shared_L(problem: FitProblem) -> Tensor:
+def initial_shared_L(problem: FitProblem) -> Tensor:
     """The shared member's weight per block without learning, float64.
 
     0 without a shared member; a number is taken as it is; `match` is the mean shared weight seen in routing.
     Raises OptionError for `learned`, which only a method that learns can do.
     """
-    wanted = problem.settings.shared_weight
+    setting = problem.settings.shared_weight
     if not problem.has_shared:
         return torch.zeros(len(problem.blocks), dtype=torch.float64)
-    if wanted == "match":
+    if setting == "match":
         routing = problem.routing()
         return problem.pooled(routing.shared_mass_L()[problem.layer_rows(routing.layers)])
-    if isinstance(wanted, str):
+    if isinstance(setting, str):
         raise OptionError(
-            f"shared_weight {wanted} contradicts the method",
-            given=f"method {problem.settings.method}, shared_weight {wanted}",
+            f"shared_weight {setting} contradicts the method",
+            given=f"method {problem.settings.method}, shared_weight {setting}",
             expected="a number in [0, 1] or match, unless the method learns",
             fix="choose method learned, or a number for shared_weight",
         )
-    return torch.full((len(problem.blocks),), float(wanted), dtype=torch.float64)
+    return torch.full((len(problem.blocks),), float(setting), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The way of an optimiser through coefficients, watched on held-out pairs.
+"""The points that an optimiser passes through, each measured on held-out pairs.
 
 Shapes: L blocks, N weighted members, P pairs, V free numbers.
 """
@@ -20,13 +20,13 @@ from moemerge.fitting.significance import measures
 from moemerge.fitting.space import Space
 from moemerge.options.fit import FitSettings
 
-# How far from the start, as shares of the whole way.
+# Where on the line from the start to the end the points `back` lie, as shares of it.
 BACK = (0.5, 0.25, 0.125, 0.0625)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Coefficients on the way, and what held-out pairs say of them."""
+    """Coefficients on the way, and what they give on held-out pairs; `judged_P` is the loss that decides."""
 
     alpha_LN: Tensor
     shared_L: Tensor
@@ -35,20 +35,20 @@ class Point:
 
     @property
     def loss(self) -> float:
-        """Mean held-out loss that decides."""
+        """Mean of the held-out loss that decides."""
         return float(self.judged_P.mean())
 
 
 def judged(settings: FitSettings, measured: Measured) -> Tensor:
-    """The loss of each pair that decides: plain Bradley-Terry, or what is fitted."""
+    """The loss by which points are compared, per pair: plain Bradley-Terry, or what is fitted."""
     return -logsigmoid(measured.margins_P) if settings.judge == "preferences" else measured.losses_P
 
 
-class Walk:
-    """An optimiser's task (see optimisers.base); points[0] is the start, exactly.
+class Trajectory:
+    """One run of an optimiser, whose task it is (see optimisers.base); points[0] is the start, exactly.
 
     `back` are points on the straight line back from the end to the start: an optimiser of second order takes
-    few and long steps, between which the best place to stop may lie. The walk ends when `patience` points in
+    few and long steps, between which the best place to stop may lie. The run ends when `patience` points in
     a row bring no lower held-out loss. With robust_rounds it begins again from where it ended, each time with
     pairs weighted by exp(loss / temperature), the most overrated answers of candidate sets among them. Source
     of the weights: KL-constrained distributionally robust optimisation, Hu and Hong (2013).
@@ -61,7 +61,7 @@ class Walk:
         self.weights_P: Tensor | None = None
         self.points: list[Point] = []
         self.back: list[Point] = []
-        self.trajectory: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
         self.passes, self._losses, self._round_began = 0.0, [0.0], 0
         self.optimizer = choose(self.settings.optimizer, objective.num_train)
 
@@ -70,14 +70,15 @@ class Walk:
         """Number of pairs that are fitted."""
         return self.objective.num_train
 
-    def run(self) -> Walk:
-        """Walk to the end."""
+    def run(self) -> Trajectory:
+        """Run the optimiser to its end."""
         with tqdm(desc="fit", unit="point", leave=False, disable=None) as self.bar:
             self._losses = []
             self.points.append(self._look(self.start.alpha_LN, self.start.shared_L))
             for number in range(1 + self.settings.robust_rounds):
                 if number:
                     self._weigh()
+                # Patience begins anew: the last point counts as the first of this round.
                 self._round_began = len(self.points) - 1
                 OPTIMISERS.get(self.optimizer)(self)
             end_V = self.v_V
@@ -98,9 +99,9 @@ class Walk:
         rows = range(self.num_pairs) if rows is None else rows
         self.passes += len(rows) / self.num_pairs
         weights = None if self.weights_P is None else self.weights_P[list(rows)]
-        at = self.objective.gradient(*self._coefficients(v_V), rows, weights)
-        self._losses.append(at.loss)
-        return self.space.gradient(v_V, at)
+        merge_gradient = self.objective.gradient(*self._coefficients(v_V), rows, weights)
+        self._losses.append(merge_gradient.loss)
+        return self.space.gradient(v_V, merge_gradient)
 
     def visit(self, v_V: Tensor) -> bool:
         """Look at a point; True once `patience` points in a row brought nothing."""
@@ -110,22 +111,25 @@ class Walk:
         return len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience
 
     def _coefficients(self, v_V: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a vector, as tensors of their own: the space gives views of one row where all share it."""
         alpha_LN, shared_L = self.space.point(v_V)
         return alpha_LN.clone(), shared_L.clone()
 
     def _look(self, alpha_LN: Tensor, shared_L: Tensor) -> Point:
+        """The point with these coefficients, measured on held-out pairs and added to the history."""
         held_out = self.objective.measure(alpha_LN, shared_L, "held_out")
         train = {"train_loss": sum(self._losses) / len(self._losses)} if self._losses else {}
-        found = {f"held_out_{name}": value for name, value in measures(held_out.margins_P).items()}
+        held = {f"held_out_{name}": value for name, value in measures(held_out.margins_P).items()}
         moved = float((alpha_LN - self.start.alpha_LN).abs().sum(1).mean())
-        self.trajectory.append({"passes": round(self.passes, 3), **train, **found, "moved_l1": moved})
+        self.history.append({"passes": round(self.passes, 3), **train, **held, "moved_l1": moved})
         self._losses = []
         self.bar.update()
         return Point(alpha_LN, shared_L, held_out, judged(self.settings, held_out))
 
     def _weigh(self) -> None:
-        """Weights for the next round, mean one."""
+        """Give the training pairs weights for the next round, mean one: the worse the loss, the more."""
         alpha_LN, shared_L = self._coefficients(self.v_V)
         self.objective = self.objective.hardened(alpha_LN, shared_L)
         losses_P = self.objective.measure(alpha_LN, shared_L, "train").losses_P
+        # Of all reweightings within a KL ball the worst has weights in proportion to exp(loss / temperature).
         self.weights_P = torch.softmax(losses_P / self.settings.robust_temperature, 0) * len(losses_P)

@@ -1,4 +1,6 @@
-"""What the members' matrices make of the members' own inputs, as quadratic forms in the merge weights.
+"""Gram matrices of the outputs that members' matrices give for the members' own inputs.
+
+They are quadratic forms in the merge weights, which least_squares minimises.
 
 Shapes: R real tokens, I width of a matrix's input, X outputs of a matrix for all tokens, L blocks, M members:
 the shared one, then N.
@@ -13,37 +15,38 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from moemerge.fitting.teachers import Lesson
+from moemerge.fitting.targets import Targets
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.base import MergedTensor
 
 
-def moments(lesson: Lesson, blocks: int) -> Tensor:
-    """S_LMM: w' S_l w = sum over the block's matrices and members i of |X_i (sum_j w_j W_j - W_i)'|^2.
+def output_grams(targets: Targets, blocks: int) -> Tensor:
+    """G_LMM: w' G_l w = sum over the block's matrices and members i of |X_i (sum_j w_j W_j - W_i)'|^2.
 
     This holds for weights w with sum 1. X_i is what member i gives the matrix itself, being the dense model
-    alone, on its own pairs, padding left out; one pass each, and nothing but S is kept. Biases take part. The
+    alone, on its own pairs, padding left out; one pass each, and nothing but G is kept. Biases take part. The
     shared member is no target; its row and column are 0 where there is none.
     """
-    merged = lesson.merged
+    merged = targets.merged
     size = merged.source.num_members + 1
-    S_LMM = torch.zeros(blocks, size, size, dtype=torch.float64)
+    gram_LMM = torch.zeros(blocks, size, size, dtype=torch.float64)
     mask: list[Tensor] = []
 
-    def note(_: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+    def note_mask(_: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
         mask[:] = [kwargs["attention_mask"].bool()]
 
-    handles = [merged.model.register_forward_pre_hook(note, with_kwargs=True)]
+    handles = [merged.model.register_forward_pre_hook(note_mask, with_kwargs=True)]
     for module, weight, bias in matrices(merged):
-        watch = _watcher(merged, S_LMM[merged.rows[weight.dense]], weight, bias, mask)
-        handles.append(module.register_forward_pre_hook(watch))
+        add = _gram_hook(merged, gram_LMM[merged.rows[weight.dense]], weight, bias, mask)
+        handles.append(module.register_forward_pre_hook(add))
     try:
-        for _ in lesson.members():
+        # The hooks do the work; what the members say of their pairs is not needed.
+        for _ in targets.by_member():
             pass
     finally:
         for handle in handles:
             handle.remove()
-    return S_LMM
+    return gram_LMM
 
 
 def matrices(merged: MergedModel) -> Iterator[tuple[nn.Module, MergedTensor, MergedTensor | None]]:
@@ -54,23 +57,27 @@ def matrices(merged: MergedModel) -> Iterator[tuple[nn.Module, MergedTensor, Mer
             yield module, tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
 
 
-def _watcher(
-    merged: MergedModel, S_MM: Tensor, weight: MergedTensor, bias: MergedTensor | None, mask: list[Tensor]
+def _gram_hook(
+    merged: MergedModel, gram_MM: Tensor, weight: MergedTensor, bias: MergedTensor | None, mask: list[Tensor]
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds the products of all members' outputs, less those of the member that runs."""
+    """A hook that adds to `gram_MM` the products of all members' outputs, less the running member's."""
     first = 0 if merged.source.has_shared else 1
 
-    def watch(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x_RI = _real(given[0], mask[0])
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x_RI = _real(inputs[0], mask[0])
         outputs = [
             linear(x_RI, (w.T if isinstance(module, Conv1D) else w).to(x_RI.dtype), b)
             for w, b in zip(merged.matrices(weight), _biases(merged, bias, x_RI), strict=False)
         ]
         out_MX = torch.stack(outputs).flatten(1)
-        away_MX = out_MX - out_MX[int(merged.alpha_LN[0].argmax()) + 1 - first]
-        S_MM[first:, first:] += (away_MX @ away_MX.T).double().cpu()
+        # The merged model is one member alone at the moment: the one whose alpha is 1 in every row.
+        running = int(merged.alpha_LN[0].argmax()) + merged.source.has_shared
+        # sum_j w_j W_j - W_i = sum_j w_j (W_j - W_i), as the weights sum to one. So the squared error is
+        # w' A A' w with rows A_j = X_i (W_j - W_i)'. Differences first: they are near 0, and round less.
+        away_MX = out_MX - out_MX[running]
+        gram_MM[first:, first:] += (away_MX @ away_MX.T).double().cpu()
 
-    return watch
+    return add
 
 
 def _real(x: Tensor, mask_BT: Tensor) -> Tensor:
@@ -80,6 +87,8 @@ def _real(x: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def _biases(merged: MergedModel, bias: MergedTensor | None, like: Tensor) -> Iterator[Tensor | None]:
+    """The members' biases in the dtype of `like`; None without end if the module's bias is not merged."""
+    # A bias that is kept is the same in all members, so it falls out of the differences.
     if bias is None:
         while True:
             yield None
