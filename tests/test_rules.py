@@ -242,11 +242,52 @@ def test_test_files_have_names_of_their_own() -> None:
     assert sorted(set(names)) == sorted(names)
 
 
+LINK = re.compile(r"\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)\)")
+DOCUMENTS = sorted(path for at in (".", "docs", "studies", "benchmarks") for path in (ROOT / at).glob("*.md"))
+
+
+def prose(document: Path) -> str:
+    """The text of a document without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def anchors(document: Path) -> set[str]:
+    """What links to headings of a document may name, by GitHub's rule; no heading may stand there twice."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.M)
+    names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(set(names)) == len(names), f"{document}: a heading stands there twice"
+    return set(names)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    links = [link for link in LINK.findall(prose(document)) if not re.match(r"\w+:", link)]
+    broken = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    """From the README, by links, every document can be reached."""
+    reached, queue = set(), [ROOT / "README.md"]
+    while queue:
+        document = queue.pop().resolve()
+        if document not in reached:
+            reached.add(document)
+            names = {link.partition("#")[0] for link in LINK.findall(prose(document))}
+            queue += [document.parent / name for name in names if name.endswith(".md") and ":" not in name]
+    assert {path.resolve() for path in DOCUMENTS} == reached
+
+
 MARKED = re.compile(r"^<!-- tested -->\n```python\n(.*?)^```", re.S | re.M)
 
 
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python blocks after `<!-- tested -->` run in order, in a folder with reward-model/ and pairs.jsonl."""
+    """Python blocks after `<!-- tested -->` run in order, beside reward-model/ and three files of pairs."""
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("no README yet")
@@ -265,4 +306,5 @@ def _furnish(folder: Path) -> None:
     rows = [
         {"prompt": words[i], "chosen": f"{words[i]} w50", "rejected": f"{words[i]} w51"} for i in range(40)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("pairs", "held_out", "test"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

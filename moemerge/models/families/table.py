@@ -1,4 +1,4 @@
-"""The supported architectures as the README lists them."""
+"""The supported architectures as docs/architectures.md lists them."""
 
 from __future__ import annotations
 
