@@ -13,7 +13,7 @@ from torch import Tensor
 from moemerge.errors import CheckpointError, OptionError
 
 TOLERANCE = 1e-6
-# Elements: a handful of blocks stays in a core's cache, and is worth the calls that it costs.
+# Elements: a chunk of every copy stays in a core's cache, and is worth the calls that it costs.
 CHUNK = 2**16
 
 
@@ -45,13 +45,14 @@ def routing_normalized_average(
             total, away = reference.clone(), torch.empty_like(reference)
         else:
             _check_alike(matrix, reference)
+            # One buffer for all differences: no matrix is allocated per expert.
             total.sub_(torch.sub(reference, _wide(matrix), out=away), alpha=weight)
     assert total is not None
     return total.to(dtype)
 
 
 def as_average(weights_M: Tensor, has_shared: bool) -> tuple[Tensor, float]:
-    """alpha_N and the shared weight of members that count in proportion to `weights_M`, the shared one first.
+    """alpha_N and the shared weight of members weighted in proportion to `weights_M`, the shared one first.
 
     If the shared one has all the weight, the others have equal alpha.
     """
@@ -64,9 +65,9 @@ def as_average(weights_M: Tensor, has_shared: bool) -> tuple[Tensor, float]:
 
 
 def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Views of `matrix`, blocks of its rows, of about 2**16 elements; equal shapes have equal blocks.
+    """Views of `matrix`, runs of its rows, of about 2**16 elements; equal shapes are cut at equal rows.
 
-    A merge that goes block by block reads every copy from memory once, whatever it does with it.
+    A merge that goes chunk by chunk reads every copy from memory once, whatever it does with it.
     """
     if not matrix.ndim:
         return (matrix,)
@@ -117,6 +118,7 @@ def _terms(
 
 
 def _wide(matrix: Tensor) -> Tensor:
+    """In float32, or in float64 if it is that: sums in bfloat16 would lose what little experts differ in."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 

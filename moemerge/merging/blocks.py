@@ -18,17 +18,19 @@ def blocks_of(name: str, in_head: bool = False) -> tuple[str, ...]:
     """The blocks that the dense tensor `name` may belong to, the finest first."""
     if in_head:
         return (HEAD,)
-    found = _NUMBERED.search(name)
-    if found is None:
+    # The first number in a name is its layer's: model.layers.3.mlp.up_proj.weight, h.3.mlp.c_fc.bias. Without
+    # its ending .weight or .bias, what follows is the module: both tensors of it share a row.
+    numbered = _NUMBERED.search(name)
+    if numbered is None:
         return (OUTSIDE,)
-    layer, module = found.groups()
+    layer, module = numbered.groups()
     return f"layers.{layer}.{module}", f"layers.{layer}"
 
 
 def layer_of(block: str) -> int | None:
     """The number of the transformer layer that `block` is in; None for outside and head."""
-    found = _LAYER.match(block)
-    return int(found.group(1)) if found else None
+    layer = _LAYER.match(block)
+    return int(layer.group(1)) if layer else None
 
 
 def block_order(block: str) -> tuple[int, int, str]:

@@ -1,4 +1,4 @@
-"""Merge coefficients: what they are and how they are kept.
+"""Merge coefficients: what they are, and their file.
 
 Shapes: L blocks (of tensors that share a row of coefficients; by default a layer each), N routed experts.
 """
@@ -73,6 +73,7 @@ class Coefficients:
         header = {"format": FORMAT, "blocks": json.dumps(self.blocks), "version": package_version()}
         tensors = {"alpha_LN": self.alpha_LN.contiguous(), "shared_L": self.shared_L.contiguous()}
         save_file(tensors, folder / FILE, metadata={**header, **self.meta})
+        # safetensors writes the header's texts in an order that changes from run to run.
         order_metadata(folder / FILE)
         table = [{"block": name, "shared": shared, "alpha": alpha} for name, shared, alpha in self.table()]
         write_json(folder / TABLE, {**header, **self.meta, "blocks": table})
@@ -85,6 +86,7 @@ class Coefficients:
     def weights(self, row: int, has_shared: bool) -> list[float]:
         """The weight of each member in row number `row`, the shared one first if there is one; sum one."""
         shared = float(self.shared_L[row])
+        # lambda and (1 - lambda) alpha: the average as one sum over all members.
         routed: list[float] = ((1 - shared) * self.alpha_LN[row]).tolist()
         return [shared, *routed] if has_shared else routed
 

@@ -19,6 +19,7 @@ def share(count: int) -> list[int]:
     """This process's part of the numbers below `count`."""
     if not dist.is_initialized():
         return list(range(count))
+    # Every world_size-th one: pairs of a subset lie together in a file, and may be longer than others.
     return list(range(dist.get_rank(), count, dist.get_world_size()))
 
 
@@ -31,6 +32,7 @@ def summed(values: Tensor) -> Tensor:
 
 def gathered(mine: Tensor, rows: list[int], count: int) -> Tensor:
     """The values of all `count` rows, of which this process has those number `rows`."""
+    # Zeros elsewhere: the sum over processes puts the parts together, and changes no bit of them.
     whole = torch.zeros(count, dtype=torch.float64)
     whole[rows] = mine
     return summed(whole)

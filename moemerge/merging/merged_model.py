@@ -33,15 +33,27 @@ CHUNK, CHUNK_ON_GPU = 2**15, 2**22
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of P pairs: score(chosen) - score(rejected), float64; if asked for, the last-token
-    states of chosen and rejected."""
+    """A model's answers on P pairs: score(chosen) - score(rejected), float64; the last-token states of chosen
+    and rejected, if they were asked for."""
 
     margins_P: Tensor
     states_2PD: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class MergeGradient:
+    """Loss of some pairs and its derivatives.
+
+    `alpha_LN` may be off by one constant per row, which a softmax over the row takes out again.
+    """
+
+    loss: float
+    alpha_LN: Tensor
+    shared_L: Tensor
+
+
 def batch_tokens(texts: Sequence[Encoded], micro_batch_size: int) -> int:
-    """Tokens of a batch of so many pairs, all as long as the longest text."""
+    """Tokens of a batch of `micro_batch_size` pairs, all as long as the longest text."""
     return 2 * micro_batch_size * max(len(text.ids) for text in texts)
 
 
@@ -120,6 +132,9 @@ class MergedModel:
                 value = part()
                 value.backward()
                 loss += value.item()
+        # With W = lambda S + (1 - lambda) sum_i alpha_i W_i: dL/dalpha_i = (1 - lambda) <dW, W_i>, and
+        # dL/dlambda = <dW, S> - sum_i alpha_i <dW, W_i>. The dots hold <dW, W_i - W>: in the second <dW, W>
+        # falls out, as alpha sums to one; in the first it is the same constant for all i.
         dots = distributed.summed(self._dots.cpu())
         shared_L, routed_LN = dots[:, 0], dots[:, 1:]
         shared_L = shared_L - (self.alpha_LN * routed_LN).sum(1)
@@ -129,14 +144,14 @@ class MergedModel:
         return MergeGradient(loss.item(), (1 - self.shared_L)[:, None] * routed_LN, shared_L)
 
     def answers(self, pairs: Sequence[EncodedPair], states: bool = False) -> Answers:
-        """What the model says of `pairs`, in one forward pass; gradients pass where they are on."""
+        """The model's answers on `pairs`, in one forward pass; gradients pass where they are on."""
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         pad = self.model.config.get_text_config().pad_token_id
         inputs = collate(texts, pad, False, self.device)
-        with last_states(self.model, inputs["attention_mask"]) as found:
+        with last_states(self.model, inputs["attention_mask"]) as states_BD:
             scores_B = self.model(**inputs).logits[:, 0].double()
         half = len(pairs)
-        states_2PD = found[0].unflatten(0, (2, half)) if states else None
+        states_2PD = states_BD[0].unflatten(0, (2, half)) if states else None
         return Answers(scores_B[:half] - scores_B[half:], states_2PD)
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -176,6 +191,8 @@ class MergedModel:
             self.put_off[name] = WeightGradient(module, reduce, lambda: self._last)
             return
 
+        # All but the weights of plain linears: autograd adds up their gradient, which the last part takes
+        # away.
         def hook(parameter: Tensor) -> None:
             if self._last:
                 gradient, parameter.grad = parameter.grad, None
@@ -192,11 +209,15 @@ class MergedModel:
         @torch.no_grad()
         def reduce(gradient: Tensor) -> None:
             dots_M = torch.zeros(len(self.source.member_names), dtype=torch.float64, device=self.device)
-            begin, gradient_X = 0, gradient.flatten()
+            begin, gradient_X = 0, gradient.flatten()  # pieces are runs of the flattened tensor
             for piece in self._pieces(tensor):
                 end = begin + len(piece.first_X)
                 dots_M += piece.dots(gradient_X[begin:end])
                 begin = end
+            # Minus <dW, W>, the mean of the dots by the weights. It is common to all members and may be far
+            # larger than what they differ in, which would round away as the block's tensors add up. Whether a
+            # piece's dots are <dW, W_i> or <dW, W_i - W_0> makes no difference after that: the weights sum to
+            # one.
             self._dots[row, columns] += dots_M - self._weights(row).to(dots_M) @ dots_M
 
         return reduce
@@ -220,7 +241,7 @@ class MergedModel:
         stack_NX = stack.flatten(1)
         if self.source.has_shared:
             return Piece(self.source.matrix(tensor, 0).flatten(), stack_NX, False)
-        return Piece(stack_NX[0], stack_NX[1:], False)
+        return Piece(stack_NX[0], stack_NX[1:], False)  # without a shared member expert 0 is the first
 
 
 @dataclass(frozen=True)
@@ -236,8 +257,11 @@ class Piece:
 
     def average(self, weights_M: Tensor, dtype: torch.dtype, out_X: Tensor) -> None:
         """Write to `out_X` the sum of all copies with weights that sum to one, rounded to `dtype`."""
+        # sum_i w_i W_i = W_0 + sum_i w_i (W_i - W_0), as the weights sum to one.
         share = 1.0 if self.apart else float(weights_M[0])
         terms = (self.first_X, self.others_MX.T, weights_M[1:].to(self.others_MX))
+        # Rounded to the members' dtype, as the merged checkpoint is, even where the model computes in a wider
+        # one.
         if out_X.dtype == dtype == self.first_X.dtype:
             torch.addmv(*terms, beta=share, out=out_X)
         else:
@@ -251,6 +275,7 @@ class Piece:
 
 
 def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
+    """The piece of these copies, the others as differences from the first, in float32 at least."""
     wide = torch.promote_types(copies[0].dtype, torch.float32)
     copies_MX = torch.stack([copy.reshape(-1) for copy in copies]).to(device, wide)
     copies_MX[1:] -= copies_MX[0]
@@ -259,20 +284,21 @@ def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
 
 @contextmanager
 def last_states(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[list[Tensor]]:
-    """While open, a forward pass adds what the reward head's last matrix is given of each text, [B, D]."""
-    found: list[Tensor] = []
+    """While open, a forward pass adds the input of the reward head's last matrix for each text, [B, D]."""
+    states: list[Tensor] = []
     heads = [
         m for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
     ]
-    last_B = mask_BT.sum(1) - 1
+    last_B = mask_BT.sum(1) - 1  # texts are padded on the right
 
-    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0]
-        found.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), last_B])
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        # Encoders have pooled before the head; decoders score every token, of which the last counts.
+        states.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), last_B])
 
     handle = heads[-1].register_forward_pre_hook(keep)
     try:
-        yield found
+        yield states
     finally:
         handle.remove()
 
@@ -289,15 +315,3 @@ def _fits(source: MergeSource, device: torch.device) -> bool:
     size = sum(torch.Size(tensor.shape).numel() for tensor in source.tensors) * source.dtype.itemsize
     limit = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else KEPT_ON_CPU
     return count * size < limit
-
-
-@dataclass(frozen=True)
-class MergeGradient:
-    """Mean loss of some pairs and its derivatives.
-
-    `alpha_LN` may be off by one constant per row, which a softmax over the row takes out again.
-    """
-
-    loss: float
-    alpha_LN: Tensor
-    shared_L: Tensor

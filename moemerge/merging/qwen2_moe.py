@@ -71,11 +71,13 @@ def write_native(options: Export, draft: Draft) -> None:
     assert options.model is not None, "recipe.Export asks for it"
     source = MoeCheckpoint(options.model)
     config = native_config(source)
-    draft.reserve(_numbers(config) * source.dtype.itemsize)
+    draft.reserve(_num_parameters(config) * source.dtype.itemsize)
     write_checkpoint(draft.folder, native_tensors(source), options.shard_size)
     config.save_pretrained(draft.folder)
     copy_side_files(source.folder, draft.folder)
     shared, routed = _scales(source)
+    # frexp gives a mantissa in [1/2, 1): 1/2 for powers of two, and only these change no mantissa of a
+    # weight.
     exact = all(scale == 0 or math.frexp(scale)[0] == 0.5 for scale in (shared, routed))
     if not exact:
         log.warning(
@@ -85,8 +87,8 @@ def write_native(options: Export, draft: Draft) -> None:
     _compare(options, source, draft)
 
 
-def _numbers(config: Qwen2MoeConfig) -> int:
-    """How many numbers the weights of a model of `config` are."""
+def _num_parameters(config: Qwen2MoeConfig) -> int:
+    """How many numbers the weights of a model of `config` hold."""
     with torch.device("meta"):
         model = Qwen2MoeForSequenceClassification(config)
     return sum(tensor.numel() for tensor in model.state_dict().values())
@@ -133,6 +135,7 @@ def native_tensors(source: MoeCheckpoint) -> Iterator[tuple[str, Tensor]]:
     for home in dict.fromkeys(_home(tensor) for tensor in source.tensors):
         gate_ND = source.weights.tensor(f"{home}.gate.weight")
         yield f"{home}.gate.weight", gate_ND
+        # sigmoid(0 x) = 1/2 whatever x is; _scales makes up for the half.
         yield f"{home}.shared_expert_gate.weight", torch.zeros_like(gate_ND[:1])
 
 
@@ -142,6 +145,7 @@ def _copies(source: MoeCheckpoint, tensor: ExpertTensor) -> Iterator[tuple[str, 
     if source.settings.shared_expert:
         yield tensor.shared, source.weights.tensor(tensor.shared) * shared
     else:
+        # Qwen2-MoE always has a shared expert: one whose matrices are zeros adds nothing.
         rows, columns = tensor.shape
         shape = (rows, IDLE) if tensor.matrix == "down" else (IDLE, columns)
         yield tensor.shared, torch.zeros(shape, dtype=source.dtype)
@@ -151,7 +155,7 @@ def _copies(source: MoeCheckpoint, tensor: ExpertTensor) -> Iterator[tuple[str, 
 
 
 def _scales(source: MoeCheckpoint) -> tuple[float, float]:
-    """What the shared and the routed down_proj are multiplied by."""
+    """What the shared and the routed down_proj are multiplied by: the MLP's output is linear in it."""
     weight = source.settings.gate_shared_weight if source.settings.shared_expert else 0.0
     return 2 * weight, 1 - weight
 

@@ -29,11 +29,14 @@ class WeightGradient:
         self, layer: nn.Linear, reduce: Callable[[Tensor], None], is_last: Callable[[], bool]
     ) -> None:
         self.reduce, self.is_last = reduce, is_last
+        # In numbers. T kept tokens take T (D + F) of them, dW takes D F: what waits must cost less memory
+        # than dW.
         self._limit = 2 * layer.weight.numel() // 5
         self._inputs_TD: list[Tensor] = []
         self._outputs_TF: list[Tensor] = []
         self._sum_FD: Tensor | None = None
-        # Asks for a gradient where nothing else does: else autograd would pass by the layer.
+        # With a weight that asks for no gradient, and an input that needs none either, autograd would leave
+        # the layer out of the backward pass. The anchor asks for one, and gets None.
         anchor = torch.zeros((), requires_grad=True)
         layer.weight.requires_grad_(False)
         run = cast(Callable[..., Tensor], _Linear.apply)
@@ -49,6 +52,7 @@ class WeightGradient:
         """Take the layer's inputs, [..., D], and the gradients of its outputs, [..., F], of one batch."""
         self._inputs_TD.append(x.reshape(-1, x.shape[-1]))
         self._outputs_TF.append(dy.reshape(-1, dy.shape[-1]))
+        # One product as soon as enough tokens wait, or no more will come.
         last = self.is_last()
         if last or sum(kept.numel() for kept in self._inputs_TD + self._outputs_TF) > self._limit:
             self._multiply()
@@ -58,6 +62,7 @@ class WeightGradient:
             self.reduce(gradient_FD)
 
     def _multiply(self) -> None:
+        """Add dY^T X of all that waits to the sum, and let it go."""
         both = (self._inputs_TD, self._outputs_TF)
         x_TD, dy_TF = (torch.cat(kept) if len(kept) > 1 else kept[0] for kept in both)
         self._inputs_TD, self._outputs_TF = [], []
@@ -82,6 +87,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight_FD = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        # Somebody who switches the weight's gradient on again gets it from autograd as usual.
         if not wants_weight:
             ctx.kept.add(x, dy)
         dx = dy @ weight_FD if wants_x else None

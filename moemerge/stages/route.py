@@ -18,8 +18,8 @@ from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.merging.experts.diversity import barriers, disagreement, measure_updates, score_pairs_at
-from moemerge.merging.experts.report import Diversity, Judgement
-from moemerge.merging.experts.speculation import Speculation, speculation
+from moemerge.merging.experts.report import Diversity, ScoreDiversity
+from moemerge.merging.experts.speculation import Speculation, measure_speculation
 from moemerge.merging.experts.uncertainty import member_points
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
@@ -52,14 +52,14 @@ def route(options: Route, draft: Draft) -> None:
     tokenizer = load_tokenizer(options.model)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
-    statistics, spied = _observe(options, tokenizer, encoded, device)
+    statistics, speculation = _observe(options, tokenizer, encoded, device)
     statistics.meta["model"] = model_fingerprint(local_folder(options.model))
     statistics.save(draft.folder)
     _draw(statistics, draft)
     draft.results |= {"pairs": len(encoded), "rows": report.summary(), **_summary(statistics)}
     tables, pictures = [_layer_table(statistics), _group_table(statistics)], ["gate_mass.png"]
     if options.diversity != "none":
-        diversity = _diversity(options, tokenizer, encoded[: options.probe_pairs], spied, device)
+        diversity = _diversity(options, tokenizer, encoded[: options.probe_pairs], speculation, device)
         pictures += diversity.write(draft.folder)
         draft.results["diversity"] = diversity.results()
         tables += diversity.tables()
@@ -69,26 +69,27 @@ def route(options: Route, draft: Draft) -> None:
 def _observe(
     options: Route, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], device: torch.device
 ) -> tuple[RoutingStatistics, Speculation | None]:
-    """What the MoE itself is needed for; it is let go before anything is merged."""
+    """Everything that needs the MoE itself, which leaves memory before anything is merged."""
     model = load_reward_model(str(local_folder(options.model)), device)
     require_moe(model.config.model_type, options.model)
-    tokens, spied = options.batch_tokens, None
+    tokens, speculation = options.batch_tokens, None
     if options.diversity == "all":
-        spied = speculation(model, tokenizer, pairs[: options.probe_pairs], tokens, options.seed)
-    return collect(model, tokenizer, pairs, tokens), spied
+        probes = pairs[: options.probe_pairs]
+        speculation = measure_speculation(model, tokenizer, probes, tokens, options.seed)
+    return collect(model, tokenizer, pairs, tokens), speculation
 
 
 def _diversity(
     options: Route,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[EncodedPair],
-    spied: Speculation | None,
+    speculation: Speculation | None,
     device: torch.device,
 ) -> Diversity:
-    """How the experts differ, in judgement too if there was a look for speculative ones."""
+    """How the experts differ in weights, and in scores too if speculation was measured."""
     source = MoeCheckpoint(options.model)
     updates = measure_updates(source)
-    if spied is None:
+    if speculation is None:
         return Diversity(updates)
     settings, tokens = source.settings, options.batch_tokens
     shape = (len(settings.layers), settings.num_routed_experts)
@@ -96,8 +97,8 @@ def _diversity(
     shared_L = torch.full(shape[:1], PROBE_SHARED_WEIGHT * settings.shared_expert, dtype=torch.float64)
     merged = MergedModel(source, alpha_LN, shared_L, device, torch.promote_types(source.dtype, torch.float32))
     scores_NP2 = score_pairs_at(merged, tokenizer, pairs, member_points(alpha_LN, shared_L), tokens)
-    judged = Judgement(disagreement(scores_NP2), barriers(merged, tokenizer, pairs, tokens), spied)
-    return Diversity(updates, judged)
+    barriers_MM = barriers(merged, tokenizer, pairs, tokens)
+    return Diversity(updates, ScoreDiversity(disagreement(scores_NP2), barriers_MM, speculation))
 
 
 def collect(
@@ -117,7 +118,7 @@ def collect(
 
 
 def _summary(statistics: RoutingStatistics) -> dict[str, Any]:
-    """What is worth telling per layer: entropy in nats, the largest share, experts that nobody selected."""
+    """For the manifest, per layer: entropy in nats, the largest share, experts that no token selected."""
     mass_LN, selections_LN = statistics.gate_mass_LN(), statistics.total().selections_LN
     return {
         "tokens": int(statistics.total().tokens_L[0]),
@@ -174,5 +175,5 @@ def _group_table(statistics: RoutingStatistics) -> Table:
     return Table("Subsets and sides", ["subset", "side", "tokens", "distance"], rows, note)
 
 
-def _total_variation(one_LN: Tensor, other_LN: Tensor) -> float:
-    return float((one_LN - other_LN).abs().sum(1).mean() / 2)
+def _total_variation(first_LN: Tensor, second_LN: Tensor) -> float:
+    return float((first_LN - second_LN).abs().sum(1).mean() / 2)

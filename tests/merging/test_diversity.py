@@ -28,7 +28,7 @@ from moemerge.merging.experts.diversity import (
     score_pairs_at,
 )
 from moemerge.merging.experts.report import mean_off_diagonal, plain
-from moemerge.merging.experts.speculation import speculation
+from moemerge.merging.experts.speculation import measure_speculation
 from moemerge.merging.experts.uncertainty import SpreadScores, member_points, score_with_spread
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
@@ -268,7 +268,7 @@ def test_gate_mass_by_text(moe: Path, pairs: list[EncodedPair], batch_tokens: in
 
 
 def test_speculation_against_loops(moe: Path, pairs: list[EncodedPair]) -> None:
-    found = speculation(load_moe(moe), load_tokenizer(str(moe)), pairs, 100, seed=3, resamples=200)
+    found = measure_speculation(load_moe(moe), load_tokenizer(str(moe)), pairs, 100, seed=3, resamples=200)
     mass, scores = gates_by_text(moe, pairs), scores_of(moe, pairs)[:, 1].tolist()
     high = sorted(range(PAIRS), key=lambda p: -scores[p])[:3]
     tokens = {side: [len(getattr(pair, side).ids) for pair in pairs] for side in SIDES}
@@ -318,7 +318,7 @@ def test_a_planted_speculative_expert_is_found(
     mass_P2LN[high, 1, 0, 0] /= 2
     planted = (scores_P2.flatten(), mass_P2LN.flatten(0, 1))
     monkeypatch.setattr("moemerge.merging.experts.speculation.gate_mass", lambda *_: planted)
-    found = speculation(load_moe(moe), load_tokenizer(str(moe)), many, 100, seed=0)
+    found = measure_speculation(load_moe(moe), load_tokenizer(str(moe)), many, 100, seed=0)
     assert (1, 2) in found.suspects and (0, 0) not in found.suspects
     assert found.over_rejected.value[1, 2] == pytest.approx(2, rel=0.03)
     assert found.over_chosen.high[0, 0] < 0.6
@@ -327,14 +327,14 @@ def test_a_planted_speculative_expert_is_found(
 def test_an_expert_that_nobody_uses_has_no_ratio(tmp_path: Path, pairs: list[EncodedPair]) -> None:
     moe = make_moe(tmp_path / "moe")
     rewrite(moe, lambda name, tensor: tensor.zero_() if ".0.mlp.gate." in name else tensor)
-    found = speculation(load_moe(moe), load_tokenizer(str(moe)), pairs, 100, seed=0)
+    found = measure_speculation(load_moe(moe), load_tokenizer(str(moe)), pairs, 100, seed=0)
     assert np.isnan(found.over_rejected.value[0]).tolist() == [False, False, True]
     assert np.isfinite(found.over_rejected.value[1:]).all()
 
 
 def test_too_few_pairs_are_refused(moe: Path, pairs: list[EncodedPair]) -> None:
     with pytest.raises(DataError, match="too few pairs"):
-        speculation(load_moe(moe), load_tokenizer(str(moe)), pairs[:7], 100, seed=0)
+        measure_speculation(load_moe(moe), load_tokenizer(str(moe)), pairs[:7], 100, seed=0)
 
 
 def test_scores_at_members_have_the_shape_of_pairs(moe: Path, pairs: list[EncodedPair]) -> None:
@@ -354,7 +354,7 @@ def test_stage_writes_what_was_measured(moe: Path, pairs: list[EncodedPair], tmp
     updates, line = measure_updates(merged.source), barriers(merged, tokenizer, first, 10_000)
     points = member_points(ALPHA, torch.full((3,), 0.5 * has_shared(moe), dtype=torch.float64))
     judged = disagreement(score_pairs_at(merged, tokenizer, first, points, 10_000))
-    spied = speculation(load_moe(moe), tokenizer, first, 10_000, seed=0)
+    spied = measure_speculation(load_moe(moe), tokenizer, first, 10_000, seed=0)
     assert held["layers"] == [0, 1, 2] and held["cosine"] == updates.cosine_LNN.tolist()
     assert held["distance"] == updates.distance_LNN.tolist() and held["size"] == updates.size_LN.tolist()
     assert held["verdicts_that_differ"] == judged.flips_NN.tolist()

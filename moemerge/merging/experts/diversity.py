@@ -1,4 +1,4 @@
-"""How much the experts of a MoE differ, in weights and in judgement, and whether they can be merged.
+"""How much the experts of a MoE differ, in weights and in scores, and whether they can be merged.
 
 Shapes: L layers with experts, N routed experts, M members (the N, after the shared expert if there is one),
 P pairs, T texts, X elements of a tensor, or points.
@@ -44,6 +44,7 @@ def measure_updates(source: MoeCheckpoint) -> Updates:
     """The updates of a MoE on disk. Holds the experts' copies of one tensor at a time."""
     settings = source.settings
     L, N = len(settings.layers), settings.num_routed_experts
+    # Inner products add up over parts of a tensor and tensors of a layer: no layer is ever held whole.
     gram_LNN, start_L = torch.zeros(L, N, N, dtype=torch.float64), torch.zeros(L, dtype=torch.float64)
     for tensor in source.tensors:
         row = settings.layers.index(tensor.layer)
@@ -63,9 +64,12 @@ def _from_start(copies_MX: Tensor, has_shared: bool) -> tuple[Tensor, Tensor]:
 
 
 def _updates(layers: list[int], gram_LNN: Tensor, start_L: Tensor) -> Updates:
+    """Cosines, distances and sizes from the inner products <u_i, u_j> of the updates."""
     square_LN = gram_LNN.diagonal(dim1=1, dim2=2)
     size_LN = square_LN.sqrt()
     cosine_LNN = gram_LNN / (size_LN[:, :, None] * size_LN[:, None, :])
+    # |u_i - u_j|^2 = |u_i|^2 + |u_j|^2 - 2 <u_i, u_j>, which rounding may take just below 0. It is the
+    # distance of the experts too: what they start from falls out of the difference.
     apart_LNN = (square_LN[:, :, None] + square_LN[:, None, :] - 2 * gram_LNN).clamp(min=0).sqrt()
     return Updates(layers, cosine_LNN, apart_LNN / start_L[:, None, None], size_LN / start_L[:, None])
 
@@ -74,10 +78,10 @@ def _updates(layers: list[int], gram_LNN: Tensor, start_L: Tensor) -> Updates:
 class Disagreement:
     """How differently members judge the same texts.
 
-    ratio: mean over texts of the standard deviation over members, by the standard deviation over texts of the
-    members' mean score (both of what is there, not estimates for more). Each member's scores are taken from
-    their own mean: a constant says nothing in a reward. flips_NN: share of pairs on which the verdicts of two
-    members differ.
+    ratio: mean over texts of the standard deviation over members, divided by the standard deviation over
+    texts of the members' mean score (both of these members and texts, no estimates for more). Each member's
+    mean score is subtracted first: a constant means nothing in a reward. flips_NN: share of pairs on which
+    two members prefer different answers.
     """
 
     ratio: float
@@ -85,12 +89,15 @@ class Disagreement:
 
 
 def disagreement(scores_NP2: Tensor) -> Disagreement:
-    """Of members that gave these scores to chosen and rejected answers; a tie is a verdict for rejected."""
-    wide_NT = scores_NP2.double().flatten(1)
-    wide_NT = wide_NT - wide_NT.mean(1, keepdim=True)
-    spread, scale = wide_NT.std(0, correction=0).mean(), wide_NT.mean(0).std(correction=0)
-    verdict_NP = scores_NP2[:, :, 0] > scores_NP2[:, :, 1]
-    flips_NN = (verdict_NP[:, None] != verdict_NP[None]).double().mean(-1)
+    """The disagreement of members that give these scores to chosen and rejected answers.
+
+    A member that scores both alike counts as preferring the rejected one.
+    """
+    centred_NT = scores_NP2.double().flatten(1)
+    centred_NT = centred_NT - centred_NT.mean(1, keepdim=True)
+    spread, scale = centred_NT.std(0, correction=0).mean(), centred_NT.mean(0).std(correction=0)
+    prefers_chosen_NP = scores_NP2[:, :, 0] > scores_NP2[:, :, 1]
+    flips_NN = (prefers_chosen_NP[:, None] != prefers_chosen_NP[None]).double().mean(-1)
     return Disagreement(float(spread / scale), flips_NN)
 
 
@@ -117,24 +124,24 @@ def barriers(
     Costs M + 3 M (M - 1) / 2 passes of the dense model over `pairs`.
     """
     members = merged.alpha_LN.shape[1] + merged.source.has_shared
-    ways = list(combinations(range(members), 2))
+    lines = list(combinations(range(members), 2))
     points = [line_point(merged, end, end, 0.0) for end in range(members)]
-    points += [line_point(merged, *ends, t) for ends in ways for t in STEPS]
+    points += [line_point(merged, *ends, t) for ends in lines for t in STEPS]
     scores_XP2 = score_pairs_at(merged, tokenizer, pairs, points, batch_tokens)
     losses = [bradley_terry(scores_P2)[0] for scores_P2 in scores_XP2]
-    found = torch.zeros(members, members, dtype=torch.float64)
-    inner = iter(losses[members:])
-    for one, other in ways:
-        above = [next(inner) - ((1 - t) * losses[one] + t * losses[other]) for t in STEPS]
-        found[one, other] = found[other, one] = max(0.0, *above)
-    return found
+    barrier_MM = torch.zeros(members, members, dtype=torch.float64)
+    inner = iter(losses[members:])  # behind the ends, the points of each line in turn
+    for first, second in lines:
+        above = [next(inner) - ((1 - t) * losses[first] + t * losses[second]) for t in STEPS]
+        barrier_MM[first, second] = barrier_MM[second, first] = max(0.0, *above)
+    return barrier_MM
 
 
-def line_point(merged: MergedModel, one: int, other: int, t: float) -> Point:
-    """The point at `t` in [0, 1] of the line from member `one` to member `other`, numbered as in barriers."""
+def line_point(merged: MergedModel, start: int, end: int, t: float) -> Point:
+    """The point at `t` in [0, 1] of the line from member `start` to member `end`, numbered as in barriers."""
     has_shared = merged.source.has_shared
     weight_M = torch.zeros(merged.alpha_LN.shape[1] + has_shared, dtype=torch.float64)
-    weight_M[one] += 1 - t
-    weight_M[other] += t
+    weight_M[start] += 1 - t  # added, as both may be the same member
+    weight_M[end] += t
     alpha_N, shared = as_average(weight_M, has_shared)
     return alpha_N.expand_as(merged.alpha_LN), torch.full_like(merged.shared_L, shared)

@@ -1,4 +1,4 @@
-"""The diversity of a MoE's experts as route shows it: tables, heat maps, JSON.
+"""How the experts of a MoE differ, as route shows it: tables, heat maps, JSON.
 
 Shapes: L layers with experts, N routed experts, M members (the N, after the shared expert if there is one).
 """
@@ -40,8 +40,8 @@ SUSPECT_NOTE = (
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What scoring pairs told of the experts; barriers_MM as in diversity.barriers."""
+class ScoreDiversity:
+    """How the experts differ in what they score; barriers_MM as in diversity.barriers."""
 
     disagreement: Disagreement
     barriers_MM: Tensor
@@ -50,52 +50,52 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Diversity:
-    """How the experts differ in weights and, if that was asked, in judgement."""
+    """How the experts differ in weights and, if that was asked for, in scores."""
 
     updates: Updates
-    judgement: Judgement | None = None
+    scores: ScoreDiversity | None = None
 
     def write(self, folder: Path) -> list[str]:
-        """All numbers as diversity.json (null where there is none); heat maps, whose names it returns."""
+        """Write all numbers as diversity.json (null where there is none) and heat maps; the maps' names."""
         write_json(folder / FILE, plain(self._numbers()))
-        maps = {name: one for name, one in self._maps().items() if np.isfinite(one[0]).any()}
+        maps = {name: parts for name, parts in self._maps().items() if np.isfinite(parts[0]).any()}
         for name, (matrix, title, *axes) in maps.items():
             plotting.heat_map(matrix, folder / name, title, *axes)
         return list(maps)
 
     def results(self) -> dict[str, Any]:
-        """What is worth telling: means over pairs of experts by layer, the rest as one number each."""
-        found = {"layers": self.updates.layers, "cosine": mean_off_diagonal(self.updates.cosine_LNN)}
-        found |= {"distance": mean_off_diagonal(self.updates.distance_LNN)}
-        if self.judgement is not None:
-            j = self.judgement
-            found |= {
-                "disagreement": j.disagreement.ratio,
-                "verdicts_that_differ": mean_off_diagonal(j.disagreement.flips_NN[None])[0],
-                "largest_barrier": float(j.barriers_MM.max()),
-                "speculative_experts": j.speculation.suspects,
+        """For the manifest: means over pairs of experts by layer, the rest as one number each."""
+        results = {"layers": self.updates.layers, "cosine": mean_off_diagonal(self.updates.cosine_LNN)}
+        results |= {"distance": mean_off_diagonal(self.updates.distance_LNN)}
+        if self.scores is not None:
+            s = self.scores
+            results |= {
+                "disagreement": s.disagreement.ratio,
+                "verdicts_that_differ": mean_off_diagonal(s.disagreement.flips_NN[None])[0],
+                "largest_barrier": float(s.barriers_MM.max()),
+                "speculative_experts": s.speculation.suspects,
             }
-        return dict(plain(found))
+        return dict(plain(results))
 
     def tables(self) -> list[Table]:
         """For routing.md."""
         tables = [_layer_table(self.updates), self._pair_table()]
-        return [*tables, *([_suspects(self.judgement.speculation)] if self.judgement else [])]
+        return [*tables, *([_suspects(self.scores.speculation)] if self.scores else [])]
 
     def _numbers(self) -> dict[str, Any]:
-        u, found = self.updates, {}
-        if self.judgement is not None:
-            j = self.judgement
-            ratios = {"over_rejected": j.speculation.over_rejected, "over_chosen": j.speculation.over_chosen}
-            found = {
-                "disagreement": j.disagreement.ratio,
-                "verdicts_that_differ": j.disagreement.flips_NN,
-                "barriers": j.barriers_MM,
+        u, of_scores = self.updates, {}
+        if self.scores is not None:
+            s = self.scores
+            ratios = {"over_rejected": s.speculation.over_rejected, "over_chosen": s.speculation.over_chosen}
+            of_scores = {
+                "disagreement": s.disagreement.ratio,
+                "verdicts_that_differ": s.disagreement.flips_NN,
+                "barriers": s.barriers_MM,
                 "speculation": {name: vars(ratio) for name, ratio in ratios.items()},
-                "speculative_experts": j.speculation.suspects,
+                "speculative_experts": s.speculation.suspects,
             }
         weights = {"cosine": u.cosine_LNN, "distance": u.distance_LNN, "size": u.size_LN}
-        return {"layers": u.layers, **weights, **found}
+        return {"layers": u.layers, **weights, **of_scores}
 
     def _maps(self) -> dict[str, tuple[Any, ...]]:
         u, names = self.updates, self._member_names()
@@ -108,39 +108,41 @@ class Diversity:
             ),
             "update_distance.png": (u.distance_LNN.mean(0), "Distance of experts, mean over layers", *pair),
         }
-        if self.judgement is not None:
-            j = self.judgement
-            ratio = j.speculation.over_rejected.value
+        if self.scores is not None:
+            s = self.scores
+            ratio = s.speculation.over_rejected.value
             title = "Gate mass per token, rejected answers:\nhighest scores over others"
             maps |= {
-                "barriers.png": (j.barriers_MM, "Loss barrier (nats)", *pair, names, names),
+                "barriers.png": (s.barriers_MM, "Loss barrier (nats)", *pair, names, names),
                 "speculation.png": (ratio, title, "expert", "layer", None, u.layers),
             }
         return maps
 
     def _member_names(self) -> list[str]:
         count = self.updates.size_LN.shape[1]
-        has_shared = self.judgement is not None and len(self.judgement.barriers_MM) > count
+        has_shared = self.scores is not None and len(self.scores.barriers_MM) > count
         return ["shared"] * has_shared + [str(i) for i in range(count)]
 
     def _pair_table(self) -> Table:
-        header = ["experts", "cosine", "distance", *(["verdicts", "barrier"] if self.judgement else [])]
+        header = ["experts", "cosine", "distance", *(["verdicts", "barrier"] if self.scores else [])]
         note = PAIR_NOTE
-        if self.judgement is not None:
-            note += JUDGEMENT_NOTE.format(ratio=self.judgement.disagreement.ratio)
+        if self.scores is not None:
+            note += JUDGEMENT_NOTE.format(ratio=self.scores.disagreement.ratio)
         return Table("Pairs of experts", header, list(self._pair_rows()), note)
 
     def _pair_rows(self) -> Iterator[list[str]]:
-        u, j, names = self.updates, self.judgement, self._member_names()
-        first = len(names) - u.size_LN.shape[1]
-        for one, other in combinations(range(len(names)), 2):
-            a, b = one - first, other - first
+        u, s, names = self.updates, self.scores, self._member_names()
+        shared = len(names) - u.size_LN.shape[1]  # 1 if the shared expert stands first, else 0
+        for first, second in combinations(range(len(names)), 2):
+            # a < 0 is the shared expert. The others' updates start from it, so it has none of its own, and
+            # the distance to it is an update's size.
+            a, b = first - shared, second - shared
             cosine = u.cosine_LNN[:, a, b].nanmean() if a >= 0 else math.nan
             distance = u.distance_LNN[:, a, b].mean() if a >= 0 else u.size_LN[:, b].mean()
-            row = [f"{names[one]} and {names[other]}", _number(cosine), _number(distance)]
-            if j is not None:
-                flips = j.disagreement.flips_NN[a, b] if a >= 0 else math.nan
-                row += [_number(flips), _number(j.barriers_MM[one, other])]
+            row = [f"{names[first]} and {names[second]}", _number(cosine), _number(distance)]
+            if s is not None:
+                flips = s.disagreement.flips_NN[a, b] if a >= 0 else math.nan
+                row += [_number(flips), _number(s.barriers_MM[first, second])]
             yield row
 
 
@@ -153,9 +155,9 @@ def mean_off_diagonal(values_LNN: Tensor) -> list[float]:
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: lists for tensors, null for what is not finite."""
     if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, Tensor | np.ndarray | list | tuple):
-        return [plain(one) for one in (value.tolist() if hasattr(value, "tolist") else value)]
+        return [plain(item) for item in (value.tolist() if hasattr(value, "tolist") else value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -171,16 +173,16 @@ def _layer_table(u: Updates) -> Table:
     return Table("Expert updates", header, [[str(n), *map(_number, values)] for n, *values in rows], note)
 
 
-def _suspects(found: Speculation) -> Table:
+def _suspects(speculation: Speculation) -> Table:
     rows = []
-    for layer, expert in found.suspects:
-        place = (found.layers.index(layer), expert)
-        cells = [_interval(ratio, place) for ratio in (found.over_rejected, found.over_chosen)]
+    for layer, expert in speculation.suspects:
+        index = (speculation.layers.index(layer), expert)
+        cells = [_interval(ratio, index) for ratio in (speculation.over_rejected, speculation.over_chosen)]
         rows.append([str(layer), str(expert), *cells])
     rows = rows or [["none", "", "", ""]]
-    note = SUSPECT_NOTE.format(count=found.over_chosen.low.size)
+    note = SUSPECT_NOTE.format(count=speculation.over_chosen.low.size)
     return Table("Speculative experts", ["layer", "expert", "over rejected", "over chosen"], rows, note)
 
 
-def _interval(ratio: Ratio, place: tuple[int, int]) -> str:
-    return f"{ratio.value[place]:.2f} ({ratio.low[place]:.2f}-{ratio.high[place]:.2f})"
+def _interval(ratio: Ratio, index: tuple[int, int]) -> str:
+    return f"{ratio.value[index]:.2f} ({ratio.low[index]:.2f}-{ratio.high[index]:.2f})"

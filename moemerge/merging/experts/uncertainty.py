@@ -1,6 +1,6 @@
-"""What a merge throws away and may be kept: how far its members disagree on a text.
+"""How far the members of a merge disagree on a text: what the merge itself does not say.
 
-Shapes: L rows of coefficients, N members (routed experts, or models), T texts, M points.
+Shapes: L rows of coefficients, N members (routed experts, or models), T texts, M points: the merge, then N.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class SpreadScores:
 
         Bradley-Terry training leaves a score's constant open; unlike ones would pass for disagreement.
         """
+        # Shifted to the mean of all levels, so that the members' mean score stays what it was.
         level_N = reference.members_NT.mean(1)
         return SpreadScores(self.merged_T, self.members_NT + (level_N.mean() - level_N)[:, None])
 
@@ -79,14 +80,14 @@ def score_points(
     points: Sequence[Point],
     batch_tokens: int,
 ) -> Tensor:
-    """Scores of `encoded` by the merge at each point, [M, T]; `merged` is left as it was."""
+    """Scores of `encoded` by the merge at each point, [points, T]; `merged` is left as it was."""
     start = merged.alpha_LN, merged.shared_L
-    found = []
+    scores: list[Tensor] = []
     try:
         for number, point in enumerate(points, start=1):
             merged.merge(*point)
             bar = f"merge {number} of {len(points)}"
-            found.append(score(merged.model, tokenizer, encoded, batch_tokens, progress=bar))
+            scores.append(score(merged.model, tokenizer, encoded, batch_tokens, progress=bar))
     finally:
         merged.merge(*start)
-    return torch.stack(found)
+    return torch.stack(scores)
