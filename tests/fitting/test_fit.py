@@ -257,7 +257,7 @@ def test_two_processes_fit_what_one_does(moe: Path, planted: Path, tmp_path: Pat
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*runner, "-m", "moemerge", "fit", *flags, "--output", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The held-out loss") == 1, "one process tells"
     one = fit(

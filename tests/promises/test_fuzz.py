@@ -36,7 +36,7 @@ def test_the_fuzzer_finds_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> 
             pass
 
     readers = {"refuse": refuse, "crash": crash, "write": write, "hang": hang}
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 3)
     monkeypatch.setattr(
         fuzz, "TARGETS", {name: fuzz.Target(lambda f, d: None, read) for name, read in readers.items()}
     )

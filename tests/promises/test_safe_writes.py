@@ -104,7 +104,7 @@ t.write(output=output, text="newer", overwrite=True)
 
 def killed(output: Path, place: str) -> None:
     given = [sys.executable, "-c", CHILD, PATHS, str(output), place]
-    assert subprocess.run(given, cwd=ROOT, timeout=120).returncode == 9
+    assert subprocess.run(given, cwd=ROOT, timeout=600).returncode == 9
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ from moemerge.run import cli
 
 def wait(draft):
     (draft.output.parent / "started").touch()
-    time.sleep(60)
+    time.sleep(3600)
 t.HOOK = wait
 class Stages:
     def get(self, name):
@@ -429,7 +429,7 @@ def test_a_signal_ends_in_good_order_with_one_line_that_says_how_to_go_on(
     with waiting(tmp_path / "out") as process:
         assert len(hidden(tmp_path)) == 2, "a draft and a lock"
         process.send_signal(number)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert told.splitlines() == [
         f"stopped by {number.name}, nothing is left half-written; "
@@ -445,7 +445,7 @@ def test_a_signal_in_a_destructor_is_not_lost(capsys):
 
     with pytest.raises(Stopped) as caught, stoppable():
         Ending()
-        time.sleep(5)
+        time.sleep(60)  # ended by the signal
     assert caught.value.number == signal.SIGTERM
     assert "ignored" not in capsys.readouterr().err
 
@@ -466,7 +466,7 @@ def test_a_signal_while_one_is_sent_again_is_not_lost(capsys, monkeypatch):
     monkeypatch.setattr(stopping, "_listen", listen_and_strike)
     with pytest.raises(Stopped) as caught, stoppable():
         Ending()
-        time.sleep(5)
+        time.sleep(60)  # ended by the signal
     assert len(calls) == 4 and caught.value.number in (signal.SIGINT, signal.SIGTERM)
     assert "ignored" not in capsys.readouterr().err
 
@@ -475,7 +475,7 @@ def test_a_signal_that_a_library_turns_into_its_own_error_is_a_signal_again() ->
     with pytest.raises(Stopped) as caught, stoppable():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            time.sleep(60)  # ended by the signal
         except Stopped as stopped:
             raise ValueError("could not determine the shape") from stopped
     assert caught.value.number == signal.SIGTERM
