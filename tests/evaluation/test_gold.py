@@ -17,8 +17,9 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.reading import read_candidates
 from moemerge.data.tokenise import encode
+from moemerge.data.world import gold_reward
 from moemerge.errors import DataError, OptionError
-from moemerge.evaluation.gold import function_reward, model_reward, regrade
+from moemerge.evaluation.gold import function_reward, load_function, model_reward, regrade
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.options.base import TextFormat
 from moemerge.options.evaluate import Evaluate
@@ -150,6 +151,10 @@ def test_a_function_that_fails_is_a_fault_of_the_user() -> None:
     with pytest.raises(DataError, match="not of the synthetic world"):
         reward(items)
     assert reward([("explain sea ", "water number")]).shape == (1,)
+
+
+def test_the_synthetic_worlds_gold_is_found_where_old_recipes_name_it() -> None:
+    assert load_function("moemerge.synthetic:gold_reward") is gold_reward
 
 
 def test_chats_reach_the_function_as_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -124,6 +125,40 @@ def test_unknown_moe_field_in_config_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="future"):
         load_moe(tmp_path / "moe")
+
+
+# What version 0.1 wrote into every MoE folder, here and on the hub; it must work for ever.
+OLD_SHIM = '''"""This reward model is a mixture of experts made by moemerge: pip install moemerge"""
+import moemerge
+from moemerge import modelling
+
+Config = modelling.config_class("llama")
+Model = modelling.model_class("llama")
+'''
+AS_A_USER = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification
+
+assert "moemerge" not in sys.modules
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert [name for name in sys.modules if name.endswith(".moemerge_shim")], "the folder's own code did not run"
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits
+print(json.dumps(logits[:, 0].tolist()))
+"""
+
+
+def test_an_old_folder_loads_as_a_user_would(tmp_path: Path) -> None:
+    tiny_moe().save_pretrained(tmp_path / "moe")
+    (tmp_path / "moe" / "moemerge_shim.py").write_text(OLD_SHIM)
+    command = [sys.executable, "-c", AS_A_USER, str(tmp_path / "moe"), json.dumps(IDS[:1].tolist())]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = load_moe(tmp_path / "moe")(input_ids=IDS[:1]).logits[:, 0]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected)
 
 
 def test_saving_twice_through_the_shim_keeps_one_shim(tmp_path: Path) -> None:

@@ -344,9 +344,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_model(small_run: tuple[Path, 
     (root / "killed.yml").write_text(json.dumps({"output": str(root / "end"), **SMALL}))
     done = subprocess.run([sys.executable, "-c", KILLED, str(root / "killed.yml")], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
-    assert list(root.glob("end/.train.*.work/**/trainer_state.json")), (
-        "a checkpoint to go on from"
-    )
+    assert list(root.glob("end/.train.*.work/**/trainer_state.json")), "a checkpoint to go on from"
     assert not (root / "end/train").exists()
     report = moemerge.run_recipe(root / "killed.yml")
     ran = [step.name for step in report.steps if step.reason is not None]
