@@ -327,9 +327,23 @@ def test_a_pickle_in_the_workspace_runs_nothing_when_training_goes_on(
         (home / name).write_bytes(whole)
 
 
-def test_best_weights_are_kept_not_the_last(world: Path, tmp_path: Path) -> None:
+def test_best_weights_are_kept_not_the_last(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Late in training the head's sign is turned: the last weights are worse, on every processor."""
+    from moemerge.training.trainer import PairTrainer
+
+    train_step, steps = PairTrainer.training_step, []
+
+    def train_and_spoil(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 34:
+            self.model.score.weight.data.neg_()
+        return train_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PairTrainer, "training_step", train_and_spoil)
     results = run(
-        world, tmp_path / "out", held=True, epochs=6, eval_steps=3, learning_rate=5e-2, patience=None
+        world, tmp_path / "out", held=True, epochs=6, eval_steps=3, learning_rate=3e-3, patience=None
     )
     losses = {e["step"]: e["eval_loss"] for e in history(tmp_path / "out") if "eval_loss" in e}
     best = min(losses, key=lambda step: losses[step])
