@@ -283,6 +283,26 @@ def test_the_readme_leads_to_every_document() -> None:
     assert {path.resolve() for path in DOCUMENTS} == reached
 
 
+def commands(document: Path) -> Iterator[tuple[str, set[str]]]:
+    """Commands of moemerge that a document shows, each with the flags that it gives."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"\bmoemerge ([a-z]+) ([^\n`#|]*)", text):
+        yield name, set(re.findall(r"(?<!\S)--[\w-]+", rest))
+
+
+def test_commands_in_the_documents_have_the_flags_they_show() -> None:
+    from click import Context
+
+    from moemerge.run.cli import cli
+
+    shown = [one for document in DOCUMENTS for one in commands(document) if one[1]]
+    assert len(shown) > 30
+    for name, flags in shown:
+        if name != "mergekit":
+            known = {flag for option in cli.commands[name].get_params(Context(cli)) for flag in option.opts}
+            assert flags <= known, f"moemerge {name}"
+
+
 MARKED = re.compile(r"^<!-- tested -->\n```python\n(.*?)^```", re.S | re.M)
 
 
