@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from moemerge.models.checkpoint import Checkpoint, write_checkpoint
-from moemerge.models.guards import source_names
+from moemerge.models.checkpoint import write_checkpoint
+from moemerge.models.folder import ModelFolder
 from moemerge.models.modelling import moe_config
 from moemerge.options.upcycle import Upcycle
 from moemerge.stages.upcycle import _dense_config, _moe_tensors, _settings, upcycle
@@ -52,11 +52,11 @@ def make_dense(folder: Path, hidden: int, layers: int, dtype: str = "float32") -
 
 def write_only(options: Upcycle) -> None:
     """What upcycle does with tensors, without checksums and comparison; flushed to disk."""
-    source = Checkpoint(options.model)
-    config = _dense_config(source, options)
+    source = ModelFolder(options.model)
+    config = _dense_config(source)
     moe = moe_config(config, _settings(options, config))
     options.output.mkdir()
-    tensors = _moe_tensors(source, source_names(source, config), moe, options)
+    tensors = _moe_tensors(source, moe, options)
     write_checkpoint(options.output, tensors, options.shard_size)
     flush(options.output)
 
@@ -91,7 +91,7 @@ def anonymous_memory() -> int:
 
 def peak_memory(options: Upcycle, queue: multiprocessing.Queue) -> None:
     """Most anonymous memory that writing adds to a fresh process, in bytes, looked at every 2 ms."""
-    _settings(options, _dense_config(Checkpoint(options.model), options))
+    _settings(options, _dense_config(ModelFolder(options.model)))
     before, highest, done = anonymous_memory(), [0], threading.Event()
 
     def watch() -> None:

@@ -20,6 +20,7 @@ from moemerge.data.pairs import CandidateSet
 from moemerge.data.rows import BadRow, Text
 from moemerge.data.tokenise import Encoded, Item, encode_all
 from moemerge.errors import DataError, MoemergeError, OptionError, suggest
+from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score
 from moemerge.options.base import TextFormat
@@ -46,7 +47,7 @@ def load_gold(
     Raises CheckpointError for an unusable model, OptionError if there is no such function.
     """
     if source.gold_model:
-        return model_reward(source.gold_model, device, format.max_length, trust)
+        return model_reward(ModelFolder(source.gold_model, trust), device, format.max_length)
     return function_reward(source.gold_function) if source.gold_function else None
 
 
@@ -56,16 +57,17 @@ def regrade(sets: Sequence[CandidateSet], gold: Reward) -> list[CandidateSet]:
     return [replace(one, gold=[next(scores) for _ in one.texts]) for one in sets]
 
 
-def model_reward(path: str, device: torch.device, max_length: int, trust: bool = False) -> Reward:
+def model_reward(source: ModelFolder | str, device: torch.device, max_length: int) -> Reward:
     """The scores of a reward model: its own tokenizer and chat template, texts as evaluate makes them.
 
     What is returned raises DataError for a text that is longer than `max_length` tokens or cannot be encoded.
     """
-    tokenizer = load_tokenizer(path, trust)
-    model = load_reward_model(path, device, trust_remote_code=trust)
+    folder = opened(source)
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder, device)
 
     def scores(items: Sequence[Item]) -> Floats:
-        encoded = [_usable(one, path, max_length) for one in encode_all(tokenizer, items)]
+        encoded = [_usable(one, folder.source, max_length) for one in encode_all(tokenizer, items)]
         return score(model, tokenizer, encoded, BATCH_TOKENS).double().numpy()
 
     return scores

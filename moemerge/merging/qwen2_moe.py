@@ -197,7 +197,7 @@ def _compare(options: Export, source: MoeCheckpoint, draft: Draft) -> None:
     device = use_device(options)
     inputs = probe_batch(source.config, options.seed, device)
     theirs_B = probe_scores(load_moe(source.folder, str(device)), inputs)
-    ours_B = probe_scores(load_reward_model(str(draft.folder), device, source.dtype), inputs)
+    ours_B = probe_scores(load_reward_model(draft.folder, device, source.dtype), inputs)
     draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
     what, fix = "the Qwen2-MoE does not equal the MoE", "report this model's config"
     require_alike(ours_B, theirs_B, source.dtype, what, fix)

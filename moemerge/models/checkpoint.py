@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moemerge.artifacts.disk import flush_and_forget, link_or_copy
-from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
-from moemerge.errors import CheckpointError
-from moemerge.models.config_file import read_config
+from moemerge.errors import CheckpointError, few
 
 if TYPE_CHECKING:
     from moemerge.models.families.base import ExpertTensor
@@ -51,37 +48,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-ON_HUB = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
-
-
-def local_folder(source: str | Path) -> Path:
-    """The folder of a model: `source` itself, or the hub's copy of that name, without pickle files."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=ON_HUB))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            "model cannot be found",
-            given=str(source),
-            expected="a folder, or a name on the hub that can be reached",
-            fix=f"correct the name ({str(error).splitlines()[0]})",
-        ) from error
 
 
 class Checkpoint:
-    """A folder with model.safetensors or its shards, opened read-only; tensors are read when asked for.
+    """A local folder with model.safetensors or its shards; tensors are read when asked for.
+
+    Only the tensors: what is to be known of a model besides, and whether its folder is its own, asks
+    ModelFolder.
 
     Raises CheckpointError when weights are missing, damaged, outside the folder, or only there as pickle.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = local_folder(folder)
-        refuse_foreign(self.folder)
+        self.folder = Path(folder)
         self._files = self._weight_files()
         self._open: dict[str, Any] = {}
 
@@ -89,14 +68,6 @@ class Checkpoint:
     def names(self) -> list[str]:
         """All tensor names, in the order of the shards."""
         return list(self._files)
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """config.json as it stands. CheckpointError if it is missing or no JSON object."""
-        try:
-            return read_config(self.folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise self._fault("config.json cannot be read", str(error), "a JSON object") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`, from the header."""
@@ -151,6 +122,10 @@ class Checkpoint:
         experts: torch.Tensor = self._slice(tensor.stacked)[:, tensor.rows]
         return experts
 
+    def release(self) -> None:
+        """Let go of open files; they are opened again when asked for."""
+        self._open.clear()
+
     def _slice(self, name: str) -> Any:
         return self._handle(name).get_slice(name)
 
@@ -165,17 +140,13 @@ class Checkpoint:
         return self._open[file]
 
     def _weight_files(self) -> dict[str, str]:
-        if (self.folder / "adapter_config.json").exists():
-            # transformers would load the model that this file names, from wherever that is
-            raise self._adapter_fault()
         if (self.folder / INDEX).exists():
             files = self._indexed_files()
             self._refuse_leftovers(set(files.values()))
             return files
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(_open_file(self.folder / SINGLE).keys(), SINGLE)
-        found = sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS))
-        raise self._fault("no safetensors weights", ", ".join(found) or "no weights", f"{SINGLE} or {INDEX}")
+        raise self._no_safetensors()
 
     def _refuse_leftovers(self, shards: set[str]) -> None:
         """Tools disagree on which is read first, so the weights of one model would pass for the other's."""
@@ -187,13 +158,16 @@ class Checkpoint:
                 fix="remove what is left of the older model",
             )
 
-    def _adapter_fault(self) -> CheckpointError:
-        found = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.name.endswith(WEIGHTS)))
+    def _no_safetensors(self) -> CheckpointError:
+        other = sorted(path.name for path in self.folder.iterdir() if path.name.endswith(WEIGHTS))
+        pickled = [name for name in other if name.startswith("pytorch_model") and name.endswith(".bin")]
+        if not pickled:
+            return self._fault("no safetensors weights", few(other) or "no weights", f"{SINGLE} or {INDEX}")
         return CheckpointError(
-            f"{self.folder} is an adapter (LoRA), not a whole model",
-            given=f"adapter_config.json, {found or 'no weights'}",
-            expected=f"{SINGLE} or {INDEX} with all of the model's tensors, head included",
-            fix="load it on its base as a sequence classifier (PEFT), merge_and_unload(), save_pretrained()",
+            f"{self.folder} holds pickled weights",
+            given=few(pickled),
+            expected="safetensors: pickle files can run code when they are opened",
+            fix="if you trust it, load it with transformers and save_pretrained it to another folder",
         )
 
     def _indexed_files(self) -> dict[str, str]:

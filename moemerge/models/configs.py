@@ -1,27 +1,24 @@
-"""Model configs from elsewhere: whatever is wrong with one is told as a fault of its folder."""
+"""Model configs as transformers reads them: whatever is wrong with one is told as a fault of its folder."""
 
 from __future__ import annotations
 
 import logging
 import math
 from functools import cache
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
-from moemerge.artifacts.foreign import refuse_foreign, refuse_paths
-from moemerge.artifacts.json_file import read_object
-from moemerge.errors import CheckpointError, MoemergeError
-from moemerge.models.config_file import read_config
+from moemerge.errors import CheckpointError, MoemergeError, UnsupportedError
 from moemerge.models.families.base import PREFIX
+from moemerge.models.folder import unloadable
 from moemerge.models.moe_settings import MoeSettings
 
-ADAPTER = "adapter_config.json"
-# transformers takes what these hold for arguments of the tokenizer's class.
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# What older versions saved, and transformers replaces by what lies in the folder.
-REPLACED = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+if TYPE_CHECKING:
+    from moemerge.models.folder import ModelFolder
+
 NO_PAD = -1  # how the first conversions of Llama, and others after them, say that there is none
 # Families that count positions from the pad token, and one whose config must have one.
 NEEDS_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder")
@@ -29,62 +26,44 @@ NEEDS_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "m
 log = logging.getLogger(__name__)
 
 
-def load_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of the model in the folder, or under the hub name, `source`.
-
-    Code that comes with a model runs only with `trust_remote_code`, and that is logged. Raises
-    CheckpointError for a config that is missing, or that its own class refuses.
-    """
+def read_model_config(model: ModelFolder) -> PreTrainedConfig:
+    """As ModelFolder.config, which keeps it."""
     try:
-        check_files(source)
-        if trust_remote_code:
-            tell_of_code(str(source))
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        _settle_pad(config, source)
+        if model.trust_remote_code:
+            log_own_code(model.source)
+        if model.kind == "moe":
+            import_module("moemerge.models.modelling").register()
+        config = AutoConfig.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
+        _settle_pad(config, model.source)
         _check_layers(config)
-        return config
     except MoemergeError:
         raise
     except Exception as error:  # a config's class may raise anything at values that it does not expect
-        raise unloadable(
-            "the model's config cannot be read", source, error, "a model folder or hub name"
-        ) from error
+        expected = "a model folder or hub name"
+        raise unloadable("the model's config cannot be read", model.source, error, expected) from error
+    if not model.trusts_own_class:
+        _refuse_own_class(model)
+    return config
 
 
-def check_files(source: str | Path) -> None:
-    """Raise unless what transformers reads beside weights, of a folder or hub name, names nothing elsewhere.
+def _refuse_own_class(model: ModelFolder) -> None:
+    """The forward pass of such a class, and what it calls its head, are not known.
 
-    CheckpointError for an adapter, whose base may be anywhere; ArtifactError for links out of a folder and
-    for a tokenizer's files elsewhere; ValueError or OSError for a config.json that cannot be used.
+    mergekit takes such a model for a causal LM and drops the head, and transformers would load the weights
+    into another class.
     """
-    if Path(source).exists():
-        refuse_foreign(Path(source))
-    if (_file(source, ADAPTER) or Path()).is_file():
-        raise CheckpointError(
-            f"{source} is an adapter (LoRA), not a whole model",
-            given=ADAPTER,
-            expected="a whole model",
-            fix="load it on its base (PEFT), merge_and_unload(), save_pretrained()",
-        )
-    config = _file(source, "config.json")
-    if config is not None:
-        read_config(config.parent)
-    for name in TOKENIZER_FILES:
-        path = _file(source, name)
-        if path is not None:
-            values = read_object(path)
-            refuse_paths({key: values[key] for key in values.keys() - REPLACED}, path.parent, name)
+    for name in model.architectures:
+        if not hasattr(transformers, name) and not name.startswith("Moemerge"):
+            raise UnsupportedError(
+                f"{model.source} is of a class of its own, so that its head would be lost or misread",
+                given=f"architectures: {name}",
+                expected="a class of transformers, such as LlamaForSequenceClassification",
+                fix="if its head is one linear layer on the last token, named score, save it again as "
+                "...ForSequenceClassification",
+            )
 
 
-def _file(source: str | Path, name: str) -> Path | None:
-    """Where the file `name` of a folder or hub name is, fetched if need be; None if it has none."""
-    if Path(source).exists():
-        return Path(source) / name if (Path(source) / name).exists() else None
-    found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
-
-
-def _settle_pad(config: PreTrainedConfig, source: str | Path) -> None:
+def _settle_pad(config: PreTrainedConfig, source: str) -> None:
     """A pad token of -1 is none, as if null stood there; any other that the vocabulary lacks is a fault.
 
     transformers takes -1 as it stands: decoders then find no padding and score the last pad token.
@@ -116,17 +95,6 @@ def _check_layers(config: PreTrainedConfig) -> None:
 
 
 @cache
-def tell_of_code(source: str) -> None:
+def log_own_code(source: str) -> None:
     """Log, once for each model, that its own code may run."""
     log.warning("trust_remote_code: code that comes with %s may run", source)
-
-
-def unloadable(what: str, source: str | Path, error: Exception, expected: str) -> CheckpointError:
-    """The fault of a model of which transformers cannot make anything."""
-    reason = " ".join(str(error).split())
-    return CheckpointError(
-        f"{what}: {source}",
-        given=f"{type(error).__name__}: {reason[:500]}",
-        expected=expected,
-        fix="check the path and that every file of the model is there and whole",
-    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from moemerge.models import modelling
-from moemerge.models.configs import load_config
+from moemerge.models.folder import ModelFolder
 from moemerge.models.moe import moe_layers
 
 # What `cost` tells, as tables call it.
@@ -39,15 +40,15 @@ def cost(model: PreTrainedModel) -> dict[str, int]:
     return {**counts, "flops_per_token": 2 * (counts["active_parameters"] - tables)}
 
 
-def flops_ratio(model: str, other: str, trust_remote_code: bool = False) -> float:
-    """FLOPs per token of the reward model at `model` over those of the one at `other`, by their configs."""
-    costs = [cost(_without_weights(path, trust_remote_code)) for path in (model, other)]
+def flops_ratio(model: ModelFolder, other: ModelFolder) -> float:
+    """FLOPs per token of the reward model `model` over those of `other`, by their configs."""
+    costs = [cost(_without_weights(folder)) for folder in (model, other)]
     return costs[0]["flops_per_token"] / costs[1]["flops_per_token"]
 
 
-def _without_weights(path: str, trust_remote_code: bool) -> PreTrainedModel:
-    modelling.register()
-    config = load_config(path, trust_remote_code)
+def _without_weights(folder: ModelFolder) -> PreTrainedModel:
+    config = deepcopy(folder.config)
     config.num_labels = 1
+    trust = folder.trust_remote_code
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)

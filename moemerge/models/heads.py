@@ -1,8 +1,8 @@
-"""Which tensors are a reward head, and whether a config claims one."""
+"""Which tensors are a reward head."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 # Heads of language models: left over, rightly, when a base model becomes a reward model.
 LANGUAGE_HEADS = (
@@ -20,16 +20,6 @@ LANGUAGE_HEADS = (
     "lm_predictions",
     "mask_predictions",
 )
-
-
-def claims_head(config: PreTrainedConfig) -> bool:
-    """Whether a config says that its model has a reward head."""
-    return any("SequenceClassification" in name for name in config.architectures or [])
-
-
-def has_own_code(config: PreTrainedConfig) -> bool:
-    """Whether a sequence classifier's code comes with the model."""
-    return "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
 
 
 def spare_head(name: str) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +19,27 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from moemerge.errors import CheckpointError, MoemergeError, few
-from moemerge.models.checkpoint import Checkpoint
-from moemerge.models.configs import check_files, load_config, tell_of_code, unloadable
-from moemerge.models.guards import refuse_larger, refuse_own_class
-from moemerge.models.heads import claims_head, has_own_code, in_head, spare_head
+from moemerge.errors import CheckpointError, few
+from moemerge.models.configs import log_own_code
+from moemerge.models.folder import ModelFolder, opened, unloadable
+from moemerge.models.guards import misfit, refuse_larger
+from moemerge.models.heads import in_head, spare_head
 
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model, padding on the right, with a pad token.
+def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model, padding on the right, with a pad token; a new object.
 
     Without one of its own the end-of-sequence token pads, as in TRL's RewardTrainer: decoders then pool the
     token before it. Raises CheckpointError if there is no tokenizer, or neither token.
     """
-    try:
-        check_files(path)
-        if trust_remote_code:
-            tell_of_code(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        tokenizer(["a"])
-        tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.eos_token  # noqa: B018 (a few classes have none)
-    except MoemergeError:
-        raise
-    except Exception as error:  # a broken tokenizer.json raises a bare Exception
-        raise unloadable(
-            "the tokenizer cannot be loaded", path, error, "a folder or hub name with one"
-        ) from error
+    model = opened(model)
+    tokenizer = _read_tokenizer(model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise CheckpointError(
-                f"the tokenizer of {path} has no pad token",
+                f"the tokenizer of {model.source} has no pad token",
                 given="neither pad_token nor eos_token",
                 expected="one of the two",
                 fix="set pad_token in tokenizer_config.json",
@@ -60,11 +49,23 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+def _read_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
+    try:
+        if model.trust_remote_code:
+            log_own_code(model.source)
+        tokenizer = AutoTokenizer.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
+        tokenizer(["a"])
+        tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.eos_token  # noqa: B018 (a few classes have none)
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        expected = "a folder or hub name with one"
+        raise unloadable("the tokenizer cannot be loaded", model.source, error, expected) from error
+    return tokenizer
+
+
 def load_reward_model(
-    path: str,
+    model: ModelFolder | str | Path,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
     fresh_head_seed: int | None = None,
 ) -> PreTrainedModel:
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
@@ -75,69 +76,51 @@ def load_reward_model(
     tensors, pickled weights, adapters, a reward model without its head, and any other number of outputs;
     UnsupportedError for a class of its own, unless its code comes along and is trusted.
     """
-    _register_moe()
-    device = torch.device(device)
-    refuse_pickle(path)
-    weights = Checkpoint(path) if Path(path).is_dir() else None
-    config = load_config(path, trust_remote_code)
-    if not (trust_remote_code and has_own_code(config)):
-        refuse_own_class(config.architectures, path)
-    if claims_head(config):
-        fresh_head_seed = None
+    folder, device = opened(model), torch.device(device)
+    if folder.is_local:
+        folder.weights  # noqa: B018 (damaged weights are told before the config's faults)
+    config = deepcopy(folder.config)
+    if folder.claims_head:
+        fresh_head_seed = None  # a head that the config claims and the weights lack is a fault, not fresh
     if fresh_head_seed is not None:
         config.num_labels = 1
-    if weights is not None:
-        refuse_larger(weights, config)
+    if folder.is_local:
+        refuse_larger(folder.weights, config)
+        folder.weights.release()  # transformers maps the files itself
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    model, loading = _load_weights(path, config, wanted, trust_remote_code)
-    _check_loading(path, model, loading, fresh_head_seed)
-    if model.config.num_labels != 1:
-        raise CheckpointError(
-            f"{path} is not a reward model",
-            given=f"{model.config.num_labels} outputs",
-            expected="one output",
-            fix="give a sequence classifier with num_labels = 1",
-        )
-    if loading["missing_keys"] and fresh_head_seed is not None:
-        _draw_head(model, sorted(loading["missing_keys"]), fresh_head_seed)
-    _set_pad_token(model, path, trust_remote_code)
-    return model.to(device).eval()  # type: ignore[arg-type, no-any-return]
+    loaded, loading = load_weights(folder, config, wanted)
+    check_loading(folder, loaded, loading, fresh_head_seed)
+    if fresh_head_seed is None:
+        folder.require_one_output()
+    elif loading["missing_keys"]:
+        _draw_head(loaded, sorted(loading["missing_keys"]), fresh_head_seed)
+    _set_pad_token(loaded, folder)
+    return loaded.to(device).eval()  # type: ignore[arg-type, no-any-return]
 
 
-def _register_moe() -> None:
-    importlib.import_module("moemerge.models.modelling").register()
-
-
-def refuse_pickle(path: str) -> None:
-    """Raise CheckpointError if the folder at `path` holds weights as pickles only."""
-    folder = Path(path)
-    pickled = sorted(p.name for p in folder.glob("*.bin") if p.name.startswith("pytorch_model"))
-    if pickled and not list(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{path} holds pickled weights",
-            given=", ".join(pickled[:3]),
-            expected="safetensors: pickle files can run code when they are opened",
-            fix="if you trust it, load it with transformers and save_pretrained it to another folder",
-        )
-
-
-def _load_weights(
-    path: str, config: PreTrainedConfig, dtype: Any, trust_remote_code: bool
+def load_weights(
+    folder: ModelFolder, config: PreTrainedConfig, dtype: Any, device_map: str | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The sequence classifier of `config` with the weights of `folder`, and transformers' loading info.
+
+    Nothing is checked of the info: tensors that are missing, left over or misshapen are the caller's to
+    refuse. CheckpointError if transformers cannot load it at all.
+    """
     try:
         with quiet_loading():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path,
+                folder.source,
                 config=config,
                 dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                device_map=device_map,
+                trust_remote_code=folder.trust_remote_code,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # see load_config
+    except Exception as error:  # a model's class may raise anything at values that it does not expect
         expected = "safetensors of a sequence classifier that agree with config.json"
-        raise unloadable("the model cannot be loaded", path, error, expected) from error
+        raise unloadable("the model cannot be loaded", folder.source, error, expected) from error
     return model, loading
 
 
@@ -155,32 +138,36 @@ def quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _check_loading(path: str, model: PreTrainedModel, loading: dict[str, Any], seed: int | None) -> None:
-    """Refuse a model whose weights are not exactly those of the checkpoint, but for a head to be drawn."""
+def check_loading(
+    folder: ModelFolder, model: PreTrainedModel, loading: dict[str, Any], seed: int | None = None
+) -> None:
+    """Raise CheckpointError unless a model's weights are exactly those of its folder.
+
+    With `seed`, a head may be missing, which is then drawn, and a base model's own head be left over.
+    """
     missing, unexpected = set(loading["missing_keys"]), set(loading["unexpected_keys"])
     head = {name for name in missing if in_head(model, name)}
     if seed is not None and head == missing:
         unexpected = {name for name in unexpected if not spare_head(name)}
         missing = set()
-    wrong = {
+    kinds = {
         "missing": missing,
         "left over": unexpected,
         "of another shape": {
             f"{name} {tuple(found)}, not {tuple(want)}" for name, found, want in loading["mismatched_keys"]
         },
     }
-    given = "; ".join(f"{kind}: {few(sorted(map(str, names)))}" for kind, names in wrong.items() if names)
-    if not given:
-        return
-    headless = bool(missing) and head == missing
-    raise CheckpointError(
-        f"{path} has no reward head" if headless else f"{path} does not hold exactly this model's tensors",
-        given=given,
-        expected="every tensor of the reward model and no other",
-        fix="train it first: training gives a base model a fresh head"
-        if headless
-        else "copy the checkpoint again, or save it again with the code that made it",
-    )
+    faults = {kind: sorted(names) for kind, names in kinds.items() if names}
+    if missing and head == missing:
+        raise CheckpointError(
+            f"{folder.source} has no reward head",
+            given="; ".join(f"{kind}: {few(names)}" for kind, names in faults.items()),
+            expected="every tensor of the reward model and no other",
+            fix="train it first: training gives a base model a fresh head",
+        )
+    if faults:
+        fix = "copy the checkpoint again, or save it again with the code that made it"
+        raise misfit(folder.source, faults, "every tensor of the reward model and no other", fix)
 
 
 def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
@@ -197,8 +184,7 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
     log.info("drew a fresh reward head (%s) from seed %d", ", ".join(names), seed)
 
 
-def _set_pad_token(model: PreTrainedModel, path: str, trust_remote_code: bool) -> None:
-    if model.config.get_text_config().pad_token_id is None:
-        pad = load_tokenizer(path, trust_remote_code).pad_token_id
-        model.config.get_text_config().pad_token_id = pad
-        model.config.pad_token_id = pad
+def _set_pad_token(model: PreTrainedModel, folder: ModelFolder) -> None:
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = model.config.pad_token_id = folder.pad_token_id

@@ -7,6 +7,7 @@ For each family there is a config class (model_type moemerge_FAMILY, the dense c
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import new_class
@@ -28,13 +29,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from moemerge.errors import CheckpointError, UnsupportedError
-from moemerge.models.checkpoint import Checkpoint
-from moemerge.models.configs import load_config, unloadable
+from moemerge.errors import UnsupportedError
 from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.base import PREFIX, Family
-from moemerge.models.families.dense import dense_class, dense_config, require_moe, skeleton
+from moemerge.models.families.dense import dense_class, dense_config, skeleton
+from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.layout import Layout, write_layout
+from moemerge.models.loading import check_loading, load_weights
 from moemerge.models.moe import MoELayer, StackedExperts, TokenContext, moe_layers
 from moemerge.models.moe_settings import MoeSettings
 
@@ -264,36 +265,19 @@ def install_shim(folder: str | Path, family: str) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_moe(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_moe(
+    folder: ModelFolder | str | Path, device: str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The MoE reward model in `folder`, in eval mode; `dtype` defaults to the checkpoint's.
 
     Raises CheckpointError if it is not a moemerge MoE, or a tensor is missing, left over or misshapen.
     """
-    register()
-    Checkpoint(folder)
-    config = load_config(folder)
-    require_moe(config.model_type, folder)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            device_map=device,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # see load_config
-        expected = "safetensors that agree with config.json"
-        raise unloadable("the MoE cannot be loaded", folder, error, expected) from error
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[fault]:
-            raise CheckpointError(
-                f"{folder} does not fit its own config",
-                given=f"{fault.replace('_', ' ')}: {sorted(map(str, info[fault]))[:5]}",
-                expected="exactly the tensors that the config asks for",
-                fix="make the folder again, or copy it again whole",
-            )
-    return cast(PreTrainedModel, model.eval())
+    moe = opened(folder)
+    moe.require_moe()
+    moe.weights  # noqa: B018 (raises for damaged ones)
+    model, loading = load_weights(moe, deepcopy(moe.config), dtype or "auto", device_map=device)
+    check_loading(moe, model, loading)
+    return model.eval()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,12 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.stage import RECIPE_COPY
-from moemerge.errors import ArtifactError, Faults, MoemergeError, OptionError, UnsupportedError, suggest
-from moemerge.models.config_file import LAYERS, read_config
+from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
+from moemerge.models.config_file import LAYERS
 from moemerge.models.families import FAMILIES, family_called
-from moemerge.models.families.base import PREFIX
+from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
@@ -183,42 +182,55 @@ def _reads_like_path(source: str) -> bool:
     )
 
 
-def local_config(recipe: Recipe) -> Tree | None:
-    """The config.json of the recipe's model, if it is a folder with a readable one."""
-    return None if _fault_of_config(recipe) else read_config(Path(recipe.model or ""))
-
-
-def _fault_of_config(recipe: Recipe) -> str | None:
-    """Why there is no local config; None if there is one."""
-    if not recipe.model:
-        return "no model"
-    try:
-        refuse_foreign(Path(recipe.model))
-        read_config(Path(recipe.model))
+def _local_model(recipe: Recipe) -> ModelFolder | None:
+    """The recipe's model, opened, if it is a folder here. Raises as ModelFolder, also without a config."""
+    if not recipe.model or not Path(recipe.model).is_dir():
         return None
-    except (OSError, ValueError) as error:
-        return str(error)
-    except ArtifactError as error:
-        return error.given
+    model = ModelFolder(recipe.model)
+    model.config_json  # noqa: B018 (raises if there is none)
+    return model
 
 
 def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
-    config = local_config(recipe)
-    if recipe.model and Path(recipe.model).is_dir() and config is None:
-        yield _fault(
-            "model is not a model folder",
-            f"{recipe.model}: {_fault_of_config(recipe)}",
-            "a folder with config.json",
-            "correct model",
-        )
-    known = config or {}
-    if "model_type" in known:
+    model = None
+    try:
+        model = _local_model(recipe)
+    except MoemergeError as error:
+        given, expected = f"{recipe.model}: {error.given}", "a folder with config.json"
+        yield _fault("model is not a model folder", given, expected, "correct model")
+    if model is not None:
+        yield from _check_architecture(recipe, model)
+    yield from _check_layers(recipe, model.config_json if model else {})
+
+
+def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[MoemergeError]:
+    """Whether it can be upcycled, with that gate, and has a head or is given one."""
+    if "model_type" in model.config_json:
         try:
-            family_called(str(known["model_type"]).removeprefix(PREFIX))
+            family_called(model.dense_type)
         except UnsupportedError as fault:
             yield fault
+    family = FAMILIES.get(model.dense_type)
+    if recipe.upcycle.gate == "prompt" and family and not family.causal:
+        yield _fault(
+            "gate prompt needs a causal model",
+            f"upcycle.gate prompt, model type {model.model_type}",
+            "gate xft or topk, because in an encoder the prompt's states see the answer",
+            "set upcycle.gate to xft",
+        )
+    if recipe.base is None and not model.claims_head:
+        yield _fault(
+            "model has no reward head",
+            f"{', '.join(model.architectures) or 'no architecture'}, and no section base",
+            "a reward model, or a section base that trains one from it",
+            "add the section base",
+        )
+
+
+def _check_layers(recipe: Recipe, config: Tree) -> Iterator[MoemergeError]:
+    """Layers that the recipe names, against those of the model's config.json, as far as that is known."""
     layers = next(
-        (known[name] for name in LAYERS if known.get(name)),
+        (config[name] for name in LAYERS if config.get(name)),
         recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
     )
     sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
@@ -228,25 +240,6 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
             parse_layers(spec, int(layers))
         except OptionError as fault:
             yield _fault(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
-    if recipe.upcycle.gate == "prompt" and _is_encoder(str(known.get("model_type"))):
-        yield _fault(
-            "gate prompt needs a causal model",
-            f"upcycle.gate prompt, model type {known['model_type']}",
-            "gate xft or topk, because in an encoder the prompt's states see the answer",
-            "set upcycle.gate to xft",
-        )
-    heads = known.get("architectures") or []
-    if config and recipe.base is None and not any("SequenceClassification" in name for name in heads):
-        yield _fault(
-            "model has no reward head",
-            f"{', '.join(heads) or 'no architecture'}, and no section base",
-            "a reward model, or a section base that trains one from it",
-            "add the section base",
-        )
-
-
-def _is_encoder(model_type: str) -> bool:
-    return model_type in FAMILIES and not FAMILIES[model_type].causal
 
 
 def _has_validation(recipe: Recipe) -> bool:

@@ -30,6 +30,7 @@ from moemerge.evaluation.attack_search import Gold, Scorer, Search, search, stil
 from moemerge.evaluation.probes.edit_effects import excerpt
 from moemerge.evaluation.probes.edits import last_message, some_pairs
 from moemerge.models.device import use_device
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score, score_pairs
 from moemerge.options.attack import Attack, AttackSettings
@@ -60,8 +61,8 @@ def attack(options: Attack, draft: Draft) -> None:
     device = use_device(options)
     gold = _gold(options, device)
     edits = chosen_edits(options.edits, options.words, gold is not None)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    model = load_reward_model(options.model, device, trust_remote_code=options.trust_remote_code)
+    folder = ModelFolder(options.model, options.trust_remote_code)
+    tokenizer, model = load_tokenizer(folder), load_reward_model(folder, device)
     encoded, rows = _read(options, tokenizer)
     scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
     right_P = scores_P2[:, 0] > scores_P2[:, 1]

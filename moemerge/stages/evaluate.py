@@ -33,6 +33,7 @@ from moemerge.evaluation.sets import (
 )
 from moemerge.models.cost import cost
 from moemerge.models.device import free_memory, use_device
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score
 from moemerge.options.evaluate import Evaluate, EvaluateSettings
@@ -55,17 +56,16 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     check_ensembles(options)
     probes = _probes(options)
     device = use_device(options)
-    tokenizers = {
-        name: load_tokenizer(path, options.trust_remote_code) for name, path in options.models.items()
-    }
+    folders = {name: ModelFolder(path, options.trust_remote_code) for name, path in options.models.items()}
+    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
     sets = _regraded(read_sets(options, tokenizers), options, device)
     check_sections(options, {item.subset for one in sets if one.kind == "pairs" for item in one.items})
     read = protocol.describe(options, tokenizers, sets)
     sets += edited_sets(options, tokenizers, probes, sets)
     scores, models = {}, {}
-    for name, path in options.models.items():
-        model = load_reward_model(path, device, trust_remote_code=options.trust_remote_code)
-        models[name] = {"source": path, "class": type(model).__name__, **cost(model)}
+    for name, folder in folders.items():
+        model = load_reward_model(folder, device)
+        models[name] = {"source": folder.source, "class": type(model).__name__, **cost(model)}
         started = time.perf_counter()
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
         models[name]["seconds"] = time.perf_counter() - started

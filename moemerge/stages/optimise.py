@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from moemerge.evaluation.gold import Reward
 from moemerge.evaluation.policy_page import MEASURED, table
 from moemerge.evaluation.probes import over_optimisation
 from moemerge.models.device import free_memory, use_training_device
+from moemerge.models.folder import ModelFolder
 from moemerge.options.optimise import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
@@ -118,9 +118,10 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     """Optimise against one model: the rows of all its measurements, and what became of the prompts' rows."""
     from moemerge.training.policy_gradient import optimise_policy
 
-    load = partial(load_policy, options.policy, device, torch.float32, options.trust_remote_code)
-    (policy, tokenizer), (reference, _) = load(), load()
-    proxy = gold.model_reward(options.models[name], device, options.max_length, options.trust_remote_code)
+    trust, start = options.trust_remote_code, ModelFolder(options.policy, options.trust_remote_code)
+    policy, tokenizer = load_policy(start, device, torch.float32)
+    reference, _ = load_policy(start, device, torch.float32)
+    proxy = gold.model_reward(ModelFolder(options.models[name], trust), device, options.max_length)
     prompts, told = _prompts(options, tokenizer)
     held = min(options.measure_prompts, len(prompts) // 2)
     meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, gold_reward, [])

@@ -23,9 +23,8 @@ from moemerge.merging.experts.speculation import Speculation, measure_speculatio
 from moemerge.merging.experts.uncertainty import member_points
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
-from moemerge.models.checkpoint import local_folder
 from moemerge.models.device import use_device
-from moemerge.models.families.dense import require_moe
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.moe import moe_layers
 from moemerge.models.moe_settings import MoeSettings
@@ -49,17 +48,21 @@ def route(options: Route, draft: Draft) -> None:
     for unusable pairs.
     """
     device = use_device(options)
-    tokenizer = load_tokenizer(options.model)
+    folder = ModelFolder(options.model)
+    folder.require_moe()
+    tokenizer = load_tokenizer(folder)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
-    statistics, speculation = _observe(options, tokenizer, encoded, device)
-    statistics.meta["model"] = model_fingerprint(local_folder(options.model))
+    statistics, speculation = _observe(options, folder, tokenizer, encoded, device)
+    statistics.meta["model"] = model_fingerprint(folder.folder)
     statistics.save(draft.folder)
     _draw(statistics, draft)
     draft.results |= {"pairs": len(encoded), "rows": report.summary(), **_summary(statistics)}
     tables, pictures = [_layer_table(statistics), _group_table(statistics)], ["gate_mass.png"]
     if options.diversity != "none":
-        diversity = _diversity(options, tokenizer, encoded[: options.probe_pairs], speculation, device)
+        diversity = _diversity(
+            options, folder, tokenizer, encoded[: options.probe_pairs], speculation, device
+        )
         pictures += diversity.write(draft.folder)
         draft.results["diversity"] = diversity.results()
         tables += diversity.tables()
@@ -67,11 +70,14 @@ def route(options: Route, draft: Draft) -> None:
 
 
 def _observe(
-    options: Route, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], device: torch.device
+    options: Route,
+    folder: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[EncodedPair],
+    device: torch.device,
 ) -> tuple[RoutingStatistics, Speculation | None]:
     """Everything that needs the MoE itself, which leaves memory before anything is merged."""
-    model = load_reward_model(str(local_folder(options.model)), device)
-    require_moe(model.config.model_type, options.model)
+    model = load_reward_model(folder, device)
     tokens, speculation = options.batch_tokens, None
     if options.diversity == "all":
         probes = pairs[: options.probe_pairs]
@@ -81,13 +87,14 @@ def _observe(
 
 def _diversity(
     options: Route,
+    folder: ModelFolder,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[EncodedPair],
     speculation: Speculation | None,
     device: torch.device,
 ) -> Diversity:
     """How the experts differ in weights, and in scores too if speculation was measured."""
-    source = MoeCheckpoint(options.model)
+    source = MoeCheckpoint(folder)
     updates = measure_updates(source)
     if speculation is None:
         return Diversity(updates)

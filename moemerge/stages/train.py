@@ -31,10 +31,10 @@ from moemerge.artifacts.stage import Draft, stage, workspace
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.errors import OptionError, UnsupportedError
-from moemerge.models.configs import load_config
 from moemerge.models.cost import flops_ratio
 from moemerge.models.device import use_training_device
 from moemerge.models.families import family_of
+from moemerge.models.folder import ModelFolder
 from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.moe import moe_layers
@@ -78,7 +78,8 @@ def _budgeted(options: Train) -> tuple[Train, float | None]:
     """The options with the steps that spend as many FLOPs as the model `flops_of` would, and their ratio."""
     if options.flops_of is None:
         return options, None
-    ratio = flops_ratio(options.flops_of, options.model, options.trust_remote_code)
+    trust = options.trust_remote_code
+    ratio = flops_ratio(ModelFolder(options.flops_of, trust), ModelFolder(options.model, trust))
     log.info("training %.3g times as long, for as many FLOPs as %s", ratio, options.flops_of)
     return scaled(options, ratio), ratio
 
@@ -88,6 +89,7 @@ class _Bench:
     """What all trials share."""
 
     device: torch.device
+    model: ModelFolder
     tokenizer: PreTrainedTokenizerBase
     pairs: list[EncodedPair]
     held_out: list[EncodedPair]
@@ -96,20 +98,26 @@ class _Bench:
 
 def _bench(options: Train, draft: Draft) -> _Bench:
     device = use_training_device(options)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    model = ModelFolder(options.model, options.trust_remote_code)
+    tokenizer = load_tokenizer(model)
     sides = {"pairs": options.pairs, "validation": options.validation}
-    read = {name: _read(source, options, tokenizer, name, draft) for name, source in sides.items()}
-    return _Bench(device, tokenizer, read["pairs"], read["validation"], draft)
+    read = {name: _read(source, options, model, tokenizer, name, draft) for name, source in sides.items()}
+    return _Bench(device, model, tokenizer, read["pairs"], read["validation"], draft)
 
 
 def _read(
-    source: str | None, options: Train, tokenizer: PreTrainedTokenizerBase, name: str, draft: Draft
+    source: str | None,
+    options: Train,
+    model: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    draft: Draft,
 ) -> list[EncodedPair]:
     if source is None:
         return []
     pairs, report = read_pairs(source, options)
     encoded = encode_pairs(tokenizer, pairs, options, report)
-    check_config(load_config(options.model, options.trust_remote_code), texts_of(encoded))
+    check_config(model.config, texts_of(encoded))
     draft.results.setdefault("rows", {})[name] = report.summary()
     return encoded
 
@@ -229,8 +237,7 @@ def _finished(bench: _Bench, options: Train, home: Path, step: int) -> PreTraine
 
 def _prepare(bench: _Bench, options: Train, device: torch.device) -> tuple[PreTrainedModel, dict[str, str]]:
     """The model in float32 with exactly the intended parameters to train, and the role of each of these."""
-    remote = options.trust_remote_code
-    model = load_reward_model(options.model, device, torch.float32, remote, fresh_head_seed=options.seed)
+    model = load_reward_model(bench.model, device, torch.float32, options.seed)
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = bench.tokenizer.pad_token_id
     if options.trainable == "lora":
@@ -292,7 +299,7 @@ def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) ->
     for path in folder.glob("*.safetensors"):
         flush_and_forget(path)
     meant = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
-    found = load_reward_model(str(folder), "cpu", torch.float32, trust_remote_code)
+    found = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", torch.float32)
     require_as_meant(folder, meant, found.state_dict().items())
 
 

@@ -9,25 +9,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from moemerge.artifacts.stage import Draft, stage
-from moemerge.errors import CheckpointError, UnsupportedError
-from moemerge.models.checkpoint import Checkpoint, copy_side_files, write_checkpoint
-from moemerge.models.configs import load_config
+from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import use_device
 from moemerge.models.equivalence import largest_difference, probe_batch, probe_scores, require_alike
 from moemerge.models.families import family_of
 from moemerge.models.families.base import ExpertTensor
-from moemerge.models.families.dense import is_moe, skeleton
+from moemerge.models.families.dense import skeleton
 from moemerge.models.finite import finite
-from moemerge.models.guards import refuse_own_class, source_names
-from moemerge.models.heads import has_own_code
+from moemerge.models.folder import ModelFolder
 from moemerge.models.layout import write_layout
-from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import install_shim, layout_of, load_moe, moe_config
 from moemerge.models.moe import make_router
 from moemerge.models.moe_settings import MoeSettings
@@ -46,47 +44,37 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     architecture and CheckpointError for a damaged model or when the functions differ.
     """
     device = use_device(options)
-    source = Checkpoint(options.model)
-    config = _dense_config(source, options)
+    source = ModelFolder(options.model, options.trust_remote_code)
+    config = _dense_config(source)
     settings = _settings(options, config)
     moe = moe_config(config, settings)
-    names = source_names(source, config)
+    fresh_head = source.missing_head
     layout = layout_of(moe)
-    draft.reserve(sum(map(math.prod, layout.moe.values())) * source.dtype(source.names[0]).itemsize)
-    write_checkpoint(draft.folder, _moe_tensors(source, names, moe, options), options.shard_size)
+    draft.reserve(sum(map(math.prod, layout.moe.values())) * _dtype(source).itemsize)
+    write_checkpoint(draft.folder, _moe_tensors(source, moe, options), options.shard_size)
     moe.save_pretrained(draft.folder)
     install_shim(draft.folder, config.model_type)
     write_layout(draft.folder, layout)
     copy_side_files(source.folder, draft.folder)
-    draft.results.update(settings.to_dict(), fresh_head=[n for n, held in names.items() if held is None])
-    _compare(options, draft, device)
+    draft.results.update(settings.to_dict(), fresh_head=fresh_head)
+    _compare(options, source, draft, device)
 
 
-def _dense_config(source: Checkpoint, options: Upcycle) -> PretrainedConfig:
-    config = load_config(source.folder, options.trust_remote_code)
-    if is_moe(config):
-        raise UnsupportedError(
-            "the model is a MoE already",
-            given=f"{options.model}, {config.model_type}",
-            expected="a dense reward model",
-            fix="give the dense model, or merge this one first",
-        )
+def _dense_config(source: ModelFolder) -> PretrainedConfig:
+    """The reward model's config: of a base model too, whose head has one output then."""
+    source.require_dense()
+    config = deepcopy(source.config)
     family_of(config)
-    if not (options.trust_remote_code and has_own_code(config)):
-        refuse_own_class(config.architectures, options.model)
-    head = str((config.architectures or [""])[0])
-    if head.endswith("ForSequenceClassification") and config.num_labels != 1:
-        raise CheckpointError(
-            "not a reward model",
-            given=f"{head} with {config.num_labels} outputs",
-            expected="one output",
-            fix="use a reward model, whose num_labels is 1",
-        )
+    if source.claims_head:
+        source.require_one_output()
     config.num_labels = 1
-    config.dtype = source.dtype(source.names[0])
-    if config.pad_token_id is None:
-        config.pad_token_id = load_tokenizer(options.model, options.trust_remote_code).pad_token_id
+    config.dtype = _dtype(source)
+    config.pad_token_id = source.pad_token_id
     return config
+
+
+def _dtype(source: ModelFolder) -> torch.dtype:
+    return source.weights.dtype(source.weights.names[0])
 
 
 def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
@@ -106,20 +94,20 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
 
 
 def _moe_tensors(
-    source: Checkpoint, names: dict[str, str | None], moe: PretrainedConfig, options: Upcycle
+    source: ModelFolder, moe: PretrainedConfig, options: Upcycle
 ) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(options.seed)
     settings = MoeSettings.read(moe.moemerge)
     tensors = family_of(moe).expert_tensors(moe)
     experts = {t.dense for t in tensors}
     shapes = skeleton(moe).state_dict()
-    for name, held in tqdm(names.items(), desc="backbone", disable=None):
+    for name, held in tqdm(source.dense_names.items(), desc="backbone", disable=None):
         if held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
-            yield name, finite(source.tensor(held), held)
+            yield name, finite(source.weights.tensor(held), held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
-        yield from _expert_copies(source, names, stack, settings, options.expert_noise, generator)
+        yield from _expert_copies(source, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
         yield from _routers(prefix, moe, settings, options.router_init, generator)
 
@@ -139,15 +127,14 @@ def _stacks(tensors: list[ExpertTensor]) -> list[list[ExpertTensor]]:
 
 
 def _expert_copies(
-    source: Checkpoint,
-    names: dict[str, str | None],
+    source: ModelFolder,
     stack: list[ExpertTensor],
     settings: MoeSettings,
     noise: float,
     generator: torch.Generator,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The shared copies of the tensors of one stack, then the stack."""
-    dense = {t.dense: finite(source.tensor(str(names[t.dense])), t.dense) for t in stack}
+    dense = {t.dense: finite(source.weights.tensor(str(source.dense_names[t.dense])), t.dense) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
     one = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
@@ -171,20 +158,14 @@ def _routers(
         yield f"{prefix}.gate.{name}", drawn.to(moe.dtype)
 
 
-def _compare(options: Upcycle, draft: Draft, device: torch.device) -> None:
+def _compare(options: Upcycle, source: ModelFolder, draft: Draft, device: torch.device) -> None:
     """Largest difference between the scores of dense model and MoE on a probe batch."""
     moe = load_moe(draft.folder, str(device))
     inputs, dtype = probe_batch(moe.config, options.seed, device), moe.dtype
     ours_B = probe_scores(moe, inputs, prompt_lengths=True)
     head = {n: p.detach().clone() for n, p in moe.state_dict().items() if n in draft.results["fresh_head"]}
     del moe
-    dense = load_reward_model(
-        options.model,
-        device,
-        dtype,
-        options.trust_remote_code,
-        fresh_head_seed=options.seed if head else None,
-    )
+    dense = load_reward_model(source, device, dtype, options.seed if head else None)
     dense.load_state_dict(head, strict=False)
     theirs_B = probe_scores(dense, inputs)
     difference = draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)

@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.rows import SHORTEN, RowReport, Text
-from moemerge.errors import CheckpointError, DataError, UnsupportedError
-from moemerge.models.checkpoint import Checkpoint
-from moemerge.models.configs import unloadable
-from moemerge.models.loading import load_tokenizer, quiet_loading, refuse_pickle
+from moemerge.errors import CheckpointError, DataError, UnsupportedError, few
+from moemerge.models.folder import ModelFolder, opened, unloadable
+from moemerge.models.loading import load_tokenizer, quiet_loading
 from moemerge.options.optimise import Optimise
 from moemerge.options.sample import Sample
 
@@ -45,31 +44,23 @@ class Answers:
 
 
 def load_policy(
-    path: str, device: torch.device, dtype: torch.dtype | None = None, trust: bool = False
+    source: ModelFolder | str | Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, every weight from the checkpoint, and its tokenizer.
 
     `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. Raises CheckpointError for tensors
     that are missing, as of a reward model, or misshapen, and for pickled weights.
     """
-    refuse_pickle(path)
-    if Path(path).is_dir():
-        Checkpoint(path)
-    tokenizer = load_tokenizer(path, trust)
+    folder = opened(source)
+    if folder.is_local:
+        folder.weights  # noqa: B018 (raises for pickled and damaged weights)
+    tokenizer = load_tokenizer(folder)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        with quiet_loading():
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=wanted, trust_remote_code=trust, use_safetensors=True, output_loading_info=True
-            )
-    except Exception as error:  # see configs.load_config
-        raise unloadable("the policy cannot be loaded", path, error, "a causal language model") from error
-    model, loading = found
-    missing = sorted(loading["missing_keys"])
+    model, missing = _load_language_model(folder, wanted)
     if missing:
         raise CheckpointError(
-            f"{path} is not a language model",
-            given=f"without {', '.join(missing[:4])}",
+            f"{folder.source} is not a language model",
+            given=f"without {few(missing)}",
             expected="every tensor of a causal language model",
             fix="give a language model, such as the one that the reward model was made from",
         )
@@ -77,6 +68,24 @@ def load_policy(
     # What is left unset when text is generated, transformers takes from here.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(device).eval(), tokenizer
+
+
+def _load_language_model(folder: ModelFolder, dtype: Any) -> tuple[Any, list[str]]:
+    """The model, and the tensors that its checkpoint lacks."""
+    try:
+        with quiet_loading():
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                folder.source,
+                dtype=dtype,
+                trust_remote_code=folder.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a model's class may raise anything at values that it does not expect
+        what, expected = "the policy cannot be loaded", "a causal language model"
+        raise unloadable(what, folder.source, error, expected) from error
+    model, loading = found
+    return model, sorted(loading["missing_keys"])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> list[list[int]]:

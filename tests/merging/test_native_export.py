@@ -19,6 +19,7 @@ from moemerge.errors import CheckpointError, OptionError, UnsupportedError
 from moemerge.merging.qwen2_moe import native_config
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.folder import ModelFolder
 from moemerge.models.modelling import load_moe
 from moemerge.stages.export import export
 from moemerge.stages.upcycle import upcycle
@@ -106,7 +107,7 @@ def test_it_loads_where_moemerge_cannot_be_imported(tmp_path: Path) -> None:
     moe = lively_moe(tmp_path / "moe", "llama")
     native = export(model=str(moe), form="qwen2_moe", shard_size=30_000, output=tmp_path / "native")
     assert len(list(native.glob("*.safetensors"))) > 3
-    assert not list(native.glob("*.py")) and "auto_map" not in Checkpoint(native).config
+    assert not list(native.glob("*.py")) and "auto_map" not in ModelFolder(native).config_json
     done = subprocess.run([sys.executable, "-c", ALONE, str(native)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
@@ -152,7 +153,7 @@ def test_bfloat16_rounds_what_is_no_power_of_two(tmp_path: Path, caplog: pytest.
         native = exported(moe)
     assert "rounds in torch.bfloat16" in caplog.text
     assert {Checkpoint(native).dtype(name) for name in Checkpoint(native).names} == {torch.bfloat16}
-    assert Checkpoint(native).config["dtype"] == "bfloat16"
+    assert ModelFolder(native).config_json["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.errors import CheckpointError, MoemergeError
 from moemerge.merging.blocks import BLOCK_NAME
 from moemerge.merging.coefficients import FORMAT, Coefficients
-from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.config_file import read_config
+from moemerge.models.folder import ModelFolder
 from moemerge.models.layout import FILE as LAYOUT
 from moemerge.models.layout import _key, read_layout
 from moemerge.models.moe_settings import MoeSettings
@@ -198,7 +198,7 @@ def _checkpoint(folder: Path, draw: random.Random) -> None:
 
 
 def _read_checkpoint(folder: Path) -> None:
-    checkpoint = Checkpoint(folder)
+    checkpoint = ModelFolder(folder).weights
     for name in checkpoint.names:
         checkpoint.shape(name)
         checkpoint.dtype(name)

@@ -18,7 +18,7 @@ from tiny_models import save_dense
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.errors import ArtifactError, CheckpointError, MoemergeError
 from moemerge.evaluation.report import FORMAT
-from moemerge.models.configs import load_config
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.run.check import check_recipe
 from moemerge.stages.compare import compare
@@ -129,7 +129,7 @@ def test_a_config_names_nothing_elsewhere(
     model = copy_model(dense, tmp_path / "model")
     edit_json(model / "config.json", **CONFIGS[name])
     source = on_hub(model, tmp_path, monkeypatch) if place == "hub" else str(model)
-    for load in (load_config, load_tokenizer):
+    for load in (lambda source: ModelFolder(source).config, load_tokenizer):
         with pytest.raises(CheckpointError, match=r"cannot be (read|loaded)") as caught:
             load(source)
         assert "names code or weights" in caught.value.given
@@ -143,7 +143,10 @@ def test_an_adapters_base_is_not_opened(
     for model in (reward, policy):
         adapter = {"peft_type": "LORA", "base_model_name_or_path": str(secret), "target_modules": ["q_proj"]}
         (model / "adapter_config.json").write_text(json.dumps(adapter))
-    loads = {reward: lambda source: load_reward_model(source, CPU), policy: lambda s: load_policy(s, CPU)}
+    loads = {
+        reward: lambda source: load_reward_model(source, CPU),
+        policy: lambda s: load_policy(s, CPU),
+    }
     for model, load in loads.items():
         root = tmp_path / f"{model.name}-cache"
         source = on_hub(model, root, monkeypatch) if place == "hub" else str(model)

@@ -34,6 +34,7 @@ from moemerge.errors import ArtifactError, CheckpointError, MoemergeError, Optio
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.mergekit.bridge import INLINE, OURS, run_command
 from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.export import export
@@ -150,7 +151,7 @@ def test_code_that_comes_along_and_is_trusted_runs(dense_folder: Path, tmp_path:
     configure(folder, architectures=["LlamaForScore"], auto_map=auto_map)
     with pytest.raises(UnsupportedError, match="class of its own"):
         load_reward_model(str(folder), "cpu")
-    model = load_reward_model(str(folder), "cpu", trust_remote_code=True)
+    model = load_reward_model(ModelFolder(folder, trust_remote_code=True), "cpu")
     assert type(model).__name__ == "LlamaForScore"
     moe = upcycle(model=str(folder), output=tmp_path / "moe", trust_remote_code=True)
     assert torch.equal(Checkpoint(moe).tensor(HEAD), Checkpoint(folder).tensor(HEAD))
@@ -315,7 +316,7 @@ def test_slices_that_the_config_does_not_know(tmp_path: Path) -> None:
         return {"models": None, "slices": [{"sources": sources}]}
 
     merged = stock(tmp_path / "stock", models, **sliced({"weight": 0.5}))
-    held, layers = Checkpoint(merged).names, Checkpoint(merged).config["num_hidden_layers"]
+    held, layers = Checkpoint(merged).names, ModelFolder(merged).config_json["num_hidden_layers"]
     assert layers == 3 and not any("layers.2." in name for name in held)
     refused(CheckpointError, "missing: .*layers.2", tmp_path / "ours", models, **sliced({"weight": 1.0}))
 
@@ -429,7 +430,7 @@ def test_without_a_base_model_the_donor_is_drawn(models: list[Path], tmp_path: P
     assert places == {0, 1}
     donor = config.referenced_models()[0].config().initializer_range
     merged = stock(tmp_path / "stock", links, base_model=None)
-    assert Checkpoint(merged).config["initializer_range"] == donor
+    assert ModelFolder(merged).config_json["initializer_range"] == donor
     refused(OptionError, "no base_model", tmp_path / "ours", models, base_model=None)
 
 

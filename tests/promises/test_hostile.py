@@ -37,6 +37,7 @@ from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.errors import ArtifactError
 from moemerge.models import configs
 from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.folder import ModelFolder
 from moemerge.models.layout import FILE as LAYOUT
 from moemerge.models.layout import _key, read_layout
 from moemerge.run.cli import main
@@ -589,7 +590,7 @@ def test_code_of_a_model_runs_only_when_asked_for_and_then_this_is_said(
     refused(evaluate(model, tmp_path / "out", world), tmp_path, capsys)
     assert not ran.exists()
     assert said == []
-    configs.load_config(model, trust_remote_code=True)
+    ModelFolder(model, trust_remote_code=True).config  # noqa: B018 (reading it runs the code)
     assert ran.exists()
     assert said == [f"trust_remote_code: code that comes with {model} may run"]
 

@@ -21,6 +21,7 @@ from moemerge.errors import CheckpointError
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.folder import ModelFolder
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.export import export
 from moemerge.stages.merge import merge
@@ -68,7 +69,7 @@ def test_exported_experts_merge_in_stock_mergekit(family: str, tmp_path: Path) -
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder / name, output_loading_info=True
         )
-        assert type(model).__name__ == dense.config["architectures"][0]
+        assert type(model).__name__ == ModelFolder(tmp_path / "dense-moe").architectures[0]
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert (folder / name / "tokenizer.json").read_bytes() == (moe / "tokenizer.json").read_bytes()
     stock = stock_merge(folder / "linear.yml", tmp_path / "stock")

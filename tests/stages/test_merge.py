@@ -24,6 +24,7 @@ from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.modelling import load_moe
 from moemerge.models.scoring import score
@@ -380,6 +381,6 @@ def test_half_precision_comes_back_after_training_in_float32(tmp_path: Path) -> 
     merged = merge(model=str(tmp_path / "wide"), coefficients=str(found), output=tmp_path / "merged")
     written = Checkpoint(merged)
     assert {written.dtype(name) for name in written.names} == {torch.bfloat16}
-    assert written.config["dtype"] == "bfloat16"
+    assert ModelFolder(merged).config_json["dtype"] == "bfloat16"
     original = Checkpoint(tmp_path / "dense")
     assert all(torch.equal(written.tensor(name), original.tensor(name)) for name in original.names)

@@ -158,7 +158,7 @@ def test_refusals(tmp_path: Path) -> None:
     moe = upcycle(model=str(dense), output=tmp_path / "moe")
     with pytest.raises(ArtifactError, match="exists already"):
         upcycle(model=str(dense), output=moe)
-    with pytest.raises(UnsupportedError, match="MoE already"):
+    with pytest.raises(UnsupportedError, match="is a MoE made by moemerge"):
         upcycle(model=str(moe), output=tmp_path / "again")
     with pytest.raises(OptionError, match="larger than num_routed_experts"):
         upcycle(model=str(dense), output=tmp_path / "x", num_routed_experts=2, num_experts_per_tok=3)

@@ -18,6 +18,7 @@ import yaml
 
 from moemerge.errors import ArtifactError, CheckpointError, OptionError
 from moemerge.models.checkpoint import Checkpoint, copy_side_files
+from moemerge.models.folder import ModelFolder
 
 SEPARATORS = set("@+")
 
@@ -105,7 +106,7 @@ def _model_paths(value: Any, key: str = "", in_dict: bool = False) -> Iterator[t
         yield value, key == "path"
 
 
-def _check_models(config: Any, options: Any) -> Checkpoint:
+def _check_models(config: Any, options: Any) -> ModelFolder:
     """The base model, after a look at all of them."""
     from moemerge.models.guards import check_alike
 
@@ -119,19 +120,18 @@ def _check_models(config: Any, options: Any) -> Checkpoint:
     others = [model for model in config.referenced_models() if model != config.base_model]
     models = [_check_model(one, options) for one in (config.base_model, *sorted(others, key=str))]
     if not _makes_tokenizer(config):
-        check_alike(models, dtypes=config.dtype is None)
+        check_alike([model.weights for model in models], dtypes=config.dtype is None)
     return models[0]
 
 
-def _check_model(reference: Any, options: Any) -> Checkpoint:
+def _check_model(reference: Any, options: Any) -> ModelFolder:
     from moemerge.models.families import family_called
-    from moemerge.models.families.base import PREFIX
     from moemerge.models.guards import check_reward_model
 
     folder = reference.local_path(cache_dir=options.transformers_cache, ignore_lora=True)
-    model_type = str(Checkpoint(folder).config.get("model_type"))
-    family_called(model_type.removeprefix(PREFIX))
-    return check_reward_model(folder)
+    model = ModelFolder(folder)
+    family_called(model.dense_type)
+    return check_reward_model(model)
 
 
 def _makes_tokenizer(config: Any) -> bool:
@@ -156,21 +156,15 @@ def _bare(path: str) -> bool:
     return not path.startswith(("/", ".", "~")) and Path(path).is_dir()
 
 
-def _check_result(draft: Path, base: Checkpoint, config: Any, options: Any) -> None:
+def _check_result(draft: Path, base: ModelFolder, config: Any, options: Any) -> None:
     """The written folder is a reward model like the base, finite, and has the base's tokenizer."""
     from moemerge.models.guards import check_finite, check_reward_model
 
     written = check_reward_model(draft)
-    if written.config["architectures"] != base.config["architectures"]:
-        raise _not_whole(
-            f"architectures: {written.config['architectures']}", str(base.config["architectures"])
-        )
-    named = config.out_dtype or config.dtype
-    for name in base.names:
-        wanted = getattr(torch, named) if named and base.dtype(name).is_floating_point else base.dtype(name)
-        if name in written.names and written.dtype(name) != wanted:
-            raise _not_whole(f"{name} is {written.dtype(name)}", str(wanted))
-    check_finite(written)
+    if written.architectures != base.architectures:
+        raise _not_whole(f"architectures: {written.architectures}", str(base.architectures))
+    _check_dtypes(written.weights, base.weights, config.out_dtype or config.dtype)
+    check_finite(written.weights)
     if options.copy_tokenizer and not _makes_tokenizer(config) and not config.chat_template:
         copy_side_files(base.folder, draft, replace=False)
         if not any(draft.glob("*token*")):
@@ -180,6 +174,14 @@ def _check_result(draft: Path, base: Checkpoint, config: Any, options: Any) -> N
                 expected="a base model with its tokenizer",
                 fix="save the tokenizer beside the base model, or give --no-copy-tokenizer",
             )
+
+
+def _check_dtypes(written: Checkpoint, base: Checkpoint, named: str | None) -> None:
+    """Every tensor has the dtype that the configuration names, or without one the base model's."""
+    for name in base.names:
+        wanted = getattr(torch, named) if named and base.dtype(name).is_floating_point else base.dtype(name)
+        if name in written.names and written.dtype(name) != wanted:
+            raise _not_whole(f"{name} is {written.dtype(name)}", str(wanted))
 
 
 def _not_whole(given: str, expected: str) -> CheckpointError:

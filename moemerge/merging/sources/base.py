@@ -22,6 +22,7 @@ from moemerge.merging.average import routing_normalized_average
 from moemerge.merging.blocks import block_order, blocks_of
 from moemerge.merging.coefficients import Coefficients
 from moemerge.models.checkpoint import Checkpoint, copy_side_files
+from moemerge.models.folder import ModelFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -182,6 +183,7 @@ class MergeSource(ABC):
 class ExpertSource(MergeSource):
     """The experts of a MoE on disk, whose `weights` also hold all that is kept."""
 
+    opened: ModelFolder
     weights: Checkpoint
 
     @property
@@ -208,7 +210,7 @@ class ExpertSource(MergeSource):
         """The MoE's own."""
         from moemerge.models.loading import load_tokenizer
 
-        return load_tokenizer(str(self.folder))
+        return load_tokenizer(self.opened)
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -21,12 +21,10 @@ from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary
-from moemerge.models.checkpoint import Checkpoint, copy_side_files
-from moemerge.models.configs import load_config
+from moemerge.models.checkpoint import copy_side_files
 from moemerge.models.families import family_of
-from moemerge.models.families.dense import dense_config, is_moe, skeleton
-from moemerge.models.guards import refuse_own_class, source_names
-from moemerge.models.heads import in_head
+from moemerge.models.families.dense import dense_config, skeleton
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -54,20 +52,12 @@ class Model:
     Raises CheckpointError unless it holds exactly what its config says, the reward head perhaps excepted.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.weights = Checkpoint(folder)
-        self.folder = self.weights.folder
-        self.config: PreTrainedConfig = load_config(self.folder)
-        if is_moe(self.config):
-            raise UnsupportedError(
-                f"{self.folder} is a mixture of experts",
-                given=f"model_type {self.config.model_type}",
-                expected="dense models",
-                fix="merge its experts first: moemerge merge --model ...",
-            )
-        refuse_own_class(self.config.architectures, self.folder)
-        self.names = source_names(self.weights, self.config)
-        self.lacks = [name for name, held in self.names.items() if held is None]
+    def __init__(self, source: str | Path) -> None:
+        self.opened = ModelFolder(source)
+        self.weights, self.folder = self.opened.weights, self.opened.folder
+        self.opened.require_dense()
+        self.config, self.names = self.opened.config, self.opened.dense_names
+        self.lacks = self.opened.missing_head
 
     def tensor(self, dense: str) -> Tensor:
         """The tensor that the reward model calls `dense`."""
@@ -101,8 +91,7 @@ class ModelList(MergeSource):
         self.models = [Model(folder) for folder in ([base] if base else []) + list(models)]
         self.donor = self.models[0]
         self.folder, self.config = self.donor.folder, self.donor.config
-        model = skeleton(self.config)
-        self.head = {name for name in self.donor.names if in_head(model, name)}
+        self.head = set(self.donor.opened.head_names)
         self._check_architecture()
         self._check_heads()
         merged = self._in_scope()
@@ -156,14 +145,14 @@ class ModelList(MergeSource):
         config = dense_config(self.config)
         text = config.get_text_config()
         if text.pad_token_id is None:
-            text.pad_token_id = config.pad_token_id = self.tokenizer().pad_token_id
+            text.pad_token_id = config.pad_token_id = self.donor.opened.pad_token_id
         if self.vocabulary is not None:
             text.vocab_size = self.vocabulary.size
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The first model's, with the others' added tokens."""
-        tokenizer = load_tokenizer(str(self.folder))
+        tokenizer = load_tokenizer(self.donor.opened)
         if self.vocabulary is not None:
             tokenizer.add_tokens(self.vocabulary.added)
         return tokenizer
@@ -200,7 +189,7 @@ class ModelList(MergeSource):
         if self.scope == "mlp":
             return None
         sizes = [model.shape(self.embeddings)[0] for model in self.models]
-        return common_vocabulary([model.folder for model in self.models], sizes)
+        return common_vocabulary([model.opened for model in self.models], sizes)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self.donor.shape(name)
@@ -236,8 +225,7 @@ class ModelList(MergeSource):
                 expected="scope body or mlp, where the head of the base is kept",
                 fix="set scope to body",
             )
-        if self.config.num_labels != 1:
-            raise _unlike(self.donor, f"{self.config.num_labels} outputs", "a reward model, with one output")
+        self.donor.opened.require_one_output()
 
     def _check_shapes(self) -> None:
         grown = {self.embeddings} if self.vocabulary is not None else set()

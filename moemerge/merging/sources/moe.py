@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moemerge.errors import CheckpointError
 from moemerge.merging.sources.base import ExpertSource, MergedTensor
-from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.families.base import ExpertTensor
+from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.layout import Layout, read_layout
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ class MoeCheckpoint(ExpertSource):
     is missing, left over or of another shape.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.weights = Checkpoint(folder)
-        self.folder = self.weights.folder
+    def __init__(self, source: ModelFolder | str | Path) -> None:
+        self.opened = opened(source)
+        self.opened.require_moe()
+        self.weights, self.folder = self.opened.weights, self.opened.folder
         self.layout = read_layout(self.folder) or _layout_of(self.config)
         self.num_members, self.has_shared = self._members()
         self.tensors: list[ExpertTensor] = self.layout.experts
@@ -46,12 +47,7 @@ class MoeCheckpoint(ExpertSource):
     @cached_property
     def config(self) -> PreTrainedConfig:  # type: ignore[override]
         """The MoE's config."""
-        from moemerge.models.families.dense import require_moe
-
-        require_moe(str(self.weights.config.get("model_type")), self.folder)
-        from moemerge.models.configs import load_config
-
-        return load_config(self.folder)
+        return self.opened.config
 
     @cached_property
     def settings(self) -> MoeSettings:
@@ -68,7 +64,7 @@ class MoeCheckpoint(ExpertSource):
     @property
     def dense_dtype(self) -> torch.dtype:
         """dtype of the dense model that the MoE was made from."""
-        return cast(torch.dtype, getattr(torch, self.weights.config["moemerge"]["dense_dtype"]))
+        return cast(torch.dtype, getattr(torch, self.opened.config_json["moemerge"]["dense_dtype"]))
 
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense model, a new object."""
@@ -101,7 +97,7 @@ class MoeCheckpoint(ExpertSource):
 
     def _members(self) -> tuple[int, bool]:
         """Number of routed experts, and whether there is a shared one, as config and layout both say."""
-        values: Any = self.weights.config.get("moemerge")
+        values: Any = self.opened.config_json.get("moemerge")
         values = values if isinstance(values, dict) else {}
         number, shared = values.get("num_routed_experts"), values.get("shared_expert")
         stacks = {self.layout.moe[tensor.stacked][0] for tensor in self.layout.experts}

@@ -25,12 +25,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import ArtifactError, CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import ExpertSource, MergedTensor
-from moemerge.models.checkpoint import Checkpoint
-from moemerge.models.configs import load_config
 from moemerge.models.families import family_called
 from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import dense_class, shared_values, skeleton
 from moemerge.models.families.siblings import SIBLINGS, Sibling
+from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.heads import spare_head
 
 # Where checkpoints keep an expert's matrices, one tensor each: module of the experts, names of the matrices.
@@ -66,10 +65,10 @@ class NativeMoe(ExpertSource):
     a folder that is not whole or no reward model.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.weights = Checkpoint(folder)
-        self.folder = self.weights.folder
-        self.config = load_config(self.folder)
+    def __init__(self, source: ModelFolder | str | Path) -> None:
+        self.opened = opened(source)
+        self.weights, self.folder = self.opened.weights, self.opened.folder
+        self.config = self.opened.config
         self.sibling: Sibling = SIBLINGS[self.config.model_type]
         self._refuse_inexpressible()
         self.num_members = int(getattr(self.config, self.sibling.experts))
@@ -112,7 +111,7 @@ class NativeMoe(ExpertSource):
         dense = kind(**{**shared_values(self.config, kind), **self._own_values(kind)})
         dense.architectures = [dense_class(dense).__name__]
         if dense.pad_token_id is None:
-            dense.pad_token_id = self.tokenizer().pad_token_id
+            dense.pad_token_id = self.opened.pad_token_id
         return dense
 
     @property
@@ -167,8 +166,7 @@ class NativeMoe(ExpertSource):
         for kind, names in faults.items():
             given = f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}"
             raise self._fault(given, f"the tensors of a reward model of type {self.config.model_type}")
-        if self.config.num_labels != 1:
-            raise self._fault(f"{self.config.num_labels} outputs", "a reward model, with one output")
+        self.opened.require_one_output()
 
     def _needless(self, name: str) -> bool:
         """Whether the tensor has no place in a dense reward model: a router, a spare head, an idle expert."""

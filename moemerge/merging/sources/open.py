@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moemerge.errors import UnsupportedError
 from moemerge.merging.sources.base import MergeSource
-from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
+from moemerge.models.folder import ModelFolder
 from moemerge.options.base import Members
 
 
@@ -18,18 +18,18 @@ def open_source(options: Members) -> MergeSource:
         from moemerge.merging.sources.models import ModelList
 
         return ModelList(options.models, options.base, options.scope)
-    kind = str(Checkpoint(options.model).config.get("model_type"))
-    if kind in SIBLINGS:
-        from moemerge.merging.sources.native_moe import NativeMoe
-
-        return NativeMoe(options.model)
-    if kind in NO_SIBLING:
+    folder = ModelFolder(options.model)
+    if folder.model_type in NO_SIBLING:
         raise UnsupportedError(
-            f"the experts of this MoE cannot be merged: {NO_SIBLING[kind]}",
-            given=f"{options.model}, model_type {kind!r}",
+            f"the experts of this MoE cannot be merged: {NO_SIBLING[folder.model_type]}",
+            given=f"{options.model}, model_type {folder.model_type!r}",
             expected=f"a MoE made by upcycle, or one of: {', '.join(SIBLINGS)}",
             fix="use a MoE that has a dense sibling, or upcycle a dense reward model",
         )
+    if folder.kind == "native":
+        from moemerge.merging.sources.native_moe import NativeMoe
+
+        return NativeMoe(folder)
     from moemerge.merging.sources.moe import MoeCheckpoint
 
-    return MoeCheckpoint(options.model)
+    return MoeCheckpoint(folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from moemerge.errors import UnsupportedError
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
 
 
@@ -60,15 +61,15 @@ class Vocabulary:
         return tokenizer
 
 
-def common_vocabulary(folders: Sequence[Path], sizes: Sequence[int]) -> Vocabulary | None:
-    """The vocabulary of the models in `folders`, whose embedding tables have `sizes` rows; None if all agree.
+def common_vocabulary(models: Sequence[ModelFolder], sizes: Sequence[int]) -> Vocabulary | None:
+    """The vocabulary of `models`, whose embedding tables have `sizes` rows; None if all agree.
 
     Raises UnsupportedError if they differ in more than added tokens: the models have no common base then.
     """
-    tokenizers = [load_tokenizer(str(folder)) for folder in folders]
+    tokenizers = [load_tokenizer(model) for model in models]
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     added = [{str(t): t for t in tokenizer.added_tokens_decoder.values()} for tokenizer in tokenizers]
-    _check_base(folders, vocabularies, added)
+    _check_base([model.folder for model in models], vocabularies, added)
     if len({*sizes}) == 1 and all(vocabulary == vocabularies[0] for vocabulary in vocabularies):
         return None
     new: dict[str, AddedToken] = {}

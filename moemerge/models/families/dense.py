@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,17 +22,6 @@ NOT_CARRIED = ("moemerge", "auto_map", "model_type", "architectures", "transform
 def is_moe(config: PretrainedConfig) -> bool:
     """Whether `config` belongs to a moemerge MoE."""
     return config.model_type.startswith(PREFIX)
-
-
-def require_moe(model_type: str, name: str | Path) -> None:
-    """Raise CheckpointError, naming the model, unless `model_type` is that of a moemerge MoE."""
-    if not model_type.startswith(PREFIX):
-        raise CheckpointError(
-            f"{name} is not a MoE made by moemerge",
-            given=f"model_type {model_type}",
-            expected="a folder written by upcycle or train",
-            fix="run moemerge upcycle on the dense model first",
-        )
 
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:

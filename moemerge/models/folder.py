@@ -1,0 +1,253 @@
+"""One opened model: a folder or hub name that is judged once, and what every stage asks of it.
+
+Imports nothing heavy: merging the experts of a MoE needs its tensors and config.json only, and importing
+transformers takes longer than merging a gigabyte.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moemerge.artifacts.foreign import refuse_foreign, refuse_paths
+from moemerge.artifacts.json_file import read_object
+from moemerge.errors import CheckpointError, UnsupportedError
+from moemerge.models.checkpoint import Checkpoint
+from moemerge.models.config_file import read_config
+from moemerge.models.families.base import PREFIX
+from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ADAPTER = "adapter_config.json"
+# transformers takes what these hold for arguments of the tokenizer's class.
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What older versions saved, and transformers replaces by what lies in the folder.
+REPLACED = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+ON_HUB = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+
+
+class ModelFolder:
+    """The model in the folder, or under the hub name, `source`.
+
+    When it is opened, everything that transformers would read beside the weights is looked at: it must not
+    name or link to anything elsewhere, nor be an adapter, whose base may be anywhere. The rest is read when
+    first asked for, and kept. Code that comes with the model runs only with `trust_remote_code`, and that is
+    logged.
+
+    Raises ArtifactError for links and names that lead out of the folder, CheckpointError for an adapter, a
+    name that cannot be found, and files that cannot be read.
+    """
+
+    def __init__(self, source: str | Path, trust_remote_code: bool = False) -> None:
+        self.source, self.trust_remote_code = str(source), trust_remote_code
+        self.is_local = Path(source).is_dir()
+        if Path(source).exists():
+            refuse_foreign(Path(source))
+        self._refuse_adapter()
+        if self._file("config.json") is not None:
+            self.config_json  # noqa: B018 (transformers' tokenizers read it too)
+        self._check_tokenizer_files()
+
+    # What it is
+
+    @cached_property
+    def config_json(self) -> dict[str, Any]:
+        """config.json as it stands. CheckpointError if it is missing, or names what is not in the folder."""
+        try:
+            path = self._file("config.json") or Path(self.source) / "config.json"
+            return read_config(path.parent)
+        except (OSError, ValueError, TypeError) as error:
+            expected = "a model folder or hub name, its config.json a JSON object"
+            raise unloadable("the model's config cannot be read", self.source, error, expected) from error
+
+    @property
+    def model_type(self) -> str:
+        """As config.json has it; "None" if it has none."""
+        return str(self.config_json.get("model_type"))
+
+    @property
+    def dense_type(self) -> str:
+        """The model_type of the dense model: of a MoE's, the one that it was made from."""
+        return self.model_type.removeprefix(PREFIX)
+
+    @property
+    def kind(self) -> Literal["dense", "moe", "native"]:
+        """moe: made by moemerge. native: a mixture of experts of transformers. dense: any other."""
+        if self.model_type.startswith(PREFIX):
+            return "moe"
+        return "native" if self.model_type in SIBLINGS or self.model_type in NO_SIBLING else "dense"
+
+    @property
+    def architectures(self) -> list[str]:
+        """The classes that config.json names."""
+        return self.config_json.get("architectures") or []
+
+    @property
+    def claims_head(self) -> bool:
+        """Whether config.json says that the model has a reward head."""
+        return any("SequenceClassification" in name for name in self.architectures)
+
+    @property
+    def trusts_own_class(self) -> bool:
+        """Whether a sequence classifier's code comes with the model and may run."""
+        classes = self.config_json.get("auto_map")
+        own = isinstance(classes, dict) and "AutoModelForSequenceClassification" in classes
+        return own and self.trust_remote_code
+
+    # What it holds
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it lies: `source` itself, or the hub's copy of that name, without pickle files."""
+        if self.is_local:
+            return Path(self.source)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(self.source, allow_patterns=ON_HUB))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise _not_found(self.source, error) from error
+        refuse_foreign(folder)
+        return folder
+
+    @cached_property
+    def weights(self) -> Checkpoint:
+        """The tensors on disk. Raises as Checkpoint does."""
+        return Checkpoint(self.folder)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config as transformers has it, its pad token settled; copy it before you change it.
+
+        CheckpointError if its own class refuses it, or a MoE's layers or the pad token make no sense;
+        UnsupportedError for a class that is neither transformers' nor moemerge's, unless its code comes along
+        and is trusted.
+        """
+        from moemerge.models.configs import read_model_config
+
+        return read_model_config(self)
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """What pads texts, and what decoders look past when they pool: the config's, or the tokenizer's."""
+        from moemerge.models.loading import load_tokenizer
+
+        named = self.config.get_text_config().pad_token_id
+        return load_tokenizer(self).pad_token_id if named is None else named
+
+    @cached_property
+    def dense_names(self) -> dict[str, str | None]:
+        """For each tensor of the dense reward model its name here; None for a head that is not here.
+
+        Raises as guards.source_names.
+        """
+        from moemerge.models.guards import source_names
+
+        return source_names(self)
+
+    @property
+    def missing_head(self) -> list[str]:
+        """The tensors of the reward head that are not here: none, or a base model's all."""
+        return [name for name, held in self.dense_names.items() if held is None]
+
+    @cached_property
+    def head_names(self) -> list[str]:
+        """The tensors of the reward head, by their names in the dense reward model, here or not."""
+        from moemerge.models.families.dense import skeleton
+        from moemerge.models.heads import in_head
+
+        model = skeleton(self.config)
+        return [name for name in model.state_dict() if in_head(model, name)]
+
+    # What it must be
+
+    def require_dense(self) -> None:
+        """Raise UnsupportedError for a MoE that moemerge made."""
+        if self.kind == "moe":
+            raise UnsupportedError(
+                f"{self.source} is a MoE made by moemerge",
+                given=f"model_type {self.model_type}",
+                expected="a dense reward model",
+                fix="merge it with moemerge merge, or write its experts as dense models with moemerge export",
+            )
+
+    def require_moe(self) -> None:
+        """Raise CheckpointError unless it is a MoE that moemerge made."""
+        if self.kind != "moe":
+            raise CheckpointError(
+                f"{self.source} is not a MoE made by moemerge",
+                given=f"model_type {self.model_type}",
+                expected="a folder written by upcycle or train",
+                fix="run moemerge upcycle on the dense model first",
+            )
+
+    def require_one_output(self) -> None:
+        """Raise CheckpointError unless the head has one output: the score."""
+        if self.config.num_labels != 1:
+            raise CheckpointError(
+                f"{self.source} is not a reward model",
+                given=f"{self.config.num_labels} outputs",
+                expected="one output",
+                fix="give a sequence classifier with num_labels = 1",
+            )
+
+    def _refuse_adapter(self) -> None:
+        if self._file(ADAPTER) is not None:
+            # transformers would load the model that this file names, from wherever that is
+            raise CheckpointError(
+                f"{self.source} is an adapter (LoRA), not a whole model",
+                given=ADAPTER,
+                expected="a folder with all of the model's tensors, head included",
+                fix="load it on its base (PEFT), merge_and_unload(), save_pretrained()",
+            )
+
+    def _check_tokenizer_files(self) -> None:
+        for path in filter(None, map(self._file, TOKENIZER_FILES)):
+            try:
+                values = read_object(path)
+            except (OSError, ValueError) as error:
+                expected = f"a JSON object in {path.name}"
+                raise unloadable("the tokenizer cannot be loaded", self.source, error, expected) from error
+            refuse_paths({key: values[key] for key in values.keys() - REPLACED}, path.parent, path.name)
+
+    def _file(self, name: str) -> Path | None:
+        """Where the file `name` is, fetched from the hub if need be; None if the model has none."""
+        if self.is_local:
+            path = Path(self.source) / name
+            return path if path.exists() else None
+        from transformers.utils.hub import cached_file
+
+        try:
+            cached = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise _not_found(self.source, error) from error
+        return None if cached is None else Path(cached)
+
+
+def opened(source: ModelFolder | str | Path) -> ModelFolder:
+    """`source` opened, or itself if it is open already."""
+    return source if isinstance(source, ModelFolder) else ModelFolder(source)
+
+
+def unloadable(what: str, source: str | Path, error: Exception, expected: str) -> CheckpointError:
+    """The fault of a model of which transformers cannot make anything."""
+    reason = " ".join(str(error).split())
+    return CheckpointError(
+        f"{what}: {source}",
+        given=f"{type(error).__name__}: {reason[:500]}",
+        expected=expected,
+        fix="check the path and that every file of the model is there and whole",
+    )
+
+
+def _not_found(source: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the model cannot be found: {source}",
+        given=source,
+        expected="a folder, or a name on the hub that can be reached",
+        fix=f"correct the name ({str(error).splitlines()[0]})",
+    )
