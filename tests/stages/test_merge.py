@@ -309,12 +309,12 @@ def test_reading_back_notices_a_wrong_tensor(
             merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
 
 
-def test_merging_in_blocks_changes_no_bit(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_in_chunks_changes_no_bit(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = coefficients(tmp_path / "c")
     whole = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "whole"))
-    monkeypatch.setattr(averaging, "BLOCK", 100)
-    blocks = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "blocks"))
-    assert all(torch.equal(whole.tensor(name), blocks.tensor(name)) for name in whole.names)
+    monkeypatch.setattr(averaging, "CHUNK", 100)
+    chunked = Checkpoint(merge(model=str(moe), coefficients=given, output=tmp_path / "chunked"))
+    assert all(torch.equal(whole.tensor(name), chunked.tensor(name)) for name in whole.names)
 
 
 @pytest.mark.parametrize("place", [0, 2])
@@ -323,7 +323,7 @@ def test_merging_in_blocks_changes_no_bit(moe: Path, tmp_path: Path, monkeypatch
 def test_experts_that_are_not_finite_are_refused_and_named(
     place: int, weight: float, value: float, moe: Path, tmp_path: Path
 ) -> None:
-    """Whatever their weight: the first tensor's is zero, or the last element's block is not the first."""
+    """Whatever their weight: the first tensor's is zero, or the last element's chunk is not the first."""
 
     def spoil(name: str, tensor: Tensor) -> Tensor:
         if name == "model.layers.1.mlp.experts.down_proj":
