@@ -166,13 +166,13 @@ def measure_times(moe: Path, size: str, repeats: int) -> None:
         draws = logits(layers)
         rows = []
         for _ in range(repeats + 1):
-            at, row, found = next(draws), {}, {}
+            at, row, gradients = next(draws), {}, {}
             for way, step in ways.items():
                 begin = time.perf_counter()
-                found[way] = step(at)
+                gradients[way] = step(at)
                 row[way] = time.perf_counter() - begin
             for way in WAYS[1:]:
-                assert float((found[way] - found["xft"]).norm() / found["xft"].norm()) < 0.01
+                assert float((gradients[way] - gradients["xft"]).norm() / gradients["xft"].norm()) < 0.01
             rows.append(row)
         rows = rows[1:]
         middle = {way: statistics.median(row[way] for row in rows) for way in WAYS}
@@ -224,19 +224,19 @@ def measure_memory(moe: Path, size: str) -> None:
     """Each way in a process of its own."""
     context = multiprocessing.get_context("spawn")
     for micro in (1, 4, 16):
-        found = {}
+        peaks = {}
         for way in WAYS:
             queue = context.Queue()
             process = context.Process(target=peak_of, args=(moe, way, size, micro, queue))
             process.start()
-            found[way] = queue.get() / 2**20
+            peaks[way] = queue.get() / 2**20
             process.join()
-        ratio = {way: found["xft"] / found[way] for way in WAYS[1:]}
+        ratio = {way: peaks["xft"] / peaks[way] for way in WAYS[1:]}
         print(
             f"| peak memory of a step above the dense model, {size} "
             f"| {micro} micro-batches of 2 x 16 tokens | "
-            f"XFT {found['xft']:.0f} MiB, resident {found['resident']:.0f} ({ratio['resident']:.1f}x less), "
-            f"mapped {found['mapped']:.0f} ({ratio['mapped']:.1f}x less) |",
+            f"XFT {peaks['xft']:.0f} MiB, resident {peaks['resident']:.0f} ({ratio['resident']:.1f}x less), "
+            f"mapped {peaks['mapped']:.0f} ({ratio['mapped']:.1f}x less) |",
             flush=True,
         )
 

@@ -128,11 +128,11 @@ def make_inputs(root: Path, hidden: int, layers: int, dtype: str, shard_size: in
         model=str(root / "dense"), output=root / "moe", expert_noise=0.1, shard_size=shard_size, threads=2
     )
     fit(model=str(root / "moe"), output=root / "uniform", method="uniform")
-    found = Coefficients.load(root / "uniform")
+    uniform = Coefficients.load(root / "uniform")
     generator = torch.Generator().manual_seed(0)
-    alpha_LN = torch.rand(found.alpha_LN.shape, generator=generator, dtype=torch.float64).softmax(1)
-    shared_L = torch.rand(found.shared_L.shape, generator=generator, dtype=torch.float64)
-    replace(found, alpha_LN=alpha_LN, shared_L=shared_L).save(root / "coefficients")
+    alpha_LN = torch.rand(uniform.alpha_LN.shape, generator=generator, dtype=torch.float64).softmax(1)
+    shared_L = torch.rand(uniform.shared_L.shape, generator=generator, dtype=torch.float64)
+    replace(uniform, alpha_LN=alpha_LN, shared_L=shared_L).save(root / "coefficients")
     export(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=root / "experts")
 
 
@@ -221,8 +221,8 @@ def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) 
     median = statistics.median
     copies = [told(r["copy"])[0] for r in rounds]
     yield f"copy {median(copies):.2f} s (smallest {min(copies):.2f})"
-    for place, what in ((1, "merge itself"), (2, "whole stage")):
-        seconds = [told(r["merge itself"])[place] for r in rounds]
+    for column, what in ((1, "merge itself"), (2, "whole stage")):
+        seconds = [told(r["merge itself"])[column] for r in rounds]
         ratio = median(s / c for s, c in zip(seconds, copies, strict=True))
         yield f"{what} {median(seconds):.2f} s ({min(seconds):.2f}; {ratio:.2f}x)"
     commands = list(costs)[2:]

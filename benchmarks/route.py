@@ -57,26 +57,27 @@ def main() -> None:
         "batch_tokens": 8192,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = draw_pairs(given.pairs)
+    pairs = draw_pairs(arguments.pairs)
     tokens = sum(len(text.ids) for text in texts_of(pairs))
     with tempfile.TemporaryDirectory() as folder:
-        moe = make_moe(Path(folder), given.width, given.layers)
+        moe = make_moe(Path(folder), arguments.width, arguments.layers)
         model, tokenizer = load_reward_model(str(moe), torch.device("cpu")), load_tokenizer(str(moe))
         ways = {
-            "score": lambda: score(model, tokenizer, texts_of(pairs), given.batch_tokens),
-            "route": lambda: collect(model, tokenizer, pairs, given.batch_tokens),
+            "score": lambda: score(model, tokenizer, texts_of(pairs), arguments.batch_tokens),
+            "route": lambda: collect(model, tokenizer, pairs, arguments.batch_tokens),
         }
         rows = []
-        for repeat in range(given.repeats + 1):
+        for repeat in range(arguments.repeats + 1):
             order = list(ways) if repeat % 2 else list(ways)[::-1]
             rows.append({way: seconds(ways[way]) for way in order})
     ratios = sorted(row["route"] / row["score"] for row in rows[1:])
     middle = {way: statistics.median(row[way] for row in rows[1:]) for way in ways}
     print(
-        f"| route against a plain scoring pass of the MoE | Llama {given.width} wide, {given.layers} layers, "
-        f"N=7 K=5, {given.pairs} pairs, {tokens} tokens, float32, 1 thread, {given.repeats} repeats "
+        f"| route against a plain scoring pass of the MoE "
+        f"| Llama {arguments.width} wide, {arguments.layers} layers, "
+        f"N=7 K=5, {arguments.pairs} pairs, {tokens} tokens, float32, 1 thread, {arguments.repeats} repeats "
         f"| scoring {middle['score']:.2f} s, route {middle['route']:.2f} s ({ratios[len(ratios) // 2]:.2f}x; "
         f"{ratios[0]:.2f} to {ratios[-1]:.2f}) |"
     )

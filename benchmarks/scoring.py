@@ -53,13 +53,13 @@ def plain_loop(
     texts: list[Encoded],
     batch_size: int,
 ) -> torch.Tensor:
-    found = []
+    scores = []
     with torch.no_grad():
         for start in range(0, len(texts), batch_size):
             ids = [text.ids for text in texts[start : start + batch_size]]
             batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-            found.append(model(**batch).logits[:, 0].float().cpu())
-    return torch.cat(found)
+            scores.append(model(**batch).logits[:, 0].float().cpu())
+    return torch.cat(scores)
 
 
 def seconds(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:

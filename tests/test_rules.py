@@ -283,6 +283,14 @@ def test_the_readme_leads_to_every_document() -> None:
     assert {path.resolve() for path in DOCUMENTS} == reached
 
 
+def test_files_that_the_documents_name_exist() -> None:
+    """In docs/, `folder/file.py` is a file of the package or of the repository; NAME stands for any."""
+    for document in (path for path in DOCUMENTS if path.parent.name == "docs"):
+        for name in re.findall(r"`([\w/]+/\w+\.(?:py|jinja|yml))`", document.read_text(encoding="utf-8")):
+            places = (PACKAGE / name, ROOT / name)
+            assert "NAME" in name or any(place.exists() for place in places), f"{document.name}: {name}"
+
+
 def commands(document: Path) -> Iterator[tuple[str, set[str]]]:
     """Commands of moemerge that a document shows, each with the flags that it gives."""
     text = document.read_text(encoding="utf-8").replace("\\\n", " ")
