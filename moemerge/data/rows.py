@@ -12,6 +12,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from typing_extensions import TypedDict
+
 from moemerge.errors import DataError, suggest
 
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -30,6 +32,22 @@ class BadRow(Exception):
 
 Row = dict[str, Any]
 Text = str | list[dict[str, str]]
+
+
+class BadRows(TypedDict):
+    """How many rows were left out for one reason, and the numbers of the first of them."""
+
+    count: int
+    rows: list[int]
+
+
+class RowSummary(TypedDict):
+    """What became of the rows of one source, in a report."""
+
+    source: str
+    total: int
+    kept: int
+    bad: dict[str, BadRows]
 
 
 @dataclass
@@ -57,9 +75,11 @@ class RowReport:
         """Count row number `row` as bad for `reason`."""
         self.reasons.setdefault(reason, []).append(row)
 
-    def summary(self, shown: int | None = SHOWN) -> dict[str, Any]:
+    def summary(self, shown: int | None = SHOWN) -> RowSummary:
         """Counts and the first `shown` row numbers (None: all) per reason, as JSON values."""
-        bad = {why: {"count": len(rows), "rows": rows[:shown]} for why, rows in self.reasons.items()}
+        bad: dict[str, BadRows] = {
+            why: {"count": len(rows), "rows": rows[:shown]} for why, rows in self.reasons.items()
+        }
         return {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
 
     def check(self, bad_rows: str, expected: str, mend: str = MEND) -> None:

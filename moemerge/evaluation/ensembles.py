@@ -6,13 +6,12 @@ M members, C texts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moemerge.errors import OptionError, suggest
-from moemerge.models.cost import COSTS
+from moemerge.evaluation.report import TimedFacts
 from moemerge.options.evaluate import Evaluate
 
 
@@ -48,19 +47,21 @@ def _centred(sets: Sequence[Tensor]) -> list[Tensor]:
     return [scores_C.double() - mean for scores_C in sets]
 
 
-def ensemble_facts(options: Evaluate, models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What evaluate tells of a model, of every ensemble: costs are its members' sums, tokens the first's."""
-    summed = (*COSTS, "seconds")
-    found = {}
+def ensemble_facts(options: Evaluate, models: Mapping[str, TimedFacts]) -> dict[str, TimedFacts]:
+    """Of every ensemble what evaluate reports of a model: costs are its members' sums, tokens the first's."""
+    facts: dict[str, TimedFacts] = {}
     for name, (members, how) in options.combinations().items():
-        facts = [models[member] for member in members]
-        kept = {
+        of_members = [models[member] for member in members]
+        facts[name] = {
             "source": ", ".join(members),
             "class": f"{how} of {len(members)}",
-            "tokens": facts[0]["tokens"],
+            "tokens": of_members[0]["tokens"],
+            "parameters": sum(member["parameters"] for member in of_members),
+            "active_parameters": sum(member["active_parameters"] for member in of_members),
+            "flops_per_token": sum(member["flops_per_token"] for member in of_members),
+            "seconds": sum(member["seconds"] for member in of_members),
         }
-        found[name] = {**kept, **{key: sum(one[key] for one in facts) for key in summed}}
-    return found
+    return facts
 
 
 def check_ensembles(options: Evaluate) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from moemerge.artifacts.checksums import MANIFEST, fingerprint
 from moemerge.artifacts.manifest import NONSENSE, Manifest, flat_inputs, read_manifest, stated_licence
 from moemerge.artifacts.stage import expect_stage
 from moemerge.errors import ArtifactError
-from moemerge.evaluation.page import main_numbers
+from moemerge.evaluation.measures import main_measures
+from moemerge.evaluation.page import numbers_to_see_first
 from moemerge.evaluation.probes import PROBES
-from moemerge.evaluation.report import read_report, rewardbench_parts
+from moemerge.evaluation.report import Report, read_report
 from moemerge.evaluation.verdict import standing
 from moemerge.models.families.base import PREFIX
 from moemerge.options.base import Run
@@ -67,13 +67,13 @@ class Evaluation:
     """An evaluation that holds the published model: the report, and the model's name in it."""
 
     folder: Path
-    report: dict[str, Any]
+    report: Report
     model: str
 
     @property
     def plots(self) -> list[Path]:
         """The files beside the report that it names as its plots."""
-        named = {str(name) for name in self.report["plots"]}
+        named = set(self.report["plots"])
         return [path for path in sorted(self.folder.iterdir()) if path.name in named and path.is_file()]
 
 
@@ -192,7 +192,7 @@ def _card_data(
         pipeline_tag="text-classification",
         tags=[*merged, *mixture, "moemerge", "reward-model"],
         model_name=title,
-        eval_results=list(_eval_results(evaluation)) if evaluation else None,
+        eval_results=_eval_results(evaluation) if evaluation else None,
     )
 
 
@@ -219,31 +219,19 @@ def _inherited_license(base: str | None, chain: list[Manifest]) -> dict[str, str
     return next((dict(stated) for stated in [*cards, *noted] if stated), {})
 
 
-def _eval_results(evaluation: Evaluation) -> Iterator[EvalResult]:
-    probes = evaluation.report["probes"]
-    for name, measured in probes.get("accuracy", {}).get("sets", {}).items():
-        value = measured["all"]["models"][evaluation.model]["accuracy"]
-        yield _eval_result(name, "accuracy", "Accuracy on preference pairs", value)
-    for name, measured in probes.get("rewardbench", {}).get("sets", {}).items():
-        for part, numbers in rewardbench_parts(measured).items():
-            title = f"RewardBench {measured['version']}, {part}"
-            value = numbers["models"][evaluation.model]["score"]
-            yield _eval_result(name, f"rewardbench_{measured['version']}_score", title, value)
-    for name, measured in probes.get("best_of_n", {}).get("sets", {}).items():
-        value, last = measured["models"][evaluation.model]["gold"][-1], measured["n"][-1]
-        yield _eval_result(name, f"gold_best_of_{last}", f"Gold score of the best of {last}", value)
-
-
-def _eval_result(name: str, metric: str, title: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-classification",
-        task_name="Reward modelling",
-        dataset_type=name,
-        dataset_name=name,
-        metric_type=metric,
-        metric_name=title,
-        metric_value=round(value, 6),
-    )
+def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Reward modelling",
+            dataset_type=measure.dataset,
+            dataset_name=measure.dataset,
+            metric_type=measure.metric,
+            metric_name=measure.metric_name,
+            metric_value=round(measure.values[evaluation.model], 6),
+        )
+        for measure in main_measures(evaluation.report)
+    ]
 
 
 def _loading(name: str, folder: Path) -> str:
@@ -340,11 +328,9 @@ def _coefficients(manifest: Manifest) -> list[str]:
 
 
 def _evaluation(evaluation: Evaluation) -> list[str]:
-    results = evaluation.report["probes"]
-    tables = [main_numbers(evaluation.report)]
-    tables += [
-        table for name in results if name in PROBES for table in PROBES.get(name).tables(results[name])
-    ]
+    tables = [numbers_to_see_first(evaluation.report)]
+    for name, result in evaluation.report["probes"].items():
+        tables += PROBES.get(name).tables(result) if name in PROBES else []
     plots = [f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots]
     intro = f"In the tables and plots this model is called **{evaluation.model}**."
     words = [text for text in [standing(evaluation.report)] if text]

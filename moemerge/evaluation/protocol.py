@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from moemerge.data.rewardbench import truncation_side
+from moemerge.evaluation.report import ModelProtocol, Protocol, SetProtocol
 from moemerge.evaluation.sets import EvaluationSet
 from moemerge.options.evaluate import Evaluate
 from moemerge.reports.table import Table
@@ -22,7 +22,7 @@ LINES = "plain text: turns joined by newlines + EOS"
 
 def describe(
     options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], sets: Sequence[EvaluationSet]
-) -> dict[str, Any]:
+) -> Protocol:
     """Per set, form, limits and what became of long rows; per model, its template and special tokens."""
     return {
         "sets": {f"{one.kind}/{one.name}": _of_set(options, tokenizers, one) for one in sets},
@@ -31,30 +31,30 @@ def describe(
 
 
 def _of_set(
-    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], one: EvaluationSet
-) -> dict[str, Any]:
-    lengths = [len(text.ids) for texts in one.texts.values() for text in texts]
-    facts = {
-        "rows": one.report["total"],
-        "used": len(one.items),
-        "bad": {reason: bad["count"] for reason, bad in one.report["bad"].items()},
-        "longest": max(lengths),
+    options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], scored: EvaluationSet
+) -> SetProtocol:
+    chat = any(not isinstance(item.prompt, str) for item in scored.items if scored.kind != "rewardbench")
+    facts: SetProtocol = {
+        "rows": scored.report["total"],
+        "used": len(scored.items),
+        "bad": {reason: bad["count"] for reason, bad in scored.report["bad"].items()},
+        "longest": max(len(text.ids) for texts in scored.texts.values() for text in texts),
+        "text": CHAT if chat else PLAIN,
+        "max_length": options.max_length,
+        "truncation": f"never; longer rows: {options.bad_rows}",
     }
-    if one.kind != "rewardbench":
-        chat = any(not isinstance(item.prompt, str) for item in one.items)
-        rule = f"never; longer rows: {options.bad_rows}"
-        return facts | {"text": CHAT if chat else PLAIN, "max_length": options.max_length, "truncation": rule}
-    version = one.items[0].version
-    sides = sorted({truncation_side(version, tokenizer) for tokenizer in tokenizers.values()})
-    return facts | {
-        "text": (CHAT if options.rewardbench_template == "chat" else LINES) + ", with special tokens",
-        "max_length": options.rewardbench_max_length,
-        "truncation": " or ".join(sides),
-        "cut_texts": {model: sum(text.cut > 0 for text in texts) for model, texts in one.texts.items()},
-    }
+    if scored.kind == "rewardbench":
+        version = scored.items[0].version
+        sides = sorted({truncation_side(version, tokenizer) for tokenizer in tokenizers.values()})
+        form = CHAT if options.rewardbench_template == "chat" else LINES
+        facts["text"] = f"{form}, with special tokens"
+        facts["max_length"] = options.rewardbench_max_length
+        facts["truncation"] = " or ".join(sides)
+        facts["cut_texts"] = {m: sum(text.cut > 0 for text in texts) for m, texts in scored.texts.items()}
+    return facts
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> ModelProtocol:
     template = tokenizer.chat_template
     digest = hashlib.sha256(str(template).encode()).hexdigest()
     return {
@@ -65,7 +65,7 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def tables(protocol: Mapping[str, Any]) -> list[Table]:
+def tables(protocol: Protocol) -> list[Table]:
     """How sets were read, and by which templates."""
     header = ["set", "rows used", "text", "longest (tokens)", "max length", "truncation", "left out or cut"]
     rows = []

@@ -1,57 +1,226 @@
-"""What evaluate and compare wrote, read again: only in the form that this version writes."""
+"""What evaluate and compare write, key by key, and how it is read again: only in this very form.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from moemerge.artifacts.json_file import read_object
+from moemerge.data.rows import RowSummary
 from moemerge.errors import ArtifactError
+from moemerge.evaluation.probes import BIASES
+from moemerge.evaluation.results import (
+    Accuracy,
+    AccuracySet,
+    Benchmark,
+    BenchmarkPart,
+    BestOfN,
+    Calibration,
+    CandidateCurves,
+    Edited,
+    RewardBench,
+)
+from moemerge.reports.table import Interval
 
 # Raised whenever something that is read again changes its name or meaning; versions before 2 wrote no number.
 FORMAT = 2
 NAMES = {"evaluate": "report.json", "compare": "compare.json"}
 
-Report = dict[str, Any]
+# "class" is a word of Python, so this one cannot be written as a class.
+ModelFacts = TypedDict(
+    "ModelFacts",
+    {
+        "source": str,
+        "class": str,
+        "tokens": int,
+        "parameters": int,
+        "active_parameters": int,
+        "flops_per_token": int,
+    },
+)
 
 
-def read_report(folder: str | Path, stage: str = "evaluate") -> dict[str, Any]:
-    """The report that `stage` wrote into `folder`. Raises ArtifactError if it is none of this format."""
+class TimedFacts(ModelFacts):
+    """The same with the seconds that scoring took; in the manifest only."""
+
+    seconds: float
+
+
+class SetProtocol(TypedDict):
+    """How one set's texts were read; `cut_texts`, of RewardBench, counts those cut for each model."""
+
+    rows: int
+    used: int
+    bad: dict[str, int]
+    longest: int
+    text: str
+    max_length: int
+    truncation: str
+    cut_texts: NotRequired[dict[str, int]]
+
+
+class ModelProtocol(TypedDict):
+    """One model's template and special tokens."""
+
+    chat_template: str | None
+    bos: str | None
+    eos: str | None
+    padding: str
+
+
+class Protocol(TypedDict):
+    """How an evaluation read its texts."""
+
+    sets: dict[str, SetProtocol]
+    models: dict[str, ModelProtocol]
+
+
+@with_config(ConfigDict(extra="allow"))  # probes are an open set
+class Probes(TypedDict, total=False):
+    """The results of the probes that were asked for and had data."""
+
+    accuracy: Accuracy
+    calibration: Calibration
+    rewardbench: RewardBench
+    best_of_n: BestOfN
+    length: Edited
+    style: Edited
+    flattery: Edited
+    confidence: Edited
+    boilerplate: Edited
+    irrelevance: Edited
+    damage: Edited
+
+
+class Report(TypedDict):
+    """report.json of evaluate: the models, one `baseline` among them, measured on the same rows."""
+
+    format: int
+    models: dict[str, ModelFacts]
+    baseline: str
+    gold: str
+    rows: dict[str, RowSummary]
+    protocol: Protocol
+    probes: Probes
+    plots: list[str]
+    plots_by_probe: dict[str, list[str]]
+
+
+class SeedNumbers(TypedDict):
+    """A measure of one model over seeds; the baseline has no difference, equal differences no interval."""
+
+    mean: float
+    sd: float | None
+    by_seed: dict[str, float]
+    difference: NotRequired[float]
+    interval: NotRequired[Interval | None]
+    p: NotRequired[float | None]
+
+
+class SeedGroup(TypedDict):
+    """Runs of one recipe: measures and costs by model."""
+
+    title: str
+    seeds: list[int]
+    runs: list[str]
+    baseline: str
+    measures: dict[str, dict[str, SeedNumbers]]
+    costs: dict[str, dict[str, float]]
+
+
+class SeedComparison(TypedDict):
+    """compare.json of compare."""
+
+    format: int
+    confidence: float
+    groups: list[SeedGroup]
+    plots: list[str]
+
+
+def read_report(folder: str | Path) -> Report:
+    """What evaluate wrote into `folder`. Raises ArtifactError if it is no report of this format."""
+    return cast(Report, _read(folder, "evaluate"))
+
+
+def read_comparison(folder: str | Path) -> SeedComparison:
+    """What compare wrote into `folder`. Raises ArtifactError if it is no comparison of this format."""
+    return cast(SeedComparison, _read(folder, "compare"))
+
+
+def _read(folder: str | Path, stage: str) -> Any:
     path = Path(folder) / NAMES[stage]
     try:
         report = read_object(path)
-        found = f"format {report.get('format', 'without a number')}"
+        if report.get("format") == FORMAT:
+            return _forms()[stage].validate_python(report)
+        given = f"format {report.get('format', 'without a number')}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        given = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
     except (OSError, ValueError) as error:
-        report, found = {}, str(error)
-    if report.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path} cannot be shown by this version of moemerge",
-            given=found,
-            expected=f"format {FORMAT}",
-            fix=f"{stage} again with this version, or read it with the version in the folder's manifest.json",
-        )
-    return report
+        given = str(error)
+    raise ArtifactError(
+        f"{path} cannot be shown by this version of moemerge",
+        given=given,
+        expected=f"format {FORMAT}",
+        fix=f"{stage} again with this version, or read it with the version in the folder's manifest.json",
+    )
+
+
+@cache
+def _forms() -> dict[str, TypeAdapter[Any]]:
+    return {"evaluate": TypeAdapter(Report), "compare": TypeAdapter(SeedComparison)}
 
 
 def outdated(folder: str | Path, stage: str) -> str | None:
     """Why what `stage` wrote into `folder` must be made again; None where all is well."""
     if stage in NAMES:
         try:
-            read_report(folder, stage)
+            _read(folder, stage)
         except ArtifactError as error:
             return f"its {NAMES[stage]} is of {error.given}, not {error.expected}"
     return None
 
 
-def _sets(report: Report, probe: str) -> dict[str, Any]:
-    return dict(report["probes"].get(probe, {}).get("sets", {}))
+def accuracy_sets(report: Report) -> dict[str, AccuracySet]:
+    """What the probe accuracy measured, by test set; nothing where it was not asked for."""
+    accuracy = report["probes"].get("accuracy")
+    return accuracy["sets"] if accuracy else {}
 
 
-def rewardbench_parts(measured: Mapping[str, Any]) -> dict[str, Any]:
+def rewardbench_sets(report: Report) -> dict[str, Benchmark]:
+    """What the probe rewardbench measured, by file."""
+    rewardbench = report["probes"].get("rewardbench")
+    return rewardbench["sets"] if rewardbench else {}
+
+
+def best_of_n_sets(report: Report) -> dict[str, CandidateCurves]:
+    """What the probe best_of_n measured, by candidate set."""
+    best_of_n = report["probes"].get("best_of_n")
+    return best_of_n["sets"] if best_of_n else {}
+
+
+def edited(report: Report) -> Iterator[Edited]:
+    """What the bias probes measured, in the order in which they were asked for."""
+    for name, result in report["probes"].items():
+        if name in BIASES:
+            yield cast(Edited, result)
+
+
+def confidence(report: Report) -> float | None:
+    """The coverage of the report's intervals, the same in all probes; None without probes."""
+    results = cast(Mapping[str, Any], report["probes"]).values()
+    return next((float(result["confidence"]) for result in results), None)
+
+
+def first_parts(benchmark: Benchmark) -> dict[str, BenchmarkPart]:
     """The scores to show first: overall ones; of a part of a benchmark its sections, else its subsets."""
-    return dict(measured["overall"] or measured["sections"] or measured["subsets"])
-
-
-def _rewardbench_title(name: str, measured: Mapping[str, Any], part: str) -> str:
-    return f"RewardBench {measured['version']} {name}, {part}"
+    return benchmark["overall"] or benchmark["sections"] or benchmark["subsets"]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from moemerge.data import reading as data
 from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key, value_of
 from moemerge.data.rewardbench import Choice, encode_choices, is_choice, read_choices
-from moemerge.data.rows import RowReport, Text, read_rows
+from moemerge.data.rows import RowReport, RowSummary, Text, read_rows
 from moemerge.data.tokenise import Encoded, encode_candidates, encode_pairs
 from moemerge.errors import OptionError
 from moemerge.evaluation.probes.base import CandidateScores, ChoiceScores, EditScores, PairScores, Probe
@@ -39,7 +39,7 @@ class EvaluationSet:
     name: str
     items: Sequence[Any]
     texts: dict[str, list[Encoded]]
-    report: dict[str, Any]
+    report: RowSummary
 
 
 def by_kind(options: Evaluate) -> Evaluate:

@@ -9,12 +9,12 @@ false word is at most the level, which is 1 - confidence.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from moemerge.evaluation.differences import Difference, differences
-from moemerge.evaluation.report import Report
+from moemerge.evaluation.measures import Difference, differences
+from moemerge.evaluation.report import Report, SeedGroup, accuracy_sets, confidence
+from moemerge.evaluation.results import AccuracyPart
 from moemerge.reports.statistics import holm
 
 HELPED, WORSE, SAME = "helped", "made it worse", "no clear difference"
@@ -23,18 +23,18 @@ BOTH = "helped in one place, made it worse in another"
 BETTER, BELOW = "better", "worse"
 
 
-def holm_verdicts(found: Sequence[Difference], level: float) -> list[tuple[str, float]]:
+def holm_verdicts(compared: Sequence[Difference], level: float) -> list[tuple[str, float]]:
     """HELPED, WORSE, SAME or EQUAL for each of all the differences looked at together, and Holm's p."""
-    adjusted = holm(np.array([one.p for one in found])).tolist()
-    return [(_word(one, p <= level), p) for one, p in zip(found, adjusted, strict=True)]
+    adjusted = holm(np.array([difference.p for difference in compared])).tolist()
+    return [(_word(difference, p <= level), p) for difference, p in zip(compared, adjusted, strict=True)]
 
 
-def _word(one: Difference, clear: bool) -> str:
-    if one.low == one.high == 0:
+def _word(difference: Difference, clear: bool) -> str:
+    if difference.low == difference.high == 0:
         return EQUAL
-    if clear and one.low > 0:
+    if clear and difference.low > 0:
         return HELPED
-    return WORSE if clear and one.high < 0 else SAME
+    return WORSE if clear and difference.high < 0 else SAME
 
 
 def verdict(report: Report, model: str) -> str:
@@ -44,37 +44,37 @@ def verdict(report: Report, model: str) -> str:
 
 def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
     """The verdict in a sentence, and what it stands on; "" if there is nothing to compare."""
-    baseline, found = report["baseline"], list(differences(report, model))
+    baseline, compared = report["baseline"], differences(report, model)
     if model == baseline:
         return f"Did merging help here? {model} is the baseline itself; nothing to compare.", ""
-    if not found:
+    if not compared:
         return f"Did merging help here? Nothing was measured that compares {model} with {baseline}.", ""
-    head, parts = _told(found, 1 - _confidence(report))
+    head, parts = _summed_up(compared, _level(report))
     return f"Did merging help here? {model} against {baseline}: {head}.", f"{parts}."
 
 
-def verdict_over_seeds(group: Report, model: str, confidence: float) -> str:
+def verdict_over_seeds(group: SeedGroup, model: str, confidence: float) -> str:
     """Whether `model` is better than the baseline over seeds; `group` is one of compare.json."""
     count = len(group["seeds"])
     head = f"Did merging help here? {model} against {group['baseline']}, {count} seed{'s' * (count > 1)}"
-    found = list(_over_seeds(group, model))
-    if not found:
+    compared = list(_over_seeds(group, model))
+    if not compared:
         return f"{head}. Nothing to compare: it takes two seeds that differ, and another model."
-    word, parts = _told(found, 1 - confidence)
+    word, parts = _summed_up(compared, 1 - confidence)
     return f"{head}: {word}. {parts}."
 
 
-def _told(found: Sequence[Difference], level: float) -> tuple[str, str]:
+def _summed_up(compared: Sequence[Difference], level: float) -> tuple[str, str]:
     """All differences in one phrase, and one by one."""
-    judged = holm_verdicts(found, level)
-    words = {word for word, _ in judged}
+    verdicts = holm_verdicts(compared, level)
+    words = {word for word, _ in verdicts}
     clear = [word for word in (HELPED, WORSE) if word in words]
     head = BOTH if len(clear) > 1 else clear[0] if clear else SAME if SAME in words else EQUAL
     parts = [
         f"{one.what}: {word} ({one.value:+.3f}, {one.low:+.3f} to {one.high:+.3f}; p {p:.2g})"
-        for one, (word, p) in zip(found, judged, strict=True)
+        for one, (word, p) in zip(compared, verdicts, strict=True)
     ]
-    return f"{head} ({_corrected(len(found), level)})", "; ".join(parts)
+    return f"{head} ({_corrected(len(compared), level)})", "; ".join(parts)
 
 
 def _corrected(count: int, level: float) -> str:
@@ -88,57 +88,71 @@ def standing(report: Report) -> str:
     """
     if len(report["models"]) == 1:
         return _against_chance(report, report["baseline"])
-    found = {m: list(differences(report, m)) for m in report["models"] if m != report["baseline"]}
-    return _standing(found, report["baseline"], 1 - _confidence(report)) if any(found.values()) else ""
+    compared = {m: differences(report, m) for m in report["models"] if m != report["baseline"]}
+    return _standing(compared, report["baseline"], _level(report)) if any(compared.values()) else ""
 
 
 def _against_chance(report: Report, model: str) -> str:
     """Accuracy of the only model beside what guessing and the answers' lengths give, test set by test set."""
-    told = []
-    for name, measured in report["probes"].get("accuracy", {}).get("sets", {}).items():
-        whole = measured["all"]
-        numbers, rule = whole["models"][model], max(("always_longer", "always_shorter"), key=whole.get)
+    sentences = []
+    for name, measured in accuracy_sets(report).items():
+        numbers = measured["all"]["models"][model]
         low, high = numbers["interval"]
         place = "above" if low > 0.5 else "below" if high < 0.5 else "not clearly above"
-        told.append(
+        preferred, by_length = _better_length_rule(measured["all"])
+        sentences.append(
             f"accuracy {numbers['accuracy']:.3f} on {name} ({low:.3f} to {high:.3f}), {place} chance (0.5); "
-            f"preferring the {rule.removeprefix('always_')} answer gives {whole[rule]:.3f}"
+            f"preferring the {preferred} answer gives {by_length:.3f}"
         )
-    return f"{model}: {'. '.join(told)}." if told else ""
+    return f"{model}: {'. '.join(sentences)}." if sentences else ""
 
 
-def standing_over_seeds(group: Report, confidence: float) -> str:
+def _better_length_rule(part: AccuracyPart) -> tuple[str, float]:
+    """Which answer to prefer by length alone, and the accuracy that this gives."""
+    longer, shorter = part["always_longer"], part["always_shorter"]
+    return ("longer", longer) if longer >= shorter else ("shorter", shorter)
+
+
+def standing_over_seeds(group: SeedGroup, confidence: float) -> str:
     """As `standing`, over seeds; `group` is one of compare.json."""
-    found = {model: list(_over_seeds(group, model)) for model in group["costs"] if model != group["baseline"]}
-    return _standing(found, group["baseline"], 1 - confidence) if any(found.values()) else ""
+    models = [model for model in group["costs"] if model != group["baseline"]]
+    compared = {model: list(_over_seeds(group, model)) for model in models}
+    return _standing(compared, group["baseline"], 1 - confidence) if any(compared.values()) else ""
 
 
-def _standing(found: Mapping[str, Sequence[Difference]], baseline: str, level: float) -> str:
-    everything = [one for of_model in found.values() for one in of_model]
-    words = iter(holm_verdicts(everything, level))
-    groups: dict[str, list[str]] = {}
-    for model, of_model in found.items():
-        groups.setdefault(_in_words([(one.what, next(words)[0]) for one in of_model]), []).append(model)
-    told = " ".join(f"{', '.join(models)}: {phrase}." for phrase, models in groups.items())
-    return f"Against {baseline}: {told} Judged {_corrected(len(everything), level)}."
+def _standing(compared: Mapping[str, Sequence[Difference]], baseline: str, level: float) -> str:
+    # One family: Holm's correction counts the comparisons of all models together.
+    family = [difference for of_model in compared.values() for difference in of_model]
+    words = iter([word for word, _ in holm_verdicts(family, level)])
+    models_by_phrase: dict[str, list[str]] = {}
+    for model, of_model in compared.items():
+        phrase = _in_words([(difference.what, next(words)) for difference in of_model])
+        models_by_phrase.setdefault(phrase, []).append(model)
+    text = " ".join(f"{', '.join(models)}: {phrase}." for phrase, models in models_by_phrase.items())
+    return f"Against {baseline}: {text} Judged {_corrected(len(family), level)}."
 
 
-def _in_words(judged: Sequence[tuple[str, str]]) -> str:
+def _in_words(verdicts: Sequence[tuple[str, str]]) -> str:
+    """Where one model is better, and where it is worse, from measures and verdicts on them."""
     kinds = {BETTER: HELPED, BELOW: WORSE}
-    places = {name: [what for what, word in judged if word == kind] for name, kind in kinds.items()}
-    clear = [f"{name} in {', '.join(where)}" for name, where in places.items() if where]
-    return "; ".join(clear) or (EQUAL if {word for _, word in judged} == {EQUAL} else SAME)
+    where = {name: [what for what, word in verdicts if word == kind] for name, kind in kinds.items()}
+    clear = [f"{name} in {', '.join(measures)}" for name, measures in where.items() if measures]
+    return "; ".join(clear) or (EQUAL if {word for _, word in verdicts} == {EQUAL} else SAME)
 
 
-def _over_seeds(group: Report, model: str) -> Iterator[Difference]:
+def _over_seeds(group: SeedGroup, model: str) -> Iterator[Difference]:
     for what, measured in group["measures"].items():
-        numbers = measured.get(model, {})
-        if numbers.get("interval"):
-            low, high = numbers["interval"]
-            yield Difference(what, numbers["difference"], low, high, numbers["p"])
+        numbers = measured.get(model)
+        # Neither the baseline nor a measure that the baseline lacks has a difference.
+        if numbers is None or model == group["baseline"] or group["baseline"] not in measured:
+            continue
+        interval, p = numbers["interval"], numbers["p"]
+        if interval is not None and p is not None:
+            yield Difference(what, numbers["difference"], *interval, p)
 
 
-def _confidence(report: Report) -> float:
-    """The coverage of the report's intervals, the same in all probes."""
-    known: Iterator[Any] = (r["confidence"] for r in report["probes"].values() if "confidence" in r)
-    return float(next(known))
+def _level(report: Report) -> float:
+    """The chance of a false word that is allowed: what the report's intervals leave out."""
+    known = confidence(report)
+    assert known is not None, "differences come from probes"
+    return 1 - known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from moemerge.models.folder import ModelFolder
 from moemerge.models.moe import moe_layers
 
 # What `cost` tells, as tables call it.
-COSTS = {
+COSTS: dict[Literal["parameters", "active_parameters", "flops_per_token"], str] = {
     "parameters": "parameters",
     "active_parameters": "used per token",
     "flops_per_token": "FLOPs per token",

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from moemerge.reports.table import Interval
+
 MOST_COUNTS = 4_000_000  # resamples times clusters that are in memory at once
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Interval = tuple[float, float]
 
 
 def wilson(successes: float, trials: int, confidence: float) -> Interval:

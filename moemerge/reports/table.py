@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-LONG_TEXT = 60
+LONG_TEXT = 60  # letters of a cell that make its column prose
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,17 @@ def _markdown_cell(text: str) -> str:
 
 def _is_number(cell: str) -> bool:
     return not cell or cell.lstrip("+-")[:1].isdigit() or cell == "baseline"
+
+
+def with_interval(value: float, interval: Interval, form: str) -> str:
+    """A value and its interval as a table's cell, all in the format `form`."""
+    low, high = interval
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def ends(numbers: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
+    """`name` and the ends of its interval, which stand beside it as NAME_low and NAME_high."""
+    return numbers[name], numbers[f"{name}_low"], numbers[f"{name}_high"]
 
 
 def percent(share: float) -> str:

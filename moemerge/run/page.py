@@ -12,7 +12,7 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.evaluation import verdict
 from moemerge.evaluation.page import evaluation_sections, row_table
 from moemerge.evaluation.policy_page import table
-from moemerge.evaluation.report import read_report
+from moemerge.evaluation.report import Report, read_report
 from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
@@ -48,9 +48,9 @@ def _is_to_read(section: Section) -> bool:
     return any(any(table.prose()[1:]) for table in section.tables)
 
 
-def _with_verdict(first: Section, report: Mapping[str, Any], learned: str) -> Section:
+def _with_verdict(first: Section, report: Report, learned: str) -> Section:
     text = [part for part in (first.lead, *first.text) if part]
-    return replace(first, lead=verdict.verdict_sentences(dict(report), learned)[0], text=text)
+    return replace(first, lead=verdict.verdict_sentences(report, learned)[0], text=text)
 
 
 def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:

@@ -18,7 +18,7 @@ from moemerge.artifacts.manifest import Manifest, read_manifest
 from moemerge.artifacts.stage import RECIPE_COPY, plain_options, why_stale
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
-from moemerge.evaluation.report import outdated, read_report
+from moemerge.evaluation.report import outdated, read_comparison, read_report
 from moemerge.options.recipe import Recipe
 from moemerge.run.budget import shortfalls
 from moemerge.run.check import find_faults, load_recipe
@@ -112,7 +112,7 @@ def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     runs = [_last_word(one, reports) for one in by_seed(recipe)]
     folder = recipe.output / "compare"
     table = (folder / "compare.md").read_text(encoding="utf-8").strip()
-    report = read_report(folder, "compare")
+    report = read_comparison(folder)
     learned = f"merge-{recipe.fit.method}"
     verdict = verdict_over_seeds(report["groups"][0], learned, report["confidence"])
     pictures = [folder / name for name in report["plots"]]
@@ -127,7 +127,7 @@ def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     learned = f"merge-{recipe.fit.method}"
     table, words = summary.table(report), verdict(report, learned)
     write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{words}\n")
-    pictures = [recipe.output / "evaluate" / name for name in report.get("plots", [])]
+    pictures = [recipe.output / "evaluate" / name for name in report["plots"]]
     page = _page(recipe.output, [step.name for step in plan(recipe)], learned)
     return RunReport(recipe.output, reports, table, words, pictures, page, recipe.output / learned)
 

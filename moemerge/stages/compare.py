@@ -19,7 +19,7 @@ from moemerge.artifacts.manifest import NONSENSE
 from moemerge.artifacts.stage import RECIPE_COPY, Draft, expect_stage, stage, write_json
 from moemerge.errors import ArtifactError, OptionError, suggest
 from moemerge.evaluation import verdict
-from moemerge.evaluation.report import FORMAT, read_report
+from moemerge.evaluation.report import FORMAT, SeedComparison, SeedGroup, SeedNumbers, read_report
 from moemerge.models.cost import COSTS
 from moemerge.options.compare import Compare
 from moemerge.reports import plotting
@@ -50,13 +50,13 @@ def compare(options: Compare, draft: Draft) -> None:
         [name for plot in (_plot_differences, _plot_costs) for name in plot(group, place, draft.folder)]
         for place, group in enumerate(groups, 1)
     ]
-    written = {
+    comparison: SeedComparison = {
         "format": FORMAT,
         "confidence": options.confidence,
         "groups": groups,
         "plots": [n for names in plots for n in names],
     }
-    write_json(draft.folder / "compare.json", written)
+    write_json(draft.folder / "compare.json", comparison)
     tables = [_table(group, options.confidence) for group in groups]
     words = [verdict.standing_over_seeds(group, options.confidence) for group in groups]
     text = "\n".join(
@@ -150,7 +150,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _cost(facts: Mapping[str, Any]) -> Values:
-    costs = {key: float(facts[key]) for key in COSTS if key in facts}
+    costs: Values = {key: float(facts[key]) for key in COSTS if key in facts}
     if facts.get("seconds"):
         costs["tokens_per_second"] = facts["tokens"] / facts["seconds"]
     return costs
@@ -204,7 +204,7 @@ def _contents(run: _Run) -> set[str]:
     return cells | {f"model {model}" for model in run.costs}
 
 
-def _compare_group(title: str, runs: Sequence[_Run], options: Compare) -> dict[str, Any]:
+def _compare_group(title: str, runs: Sequence[_Run], options: Compare) -> SeedGroup:
     baseline = _baseline(runs, options.baseline)
     return {
         "title": title,
@@ -243,29 +243,33 @@ def _mean_cost(costs: Sequence[Values]) -> Values:
     return {key: float(np.mean([one[key] for one in costs])) for key in common}
 
 
-def _compare_measure(what: str, runs: Sequence[_Run], baseline: str, options: Compare) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
+def _compare_measure(
+    what: str, runs: Sequence[_Run], baseline: str, options: Compare
+) -> dict[str, SeedNumbers]:
+    compared: dict[str, SeedNumbers] = {}
     for model in runs[0].measures[what]:
         values_S = np.array([run.measures[what][model] for run in runs])
-        found[model] = {
+        compared[model] = {
             "mean": float(values_S.mean()),
             "sd": float(values_S.std(ddof=1)) if len(runs) > 1 else None,
             "by_seed": {str(run.seed): value for run, value in zip(runs, values_S.tolist(), strict=True)},
         }
         if model != baseline and baseline in runs[0].measures[what]:
             paired_S = values_S - np.array([run.measures[what][baseline] for run in runs])
-            found[model]["difference"] = float(paired_S.mean())
             tested = t_test(paired_S.tolist(), options.confidence)
-            found[model]["interval"], found[model]["p"] = tested or (None, None)
-    return found
+            compared[model]["difference"] = float(paired_S.mean())
+            compared[model]["interval"], compared[model]["p"] = tested or (None, None)
+    return compared
 
 
-def _table(group: Mapping[str, Any], confidence: float) -> Table:
+def _table(group: SeedGroup, confidence: float) -> Table:
     measures = group["measures"]
     header = ["model", *(title for what in measures for title in (what, f"minus {group['baseline']}"))]
     rows = []
     for model, costs in group["costs"].items():
-        cells = [cell for measured in measures.values() for cell in _cells(measured.get(model))]
+        cells = [
+            cell for measured in measures.values() for cell in _cells(measured, model, group["baseline"])
+        ]
         speed = f"{costs['tokens_per_second']:,.0f}" if "tokens_per_second" in costs else ""
         rows.append([model, *cells, *(f"{costs[key]:,.0f}" if key in costs else "" for key in COSTS), speed])
     note = f"Means over {len(group['seeds'])} seeds ({', '.join(map(str, group['seeds']))}). Differences are "
@@ -274,32 +278,39 @@ def _table(group: Mapping[str, Any], confidence: float) -> Table:
     )
     if len(group["seeds"]) < FEW_SEEDS:
         note += f" Fewer than {FEW_SEEDS} seeds: they say little about other seeds."
-    if len(group["seeds"]) > 1 and any(map(_lacks_interval, measures.values())):
+    if len(group["seeds"]) > 1 and _lacks_interval(group):
         note += " A difference that is the same at every seed has no interval: its spread is not known."
     title = group["title"] or f"{len(group['costs'])} models over {len(group['seeds'])} seeds"
     return Table(title, [*header, *COSTS.values(), "tokens per second"], rows, note)
 
 
-def _lacks_interval(measured: Mapping[str, Any]) -> bool:
-    return any("difference" in numbers and numbers["interval"] is None for numbers in measured.values())
+def _with_difference(measured: Mapping[str, SeedNumbers], baseline: str) -> dict[str, SeedNumbers]:
+    """The models that have a difference: all but the baseline, or none where that was not measured."""
+    return {m: numbers for m, numbers in measured.items() if m != baseline} if baseline in measured else {}
 
 
-def _cells(numbers: Mapping[str, Any] | None) -> list[str]:
+def _lacks_interval(group: SeedGroup) -> bool:
+    compared = [_with_difference(measured, group["baseline"]) for measured in group["measures"].values()]
+    return any(numbers["interval"] is None for models in compared for numbers in models.values())
+
+
+def _cells(measured: Mapping[str, SeedNumbers], model: str, baseline: str) -> list[str]:
     """Mean, and difference to the baseline."""
-    if numbers is None:
+    if model not in measured:
         return ["", ""]
-    if "difference" not in numbers:
+    numbers = measured[model]
+    if model not in _with_difference(measured, baseline):
         return [f"{numbers['mean']:.4f}", "baseline"]
     ends = numbers["interval"]
     interval = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if ends else ""
     return [f"{numbers['mean']:.4f}", f"{numbers['difference']:+.4f}{interval}"]
 
 
-def _plot_differences(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+def _plot_differences(group: SeedGroup, place: int, folder: Path) -> list[str]:
     """compare.png (compare-2.png, ...): difference to the baseline and its interval, a panel per measure."""
     baseline, name = group["baseline"], "compare.png" if place == 1 else f"compare-{place}.png"
     panels = {
-        what: {model: _ends(numbers) for model, numbers in measured.items()}
+        what: {m: (0.0, 0.0, 0.0) if m == baseline else _ends(numbers) for m, numbers in measured.items()}
         for what, measured in group["measures"].items()
         if baseline in measured
     }
@@ -309,7 +320,7 @@ def _plot_differences(group: Mapping[str, Any], place: int, folder: Path) -> lis
     return [name]
 
 
-def _plot_costs(group: Mapping[str, Any], place: int, folder: Path) -> list[str]:
+def _plot_costs(group: SeedGroup, place: int, folder: Path) -> list[str]:
     """cost.png (cost-2.png, ...): a measure's mean against FLOPs per token, a panel per measure."""
     flops = {
         model: costs["flops_per_token"]
@@ -332,7 +343,6 @@ def _plot_costs(group: Mapping[str, Any], place: int, folder: Path) -> list[str]
     return [name]
 
 
-def _ends(numbers: Mapping[str, Any]) -> tuple[float, float, float]:
-    difference = numbers.get("difference", 0.0)
-    low, high = numbers.get("interval") or (difference, difference)
-    return difference, low, high
+def _ends(numbers: SeedNumbers) -> tuple[float, float, float]:
+    difference = numbers["difference"]
+    return difference, *(numbers["interval"] or (difference, difference))

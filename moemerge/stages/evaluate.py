@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -18,11 +18,12 @@ from moemerge.artifacts.stage import Draft, stage, write_json
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation import gold, protocol
 from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores
+from moemerge.evaluation.measures import main_numbers
 from moemerge.evaluation.page import evaluation_sections
 from moemerge.evaluation.probes import PROBES, expand
 from moemerge.evaluation.probes.accuracy import check_sections
 from moemerge.evaluation.probes.base import Probe
-from moemerge.evaluation.report import FORMAT, rewardbench_parts
+from moemerge.evaluation.report import FORMAT, ModelFacts, Probes, Report, TimedFacts
 from moemerge.evaluation.sets import (
     EvaluationSet,
     by_kind,
@@ -62,37 +63,54 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     check_sections(options, {item.subset for one in sets if one.kind == "pairs" for item in one.items})
     read = protocol.describe(options, tokenizers, sets)
     sets += edited_sets(options, tokenizers, probes, sets)
-    scores, models = {}, {}
-    for name, folder in folders.items():
-        model = load_reward_model(folder, device)
-        models[name] = {"source": folder.source, "class": type(model).__name__, **cost(model)}
-        started = time.perf_counter()
-        scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
-        models[name]["seconds"] = time.perf_counter() - started
-        models[name]["tokens"] = sum(len(text.ids) for one in sets for text in one.texts[name])
-        del model
-        free_memory()
-    scores |= ensemble_scores(options, scores)
-    models |= ensemble_facts(options, models)
+    scores, models = _score_models(options, folders, tokenizers, sets, device)
     inputs = probe_inputs(sets, scores)
     results = {
         name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
     }
-    report = {
+    plots = {name: probe.plot(results[name], draft.folder) for name, probe in probes.items()}
+    report: Report = {
         "format": FORMAT,
-        # Without times: evaluated again, the same models give the same report.
-        "models": {
-            name: {k: v for k, v in facts.items() if k != "seconds"} for name, facts in models.items()
-        },
+        "models": {name: _without_times(facts) for name, facts in models.items()},
         "baseline": options.baseline or next(iter(models)),
         "gold": gold.source_of_gold(options),
         "rows": {f"{one.kind}/{one.name}": one.report for one in sets},
         "protocol": read,
-        "probes": results,
+        "probes": cast(Probes, results),
+        "plots": [plot for names in plots.values() for plot in names],
+        "plots_by_probe": plots,
     }
-    _write(draft, probes, report)
+    _write(draft, report)
     save_file(score_tensors(sets, scores), draft.folder / "scores.safetensors")
-    draft.results |= {"models": models, "rows": report["rows"], "main": _main_numbers(results)}
+    draft.results |= {"models": models, "rows": report["rows"], "main": main_numbers(report)}
+
+
+def _score_models(
+    options: Evaluate,
+    folders: Mapping[str, ModelFolder],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    sets: Sequence[EvaluationSet],
+    device: torch.device,
+) -> tuple[dict[str, list[Tensor]], dict[str, TimedFacts]]:
+    """Scores of every model and ensemble on every set, and what each costs; one is in memory at a time."""
+    scores: dict[str, list[Tensor]] = {}
+    models: dict[str, TimedFacts] = {}
+    for name, folder in folders.items():
+        model = load_reward_model(folder, device)
+        started = time.perf_counter()
+        scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(text.ids) for one in sets for text in one.texts[name])
+        facts = {"source": folder.source, "class": type(model).__name__, **cost(model)}
+        models[name] = cast(TimedFacts, {**facts, "seconds": seconds, "tokens": tokens})
+        del model
+        free_memory()
+    return scores | ensemble_scores(options, scores), models | ensemble_facts(options, models)
+
+
+def _without_times(facts: TimedFacts) -> ModelFacts:
+    """Evaluated again, the same models shall give the same report."""
+    return cast(ModelFacts, {key: value for key, value in facts.items() if key != "seconds"})
 
 
 def _probes(options: Evaluate) -> dict[str, Probe]:
@@ -144,33 +162,12 @@ def _score_sets(
     batch_tokens: int,
 ) -> list[Tensor]:
     """Scores of each set's texts, one after the other."""
-    found = []
-    for one in sets:
-        found.append(score(model, tokenizer, one.texts[name], batch_tokens, f"{name} on {one.name}"))
-    return found
+    return [score(model, tokenizer, one.texts[name], batch_tokens, f"{name} on {one.name}") for one in sets]
 
 
-def _write(draft: Draft, probes: Mapping[str, Probe], report: dict[str, Any]) -> None:
-    """Plots, report.json, and the same as a page and as markdown."""
-    plots = {name: probe.plot(report["probes"][name], draft.folder) for name, probe in probes.items()}
-    report |= {"plots": [plot for names in plots.values() for plot in names], "plots_by_probe": plots}
+def _write(draft: Draft, report: Report) -> None:
+    """report.json, and the same as a page and as markdown."""
     write_json(draft.folder / "report.json", report)
     made = {**draft.provenance, "versions": versions(), "hardware": hardware()}
     sections = [*evaluation_sections(report, draft.folder), provenance_section({"evaluate": made})]
     write_report(draft.folder, "Evaluation", sections)
-
-
-def _main_numbers(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy, gold score at the largest n, and scores of RewardBench to show first, by set and model."""
-    found: dict[str, Any] = {}
-    for name, measured in results.get("accuracy", {}).get("sets", {}).items():
-        models = cast(dict[str, Any], measured["all"]["models"])
-        found.setdefault("accuracy", {})[name] = {model: n["accuracy"] for model, n in models.items()}
-    for name, measured in results.get("best_of_n", {}).get("sets", {}).items():
-        last = {model: curve["gold"][-1] for model, curve in measured["models"].items()}
-        found.setdefault("best_of_n_gold", {})[name] = {"n": measured["n"][-1], **last}
-    for name, measured in results.get("rewardbench", {}).get("sets", {}).items():
-        for part, numbers in rewardbench_parts(measured).items():
-            values = {model: of_model["score"] for model, of_model in numbers["models"].items()}
-            found.setdefault("rewardbench", {}).setdefault(name, {})[part] = values
-    return found

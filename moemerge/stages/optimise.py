@@ -20,7 +20,7 @@ from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.stage import Draft, stage, workspace, write_json
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
-from moemerge.data.rows import Row, Text, write_rows
+from moemerge.data.rows import Row, RowSummary, Text, write_rows
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.evaluation import gold
 from moemerge.evaluation.gold import Reward
@@ -130,7 +130,7 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": told}
 
 
-def _prompts(options: Optimise, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Text], dict[str, Any]]:
+def _prompts(options: Optimise, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Text], RowSummary]:
     """The different prompts in an order drawn from the seed."""
     read, report = read_prompts(options.prompts, options)
     sets: list[CandidateSet] = distinct(short_prompts(read, report, tokenizer, options))

@@ -26,6 +26,7 @@ from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.probes.base import ChoiceScores
 from moemerge.evaluation.probes.rewardbench import ROWS_1, ROWS_2, SECTIONS, aggregate, results
 from moemerge.evaluation.probes.rewardbench_ties import ties_scores
+from moemerge.evaluation.report import read_report
 from moemerge.options.evaluate import Evaluate, EvaluateSettings
 from moemerge.run.check import check_recipe, load_recipe
 from moemerge.stages.evaluate import evaluate
@@ -512,6 +513,12 @@ def test_whole_evaluation(evaluated: Path) -> None:
     assert main["v1"]["four sections"]["rm1"] == pytest.approx(overall["four sections"])
     assert set(main["v2"]) == {"six subsets"}
     assert {"accuracy.png", "calibration.png", "rewardbench.png"} == set(report["plots"])
+
+
+def test_every_number_of_the_report_has_a_type(evaluated: Path) -> None:
+    """A report that is read again loses what no type names."""
+    written = json.loads((evaluated / "report.json").read_text())
+    assert json.loads(json.dumps(read_report(evaluated))) == written
 
 
 def test_protocol_is_printed(evaluated: Path) -> None:

@@ -23,6 +23,7 @@ from moemerge.evaluation.probes import BIASES, PROBES, expand
 from moemerge.evaluation.probes.base import EditScores, PairScores
 from moemerge.evaluation.probes.edit_effects import excerpt, interval_of
 from moemerge.evaluation.probes.edits import last_message, make_edits, some_pairs
+from moemerge.evaluation.report import read_report
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.options.recipe import Recipe
@@ -344,6 +345,12 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         baseline="b",
         output=folder / "e",
     )
+
+
+def test_every_number_of_the_report_has_a_type(evaluated: Path) -> None:
+    """A report that is read again loses what no type names."""
+    written = json.loads((evaluated / "report.json").read_text())
+    assert json.loads(json.dumps(read_report(evaluated))) == written
 
 
 def test_edited_answers_go_through_evaluate(evaluated: Path) -> None:

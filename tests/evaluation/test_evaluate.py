@@ -18,6 +18,7 @@ from moemerge.data.pairs import Pair
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import encode
 from moemerge.errors import DataError, OptionError
+from moemerge.evaluation.report import read_report
 from moemerge.evaluation.sets import EvaluationSet, by_kind, probe_inputs
 from moemerge.models.cost import parameters
 from moemerge.models.loading import load_reward_model, load_tokenizer
@@ -74,6 +75,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def evaluated(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return evaluate(**world, output=tmp_path_factory.mktemp("evaluated") / "e")
+
+
+def test_every_number_of_the_report_has_a_type(evaluated: Path) -> None:
+    """A report that is read again loses what no type names."""
+    written = json.loads((evaluated / "report.json").read_text())
+    assert json.loads(json.dumps(read_report(evaluated))) == written
 
 
 def test_report_agrees_with_scores_made_one_by_one(world: dict[str, Any], evaluated: Path) -> None:

@@ -17,10 +17,10 @@ from small_reports import REPORT, choice_scores
 
 from moemerge.errors import ArtifactError
 from moemerge.evaluation import main_table as summary
-from moemerge.evaluation.differences import Difference, differences
+from moemerge.evaluation.measures import Difference, differences
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.probes.base import CandidateScores, PairScores
-from moemerge.evaluation.report import FORMAT, outdated, read_report
+from moemerge.evaluation.report import FORMAT, outdated, read_comparison, read_report
 from moemerge.evaluation.verdict import holm_verdicts, standing, verdict
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports.statistics import bootstrap_means, mcnemar, resampled_p
@@ -242,6 +242,8 @@ def test_differences_have_the_sign_of_model_minus_baseline(benchmarked: dict[str
     [
         ('{"models": {}}', "format without a number"),
         (json.dumps({"format": FORMAT + 1}), f"format {FORMAT + 1}"),
+        (json.dumps({**REPORT, "baseline": 3}), "baseline: Input should be a valid string"),
+        (json.dumps({k: v for k, v in REPORT.items() if k != "rows"}), "rows: Field required"),
         ('{"format": 2', "Expecting"),
         ("[2]", "holds a list"),
         (None, "No such file"),
@@ -260,5 +262,6 @@ def test_a_report_that_cannot_be_shown_is_refused_in_four_parts(
 
 
 def test_a_report_of_this_version_is_read(tmp_path: Path) -> None:
-    (tmp_path / "compare.json").write_text(json.dumps({"format": FORMAT, "groups": []}))
-    assert read_report(tmp_path, "compare")["groups"] == [] and outdated(tmp_path, "compare") is None
+    written = {"format": FORMAT, "confidence": 0.95, "groups": [], "plots": []}
+    (tmp_path / "compare.json").write_text(json.dumps(written))
+    assert read_comparison(tmp_path)["groups"] == [] and outdated(tmp_path, "compare") is None

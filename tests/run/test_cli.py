@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_reports import report_of
 
 import moemerge
 from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.stage import Draft, Stage
 from moemerge.errors import DataError
-from moemerge.evaluation.report import FORMAT
 from moemerge.options.base import Run
 from moemerge.options.evaluate import Evaluate
 from moemerge.options.fit import Fit
@@ -64,8 +64,7 @@ class FakeStages:
         if self.fault is not None:
             raise self.fault
         (draft.folder / "file").write_text("x")
-        report = {"format": FORMAT, "models": {}, "baseline": "", "probes": {}}
-        (draft.folder / "report.json").write_text(json.dumps(report))
+        (draft.folder / "report.json").write_text(json.dumps(report_of([], "")))
         draft.results |= {"pairs": 3, "loss": 0.123456, "name": "n" * 99, "sizes": {"train": 5}}
 
 

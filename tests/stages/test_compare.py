@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from small_reports import report_of
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.stage import artifact, write_json
 from moemerge.errors import ArtifactError, OptionError
-from moemerge.evaluation.report import FORMAT
+from moemerge.evaluation.report import FORMAT, read_comparison
 from moemerge.evaluation.verdict import standing_over_seeds, verdict_over_seeds
 from moemerge.options.compare import Compare
 from moemerge.options.evaluate import Evaluate
@@ -39,7 +40,7 @@ def evaluation(
     options = Evaluate(models={name: f"hub/{name}" for name in models}, output=folder, seed=seed)
     gold = {name: GOLD[name][row] for name in models}
     with artifact("evaluate", options) as draft:
-        write_json(draft.folder / "report.json", {"format": FORMAT, "baseline": "dense"})
+        write_json(draft.folder / "report.json", report_of(models, "dense"))
         draft.results |= {
             "models": {name: cost(place, row) for place, name in enumerate(models, 1)},
             "main": {
@@ -100,6 +101,11 @@ def study(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compared(output: Path, *runs: Path, **options: Any) -> dict[str, Any]:
     folder = compare(runs=[str(run) for run in runs], output=output, **options)
     return json.loads((folder / "compare.json").read_text())
+
+
+def test_every_number_of_the_comparison_has_a_type(output: Path) -> None:
+    written = json.loads((output / "compare.json").read_text())
+    assert json.loads(json.dumps(read_comparison(output))) == written
 
 
 def test_means_and_differences_are_paired_by_seed(group: dict[str, Any]) -> None:

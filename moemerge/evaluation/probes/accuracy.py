@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,19 @@ import torch
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation.probes import comparisons
 from moemerge.evaluation.probes.base import NO_SUBSET, PairScores, Probe
+from moemerge.evaluation.results import (
+    Accuracy,
+    AccuracyPart,
+    AccuracySet,
+    AccuracyVersus,
+    ModelAccuracy,
+    Paired,
+)
 from moemerge.models.scoring import loss_and_accuracy
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, sampling_units, share_interval
-from moemerge.reports.table import Table, percent
+from moemerge.reports.table import Interval, Table, percent, with_interval
 
 
 def check_sections(settings: EvaluateSettings, subsets: Iterable[str]) -> None:
@@ -38,7 +45,7 @@ def check_sections(settings: EvaluateSettings, subsets: Iterable[str]) -> None:
                 )
 
 
-def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> Accuracy:
     """Accuracy of every model per test set: `all` pairs, the `sections` asked for, `subsets` if several.
 
     Intervals are Wilson's, or from a bootstrap over prompts where prompts repeat (`interval_kind`); of a part
@@ -46,11 +53,11 @@ def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: in
     `comparisons`: every two models on the same pairs, with Holm's p over all of a set; over all its sections;
     over all its subsets. A section's accuracy is the mean over its pairs.
     """
-    found = {name: _measure_set(scores, settings, seed) for name, scores in sets.items()}
-    return {"confidence": settings.confidence, "sets": found}
+    measured = {name: _measure_set(scores, settings, seed) for name, scores in sets.items()}
+    return {"confidence": settings.confidence, "sets": measured}
 
 
-def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> AccuracySet:
     names = sorted(set(pairs.subsets.tolist()))
     groups = {name or NO_SUBSET: [name] for name in names} if len(names) > 1 else {}
     return {
@@ -62,7 +69,7 @@ def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> di
 
 def _measure_parts(
     pairs: PairScores, groups: Mapping[str, list[str]], settings: EvaluateSettings, seed: int
-) -> dict[str, Any]:
+) -> dict[str, AccuracyPart]:
     """Each group of subsets that has pairs here; their comparisons make one family."""
     named = np.where(pairs.subsets == "", NO_SUBSET, pairs.subsets)
     rows = {name: np.isin(named, [one or NO_SUBSET for one in group]) for name, group in groups.items()}
@@ -73,22 +80,22 @@ def _measure_parts(
     return parts
 
 
-def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> AccuracyPart:
     models = list(pairs.scores)
     right_PM = np.column_stack([scores[:, 0] > scores[:, 1] for scores in pairs.scores.values()])
     units = sampling_units(pairs.prompts)
     sums = cluster_sums(right_PM.astype(np.float64), units)
     draws_RM = bootstrap_means(sums, settings.resamples, seed)
     baseline = models.index(settings.baseline or models[0])
-    measured = {}
+    measured: dict[str, ModelAccuracy] = {}
     for number, model in enumerate(models):
         right_P = right_PM[:, number].astype(np.float64)
         interval = share_interval(right_P, draws_RM[:, number], len(sums), settings.confidence)
-        measured[model] = {**_plain_numbers(pairs.scores[model]), "interval": interval}
+        measured[model] = _plain_numbers(pairs.scores[model], interval)
         if number != baseline:
             both = [number, baseline]
             versus = comparisons.difference(right_PM[:, both], draws_RM[:, both], units, settings.confidence)
-            measured[model]["vs_baseline"] = _renamed(versus)
+            measured[model]["vs_baseline"] = _against_baseline(versus)
     return {
         "pairs": len(right_PM),
         "prompts": len(np.unique(pairs.prompts)),
@@ -101,30 +108,36 @@ def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> d
     }
 
 
-def _renamed(versus: comparisons.Comparison) -> dict[str, Any]:
-    names = {"first_alone": "right_alone", "second_alone": "baseline_right_alone"}
-    return {names.get(key, key): value for key, value in versus.items()}
+def _against_baseline(versus: Paired) -> AccuracyVersus:
+    return {
+        "difference": versus["difference"],
+        "interval": versus["interval"],
+        "right_alone": versus["first_alone"],
+        "baseline_right_alone": versus["second_alone"],
+        "p": versus["p"],
+    }
 
 
-def _plain_numbers(scores_P2: Floats) -> dict[str, Any]:
+def _plain_numbers(scores_P2: Floats, interval: Interval) -> ModelAccuracy:
     margin_P = scores_P2[:, 0] - scores_P2[:, 1]
     loss, accuracy = loss_and_accuracy(torch.from_numpy(margin_P))
-    return {"accuracy": accuracy, "ties": int((margin_P == 0).sum()), "loss": loss}
+    ties = int((margin_P == 0).sum())
+    return {"accuracy": accuracy, "ties": ties, "loss": loss, "interval": interval}
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: Accuracy) -> list[Table]:
     """Per test set: every model; every two of three or more; sections and subsets, and their differences."""
-    found, confidence = [], result["confidence"]
+    shown, confidence = [], result["confidence"]
     for name, measured in result["sets"].items():
-        found.append(_set_table(name, measured["all"], confidence))
+        shown.append(_set_table(name, measured["all"], confidence))
         if len(measured["all"]["models"]) > 2:
-            found.append(comparisons.table(name, measured["all"]["comparisons"], confidence))
-        for kind in ("section", "subset"):
-            found += _part_tables(f"{name}, by {kind}", kind, measured[f"{kind}s"], confidence)
-    return found
+            shown.append(comparisons.table(name, measured["all"]["comparisons"], confidence))
+        for kind, parts in (("section", measured["sections"]), ("subset", measured["subsets"])):
+            shown += _part_tables(f"{name}, by {kind}", kind, parts, confidence)
+    return shown
 
 
-def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
+def _set_table(name: str, part: AccuracyPart, confidence: float) -> Table:
     compared = len(part["models"]) > 1
     header = ["model", "accuracy", f"{percent(confidence)} interval", "ties", "loss"]
     header += ["minus baseline", "p"] if compared else []
@@ -134,8 +147,8 @@ def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
         row = [model, f"{numbers['accuracy']:.4f}", f"{low:.4f} to {high:.4f}"]
         row += [str(numbers["ties"]), f"{numbers['loss']:.4f}"]
         rows.append(row + (_versus(numbers.get("vs_baseline")) if compared else []))
-    for rule in ("always_longer", "always_shorter"):
-        rows.append([rule.replace("_", " "), f"{part[rule]:.4f}", *[""] * (len(header) - 2)])
+    for rule, share in (("always longer", part["always_longer"]), ("always shorter", part["always_shorter"])):
+        rows.append([rule, f"{share:.4f}", *[""] * (len(header) - 2)])
     wilson = part["interval_kind"] == "wilson"
     kind, units = ("Wilson's", "pairs") if wilson else (part["interval_kind"], "prompts")
     note = f"{part['pairs']} pairs, {part['prompts']} prompts; intervals: {kind}. A tie is an error."
@@ -144,37 +157,36 @@ def _set_table(name: str, part: dict[str, Any], confidence: float) -> Table:
     return Table(f"Accuracy on {name}", header, rows, note)
 
 
-def _versus(difference: dict[str, Any] | None) -> list[str]:
-    if difference is None:
+def _versus(versus: AccuracyVersus | None) -> list[str]:
+    if versus is None:
         return ["baseline", ""]
-    low, high = difference["interval"]
-    return [f"{difference['difference']:+.4f} ({low:+.4f} to {high:+.4f})", f"{difference['p']:.3g}"]
+    return [with_interval(versus["difference"], versus["interval"], "+.4f"), f"{versus['p']:.3g}"]
 
 
-def _part_tables(title: str, kind: str, parts: dict[str, Any], confidence: float) -> list[Table]:
+def _part_tables(title: str, kind: str, parts: dict[str, AccuracyPart], confidence: float) -> list[Table]:
     if not parts:
         return []
     models = list(next(iter(parts.values()))["models"])
     rows = []
     for name, part in parts.items():
-        cells = [_with_interval(part["models"][m]) for m in models]
-        rules = [f"{part[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
+        cells = [_with_ties(part["models"][m]) for m in models]
+        rules = [f"{share:.3f}" for share in (part["always_longer"], part["always_shorter"])]
         rows.append([name, str(part["pairs"]), str(part["prompts"]), *cells, *rules])
     note = f"{percent(confidence)} intervals, each by itself; where prompts repeat, from a bootstrap over "
     note += "prompts (too narrow if they are few), or over pairs if all have one prompt. A tie is an error."
     header = [kind, "pairs", "prompts", *models, "always longer", "always shorter"]
-    found = [Table(f"Accuracy on {title}", header, rows, note)]
+    shares = Table(f"Accuracy on {title}", header, rows, note)
     baseline = next(iter(parts.values()))["baseline"]
-    return found + ([comparisons.against(title, parts, baseline, confidence)] if len(models) > 1 else [])
+    return [shares] + ([comparisons.against(title, parts, baseline, confidence)] if len(models) > 1 else [])
 
 
-def _with_interval(numbers: dict[str, Any]) -> str:
+def _with_ties(numbers: ModelAccuracy) -> str:
     low, high = numbers["interval"]
     ties = f", {numbers['ties']} tied" if numbers["ties"] else ""
     return f"{numbers['accuracy']:.3f} ({low:.3f} to {high:.3f}{ties})"
 
 
-def plot(result: dict[str, Any], folder: Path) -> list[str]:
+def plot(result: Accuracy, folder: Path) -> list[str]:
     """accuracy.png: accuracy and interval of every model, one panel per test set."""
     rows = {
         name: {model: (n["accuracy"], *n["interval"]) for model, n in measured["all"]["models"].items()}

@@ -153,12 +153,12 @@ class Probe:
     """Something to measure.
 
     needs: which scores `measure` gets, by name of the set. measure(scores, settings, seed) returns JSON
-    values. tables(result) and plot(result, folder), which returns the names of the files it wrote, show them.
-    edits: with "pairs", edited answers that are scored too.
+    values, in a type of evaluation/results.py. tables(result) and plot(result, folder), which returns the
+    names of the files it wrote, show them. edits: with "pairs", edited answers that are scored too.
     """
 
     needs: Literal["pairs", "candidates", "rewardbench"]
-    measure: Callable[[Mapping[str, Any], EvaluateSettings, int], dict[str, Any]]
-    tables: Callable[[dict[str, Any]], list[Table]]
-    plot: Callable[[dict[str, Any], Path], list[str]]
+    measure: Callable[[Mapping[str, Any], EvaluateSettings, int], Any]
+    tables: Callable[[Any], list[Table]]
+    plot: Callable[[Any, Path], list[str]]
     edits: Edits | None = None

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +22,17 @@ from scipy.special import gammaln
 
 from moemerge.evaluation.probes import over_optimisation
 from moemerge.evaluation.probes.base import CandidateScores, Probe
+from moemerge.evaluation.results import BestOfN, CandidateCurves, ModelCurves
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.statistics import Floats, Integers, banded, resampled_curves, resampled_p
-from moemerge.reports.table import Table, percent
+from moemerge.reports.table import Table, ends, percent, with_interval
 
 log = logging.getLogger(__name__)
 REFERENCES = ("random", "longest", "best possible")
-COSTS = ("peak_n", "drop", "gap_area", "regret_area", "alpha", "beta")
+COSTS = ("drop", "gap_area", "regret_area")
+FITTED = ("alpha", "beta")  # from 3 candidates on: two points do not tell two coefficients
 STEPS_PER_DOUBLING = 4
 
 
@@ -77,7 +79,7 @@ def best_of(proxy_N: NDArray[Any], values_NX: NDArray[Any], sizes: Sequence[int]
     return rank_weights(len(proxy_N), tuple(sizes)) @ shared_NX
 
 
-def measure(sets: Mapping[str, CandidateScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def measure(sets: Mapping[str, CandidateScores], settings: EvaluateSettings, seed: int) -> BestOfN:
     """Curves of gold and proxy score over n for every model and candidate set, with bootstrap intervals.
 
     n goes up to the smallest number of candidates that a prompt has; every prompt is estimated from all of
@@ -93,19 +95,21 @@ def measure(sets: Mapping[str, CandidateScores], settings: EvaluateSettings, see
     `peak_n` has the interval of the peak's n over resamples, and `peak_n_over_baseline` its ratio to that of
     the baseline.
     """
-    found = {name: _measure_set(name, scores, settings, seed) for name, scores in sets.items()}
-    return {"confidence": settings.confidence, "sets": found}
+    measured = {name: _measure_set(name, scores, settings, seed) for name, scores in sets.items()}
+    return {"confidence": settings.confidence, "sets": measured}
 
 
-def _measure_set(name: str, scores: CandidateScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def _measure_set(
+    name: str, scores: CandidateScores, settings: EvaluateSettings, seed: int
+) -> CandidateCurves:
     fewest, most = int(scores.sizes.min()), int(scores.sizes.max())
     if fewest < most:
         log.warning("%s: prompts have %d to %d candidates; curves end at n = %d", name, fewest, most, fewest)
     grid, sizes = grid_sizes(fewest), sample_sizes(fewest)
     lines = {**scores.scores, **_references(scores)}
     curves_2QMS = np.stack([_curves(scores, values, grid) for values in lines.values()], axis=2)
-    found_2MRS = resampled_curves(curves_2QMS, settings.resamples, seed)
-    gold, proxy = (dict(zip(lines, found_MRS, strict=True)) for found_MRS in found_2MRS)
+    means_2MRS = resampled_curves(curves_2QMS, settings.resamples, seed)
+    gold, proxy = (dict(zip(lines, means_MRS, strict=True)) for means_MRS in means_2MRS)
     best_RS = gold[REFERENCES[-1]]
     values = {model: _values(grid, gold[model], proxy[model], best_RS) for model in scores.scores}
     shown = np.searchsorted(grid, sizes)
@@ -118,10 +122,13 @@ def _measure_set(name: str, scores: CandidateScores, settings: EvaluateSettings,
         "baseline": baseline,
         "references": {reference: gold[reference][0, shown].tolist() for reference in REFERENCES},
         "models": {
-            model: _curve(gold[model][:, shown], proxy[model][:, shown], settings.confidence)
-            | _numbers(values[model], settings.confidence)
-            | _versus(gold, values, model, baseline, shown, settings.confidence)
-            | _p_at_last_n(gold, model, baseline, len(scores.sizes))
+            model: cast(
+                ModelCurves,
+                _curve(gold[model][:, shown], proxy[model][:, shown], settings.confidence)
+                | _numbers(values[model], settings.confidence)
+                | _versus(gold, values, model, baseline, shown, settings.confidence)
+                | _p_at_last_n(gold, model, baseline, len(scores.sizes)),
+            )
             for model in scores.scores
         },
     }
@@ -147,7 +154,7 @@ def _values(grid: Sequence[int], gold_RS: Floats, proxy_RS: Floats, best_RS: Flo
     """The numbers of one model, each as its value and those of the resamples, [1 + R]."""
     kl_S, gain_RS = np.array([kl(n) for n in grid]), gold_RS - gold_RS[:, :1]
     peak_R, terms_S2 = over_optimisation.peak(gold_RS), over_optimisation.best_of_n_terms(kl_S)
-    found = {
+    values = {
         "peak_n": np.asarray(grid)[peak_R],
         "drop": gold_RS[:, peak_R[0]] - gold_RS[:, -1],
         "gap_area": over_optimisation.gap_area(kl_S, gold_RS, proxy_RS),
@@ -155,8 +162,8 @@ def _values(grid: Sequence[int], gold_RS: Floats, proxy_RS: Floats, best_RS: Flo
     }
     if over_optimisation.can_fit(terms_S2):
         fit_R2, error_R = over_optimisation.fit(terms_S2, gain_RS)
-        found |= {"alpha": fit_R2[:, 0], "beta": fit_R2[:, 1], "fit_error": error_R}
-    return found
+        values |= {"alpha": fit_R2[:, 0], "beta": fit_R2[:, 1], "fit_error": error_R}
+    return values
 
 
 def _curve(gold_RS: Floats, proxy_RS: Floats, confidence: float) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def _curve(gold_RS: Floats, proxy_RS: Floats, confidence: float) -> dict[str, An
 
 
 def _numbers(values: Mapping[str, Floats], confidence: float) -> dict[str, Any]:
-    return {k: v for name, found_R in values.items() for k, v in banded(name, found_R, confidence).items()}
+    return {k: v for name, values_R in values.items() for k, v in banded(name, values_R, confidence).items()}
 
 
 def _versus(
@@ -181,11 +188,11 @@ def _versus(
     if model == baseline:
         return {}
     mine, theirs = values[model], values[baseline]
-    found = {"minus_baseline": (gold[model] - gold[baseline])[:, shown]}
-    found["peak_n_over_baseline"] = mine["peak_n"] / theirs["peak_n"]
+    versus = {"minus_baseline": (gold[model] - gold[baseline])[:, shown]}
+    versus["peak_n_over_baseline"] = mine["peak_n"] / theirs["peak_n"]
     others = mine.keys() - {"peak_n", "fit_error"}
-    found |= {f"{name}_minus_baseline": mine[name] - theirs[name] for name in mine if name in others}
-    return _numbers(found, confidence)
+    versus |= {f"{name}_minus_baseline": mine[name] - theirs[name] for name in mine if name in others}
+    return _numbers(versus, confidence)
 
 
 def _p_at_last_n(gold: Mapping[str, Floats], model: str, baseline: str, prompts: int) -> dict[str, float]:
@@ -195,36 +202,38 @@ def _p_at_last_n(gold: Mapping[str, Floats], model: str, baseline: str, prompts:
     return {"minus_baseline_p": resampled_p(float(gain_R[0]), gain_R[1:], prompts)}
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: BestOfN) -> list[Table]:
     """Per candidate set a table of gold scores by n, and one of what over-optimisation costs."""
     sets = result["sets"].items()
     kinds = (_gold_table, _cost_table)
     return [table(name, measured, result["confidence"]) for name, measured in sets for table in kinds]
 
 
-def _gold_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+def _gold_table(name: str, measured: CandidateCurves, confidence: float) -> Table:
     header = ["model", *(f"n={n}" for n in measured["n"]), "minus baseline at the last n"]
-    rows = [
-        [model, *(f"{gold:.3f}" for gold in curve["gold"]), _last_difference(curve)]
-        for model, curve in measured["models"].items()
-    ]
+    rows, baseline = [], measured["baseline"]
+    for model, curve in measured["models"].items():
+        versus = "baseline" if model == baseline else _last_difference(curve)
+        rows.append([model, *(f"{gold:.3f}" for gold in curve["gold"]), versus])
     for reference, values in measured["references"].items():
         rows.append([reference, *(f"{value:.3f}" for value in values), ""])
     candidates = " to ".join(str(count) for count in sorted(set(measured["candidates"])))
     note = f"{measured['prompts']} prompts with {candidates} candidates; "
-    note += f"{percent(confidence)} intervals over prompts. Baseline: {measured['baseline']}."
+    note += f"{percent(confidence)} intervals over prompts. Baseline: {baseline}."
     return Table(f"Gold score of the best of n on {name}", header, rows, note)
 
 
-def _cost_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+def _cost_table(name: str, measured: CandidateCurves, confidence: float) -> Table:
     """One row per model, and one of paired differences under each but the baseline."""
-    rows = []
+    rows, baseline = [], measured["baseline"]
+    fitted, unknown = (FITTED, []) if measured["n"][-1] > 2 else ((), [""] * len(FITTED))
     for model, curve in measured["models"].items():
-        rows.append([model, *(_cell(curve, column) for column in COSTS)])
-        if model != measured["baseline"]:
-            differences = (f"{column}_minus_baseline" for column in COSTS[1:])
-            cells = [_cell(curve, "peak_n_over_baseline", "x"), *(_cell(curve, d, "+") for d in differences)]
-            rows.append([f"{model} against {measured['baseline']}", *cells])
+        costs = [_cell(curve, cost, ".3f") for cost in (*COSTS, *fitted)]
+        rows.append([model, _cell(curve, "peak_n", ".0f"), *costs, *unknown])
+        if model != baseline:
+            ratio = "x" + _cell(curve, "peak_n_over_baseline", ".2g")
+            versus = [_cell(curve, f"{cost}_minus_baseline", "+.3f") for cost in (*COSTS, *fitted)]
+            rows.append([f"{model} against {baseline}", ratio, *versus, *unknown])
     note = (
         f"{percent(confidence)} intervals over prompts. Drop: gold at its peak minus that at the last n. "
         "Gap: area over KL between the gold score that the model's own score promises, if it went on as from "
@@ -236,24 +245,17 @@ def _cost_table(name: str, measured: dict[str, Any], confidence: float) -> Table
     return Table(f"Over-optimisation on {name}", header, rows, note)
 
 
-def _cell(curve: Mapping[str, Any], name: str, kind: str = "") -> str:
-    """A value and its interval; `kind` x is a ratio, + a difference, "" a value as it stands."""
-    if name not in curve:
-        return ""
-    sign = "+" if kind == "+" else ""
-    form = ".0f" if name == "peak_n" else f"{sign}.3f" if kind != "x" else ".2g"
-    value, low, high = (format(curve[name + end], form) for end in ("", "_low", "_high"))
-    return f"{'x' if kind == 'x' else ''}{value} ({low} to {high})"
+def _cell(curve: ModelCurves, name: str, form: str) -> str:
+    value, low, high = ends(curve, name)
+    return with_interval(value, (low, high), form)
 
 
-def _last_difference(curve: dict[str, Any]) -> str:
-    if "minus_baseline" not in curve:
-        return "baseline"
-    value, low, high = (curve[f"minus_baseline{end}"][-1] for end in ("", "_low", "_high"))
-    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+def _last_difference(curve: ModelCurves) -> str:
+    value, low, high = (values[-1] for values in ends(curve, "minus_baseline"))
+    return with_interval(value, (low, high), "+.3f")
 
 
-def plot(result: dict[str, Any], folder: Path) -> list[str]:
+def plot(result: BestOfN, folder: Path) -> list[str]:
     """best_of_n_SET.png per candidate set: gold, proxy and their gap against KL, every model in each."""
     names = []
     for name, measured in result["sets"].items():
@@ -271,12 +273,9 @@ def _file_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
-def _panel(measured: dict[str, Any], kind: str, label: str) -> Panel:
+def _panel(measured: CandidateCurves, kind: Literal["gold", "proxy", "gap"], label: str) -> Panel:
     x = measured["kl"]
-    curves = {
-        model: Line(x, curve[kind], curve[f"{kind}_low"], curve[f"{kind}_high"])
-        for model, curve in measured["models"].items()
-    }
+    curves = {model: Line(x, *ends(curve, kind)) for model, curve in measured["models"].items()}
     if kind == "gold":
         lines = measured["references"].items()
         curves |= {reference: Line(x, values, reference=True) for reference, values in lines}

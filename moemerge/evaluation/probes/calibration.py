@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -21,20 +20,29 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from moemerge.evaluation.probes.base import NO_SUBSET, PairScores, Probe
+from moemerge.evaluation.results import (
+    BrierVersus,
+    Calibration,
+    CalibrationNumbers,
+    CalibrationPart,
+    CalibrationSet,
+    Diagram,
+    ModelCalibration,
+    Slope,
+)
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.statistics import (
     Floats,
     Integers,
-    Interval,
     bootstrap_means,
     cluster_sums,
     percentile_interval,
     sampling_units,
     wilson_band,
 )
-from moemerge.reports.table import Table, percent
+from moemerge.reports.table import Interval, Table, percent, with_interval
 
 BINS = 10
 MIN_PAIRS = 100  # of a subset; with fewer, ten bins hold little but noise
@@ -64,7 +72,7 @@ class Binned:
         gaps_PB[np.arange(len(self.place)), self.place] = self.right - self.confidence
         return gaps_PB
 
-    def diagram(self, units_P: Integers, confidence: float) -> dict[str, list[Any]]:
+    def diagram(self, units_P: Integers, confidence: float) -> Diagram:
         """Per bin that has pairs: their number, mean confidence, share right, its Wilson interval.
 
         Of the pairs of one unit (prompt) in one bin, the interval counts one.
@@ -76,8 +84,13 @@ class Binned:
         places = np.unique(np.column_stack([self.place, units_P]), axis=0)[:, 0]
         trials = np.bincount(places, minlength=BINS)[filled]
         low, high = wilson_band(right, trials, confidence)
-        curves = {"pairs": counts_B[filled], "confidence": sure, "right": right, "low": low, "high": high}
-        return {name: values.tolist() for name, values in curves.items()}
+        return {
+            "pairs": counts_B[filled].tolist(),
+            "confidence": sure.tolist(),
+            "right": right.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+        }
 
 
 def ece_interval(gaps_RB: Floats, gaps_B: Floats, confidence: float) -> tuple[Interval, float]:
@@ -95,7 +108,7 @@ def ece_interval(gaps_RB: Floats, gaps_B: Floats, confidence: float) -> tuple[In
     return (low, max(high, found)), float(chance_R.mean())
 
 
-def slope(differences_P: Floats, units_P: Integers, confidence: float) -> dict[str, Any] | None:
+def slope(differences_P: Floats, units_P: Integers, confidence: float) -> Slope | None:
     """The b for which sigmoid(b d) has the highest likelihood (Cox 1958), with an interval; 1 if calibrated.
 
     Below 1 the differences are too large: the model is too sure. The interval is normal, with the sandwich
@@ -119,45 +132,64 @@ def slope(differences_P: Floats, units_P: Integers, confidence: float) -> dict[s
     return {"value": best / scale, "interval": ((best - z * error) / scale, (best + z * error) / scale)}
 
 
-def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> Calibration:
     """Brier score (1 - p)^2, ECE over 10 bins, slope and reliability diagram, per test set and model.
 
     If there are several, also of each of the `subsets` with 100 pairs or more, but for slope and diagram; the
     others are named in `small_subsets`. Brier: bootstrap interval over prompts, and paired difference to the
     baseline. A model that says nothing (all ties) has Brier 0.25 and ECE 0.
     """
-    found = {
-        name: _measure_set(pairs, settings, seed) | _by_subset(pairs, settings, seed)
-        for name, pairs in sets.items()
-    }
-    return {"confidence": settings.confidence, "bins": BINS, "sets": found}
+    measured = {name: _measure_set(pairs, settings, seed) for name, pairs in sets.items()}
+    return {"confidence": settings.confidence, "bins": BINS, "sets": measured}
 
 
-def _by_subset(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> CalibrationSet:
+    whole, units = _measure_part(pairs, settings, seed), sampling_units(pairs.prompts)
     names, counts = np.unique(pairs.subsets, return_counts=True)
-    measured: dict[str, Any] = {}
-    for subset in names[counts >= MIN_PAIRS].tolist() if len(names) > 1 else []:
-        part = _measure_set(pairs.part(pairs.subsets == subset), settings, seed)
-        for numbers in part["models"].values():
-            del numbers["slope"], numbers["diagram"]
-        measured[subset or NO_SUBSET] = part
-    small = names[counts < MIN_PAIRS].tolist() if len(names) > 1 else []
-    return {"subsets": measured, "small_subsets": [subset or NO_SUBSET for subset in small]}
+    several = len(names) > 1
+    large = names[counts >= MIN_PAIRS].tolist() if several else []
+    small = names[counts < MIN_PAIRS].tolist() if several else []
+    return {
+        "pairs": whole["pairs"],
+        "prompts": whole["prompts"],
+        "baseline": whole["baseline"],
+        "models": {
+            model: _with_diagram(numbers, _differences(pairs.scores[model]), units, settings.confidence)
+            for model, numbers in whole["models"].items()
+        },
+        "subsets": {
+            subset or NO_SUBSET: _measure_part(pairs.part(pairs.subsets == subset), settings, seed)
+            for subset in large
+        },
+        "small_subsets": [subset or NO_SUBSET for subset in small],
+    }
 
 
-def _measure_set(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def _with_diagram(
+    numbers: CalibrationNumbers, differences_P: Floats, units_P: Integers, confidence: float
+) -> ModelCalibration:
+    return {
+        **numbers,
+        "slope": slope(differences_P, units_P, confidence),
+        "diagram": Binned.of(differences_P).diagram(units_P, confidence),
+    }
+
+
+def _differences(scores_P2: Floats) -> Floats:
+    differences_P: Floats = scores_P2[:, 0] - scores_P2[:, 1]
+    return differences_P
+
+
+def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> CalibrationPart:
     models, units = list(pairs.scores), sampling_units(pairs.prompts)
-    differences = [scores_P2[:, 0] - scores_P2[:, 1] for scores_P2 in pairs.scores.values()]
-    values_PMX = np.stack([_columns(d_P) for d_P in differences], axis=1)
+    values_PMX = np.stack([_columns(_differences(scores)) for scores in pairs.scores.values()], axis=1)
     sums = cluster_sums(values_PMX.reshape(len(units), -1), units)
     draws_RMX = bootstrap_means(sums, settings.resamples, seed).reshape(-1, *values_PMX.shape[1:])
     means_MX = values_PMX.mean(axis=0)
     baseline = models.index(settings.baseline or models[0])
-    measured = {}
+    measured: dict[str, CalibrationNumbers] = {}
     for number, model in enumerate(models):
         measured[model] = _summary(means_MX[number], draws_RMX[:, number], settings.confidence)
-        measured[model]["slope"] = slope(differences[number], units, settings.confidence)
-        measured[model]["diagram"] = Binned.of(differences[number]).diagram(units, settings.confidence)
         if number != baseline:
             gain_R = draws_RMX[:, number, 0] - draws_RMX[:, baseline, 0]
             difference = float(means_MX[number, 0] - means_MX[baseline, 0])
@@ -172,7 +204,7 @@ def _columns(differences_P: Floats) -> Floats:
     return np.column_stack([expit(-differences_P) ** 2, Binned.of(differences_P).gaps()])
 
 
-def _summary(means_X: Floats, draws_RX: Floats, confidence: float) -> dict[str, Any]:
+def _summary(means_X: Floats, draws_RX: Floats, confidence: float) -> CalibrationNumbers:
     interval, chance = ece_interval(draws_RX[:, 1:], means_X[1:], confidence)
     return {
         "brier": float(means_X[0]),
@@ -188,24 +220,23 @@ def _interval(draws_R: Floats, confidence: float) -> Interval:
     return float(low[0]), float(high[0])
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: Calibration) -> list[Table]:
     """One table per test set, and one of its subsets."""
-    found = []
+    shown = []
     for name, measured in result["sets"].items():
-        found.append(_table(name, measured, result))
-        found += [_subset_table(name, measured, result["confidence"])] if measured["subsets"] else []
-    return found
+        shown.append(_table(name, measured, result))
+        shown += [_subset_table(name, measured, result["confidence"])] if measured["subsets"] else []
+    return shown
 
 
-def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table:
+def _table(name: str, measured: CalibrationSet, result: Calibration) -> Table:
     rows, compared = [], len(measured["models"]) > 1
     for model, numbers in measured["models"].items():
-        brier = _ranged(numbers["brier"], numbers["brier_interval"])
-        ece, chance = _ranged(numbers["ece"], numbers["ece_interval"]), f"{numbers['ece_by_chance']:.4f}"
-        found, versus = numbers["slope"], numbers.get("vs_baseline")
-        shown = _ranged(found["value"], found["interval"], ".3g") if found else "none"
-        change = _ranged(versus["difference"], versus["interval"], "+.4f") if versus else "baseline"
-        rows.append([model, brier, *[change] * compared, ece, chance, shown])
+        brier, ece = _brier_and_ece(numbers, ".4f")
+        best, chance = numbers["slope"], f"{numbers['ece_by_chance']:.4f}"
+        slope_cell = with_interval(best["value"], best["interval"], ".3g") if best else "none"
+        change = [_versus(numbers.get("vs_baseline"))] * compared
+        rows.append([model, brier, *change, ece, chance, slope_cell])
     header = ["model", "Brier", *["minus baseline"] * compared, "ECE", "ECE by chance", "slope"]
     note = f"Of sigmoid(score difference) on {measured['pairs']} pairs, {measured['prompts']} prompts, "
     note += (
@@ -219,13 +250,11 @@ def _table(name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table
     return Table(f"Calibration on {name}", header, rows, note)
 
 
-def _subset_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+def _subset_table(name: str, measured: CalibrationSet, confidence: float) -> Table:
     rows = []
     for subset, part in measured["subsets"].items():
         for model, numbers in part["models"].items():
-            brier, ece = (
-                _ranged(numbers[key], numbers[f"{key}_interval"], ".3f") for key in ("brier", "ece")
-            )
+            brier, ece = _brier_and_ece(numbers, ".3f")
             rows.append([subset, str(part["pairs"]), model, brier, ece, f"{numbers['ece_by_chance']:.3f}"])
     note = (
         f"{percent(confidence)} intervals, each by itself. By chance: the mean ECE of a calibrated model on "
@@ -237,18 +266,25 @@ def _subset_table(name: str, measured: dict[str, Any], confidence: float) -> Tab
     return Table(f"Calibration on {name}, by subset", header, rows, note)
 
 
-def _ranged(value: float, interval: Interval, form: str = ".4f") -> str:
-    low, high = interval
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+def _brier_and_ece(numbers: CalibrationNumbers, form: str) -> tuple[str, str]:
+    return (
+        with_interval(numbers["brier"], numbers["brier_interval"], form),
+        with_interval(numbers["ece"], numbers["ece_interval"], form),
+    )
 
 
-def plot(result: dict[str, Any], folder: Path) -> list[str]:
+def _versus(versus: BrierVersus | None) -> str:
+    return with_interval(versus["difference"], versus["interval"], "+.4f") if versus else "baseline"
+
+
+def plot(result: Calibration, folder: Path) -> list[str]:
     """calibration.png: the reliability diagram of every model, one panel per test set."""
     panels = []
     for name, measured in result["sets"].items():
         curves = {
-            model: Line(*(numbers["diagram"][key] for key in ("confidence", "right", "low", "high")))
+            model: Line(bins["confidence"], bins["right"], bins["low"], bins["high"])
             for model, numbers in measured["models"].items()
+            for bins in [numbers["diagram"]]
         }
         curves["calibrated"] = Line([0.5, 1.0], [0.5, 1.0], reference=True)
         panels.append(Panel(name, curves, "confidence", "share right"))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.evaluation.results import AccuracyPart, Comparison, Paired
 from moemerge.reports.statistics import (
     Floats,
     Integers,
@@ -20,14 +20,10 @@ from moemerge.reports.statistics import (
     mcnemar,
     percentile_interval,
 )
-from moemerge.reports.table import Table, percent
-
-Comparison = dict[str, Any]
+from moemerge.reports.table import Table, percent, with_interval
 
 
-def difference(
-    right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers, confidence: float
-) -> Comparison:
+def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers, confidence: float) -> Paired:
     """First model minus second: accuracy, paired bootstrap interval, exact McNemar p.
 
     Where pairs share a unit (a prompt), McNemar's test takes units whole (`clustered_mcnemar`).
@@ -54,43 +50,50 @@ def all_pairs(
     units_P: Integers,
     confidence: float,
 ) -> list[Comparison]:
-    """`difference` of each two models, in the order of `models`."""
-    return [
-        {"first": models[one], "second": models[other]}
-        | difference(right_PM[:, [one, other]], draws_RM[:, [one, other]], units_P, confidence)
-        for one, other in itertools.combinations(range(len(models)), 2)
-    ]
+    """`difference` of each two models, in the order of `models`; each a family of its own until `adjust`."""
+    compared: list[Comparison] = []
+    for both in itertools.combinations(range(len(models)), 2):
+        paired = difference(right_PM[:, both], draws_RM[:, both], units_P, confidence)
+        first, second = (models[number] for number in both)
+        compared.append({"first": first, "second": second, **paired, "p_holm": paired["p"], "tests": 1})
+    return compared
 
 
 def adjust(comparisons: Iterable[Comparison]) -> None:
     """Give each of `comparisons`, which are looked at together, Holm's p and their number, in place."""
     family = list(comparisons)
-    for one, p in zip(family, holm(np.array([c["p"] for c in family])), strict=True):
-        one |= {"p_holm": float(p), "tests": len(family)}
+    for comparison, p in zip(family, holm(np.array([c["p"] for c in family])), strict=True):
+        comparison["p_holm"], comparison["tests"] = float(p), len(family)
 
 
 def table(name: str, comparisons: Sequence[Comparison], confidence: float) -> Table:
     """Every comparison of one test set."""
     header = ["A", "B", "A minus B", f"{percent(confidence)} interval", "only A right", "only B right"]
     rows = []
-    for one in comparisons:
-        low, high = one["interval"]
-        row = [one["first"], one["second"], f"{one['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
-        alone = [str(one["first_alone"]), str(one["second_alone"])]
-        rows.append([*row, *alone, f"{one['p']:.3g}", f"{one['p_holm']:.3g}"])
+    for versus in comparisons:
+        low, high = versus["interval"]
+        row = [
+            versus["first"],
+            versus["second"],
+            f"{versus['difference']:+.4f}",
+            f"{low:+.4f} to {high:+.4f}",
+        ]
+        alone = [str(versus["first_alone"]), str(versus["second_alone"])]
+        rows.append([*row, *alone, f"{versus['p']:.3g}", f"{versus['p_holm']:.3g}"])
     note = f"{len(rows)} comparisons of the same pairs. Intervals and p take each by itself; "
     note += "p (Holm) is adjusted for their number."
     return Table(f"Every two models on {name}", [*header, "p", "p (Holm)"], rows, note)
 
 
-def against(name: str, parts: Mapping[str, Any], baseline: str, confidence: float) -> Table:
+def against(name: str, parts: Mapping[str, AccuracyPart], baseline: str, confidence: float) -> Table:
     """Each model minus the baseline, part by part (sections, subsets)."""
     models = [model for model in next(iter(parts.values()))["models"] if model != baseline]
     rows = []
     for part, measured in parts.items():
-        found = {one["first"]: (one, 1) for one in measured["comparisons"] if one["second"] == baseline}
-        found |= {one["second"]: (one, -1) for one in measured["comparisons"] if one["first"] == baseline}
-        rows.append([part, str(measured["pairs"]), *(_signed(*found[model]) for model in models)])
+        # The baseline may be either of the two that a comparison is of.
+        versus = {c["first"]: (c, 1) for c in measured["comparisons"] if c["second"] == baseline}
+        versus |= {c["second"]: (c, -1) for c in measured["comparisons"] if c["first"] == baseline}
+        rows.append([part, str(measured["pairs"]), *(_signed(*versus[model]) for model in models)])
     tests = next(iter(parts.values()))["comparisons"][0]["tests"]
     note = (
         f"{percent(confidence)} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons "
@@ -99,6 +102,7 @@ def against(name: str, parts: Mapping[str, Any], baseline: str, confidence: floa
     return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note)
 
 
-def _signed(one: Comparison, sign: int) -> str:
-    low, high = sorted(sign * end + 0.0 for end in one["interval"])  # + 0.0: no minus zero
-    return f"{sign * one['difference'] + 0.0:+.3f} ({low:+.3f} to {high:+.3f}), p {one['p_holm']:.2g}"
+def _signed(comparison: Comparison, sign: int) -> str:
+    low, high = sorted(sign * end + 0.0 for end in comparison["interval"])  # + 0.0: no minus zero
+    value = with_interval(sign * comparison["difference"] + 0.0, (low, high), "+.3f")
+    return f"{value}, p {comparison['p_holm']:.2g}"

@@ -12,24 +12,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moemerge.data.rows import Text
 from moemerge.evaluation.probes.base import Edits, EditScores, PairScores, Probe
 from moemerge.evaluation.probes.edits import last_message
+from moemerge.evaluation.results import (
+    Edited,
+    EditedSet,
+    EditEffect,
+    EffectVersus,
+    ModelEffect,
+    WorstCase,
+)
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.statistics import (
     Floats,
-    Interval,
     bootstrap_means,
     cluster_sums,
     percentile_interval,
     wilson,
 )
-from moemerge.reports.table import Table, percent
+from moemerge.reports.table import Interval, Table, percent, with_interval
 
 SIDES = {"chosen": 0, "rejected": 1}
 EXCERPT, LEAD = 160, 40
@@ -42,7 +49,7 @@ def edit_probe(name: str, edits: Edits) -> Probe:
 
 def measure(
     probe: str, edits: Edits, sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int
-) -> dict[str, Any]:
+) -> Edited:
     """Per set, edit and model: `shift`, what the edit adds to a score, and `flipped`, with intervals.
 
     A shift is a mean over pairs, in standard deviations of the model's scores over all answers of the set.
@@ -52,7 +59,7 @@ def measure(
     the baseline; Wilson's for `flipped` where no prompt repeats or all pairs agree. `worst` is the pair in
     which the edited answer leads by most, or is least behind.
     """
-    found = {
+    measured: dict[str, EditedSet] = {
         name: {
             "baseline": settings.baseline or next(iter(pairs.scores)),
             "edits": {
@@ -62,35 +69,40 @@ def measure(
         }
         for name, pairs in sets.items()
     }
-    return {"confidence": settings.confidence, "side": edits.side, "sets": found}
+    return {"confidence": settings.confidence, "side": edits.side, "sets": measured}
 
 
 def _measure_edit(
     pairs: PairScores, edit: EditScores, side: str, settings: EvaluateSettings, seed: int
-) -> dict[str, Any]:
-    measured: dict[str, Any] = {
-        "pairs": len(edit.items),
-        "prompts": 0,
-        "left_out": edit.left_out,
-        "models": {},
-    }
+) -> EditEffect:
     if not edit.items:
-        return measured
+        return {"pairs": 0, "prompts": 0, "left_out": edit.left_out, "models": {}}
     models = list(pairs.scores)
     places_E = np.array([item.place for item in edit.items])
     values_EM3 = np.stack([_values(pairs, edit, model, side) for model in models], axis=1)
     sums_KX = cluster_sums(values_EM3.reshape(len(places_E), -1), pairs.prompts[places_E])
     draws_RM3 = bootstrap_means(sums_KX, settings.resamples, seed).reshape(-1, len(models), 3)
     baseline = models.index(settings.baseline or models[0])
-    summaries = [
-        _summary(values_EM3[:, m], draws_RM3[:, m], len(sums_KX), settings) for m in range(len(models))
+    effects = [
+        _effect(
+            values_EM3[:, m],
+            draws_RM3[:, m],
+            len(sums_KX),
+            settings,
+            _worst(pairs, edit, model, values_EM3[:, m, 1] > 0),
+        )
+        for m, model in enumerate(models)
     ]
-    for number, model in enumerate(models):
-        found = {**summaries[number], "worst": _worst(pairs, edit, model, values_EM3[:, number, 1] > 0)}
+    for number, effect in enumerate(effects):
         if number != baseline:
-            found["vs_baseline"] = _difference(summaries, draws_RM3, number, baseline, settings.confidence)
-        measured["models"][model] = found
-    return {**measured, "prompts": len(sums_KX)}
+            draws = draws_RM3[:, number], draws_RM3[:, baseline]
+            effect["vs_baseline"] = _difference(effect, effects[baseline], *draws, settings.confidence)
+    return {
+        "pairs": len(edit.items),
+        "prompts": len(sums_KX),
+        "left_out": edit.left_out,
+        "models": dict(zip(models, effects, strict=True)),
+    }
 
 
 def _values(pairs: PairScores, edit: EditScores, model: str, side: str) -> Floats:
@@ -106,24 +118,25 @@ def _spread(pairs: PairScores, model: str) -> float:
     return float(pairs.scores[model].std()) or 1.0
 
 
-def _summary(
-    values_E3: Floats, draws_R3: Floats, clusters: int, settings: EvaluateSettings
-) -> dict[str, Any]:
+def _effect(
+    values_E3: Floats, draws_R3: Floats, clusters: int, settings: EvaluateSettings, worst: WorstCase
+) -> ModelEffect:
     right, flipped = (int(count) for count in values_E3[:, 1:].sum(axis=0))
-    found: dict[str, Any] = {
+    flipped_interval = None
+    if right and (clusters == len(values_E3) or flipped in (0, right)):
+        # Where all go one way a bootstrap has no width; prompts then count once.
+        trials = min(right, clusters)
+        flipped_interval = wilson(round(trials * flipped / right), trials, settings.confidence)
+    elif right:
+        flipped_interval = interval_of(_ratio(draws_R3), settings.confidence)
+    return {
         "shift": float(values_E3[:, 0].mean()),
         "shift_interval": interval_of(draws_R3[:, 0], settings.confidence),
         "right": right,
         "flipped": flipped / right if right else None,
-        "flipped_interval": None,
+        "flipped_interval": flipped_interval,
+        "worst": worst,
     }
-    if right and (clusters == len(values_E3) or flipped in (0, right)):
-        # Where all go one way a bootstrap has no width; prompts then count once.
-        trials = min(right, clusters)
-        found["flipped_interval"] = wilson(round(trials * flipped / right), trials, settings.confidence)
-    elif right:
-        found["flipped_interval"] = interval_of(_ratio(draws_R3), settings.confidence)
-    return found
 
 
 def _ratio(draws_R3: Floats) -> Floats:
@@ -142,29 +155,29 @@ def interval_of(draws_R: Floats, confidence: float) -> Interval | None:
 
 
 def _difference(
-    summaries: list[dict[str, Any]], draws_RM3: Floats, model: int, baseline: int, confidence: float
-) -> dict[str, Any]:
-    ours, theirs = summaries[model], summaries[baseline]
-    both = ours["flipped"] is not None and theirs["flipped"] is not None
-    shifts_R = draws_RM3[:, model, 0] - draws_RM3[:, baseline, 0]
-    flips_R = _ratio(draws_RM3[:, model]) - _ratio(draws_RM3[:, baseline])
+    ours: ModelEffect, theirs: ModelEffect, ours_R3: Floats, theirs_R3: Floats, confidence: float
+) -> EffectVersus:
+    flips, flips_interval = None, None
+    if ours["flipped"] is not None and theirs["flipped"] is not None:
+        flips = ours["flipped"] - theirs["flipped"]
+        flips_interval = interval_of(_ratio(ours_R3) - _ratio(theirs_R3), confidence)
     return {
         "shift": ours["shift"] - theirs["shift"],
-        "shift_interval": interval_of(shifts_R, confidence),
-        "flipped": ours["flipped"] - theirs["flipped"] if both else None,
-        "flipped_interval": interval_of(flips_R, confidence) if both else None,
+        "shift_interval": interval_of(ours_R3[:, 0] - theirs_R3[:, 0], confidence),
+        "flipped": flips,
+        "flipped_interval": flips_interval,
     }
 
 
-def _worst(pairs: PairScores, edit: EditScores, model: str, right_E: Any) -> dict[str, Any]:
+def _worst(pairs: PairScores, edit: EditScores, model: str, right_E: NDArray[np.bool_]) -> WorstCase:
     """The pair, of those judged rightly if there are any, whose edited answer leads by most."""
     chosen_E = pairs.scores[model][[item.place for item in edit.items], 0]
     lead_E = (edit.scores[model] - chosen_E) / _spread(pairs, model)
-    place = int(np.where(right_E | ~right_E.any(), lead_E, -np.inf).argmax())
-    pair, text = edit.items[place].pair, edit.items[place].text
+    worst = int(np.where(right_E | ~right_E.any(), lead_E, -np.inf).argmax())
+    pair, text = edit.items[worst].pair, edit.items[worst].text
     return {
         "row": pair.row,
-        "lead": float(lead_E[place]),
+        "lead": float(lead_E[worst]),
         "prompt": excerpt(last_message(pair.prompt), -1),
         "chosen": excerpt(last_message(pair.chosen)),
         "edited": excerpt(last_message(text), _first_change(pair.rejected, pair.chosen, text)),
@@ -192,23 +205,24 @@ def excerpt(text: str, place: int = 0) -> str:
     return f"{'… ' if start else ''}{shown}{' …' if end < len(text) else ''}"
 
 
-def tables(probe: str, result: dict[str, Any]) -> list[Table]:
+def tables(probe: str, result: Edited) -> list[Table]:
     """Per set the effects of every edit on every model, and the worst cases to read."""
-    found = []
+    shown = []
     for name, measured in result["sets"].items():
-        edits = {edit: one for edit, one in measured["edits"].items() if one["pairs"]}
+        edits = {edit: effect for edit, effect in measured["edits"].items() if effect["pairs"]}
         if edits:
-            found += [_effects(probe, name, measured, result), _worst_cases(probe, name, edits)]
-    return found
+            shown += [_effects(probe, name, measured, result), _worst_cases(probe, name, edits)]
+    return shown
 
 
-def _effects(probe: str, name: str, measured: dict[str, Any], result: dict[str, Any]) -> Table:
+def _effects(probe: str, name: str, measured: EditedSet, result: Edited) -> Table:
     rows = []
-    for edit, one in measured["edits"].items():
-        for model, numbers in one["models"].items():
+    for edit, effect in measured["edits"].items():
+        for model, numbers in effect["models"].items():
             versus = numbers.get("vs_baseline")
-            shift, flipped = _cells(numbers, ""), _cells(versus, "+") if versus else ["baseline"] * 2
-            rows.append([edit, model, shift[0], flipped[0], shift[1], flipped[1], str(one["pairs"])])
+            (shift, flipped), (shift_versus, flipped_versus) = _cells(numbers, ""), _versus_cells(versus)
+            pairs = str(effect["pairs"])
+            rows.append([edit, model, shift, shift_versus, flipped, flipped_versus, pairs])
     header = ["edit", "model", "shift (SD)", "minus baseline", "flipped", "minus baseline", "pairs"]
     side, verdict = result["side"], "of pairs judged rightly before, share in which the edited answer wins"
     if side == "chosen":
@@ -221,49 +235,51 @@ def _effects(probe: str, name: str, measured: dict[str, Any], result: dict[str, 
     return Table(f"{probe.capitalize()}: edited answers on {name}", header, rows, note + _left_out(measured))
 
 
-def _cells(numbers: dict[str, Any], sign: str) -> list[str]:
-    return [
-        with_interval(numbers["shift"], numbers["shift_interval"]),
-        with_interval(numbers["flipped"], numbers["flipped_interval"], f"{sign}.1%"),
-    ]
+def _cells(numbers: ModelEffect | EffectVersus, sign: str) -> tuple[str, str]:
+    return (
+        cell(numbers["shift"], numbers["shift_interval"]),
+        cell(numbers["flipped"], numbers["flipped_interval"], f"{sign}.1%"),
+    )
 
 
-def with_interval(value: float | None, interval: Interval | None, form: str = "+.2f") -> str:
+def _versus_cells(versus: EffectVersus | None) -> tuple[str, str]:
+    return _cells(versus, "+") if versus else ("baseline", "baseline")
+
+
+def cell(value: float | None, interval: Interval | None, form: str = "+.2f") -> str:
     """A value and its interval as a table's cell; empty if there is none."""
-    if value is None or interval is None:
-        return ""
-    return f"{value:{form}} ({interval[0]:{form}} to {interval[1]:{form}})"
+    return "" if value is None or interval is None else with_interval(value, interval, form)
 
 
-def _left_out(measured: dict[str, Any]) -> str:
+def _left_out(measured: EditedSet) -> str:
     reasons = [
         f"{edit} {count} ({why})"
-        for edit, one in measured["edits"].items()
-        for why, count in one["left_out"].items()
+        for edit, effect in measured["edits"].items()
+        for why, count in effect["left_out"].items()
     ]
     return f" Left out for all models: {', '.join(reasons)}." if reasons else ""
 
 
-def _worst_cases(probe: str, name: str, edits: dict[str, Any]) -> Table:
+def _worst_cases(probe: str, name: str, edits: Mapping[str, EditEffect]) -> Table:
     header = ["edit", "model", "row", "lead (SD)", "prompt", "chosen", "edited"]
     rows = []
-    for edit, one in edits.items():
-        for model, numbers in one["models"].items():
+    for edit, effect in edits.items():
+        for model, numbers in effect["models"].items():
             worst = numbers["worst"]
-            texts = [worst[key] for key in ("prompt", "chosen", "edited")]
+            texts = [worst["prompt"], worst["chosen"], worst["edited"]]
             rows.append([edit, model, str(worst["row"]), f"{worst['lead']:+.2f}", *texts])
     note = "Lead: score of the edited answer minus that of the chosen one."
     return Table(f"{probe.capitalize()}: worst cases on {name}", header, rows, note)
 
 
-def plot(probe: str, result: dict[str, Any], folder: Path) -> list[str]:
+def plot(probe: str, result: Edited, folder: Path) -> list[str]:
     """PROBE.png: shift and interval of every edit and model, one panel per set; nothing without edits."""
     panels = {
         name: {
             f"{edit}, {model}": (numbers["shift"], *numbers["shift_interval"])
-            for edit, one in measured["edits"].items()
-            if one["pairs"]
-            for model, numbers in one["models"].items()
+            for edit, effect in measured["edits"].items()
+            for model, numbers in effect["models"].items()
+            if numbers["shift_interval"] is not None
         }
         for name, measured in result["sets"].items()
     }

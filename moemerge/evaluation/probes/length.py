@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moemerge.evaluation.probes.base import Case, Edits, PairScores
-from moemerge.evaluation.probes.edit_effects import edit_probe, interval_of, with_interval
+from moemerge.evaluation.probes.edit_effects import cell, edit_probe, interval_of
+from moemerge.evaluation.results import Edited, ModelLength
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums
 from moemerge.reports.table import Table, percent
@@ -32,11 +33,11 @@ PADDING = (
 
 def padded(case: Case) -> str:
     """Sentences that say nothing, until the answer is at least twice as long."""
-    found, order = case.answer, case.random.sample(PADDING, len(PADDING))
-    while len(found) < 2 * len(case.answer):
-        found = f"{found} {order[0]}"
+    longer, order = case.answer, case.random.sample(PADDING, len(PADDING))
+    while len(longer) < 2 * len(case.answer):
+        longer = f"{longer} {order[0]}"
         order = [*order[1:], order[0]]
-    return found
+    return longer
 
 
 def repeated(case: Case) -> str:
@@ -44,7 +45,7 @@ def repeated(case: Case) -> str:
     return f"{case.answer}\n\n{case.answer}"
 
 
-def correlations(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def correlations(pairs: PairScores, settings: EvaluateSettings, seed: int) -> dict[str, ModelLength]:
     """Per model: Pearson's correlation of score and length differences, with a bootstrap over prompts.
 
     0 where one of them does not vary. `accuracy` apart for pairs whose chosen answer is the longer and the
@@ -53,13 +54,13 @@ def correlations(pairs: PairScores, settings: EvaluateSettings, seed: int) -> di
     baseline = settings.baseline or next(iter(pairs.scores))
     longer_P = pairs.lengths[:, 0] - pairs.lengths[:, 1]
     draws: dict[str, Floats] = {}
-    found: dict[str, dict[str, Any]] = {}
+    measured: dict[str, ModelLength] = {}
     for model, scores_P2 in pairs.scores.items():
         margin_P = scores_P2[:, 0] - scores_P2[:, 1]
         moments_P5 = _moments(_standard(longer_P.astype(np.float64)), _standard(margin_P))
         sums = cluster_sums(moments_P5, pairs.prompts)
         draws[model] = _correlation(bootstrap_means(sums, settings.resamples, seed))
-        found[model] = {
+        measured[model] = {
             "correlation": float(_correlation(moments_P5.mean(axis=0, keepdims=True))[0]),
             "interval": interval_of(draws[model], settings.confidence),
             "accuracy": {
@@ -67,12 +68,12 @@ def correlations(pairs: PairScores, settings: EvaluateSettings, seed: int) -> di
                 "chosen shorter": _share(margin_P[longer_P < 0] > 0),
             },
         }
-    for model in found.keys() - {baseline}:
-        found[model]["vs_baseline"] = {
-            "correlation": found[model]["correlation"] - found[baseline]["correlation"],
+    for model in measured.keys() - {baseline}:
+        measured[model]["vs_baseline"] = {
+            "correlation": measured[model]["correlation"] - measured[baseline]["correlation"],
             "interval": interval_of(draws[model] - draws[baseline], settings.confidence),
         }
-    return found
+    return measured
 
 
 def _standard(values_P: Floats) -> Floats:
@@ -93,33 +94,33 @@ def _correlation(moments_R5: Floats) -> Floats:
     return np.clip(found_R, -1, 1)
 
 
-def _share(right: Any) -> float | None:
+def _share(right: NDArray[np.bool_]) -> float | None:
     return float(right.mean()) if len(right) else None
 
 
-def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> Edited:
     """The effects of the edits, and `length` per set: see correlations."""
-    result = EDITED.measure(sets, settings, seed)
+    result: Edited = EDITED.measure(sets, settings, seed)
     for name, pairs in sets.items():
         result["sets"][name]["length"] = correlations(pairs, settings, seed)
     return result
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: Edited) -> list[Table]:
     """A table of correlations per set, then those of the edits."""
-    found = [_table(name, one["length"], result["confidence"]) for name, one in result["sets"].items()]
-    return found + EDITED.tables(result)
+    sets, confidence = result["sets"].items(), result["confidence"]
+    return [_table(name, measured["length"], confidence) for name, measured in sets] + EDITED.tables(result)
 
 
-def _table(name: str, models: dict[str, Any], confidence: float) -> Table:
+def _table(name: str, models: Mapping[str, ModelLength], confidence: float) -> Table:
     sides = ("chosen longer", "chosen shorter")
     header = ["model", "correlation", "minus baseline", *(f"accuracy, {side}" for side in sides)]
     rows = []
-    for model, found in models.items():
-        versus = found.get("vs_baseline")
-        shares = [found["accuracy"][side] for side in sides]
-        row = [model, with_interval(found["correlation"], found["interval"])]
-        row += [with_interval(versus["correlation"], versus["interval"]) if versus else "baseline"]
+    for model, numbers in models.items():
+        versus = numbers.get("vs_baseline")
+        shares = [numbers["accuracy"][side] for side in sides]
+        row = [model, cell(numbers["correlation"], numbers["interval"])]
+        row += [cell(versus["correlation"], versus["interval"]) if versus else "baseline"]
         rows.append([*row, *("" if share is None else f"{share:.1%}" for share in shares)])
     note = "Correlation over pairs: score of chosen minus rejected against their characters, "
     note += (

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from moemerge.evaluation.probes.base import ChoiceScores, Probe
 from moemerge.evaluation.probes.rewardbench_ties import TIES, ties_scores
+from moemerge.evaluation.results import Benchmark, BenchmarkPart, ModelScore, RewardBench, ScoreComparison
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.statistics import (
@@ -35,7 +36,7 @@ from moemerge.reports.statistics import (
     sampling_units,
     share_interval,
 )
-from moemerge.reports.table import Table, percent
+from moemerge.reports.table import Interval, Table, percent
 
 SECTIONS = {
     "Chat": {
@@ -115,7 +116,7 @@ def results(scores_C: Floats, rows: ChoiceScores) -> tuple[Floats, NDArray[np.bo
     return np.where(tied_Q, 0.0, counted_Q) if rows.version == 1 else counted_Q, tied_Q
 
 
-def measure(sets: Mapping[str, ChoiceScores], settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+def measure(sets: Mapping[str, ChoiceScores], settings: EvaluateSettings, seed: int) -> RewardBench:
     """Scores of every model, of always preferring the longer and the shorter answer, and of every two models.
 
     Per file that is no prior set: overall scores, sections, subsets. The prior sets go with each file of
@@ -123,19 +124,17 @@ def measure(sets: Mapping[str, ChoiceScores], settings: EvaluateSettings, seed: 
     within each subset, which is paired in differences.
     """
     prior = {name: rows for name, rows in sets.items() if name in PRIOR}
-    found = {}
+    measured = {}
     for name, rows in sets.items():
         if name not in prior:
             files = {name: rows, **(prior if rows.version == 1 else {})}
-            found[name] = _measure_benchmark(files, settings, seed)
+            measured[name] = _measure_benchmark(files, settings, seed)
     if prior and all(rows.version == 2 for name, rows in sets.items() if name not in prior):
-        found[PRIOR_SETS] = _measure_benchmark(prior, settings, seed)
-    return {"confidence": settings.confidence, "sets": found}
+        measured[PRIOR_SETS] = _measure_benchmark(prior, settings, seed)
+    return {"confidence": settings.confidence, "sets": measured}
 
 
-def _measure_benchmark(
-    files: Mapping[str, ChoiceScores], settings: EvaluateSettings, seed: int
-) -> dict[str, Any]:
+def _measure_benchmark(files: Mapping[str, ChoiceScores], settings: EvaluateSettings, seed: int) -> Benchmark:
     version = next(iter(files.values())).version
     parts = _by_subset(files)
     measured = {
@@ -145,19 +144,28 @@ def _measure_benchmark(
     values = {subset: values_VM for subset, (values_VM, _) in measured.items()}
     sections, overall = aggregate(values, version)
     models, expected = list(next(iter(parts.values())).scores), ROWS_1 if version == 1 else ROWS_2
-    result: dict[str, Any] = {"version": version, "baseline": settings.baseline or models[0]}
     units = {subset: _units(rows) for subset, rows in parts.items()}
-    for kind, averages in {"overall": overall, "sections": sections, "subsets": values}.items():
-        result[kind] = {
+
+    def summarised(averages: Mapping[str, Floats]) -> dict[str, BenchmarkPart]:
+        return {
             name: _summary(models, values_VM, _units_of(name, units), settings.confidence)
             for name, values_VM in averages.items()
         }
-    for subset, part in result["subsets"].items():
-        part |= {"rows": len(parts[subset].sizes), "expected": expected.get(subset)}
-        for model, more in measured[subset][1].items():
-            part["models"][model] |= more
-    missing = [name for name in expected if name not in parts]
-    return result | {"missing": missing if len(missing) < len(expected) else []}
+
+    subsets, missing = summarised(values), [name for name in expected if name not in parts]
+    for subset, part in subsets.items():
+        part["rows"], part["expected"] = len(parts[subset].sizes), expected.get(subset)
+        for model, (interval, tied) in measured[subset][1].items():
+            part["models"][model]["interval"] = interval
+            part["models"][model]["tied"] = tied
+    return {
+        "version": version,
+        "baseline": settings.baseline or models[0],
+        "overall": summarised(overall),
+        "sections": summarised(sections),
+        "subsets": subsets,
+        "missing": missing if len(missing) < len(expected) else [],
+    }
 
 
 def _units(rows: ChoiceScores) -> int:
@@ -175,22 +183,22 @@ def _units_of(part: str, units: Mapping[str, int]) -> int:
 
 def _by_subset(files: Mapping[str, ChoiceScores]) -> dict[str, ChoiceScores]:
     """The rows of each subset; a prior set is one subset, whatever its own rows say."""
-    found, order = {}, [*ROWS_1, *ROWS_2]
+    by_subset, order = {}, [*ROWS_1, *ROWS_2]
     for name, rows in files.items():
         if name in PRIOR:
-            found[name] = rows
+            by_subset[name] = rows
             continue
         names = set(rows.subsets.tolist())
         for subset in [*(n for n in order if n in names), *sorted(names - set(order))]:
             known = TIES if rows.version == 2 and subset.lower() == TIES.lower() else subset or "(none)"
-            found[known] = rows.part(rows.subsets == subset)
-    return found
+            by_subset[known] = rows.part(rows.subsets == subset)
+    return by_subset
 
 
 def _measure_subset(
     subset: str, rows: ChoiceScores, settings: EvaluateSettings, seed: int
-) -> tuple[Floats, dict[str, dict[str, Any]]]:
-    """Values and resamples of one subset, [V, M], and what single rows tell of each model."""
+) -> tuple[Floats, dict[str, tuple[Interval, int]]]:
+    """Values and resamples of one subset, [V, M]; but of Ties, each model's interval and tied rows."""
     lengths_C = rows.lengths.astype(np.float64)
     scorers = {**rows.scores, LONGER: lengths_C, SHORTER: -lengths_C}
     if subset == TIES and rows.version == 2:
@@ -199,60 +207,62 @@ def _measure_subset(
     counted_QM = np.column_stack([counted_Q for counted_Q, _ in columns.values()])
     sums = cluster_sums(counted_QM, sampling_units(rows.prompts))
     draws_RM = bootstrap_means(sums, settings.resamples, seed)
-    more = {
-        model: {
-            "interval": share_interval(
-                counted_QM[:, number], draws_RM[:, number], len(sums), settings.confidence
-            ),
-            "tied": int(columns[model][1].sum()),
-        }
+    by_model = {
+        model: (
+            share_interval(counted_QM[:, number], draws_RM[:, number], len(sums), settings.confidence),
+            int(columns[model][1].sum()),
+        )
         for number, model in enumerate(rows.scores)
     }
-    return np.vstack([counted_QM.mean(axis=0), draws_RM]), more
+    return np.vstack([counted_QM.mean(axis=0), draws_RM]), by_model
 
 
-def _summary(models: list[str], values_VM: Floats, units: int, confidence: float) -> dict[str, Any]:
+def _summary(models: list[str], values_VM: Floats, units: int, confidence: float) -> BenchmarkPart:
     """Value and interval of each model, the two baselines, and the differences of every two models."""
     low, high = (ends.tolist() for ends in percentile_interval(values_VM[1:], confidence))
     scores = values_VM[0].tolist()
-    found: dict[str, Any] = {
+    comparisons = [
+        _comparison((models[i], models[j]), values_VM[:, i] - values_VM[:, j], units, confidence)
+        for i, j in itertools.combinations(range(len(models)), 2)
+    ]
+    return {
         "models": {m: {"score": scores[i], "interval": (low[i], high[i])} for i, m in enumerate(models)},
+        # The last two columns are the rules that go by length.
         "always_longer": scores[-2],
         "always_shorter": scores[-1],
-        "comparisons": [],
+        "comparisons": comparisons,
     }
-    for one, other in itertools.combinations(range(len(models)), 2):
-        gain_V = values_VM[:, one] - values_VM[:, other]
-        ends = percentile_interval(gain_V[1:, None], confidence)
-        found["comparisons"].append(
-            {
-                "first": models[one],
-                "second": models[other],
-                "difference": float(gain_V[0]),
-                "interval": (float(ends[0][0]), float(ends[1][0])),
-                "p": resampled_p(float(gain_V[0]), gain_V[1:], units),
-            }
-        )
-    return found
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def _comparison(names: tuple[str, str], gain_V: Floats, units: int, confidence: float) -> ScoreComparison:
+    low, high = percentile_interval(gain_V[1:, None], confidence)
+    return {
+        "first": names[0],
+        "second": names[1],
+        "difference": float(gain_V[0]),
+        "interval": (float(low[0]), float(high[0])),
+        "p": resampled_p(float(gain_V[0]), gain_V[1:], units),
+    }
+
+
+def tables(result: RewardBench) -> list[Table]:
     """Per benchmark: the scores; and every two models, overall and by section."""
-    found = []
+    shown = []
     for name, measured in result["sets"].items():
-        found.append(_score_table(name, measured, result["confidence"]))
+        shown.append(_score_table(name, measured, result["confidence"]))
         compared = _comparison_table(name, measured, result["confidence"])
-        found += [compared] if compared.rows else []
-    return found
+        shown += [compared] if compared.rows else []
+    return shown
 
 
-def _score_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+def _score_table(name: str, measured: Benchmark, confidence: float) -> Table:
     rows = []
-    for kind in ("overall", "sections", "subsets"):
-        for part, numbers in measured[kind].items():
-            cells = [_with_interval(of_model) for of_model in numbers["models"].values()]
-            rules = [f"{numbers[rule]:.3f}" for rule in ("always_longer", "always_shorter")]
-            rows.append([f"{kind.removesuffix('s')}: {part}", _row_count(numbers), *cells, *rules])
+    kinds = {"overall": measured["overall"], "section": measured["sections"], "subset": measured["subsets"]}
+    for kind, parts in kinds.items():
+        for part, numbers in parts.items():
+            cells = [_cell(score) for score in numbers["models"].values()]
+            rules = [f"{share:.3f}" for share in (numbers["always_longer"], numbers["always_shorter"])]
+            rows.append([f"{kind}: {part}", _row_count(numbers), *cells, *rules])
     models = list(next(iter(measured["subsets"].values()))["models"])
     note = f"{RULES[measured['version']]} {percent(confidence)} intervals over prompts, each by itself."
     if measured["missing"]:
@@ -261,36 +271,29 @@ def _score_table(name: str, measured: dict[str, Any], confidence: float) -> Tabl
     return Table(title, ["score", "rows", *models, LONGER, SHORTER], rows, note)
 
 
-def _row_count(numbers: dict[str, Any]) -> str:
+def _row_count(numbers: BenchmarkPart) -> str:
     count, expected = numbers.get("rows"), numbers.get("expected")
     return f"{count or ''}" + (f" of {expected}" if expected not in (None, count) else "")
 
 
-def _with_interval(numbers: dict[str, Any]) -> str:
-    low, high = numbers["interval"]
-    tied = f", {numbers['tied']} tied" if numbers.get("tied") else ""
-    return f"{numbers['score']:.4f} ({low:.3f} to {high:.3f}{tied})"
+def _cell(score: ModelScore) -> str:
+    (low, high), tied = score["interval"], score.get("tied", 0)
+    return f"{score['score']:.4f} ({low:.3f} to {high:.3f}{f', {tied} tied' if tied else ''})"
 
 
-def _comparison_table(name: str, measured: dict[str, Any], confidence: float) -> Table:
+def _comparison_table(name: str, measured: Benchmark, confidence: float) -> Table:
     rows = []
     for part, numbers in {**measured["overall"], **measured["sections"]}.items():
-        for one in numbers["comparisons"]:
-            low, high = one["interval"]
-            row = [
-                part,
-                one["first"],
-                one["second"],
-                f"{one['difference']:+.4f}",
-                f"{low:+.4f} to {high:+.4f}",
-            ]
-            rows.append(row)
+        for versus in numbers["comparisons"]:
+            low, high = versus["interval"]
+            names = [part, versus["first"], versus["second"]]
+            rows.append([*names, f"{versus['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"])
     note = f"{len(rows)} paired differences; each interval takes its own by itself."
     header = ["score", "A", "B", "A minus B", f"{percent(confidence)} interval"]
     return Table(f"Every two models on RewardBench {measured['version']}, {name}", header, rows, note)
 
 
-def plot(result: dict[str, Any], folder: Path) -> list[str]:
+def plot(result: RewardBench, folder: Path) -> list[str]:
     """rewardbench.png: overall and section scores (of a part of a benchmark, subsets), a panel for each."""
     panels = {}
     for name, measured in result["sets"].items():
