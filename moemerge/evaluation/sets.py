@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,9 +20,17 @@ from moemerge.data.rewardbench import Choice, encode_choices, is_choice, read_ch
 from moemerge.data.rows import RowReport, RowSummary, Text, read_rows
 from moemerge.data.tokenise import Encoded, encode_candidates, encode_pairs
 from moemerge.errors import OptionError
-from moemerge.evaluation.probes.base import CandidateScores, ChoiceScores, EditScores, PairScores, Probe
+from moemerge.evaluation.probes.base import (
+    CandidateScores,
+    ChoiceScores,
+    Edited,
+    EditScores,
+    PairScores,
+    Probe,
+)
 from moemerge.evaluation.probes.edits import encode_edits, make_edits, some_pairs
 from moemerge.options.evaluate import Evaluate
+from moemerge.reports.statistics import Floats
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +82,14 @@ def read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBas
     """Every set that the options name. Raises DataError for unusable rows."""
     candidates = partial(data.read_candidates, scored=not options.has_gold)
     read: dict[str, Any] = {"pairs": data.read_pairs, "candidates": candidates, "rewardbench": read_choices}
-    found = []
+    sets = []
     for kind, reader in read.items():
         for name, source in getattr(options, kind).items():
             items, report = reader(source, options)
             kept, texts = _encode(kind, items, report, tokenizers, options)
             log.info("%s %s: %d of %d rows usable by every model", kind, name, len(kept), report.total)
-            found.append(EvaluationSet(kind, name, kept, texts, report.summary()))
-    return found
+            sets.append(EvaluationSet(kind, name, kept, texts, report.summary()))
+    return sets
 
 
 def edited_sets(
@@ -91,17 +99,17 @@ def edited_sets(
     sets: Sequence[EvaluationSet],
 ) -> list[EvaluationSet]:
     """The edited answers that the probes ask for, one set per test set, probe and edit."""
-    found = []
-    for one in sets:
-        places = some_pairs(one.items, options.bias_pairs, options.seed)
+    made_sets = []
+    for tested in sets:
+        places = some_pairs(tested.items, options.bias_pairs, options.seed)
         for name, probe in probes.items():
-            if one.kind == "pairs" and probe.edits is not None:
-                made = make_edits(one.items, places, probe.edits, one.name, options.seed)
+            if tested.kind == "pairs" and probe.edits is not None:
+                made = make_edits(tested.items, places, probe.edits, tested.name, options.seed)
                 for edit, (items, report) in made.items():
                     kept, texts = _encode("edits", items, report, tokenizers, options)
-                    place = f"{one.name}/{name}/{edit}"
-                    found.append(EvaluationSet("edits", place, kept, texts, report.summary()))
-    return found
+                    key = f"{tested.name}/{name}/{edit}"
+                    made_sets.append(EvaluationSet("edits", key, kept, texts, report.summary()))
+    return made_sets
 
 
 def probe_inputs(
@@ -109,28 +117,29 @@ def probe_inputs(
 ) -> dict[str, dict[str, Any]]:
     """What probes get, by kind and set; `scores` has per model a tensor for each set. Edits go with pairs."""
     inputs: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-    for place, one in enumerate(sets):
-        values = {model: found[place].double().numpy() for model, found in scores.items()}
-        if one.kind == "edits":
-            owner, probe, edit = one.name.rsplit("/", 2)
-            edited = inputs["pairs"][owner].with_edit(f"{probe}/{edit}", _edit_scores(one, values))
-            inputs["pairs"][owner] = edited
+    for number, scored in enumerate(sets):
+        values = {model: of_sets[number].double().numpy() for model, of_sets in scores.items()}
+        gathered = KINDS[scored.kind].scores(scored, values)
+        if scored.kind == "edits":
+            owner, probe, edit = scored.name.rsplit("/", 2)
+            inputs["pairs"][owner] = inputs["pairs"][owner].with_edit(f"{probe}/{edit}", gathered)
         else:
-            inputs[one.kind][one.name] = KINDS[one.kind].gather(one, values)
+            inputs[scored.kind][scored.name] = gathered
     return inputs
 
 
 def score_tensors(sets: Sequence[EvaluationSet], scores: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """What scores.safetensors holds: KIND/SET/rows, source rows by text, and KIND/SET/model/MODEL, scores."""
-    found = {}
-    for place, one in enumerate(sets):
-        rows = [item.row for item in one.items for _ in range(KINDS[one.kind].count(item))]
-        found[f"{one.kind}/{one.name}/rows"] = torch.tensor(rows, dtype=torch.long)
-        for model, values in scores.items():
-            found[f"{one.kind}/{one.name}/model/{model}"] = values[place]
-        if one.kind == "candidates":
-            found[f"{one.kind}/{one.name}/gold"] = torch.tensor([g for item in one.items for g in item.gold])
-    return found
+    tensors = {}
+    for number, scored in enumerate(sets):
+        name = f"{scored.kind}/{scored.name}"
+        rows = [item.row for item in scored.items for _ in range(KINDS[scored.kind].count(item))]
+        tensors[f"{name}/rows"] = torch.tensor(rows, dtype=torch.long)
+        for model, of_sets in scores.items():
+            tensors[f"{name}/model/{model}"] = of_sets[number]
+        if scored.kind == "candidates":
+            tensors[f"{name}/gold"] = torch.tensor([score for item in scored.items for score in item.gold])
+    return tensors
 
 
 def _encode(
@@ -141,14 +150,14 @@ def _encode(
     options: Evaluate,
 ) -> tuple[Sequence[Any], dict[str, list[Encoded]]]:
     """The items that every tokenizer can encode, and their texts by model; equal tokenizers work once."""
-    what = KINDS[kind]
     done: dict[str, dict[int, list[Encoded]]] = {}
     keys = {model: _identity(tokenizer) for model, tokenizer in tokenizers.items()}
     for model, key in keys.items():
         if key not in done:
-            encoded = what.encode(tokenizers[model], items, options, report)
-            items = [what.item(one) for one in encoded]
-            done[key] = {item.row: what.texts(one) for item, one in zip(items, encoded, strict=True)}
+            # Each tokenizer gets what those before it could encode, so the last list is what all can.
+            encoded = KINDS[kind].encode(tokenizers[model], items, options, report)
+            items = [item for item, _ in encoded]
+            done[key] = {item.row: texts for item, texts in encoded}
     texts = {model: [text for item in items for text in done[key][item.row]] for model, key in keys.items()}
     return items, texts
 
@@ -160,75 +169,111 @@ def _identity(tokenizer: Any) -> str:
     return json.dumps([core, str(tokenizer.chat_template), str(tokenizer.eos_token)])
 
 
-def _pair_scores(one: EvaluationSet, values: Mapping[str, Any]) -> PairScores:
-    pairs: Sequence[Pair] = one.items
-    lengths = [[_characters(pair.chosen), _characters(pair.rejected)] for pair in pairs]
-    return PairScores(
-        scores={model: found.reshape(-1, 2) for model, found in values.items()},
-        subsets=np.array([pair.subset for pair in pairs], dtype=np.str_),
-        prompts=np.array(numbered(map(prompt_key, pairs))),
-        lengths=np.array(lengths),
-    )
-
-
-def _edit_scores(one: EvaluationSet, values: Mapping[str, Any]) -> EditScores:
-    left_out = {why: bad["count"] for why, bad in one.report["bad"].items()}
-    return EditScores(list(one.items), dict(values), left_out)
-
-
-def _candidate_scores(one: EvaluationSet, values: Mapping[str, Any]) -> CandidateScores:
-    sets: Sequence[CandidateSet] = one.items
-    return CandidateScores(
-        scores=dict(values),
-        gold=np.array([score for one in sets for score in one.gold], dtype=np.float64),
-        lengths=np.array([_characters(text) for one in sets for text in one.texts]),
-        sizes=np.array([len(one.texts) for one in sets]),
-    )
-
-
-def _choice_scores(one: EvaluationSet, values: Mapping[str, Any]) -> ChoiceScores:
-    choices: Sequence[Choice] = one.items
-    return ChoiceScores(
-        version=choices[0].version,
-        scores=dict(values),
-        lengths=np.array([len(text) for one in choices for text in one.texts]),
-        sizes=np.array([len(one.texts) for one in choices]),
-        num_correct=np.array([one.num_correct for one in choices]),
-        subsets=np.array([one.subset for one in choices], dtype=np.str_),
-        ids=np.array([one.id for one in choices], dtype=np.str_),
-        prompts=np.array(numbered(json.dumps(one.turns) for one in choices)),
-    )
-
-
 def _characters(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """How sets of a kind become tokens: encode(tokenizer, items, options, report) gives what can be encoded,
-    of which `item` and `texts` are taken; `count` texts belong to an item; `gather` makes a probe's input."""
+class _Kind(Protocol):
+    """What sets of a kind are to the stage: items that become texts, and texts that become a probe's input.
 
-    encode: Callable[..., Sequence[Any]]
-    item: Callable[[Any], Any]
-    texts: Callable[[Any], list[Encoded]]
-    count: Callable[[Any], int]
-    gather: Callable[[EvaluationSet, Mapping[str, Any]], Any]
+    Each item has its texts' scores one after the other; a set has its items so.
+    """
+
+    def encode(
+        self, tokenizer: Any, items: Sequence[Any], options: Evaluate, report: RowReport
+    ) -> list[tuple[Any, list[Encoded]]]:
+        """The items that can be encoded, each with its texts; the others go into `report`."""
+
+    def count(self, item: Any) -> int:
+        """How many texts an item has."""
+
+    def scores(self, scored: EvaluationSet, values: dict[str, Floats]) -> Any:
+        """What probes get of a set and its texts' scores by model."""
 
 
-KINDS = {
-    "pairs": _Kind(
-        encode_pairs, lambda e: e.pair, lambda e: [e.chosen, e.rejected], lambda _: 2, _pair_scores
-    ),
-    "candidates": _Kind(
-        encode_candidates,
-        lambda e: e.candidates,
-        lambda e: e.answers,
-        lambda item: len(item.texts),
-        _candidate_scores,
-    ),
-    "rewardbench": _Kind(
-        encode_choices, lambda e: e.choice, lambda e: e.answers, lambda item: len(item.texts), _choice_scores
-    ),
-    "edits": _Kind(encode_edits, lambda e: e.edited, lambda e: [e.answer], lambda _: 1, _edit_scores),
+class _Pairs:
+    def encode(
+        self, tokenizer: Any, items: Sequence[Pair], options: Evaluate, report: RowReport
+    ) -> list[tuple[Pair, list[Encoded]]]:
+        encoded = encode_pairs(tokenizer, items, options, report)
+        return [(one.pair, [one.chosen, one.rejected]) for one in encoded]
+
+    def count(self, item: Pair) -> int:
+        return 2
+
+    def scores(self, scored: EvaluationSet, values: dict[str, Floats]) -> PairScores:
+        pairs: Sequence[Pair] = scored.items
+        lengths = [[_characters(pair.chosen), _characters(pair.rejected)] for pair in pairs]
+        return PairScores(
+            scores={model: scores_T.reshape(-1, 2) for model, scores_T in values.items()},
+            subsets=np.array([pair.subset for pair in pairs], dtype=np.str_),
+            prompts=np.array(numbered(map(prompt_key, pairs))),
+            lengths=np.array(lengths),
+        )
+
+
+class _Candidates:
+    def encode(
+        self, tokenizer: Any, items: Sequence[CandidateSet], options: Evaluate, report: RowReport
+    ) -> list[tuple[CandidateSet, list[Encoded]]]:
+        encoded = encode_candidates(tokenizer, items, options, report)
+        return [(one.candidates, list(one.answers)) for one in encoded]
+
+    def count(self, item: CandidateSet) -> int:
+        return len(item.texts)
+
+    def scores(self, scored: EvaluationSet, values: dict[str, Floats]) -> CandidateScores:
+        sets: Sequence[CandidateSet] = scored.items
+        return CandidateScores(
+            scores=values,
+            gold=np.array([score for one in sets for score in one.gold], dtype=np.float64),
+            lengths=np.array([_characters(text) for one in sets for text in one.texts]),
+            sizes=np.array([len(one.texts) for one in sets]),
+        )
+
+
+class _Benchmark:
+    def encode(
+        self, tokenizer: Any, items: Sequence[Choice], options: Evaluate, report: RowReport
+    ) -> list[tuple[Choice, list[Encoded]]]:
+        encoded = encode_choices(tokenizer, items, options, report)
+        return [(one.choice, list(one.answers)) for one in encoded]
+
+    def count(self, item: Choice) -> int:
+        return len(item.texts)
+
+    def scores(self, scored: EvaluationSet, values: dict[str, Floats]) -> ChoiceScores:
+        choices: Sequence[Choice] = scored.items
+        return ChoiceScores(
+            version=choices[0].version,
+            scores=values,
+            lengths=np.array([len(text) for choice in choices for text in choice.texts]),
+            sizes=np.array([len(choice.texts) for choice in choices]),
+            num_correct=np.array([choice.num_correct for choice in choices]),
+            subsets=np.array([choice.subset for choice in choices], dtype=np.str_),
+            ids=np.array([choice.id for choice in choices], dtype=np.str_),
+            prompts=np.array(numbered(json.dumps(choice.turns) for choice in choices)),
+        )
+
+
+class _Edits:
+    def encode(
+        self, tokenizer: Any, items: Sequence[Edited], options: Evaluate, report: RowReport
+    ) -> list[tuple[Edited, list[Encoded]]]:
+        encoded = encode_edits(tokenizer, items, options, report)
+        return [(one.edited, [one.answer]) for one in encoded]
+
+    def count(self, item: Edited) -> int:
+        return 1
+
+    def scores(self, scored: EvaluationSet, values: dict[str, Floats]) -> EditScores:
+        left_out = {why: bad["count"] for why, bad in scored.report["bad"].items()}
+        return EditScores(list(scored.items), values, left_out)
+
+
+KINDS: dict[str, _Kind] = {
+    "pairs": _Pairs(),
+    "candidates": _Candidates(),
+    "rewardbench": _Benchmark(),
+    "edits": _Edits(),
 }
