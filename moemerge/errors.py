@@ -1,4 +1,4 @@
-"""The one family of exceptions for faults that a user can cause and mend."""
+"""The one family of exceptions for faults that a user can cause and fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class MoemergeError(Exception):
-    """A fault in what the user gave, told in four parts.
+    """A fault in what the user gave, reported in four parts.
 
     The command line prints the four parts without a traceback and exits with code 2.
     """
@@ -61,6 +61,17 @@ def few(names: Iterable[object], most: int = 4) -> str:
     """`names` in a line for people to read; of more than `most` the others are only counted."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
+    """The fault of a `name` that is none of the `known` ones of its kind, with a near name."""
+    known = list(known)
+    return OptionError(
+        f"unknown {kind}",
+        given=repr(name),
+        expected=f"one of: {', '.join(known)}",
+        fix=suggest(name, known),
+    )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

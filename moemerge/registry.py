@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Generic, TypeVar, cast
 
-from moemerge.errors import OptionError, suggest
+from moemerge.errors import unknown
 
 T = TypeVar("T")
 
@@ -27,11 +27,6 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The member called `name`. Raises OptionError, with a near name, if there is none."""
         if name not in self._members:
-            raise OptionError(
-                f"unknown {self.kind}",
-                given=repr(name),
-                expected=f"one of: {', '.join(self._members)}",
-                fix=suggest(name, self._members),
-            )
+            raise unknown(self.kind, name, self._members)
         module, attribute = self._members[name].split(":")
         return cast(T, getattr(importlib.import_module(module), attribute))

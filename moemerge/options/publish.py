@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from moemerge.errors import OptionError
 from moemerge.options.base import Options, Run, Source
 
 
@@ -18,6 +19,17 @@ class PublishSettings(Options):
     )
     datasets: list[str] = Field(default_factory=list, description="dataset ids for the card")
     base_model: str | None = Field(None, description="hub name of the dense model for the card")
+
+    def missing_repo(self, section: str = "") -> OptionError | None:
+        """The fault of a push without a repository, if this is one; `section` stands before option names."""
+        if not self.push or self.repo is not None:
+            return None
+        return OptionError(
+            "push without a repository",
+            given=f"{section}push true, and no repository",
+            expected=f"{section}repo",
+            fix=f"set {section}repo: OWNER/NAME",
+        )
 
 
 class Publish(PublishSettings, Run):

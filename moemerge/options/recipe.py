@@ -22,6 +22,8 @@ from moemerge.options.synthetic import SyntheticSettings
 from moemerge.options.train import TrainSettings
 from moemerge.options.upcycle import UpcycleSettings
 
+WITH_INPUTS = ("data", "sample", "evaluate", "optimise")  # sections that may name files and models
+
 
 class Recipe(Options):
     """A whole run. Sections are the stages' settings; `model` and `data` may come from `synthetic`."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moemerge.options.base import Options, Run, Source, TextFormat
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SEARCHABLE = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
@@ -79,13 +83,19 @@ class TrainSettings(Options):
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses",
     )
 
-    @model_validator(mode="after")
-    def _search_known(self) -> TrainSettings:
-        allowed = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
-        unknown = set(self.search) - allowed
+    @field_validator("search")
+    @classmethod
+    def _search_can_be_done(
+        cls, search: dict[str, list[float]], info: ValidationInfo
+    ) -> dict[str, list[float]]:
+        unknown = sorted(set(search) - SEARCHABLE)
         if unknown:
-            raise ValueError(f"search takes {', '.join(sorted(allowed))}; not {', '.join(sorted(unknown))}")
-        return self
+            raise ValueError(f"search takes {', '.join(sorted(SEARCHABLE))}; not {', '.join(unknown)}")
+        if not all(search.values()):
+            raise ValueError("search needs at least one value per option")
+        if "epochs" in search and info.data.get("max_steps"):
+            raise ValueError("search cannot try epochs while max_steps overrides them")
+        return search
 
     @model_validator(mode="after")
     def _order_of_subsets(self) -> TrainSettings:
@@ -99,6 +109,19 @@ class TrainSettings(Options):
         """Names of the options set here that only a MoE can follow."""
         defaults = {name: type(self).model_fields[name].default for name in STEERING}
         return [name for name, default in defaults.items() if getattr(self, name) != default]
+
+    def scaled(self, factor: float) -> Self:
+        """These with `factor` times the epochs, those of a search too, and steps (rounded, at least one).
+
+        The schedule of the learning rate stretches along; so do evaluations, unless `eval_steps` says
+        otherwise.
+        """
+        search = {
+            name: [factor * value for value in values] if name == "epochs" else values
+            for name, values in self.search.items()
+        }
+        steps = self.max_steps and max(1, round(factor * self.max_steps))
+        return self.model_copy(update={"epochs": factor * self.epochs, "max_steps": steps, "search": search})
 
 
 class Train(TrainSettings, TextFormat, Run):
@@ -114,19 +137,9 @@ class Train(TrainSettings, TextFormat, Run):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
-
-Settings = TypeVar("Settings", bound=TrainSettings)
-
-
-def scaled(settings: Settings, factor: float) -> Settings:
-    """`settings` with `factor` times the epochs, those of a search too, and steps (rounded, at least one).
-
-    The schedule of the learning rate stretches along; so do evaluations, unless `eval_steps` says otherwise.
-    """
-    search = {
-        name: [factor * value for value in values] if name == "epochs" else values
-        for name, values in settings.search.items()
-    }
-    steps = settings.max_steps and max(1, round(factor * settings.max_steps))
-    changed = {"epochs": factor * settings.epochs, "max_steps": steps, "search": search}
-    return settings.model_copy(update=changed)
+    @field_validator("validation")
+    @classmethod
+    def _search_needs_validation(cls, validation: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("search") and validation is None:
+            raise ValueError("search needs validation pairs to choose by")
+        return validation

@@ -1,13 +1,12 @@
-"""What a recipe's `baselines` add to its run: trainings of the dense model, their average, ensembles."""
+"""The models that a run compares, and what its `baselines` add: trainings, their average, ensembles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.errors import MoemergeError, OptionError
 from moemerge.options.recipe import Recipe
-from moemerge.options.train import TrainSettings, scaled
+from moemerge.options.train import TrainSettings
 
 SAME_FLOPS, WARM, ENSEMBLE, TUNED = "control-flops", "warm", "ensemble", "tuned"
 SEEDS_APART = 1000  # so that a fine-tune's order is not that of the control of the run with the next seed
@@ -20,7 +19,7 @@ def trainings(recipe: Recipe, moe: str) -> Iterator[tuple[str, TrainSettings, di
         return
     if wanted.same_flops:
         yield SAME_FLOPS, control, {"flops_of": moe}
-    settings = scaled(control, 1 / wanted.fine_tunes) if wanted.budget == "split" else control
+    settings = control.scaled(1 / wanted.fine_tunes) if wanted.budget == "split" else control
     for number, name in enumerate(fine_tunes(recipe), 1):
         if name != "control":
             yield name, settings, {"seed": recipe.seed + SEEDS_APART * number}
@@ -56,27 +55,14 @@ def ensembles(recipe: Recipe) -> dict[str, list[str]]:
     return {**own, **recipe.evaluate.ensembles}
 
 
-def faults(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Baselines without what they need, and seeds that are no list of different seeds."""
-    wanted = recipe.baselines
-    if recipe.control is None and (wanted.same_flops or wanted.fine_tunes or wanted.tuned):
-        yield OptionError(
-            "baselines need a control",
-            given="baselines, and no section control",
-            expected="the section control, whose training they share",
-            fix="add the section control",
-        )
-    if wanted.tuned and not (recipe.data and recipe.data.fit):
-        yield OptionError(
-            "baselines.tuned needs fitting pairs of their own",
-            given="no data.fit",
-            expected="data.fit, so that validation pairs can choose its best step",
-            fix="set data.fit, or baselines.tuned to false",
-        )
-    if len(set(recipe.seeds)) < len(recipe.seeds) or min(recipe.seeds, default=0) < 0:
-        yield OptionError(
-            "seeds cannot be run",
-            given=", ".join(map(str, recipe.seeds)),
-            expected="different seeds, none below zero",
-            fix="correct seeds",
-        )
+def model_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, by their names in the report."""
+    merges = [f"merge-{method}" for method in [*recipe.also_merge, recipe.fit.method]]
+    dense = ["dense", *(["control"] if recipe.control else []), *models(recipe)]
+    return [*dense, "moe", *merges]
+
+
+def scored_names(recipe: Recipe) -> list[str]:
+    """The models that a run compares, and their ensembles."""
+    evaluated = recipe.evaluate.model_copy(update={"ensembles": ensembles(recipe)})
+    return [*model_names(recipe), *evaluated.combinations()]

@@ -1,4 +1,4 @@
-"""Budgets of training: scaled, and compared. Imports nothing heavy."""
+"""Budgets of training compared: whether a recipe favours the MoE."""
 
 from __future__ import annotations
 

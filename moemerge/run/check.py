@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from moemerge.artifacts.stage import RECIPE_COPY
-from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError, suggest
-from moemerge.models.config_file import LAYERS
-from moemerge.models.families import FAMILIES, family_called
-from moemerge.models.folder import ModelFolder
+from moemerge.errors import Faults, MoemergeError
 from moemerge.options.base import input_fields
-from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
-from moemerge.options.recipe import Recipe
-from moemerge.run import baselines
-from moemerge.run import policies as policy_steps
+from moemerge.options.recipe import WITH_INPUTS, Recipe
+from moemerge.run.faults import find_faults
 from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
-MAX_ROUNDS = 20
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-WITH_INPUTS = ("data", "sample", "evaluate", "optimise")  # sections that may name files and models
-ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
+MAX_ROUNDS = 20  # of dropping what pydantic refuses: each round may show faults that hid behind others
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | Path | None = None) -> Recipe:
@@ -51,15 +42,19 @@ def check_recipe(path: str | Path, overrides: Iterable[str] = ()) -> list[Moemer
     """Every fault of the recipe at `path`; an empty list if it can run."""
     try:
         load_recipe(path, overrides)
-    except Faults as found:
-        return found.faults
+    except Faults as several:
+        return several.faults
     except MoemergeError as fault:
         return [fault]
     return []
 
 
 def _faults_of_form(tree: Tree) -> tuple[list[MoemergeError], Recipe | None, set[str]]:
-    """Unknown keys and wrong types; the recipe without them, if one is left; and the known keys that fell."""
+    """Unknown keys and wrong values; what is left of the recipe without them; and the keys dropped for that.
+
+    The rest of the recipe can then be checked as well, so that a user sees all faults in one go. It is None
+    if no recipe is left. Unknown keys are not among the dropped: nothing depends on them.
+    """
     try:
         return [], parse_options(Recipe, tree, "recipe"), set()
     except MoemergeError as error:
@@ -69,318 +64,44 @@ def _faults_of_form(tree: Tree) -> tuple[list[MoemergeError], Recipe | None, set
         try:
             return faults, Recipe(**tree), dropped
         except ValidationError as error:
-            for one in error.errors():
-                dropped |= {".".join(map(str, one["loc"][:2]))} if one["type"] != "extra_forbidden" else set()
-                _drop(tree, one["loc"])
+            for detail in error.errors():
+                if detail["type"] != "extra_forbidden":
+                    dropped.add(".".join(map(str, detail["loc"][:2])))
+                _drop(tree, detail["loc"])
     return faults, None, dropped
 
 
-def _drop(tree: Tree, place: tuple[str | int, ...]) -> None:
-    """Take the value at `place` out of `tree`, or put one there that will do if it is missing."""
-    *parents, last = place
+def _drop(tree: Tree, location: tuple[str | int, ...]) -> None:
+    """Take the value at pydantic's `location` out of `tree`; a missing output gets a value that will do.
+
+    A location may go on beyond the tree, into a value or with the name of a type: the last key that is there
+    is dropped then.
+    """
+    *parents, key = location
     node: Any = tree
-    for number, parent in enumerate(parents):
-        if not isinstance(node.get(parent), dict):  # the rest of the place is inside a value or a type's name
-            last, parents = parent, parents[:number]
+    for depth, parent in enumerate(parents):
+        if not isinstance(node.get(parent), dict):
+            key, parents = parent, parents[:depth]
             break
         node = node[parent]
-    if last in node:
-        del node[last]
-    elif not parents and last == "output":
-        node[last] = "output"
+    if key in node:
+        del node[key]
+    elif not parents and key == "output":
+        node[key] = "output"
 
 
 def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with relative inputs that exist beside it spelt out."""
 
-    def found(value: Any) -> Any:
+    def beside(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: found(one) for name, one in value.items()}
-        beside = folder / value
-        return str(beside) if beside.exists() and not Path(value).is_absolute() else value
+            return {name: beside(source) for name, source in value.items()}
+        path = folder / value
+        return str(path) if path.exists() and not Path(value).is_absolute() else value
 
     def resolved(options: Any) -> Any:
-        return options.model_copy(update={key: found(value) for key, value in input_fields(options).items()})
+        return options.model_copy(update={key: beside(value) for key, value in input_fields(options).items()})
 
     sections = {name: getattr(recipe, name) for name in WITH_INPUTS}
     update = {name: resolved(section) for name, section in sections.items() if section}
     return resolved(recipe).model_copy(update=update)
-
-
-# What is wrong with a recipe whose form is right. Each check yields the faults it finds.
-Check = Callable[[Recipe], Iterator[MoemergeError]]
-
-
-def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeError]:
-    """Missing inputs, unknown names and contradictions; nothing that hangs on one of the `dropped` keys."""
-    held_out = {"data", "data.validation", "data.validation_share"}
-    checks: dict[Check, set[str]] = {
-        _check_sources: {"model", "synthetic", "data", "data.train"},
-        _check_files: set(),
-        _check_model: {"base"},
-        _check_training: held_out,
-        _check_steering: {"train", "base", "control", "upcycle.shared_expert"},
-        _check_fit: held_out | {"data.fit"},
-        _check_evaluation: {
-            "data",
-            "data.tests",
-            "data.test_share",
-            "data.candidates",
-            "control",
-            "baselines",
-            "baselines.fine_tunes",
-            "evaluate.ensembles",
-            "evaluate.ensemble_by",
-            "also_merge",
-        },
-        _check_publish: {"publish.repo"},
-        baselines.faults: {"control", "baselines", "seeds", "data", "data.fit"},
-        policy_steps.faults: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
-        _check_output: set(),
-    }
-    sound = [check for check, keys in checks.items() if not keys & set(dropped)]
-    return [fault for check in sound for fault in check(recipe)]
-
-
-def _fault(what: str, given: object, expected: str, fix: str) -> OptionError:
-    return OptionError(what, given=str(given), expected=expected, fix=fix)
-
-
-def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
-    if recipe.synthetic is None:
-        if recipe.model is None:
-            yield _fault(
-                "no model", "neither model nor synthetic", "one of them", "add model: FOLDER or HUB NAME"
-            )
-        if recipe.data is None or recipe.data.train is None:
-            yield _fault("no training pairs", "no data.train", "preference pairs", "add data: {train: FILE}")
-        return
-    if recipe.model is not None:
-        yield _fault("two models", "model and synthetic", "one of them", "take one of the two out")
-    given = input_fields(recipe.data) if recipe.data else {}
-    if given:
-        named = ", ".join(f"data.{name}" for name in given)
-        yield _fault("two sources of data", f"synthetic and {named}", "one of them", f"take out {named}")
-
-
-def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
-    given = {"model": recipe.model} if recipe.model else {}
-    for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
-        for key, value in (input_fields(settings) if settings else {}).items():
-            named = value if isinstance(value, dict) else {"": value}
-            given |= {f"{section}.{key}" + (f".{n}" if n else ""): source for n, source in named.items()}
-    for key, source in given.items():
-        if not Path(source).expanduser().exists() and _reads_like_path(source):
-            fix = f"correct {key}, or override it: --set {key}=PATH"
-            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
-
-
-def _reads_like_path(source: str) -> bool:
-    return (
-        source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES) or source.count("/") > 1
-    )
-
-
-def _local_model(recipe: Recipe) -> ModelFolder | None:
-    """The recipe's model, opened, if it is a folder here. Raises as ModelFolder, also without a config."""
-    if not recipe.model or not Path(recipe.model).is_dir():
-        return None
-    model = ModelFolder(recipe.model)
-    model.config_json  # noqa: B018 (raises if there is none)
-    return model
-
-
-def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
-    model = None
-    try:
-        model = _local_model(recipe)
-    except MoemergeError as error:
-        given, expected = f"{recipe.model}: {error.given}", "a folder with config.json"
-        yield _fault("model is not a model folder", given, expected, "correct model")
-    if model is not None:
-        yield from _check_architecture(recipe, model)
-    yield from _check_layers(recipe, model.config_json if model else {})
-
-
-def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[MoemergeError]:
-    """Whether it can be upcycled, with that gate, and has a head or is given one."""
-    if "model_type" in model.config_json:
-        try:
-            family_called(model.dense_type)
-        except UnsupportedError as fault:
-            yield fault
-    family = FAMILIES.get(model.dense_type)
-    if recipe.upcycle.gate == "prompt" and family and not family.causal:
-        yield _fault(
-            "gate prompt needs a causal model",
-            f"upcycle.gate prompt, model type {model.model_type}",
-            "gate xft or topk, because in an encoder the prompt's states see the answer",
-            "set upcycle.gate to xft",
-        )
-    if recipe.base is None and not model.claims_head:
-        yield _fault(
-            "model has no reward head",
-            f"{', '.join(model.architectures) or 'no architecture'}, and no section base",
-            "a reward model, or a section base that trains one from it",
-            "add the section base",
-        )
-
-
-def _check_layers(recipe: Recipe, config: Tree) -> Iterator[MoemergeError]:
-    """Layers that the recipe names, against those of the model's config.json, as far as that is known."""
-    layers = next(
-        (config[name] for name in LAYERS if config.get(name)),
-        recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
-    )
-    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
-    specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
-    for key, spec in ({"upcycle.layers": recipe.upcycle.layers} | specs).items():
-        try:
-            parse_layers(spec, int(layers))
-        except OptionError as fault:
-            yield _fault(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
-
-
-def _has_validation(recipe: Recipe) -> bool:
-    """Whether there are held-out pairs, as far as a recipe without any data can be asked."""
-    data = recipe.data
-    return bool(recipe.synthetic or data is None or data.validation or data.validation_share)
-
-
-def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Options of experts where there are none."""
-    for name, section in {"base": recipe.base, "control": recipe.control}.items():
-        if section and section.steered():
-            yield _fault(
-                f"{name} trains a dense model, which has no experts to steer",
-                ", ".join(f"{name}.{option}" for option in section.steered()),
-                "these options in section train only",
-                f"take them out of {name}",
-            )
-    if recipe.train.shared_dropout and not recipe.upcycle.shared_expert:
-        yield _fault(
-            "train.shared_dropout needs a shared expert",
-            "upcycle.shared_expert false",
-            "a shared expert to leave out",
-            "set upcycle.shared_expert to true, or train.shared_dropout to 0",
-        )
-
-
-def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
-    for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
-        if section is None or not section.search:
-            continue
-        if not _has_validation(recipe):
-            yield _fault(
-                f"{name}.search needs validation pairs",
-                "no data.validation, and data.validation_share 0",
-                "held-out pairs, which choose among the values",
-                "set data.validation or data.validation_share",
-            )
-        if "epochs" in section.search and section.max_steps:
-            yield _fault(
-                f"{name}.search cannot try epochs",
-                f"{name}.max_steps {section.max_steps}, which overrides epochs",
-                "one of the two",
-                f"take out {name}.max_steps or {name}.search.epochs",
-            )
-        if not all(section.search.values()):
-            given = ", ".join(key for key, values in section.search.items() if not values)
-            yield _fault(f"{name}.search lacks values", given, "at least one value per option", "add values")
-
-
-def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
-    from moemerge.fitting.methods import FINDS_SHARED, METHODS
-    from moemerge.fitting.objectives import OBJECTIVES
-    from moemerge.fitting.optimisers import OPTIMISERS
-
-    methods = {"fit.method": recipe.fit.method} | {
-        f"also_merge[{i}]": m for i, m in enumerate(recipe.also_merge)
-    }
-    for key, method in methods.items():
-        yield from _unknown(key, method, METHODS)
-    if len(set(methods.values())) < len(methods):
-        yield _fault(
-            "a coefficient method is named twice",
-            ", ".join(methods.values()),
-            "each of fit.method and also_merge once",
-            "take the repeated one out of also_merge",
-        )
-    yield from _unknown("fit.optimizer", recipe.fit.optimizer, ["auto", *OPTIMISERS])
-    for name in recipe.fit.objectives:
-        yield from _unknown("fit.objectives", name, OBJECTIVES)
-    if recipe.fit.method not in FINDS_SHARED and recipe.fit.learns_shared:
-        yield _fault(
-            f"shared_weight {recipe.fit.shared_weight} contradicts fit.method",
-            f"fit.method {recipe.fit.method}, fit.shared_weight {recipe.fit.shared_weight}",
-            "method learned, or a number or match for shared_weight",
-            "set fit.method to learned, or fit.shared_weight to 0.5",
-        )
-    fitting = recipe.data and recipe.data.fit
-    needy = [method for method in methods.values() if method in FINDS_SHARED]
-    if needy and not fitting and not _has_validation(recipe):
-        yield _fault(
-            f"method {needy[0]} needs fitting pairs",
-            "no data.fit, no data.validation, and data.validation_share 0",
-            "pairs that were not trained on",
-            "set data.fit or data.validation_share, or choose method usage",
-        )
-
-
-def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeError]:
-    known = list(known)
-    if name not in known:
-        yield _fault(f"unknown {key}", name, f"one of: {', '.join(known)}", suggest(name, known))
-
-
-def model_names(recipe: Recipe) -> list[str]:
-    """The models that a run compares, by their names in the report."""
-    merges = [f"merge-{method}" for method in [*recipe.also_merge, recipe.fit.method]]
-    dense = ["dense", *(["control"] if recipe.control else []), *baselines.models(recipe)]
-    return [*dense, "moe", *merges]
-
-
-def scored_names(recipe: Recipe) -> list[str]:
-    """The models that a run compares, and their ensembles."""
-    evaluated = recipe.evaluate.model_copy(update={"ensembles": baselines.ensembles(recipe)})
-    return [*model_names(recipe), *evaluated.combinations()]
-
-
-def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
-    from moemerge.evaluation.probes import PROBES, expand
-
-    for probe in expand(recipe.evaluate.probes):
-        yield from _unknown("evaluate.probes", probe, PROBES)
-    if recipe.evaluate.baseline is not None:
-        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
-    for name, members in recipe.evaluate.ensembles.items():
-        for member in members:
-            yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
-    data = recipe.data
-    given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
-    if recipe.synthetic is None and data and not (given or recipe.sample):
-        yield _fault(
-            "nothing to evaluate on",
-            "no data.tests, no data.candidates, and data.test_share 0",
-            "test pairs, candidate sets or RewardBench",
-            "set data.tests, data.test_share or evaluate.rewardbench",
-        )
-
-
-def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
-    if recipe.publish.push and recipe.publish.repo is None:
-        yield _fault(
-            "push without a repository", "publish.push true", "publish.repo", "set publish.repo: OWNER/NAME"
-        )
-
-
-def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
-    output = recipe.output
-    visible = [path.name for path in output.glob("[!.]*")]
-    foreign = bool(visible) and RECIPE_COPY not in visible
-    if foreign or (output.exists() and not output.is_dir()):
-        fix = "choose another output: --output FOLDER"
-        yield _fault(
-            "output is not the folder of a run", output, "a new folder, or that of an earlier run", fix
-        )

@@ -21,7 +21,8 @@ from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.report import outdated, read_comparison, read_report
 from moemerge.options.recipe import Recipe
 from moemerge.run.budget import shortfalls
-from moemerge.run.check import find_faults, load_recipe
+from moemerge.run.check import load_recipe
+from moemerge.run.faults import find_faults
 from moemerge.run.plan import Step, by_seed, plan
 from moemerge.stages import STAGES
 

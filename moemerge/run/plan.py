@@ -15,10 +15,9 @@ from moemerge.options.fit import FitSettings
 from moemerge.options.merge import MergeSettings
 from moemerge.options.optimise import OptimiseSettings
 from moemerge.options.recipe import Recipe
+from moemerge.options.sample import SAMPLED
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
-from moemerge.run import policies as policy_steps
-from moemerge.run.check import model_names
 from moemerge.stages import OPTIONS
 
 # What the synthetic world writes, as a recipe's section data names it.
@@ -166,14 +165,14 @@ class _Plan:
         tests = [*self.data.tests, *(["test"] if self.data.test_share else [])]
         candidates = {name: self.path(f"data/candidates/{name}.jsonl.gz") for name in self.data.candidates}
         if self.recipe.sample:
-            candidates[policy_steps.SAMPLED] = self.path("sample/candidates.jsonl.gz")
+            candidates[SAMPLED] = self.path("sample/candidates.jsonl.gz")
         return self.step(
             "evaluate",
             "evaluate",
             self.recipe.evaluate,
             **self.format,
             **self.trust,
-            models=self.models(model_names(self.recipe)),
+            models=self.models(baselines.model_names(self.recipe)),
             pairs={name: self.pairs(f"tests/{name}") for name in tests},
             candidates=candidates,
             baseline=self.baseline(),
@@ -182,8 +181,9 @@ class _Plan:
 
     def optimise(self, section: OptimiseSettings) -> tuple[str, str, Run]:
         """A policy optimised against the merged model and its dense rival."""
-        names = policy_steps.optimised(self.recipe)
-        given = {"models": self.models(names), "baseline": names[0]}
+        rival = baselines.dense_rival(self.recipe)
+        models = self.models([rival, f"merge-{self.recipe.fit.method}"])
+        given = {"models": models, "baseline": rival}
         return self.step("optimise", "optimise", section, **self.read, **self.trust, **given)
 
     def models(self, names: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import importlib.resources
 from pathlib import Path
 
 from moemerge.artifacts.disk import disk_faults, write_whole
-from moemerge.errors import OptionError, suggest
+from moemerge.errors import OptionError, unknown
 
 
 def templates() -> dict[str, Path]:
@@ -20,8 +20,7 @@ def write_template(path: str | Path, name: str = "quickstart") -> Path:
     """Write the commented recipe `name` to `path`. OptionError for an unknown name or an existing file."""
     known, path = templates(), Path(path)
     if name not in known:
-        fix = suggest(name, known)
-        raise OptionError("unknown template", given=name, expected=f"one of: {', '.join(known)}", fix=fix)
+        raise unknown("template", name, known)
     if path.exists():
         raise OptionError(
             "file exists already",

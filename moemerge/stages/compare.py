@@ -17,7 +17,7 @@ import numpy as np
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import NONSENSE
 from moemerge.artifacts.stage import RECIPE_COPY, Draft, expect_stage, stage, write_json
-from moemerge.errors import ArtifactError, OptionError, suggest
+from moemerge.errors import ArtifactError, unknown
 from moemerge.evaluation import verdict
 from moemerge.evaluation.report import FORMAT, SeedComparison, SeedGroup, SeedNumbers, read_report
 from moemerge.models.cost import COSTS
@@ -229,12 +229,7 @@ def _baseline(runs: Sequence[_Run], wanted: str | None) -> str:
     models = runs[0].costs
     found = wanted or ("control" if "control" in models else runs[0].baseline)
     if found not in models:
-        raise OptionError(
-            "the baseline is none of the models",
-            given=found,
-            expected=f"one of: {', '.join(models)}",
-            fix=suggest(found, models),
-        )
+        raise unknown("baseline", found, models)
     return found
 
 

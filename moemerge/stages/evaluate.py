@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.environment import hardware, versions
 from moemerge.artifacts.stage import Draft, stage, write_json
-from moemerge.errors import OptionError, suggest
+from moemerge.errors import OptionError, unknown
 from moemerge.evaluation import gold, protocol
 from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores
 from moemerge.evaluation.measures import main_numbers
@@ -117,12 +117,7 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
     """The probes asked for that have data; faults in the options are found here, before any work."""
     known = [*options.models, *options.combinations()]
     if options.baseline is not None and options.baseline not in known:
-        raise OptionError(
-            "the baseline is none of the models",
-            given=options.baseline,
-            expected=f"one of: {', '.join(known)}",
-            fix=suggest(options.baseline, known),
-        )
+        raise unknown("baseline", options.baseline, known)
     asked = {name: PROBES.get(name) for name in expand(options.probes)}
     probes = {name: probe for name, probe in asked.items() if getattr(options, probe.needs)}
     chosen = options.probes != EvaluateSettings().probes

@@ -21,7 +21,7 @@ from moemerge.artifacts.stage import Draft, stage, workspace, write_json
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import Row, RowSummary, Text, write_rows
-from moemerge.errors import DataError, OptionError, suggest
+from moemerge.errors import DataError, OptionError, unknown
 from moemerge.evaluation import gold
 from moemerge.evaluation.gold import Reward
 from moemerge.evaluation.policy_page import MEASURED, table
@@ -71,12 +71,7 @@ def _check_baseline(options: Optimise) -> None:
     if not options.models:
         raise OptionError("no models", given="none", expected="name=folder", fix="give models")
     if options.baseline is not None and options.baseline not in options.models:
-        raise OptionError(
-            "the baseline is none of the models",
-            given=options.baseline,
-            expected=f"one of: {', '.join(options.models)}",
-            fix=suggest(options.baseline, options.models),
-        )
+        raise unknown("baseline", options.baseline, options.models)
 
 
 @dataclass

@@ -123,20 +123,19 @@ def _check_target(options: Publish) -> None:
             expected="https://HOST, because options are written into manifests",
             fix="leave it out of the endpoint: the hub's token belongs into HF_TOKEN",
         )
+    fault = options.missing_repo()
+    if fault is not None:
+        raise fault
     try:
         if options.repo is not None:
             validate_repo_id(options.repo)
-        if options.repo is not None or not options.push:
-            return
-        given = "push without repo"
     except HFValidationError as error:
-        given = f"{options.repo!r}: {error}"
-    raise OptionError(
-        "no repository to push to",
-        given=given,
-        expected="owner/name",
-        fix="set repo to the name that the model should have on the hub",
-    )
+        raise OptionError(
+            "no repository to push to",
+            given=f"{options.repo!r}: {error}",
+            expected="owner/name",
+            fix="set repo to the name that the model should have on the hub",
+        ) from error
 
 
 def _refuse_damaged(folder: Path) -> None:

@@ -41,7 +41,7 @@ from moemerge.models.moe import moe_layers
 from moemerge.models.token_limits import check_config
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
-from moemerge.options.train import Train, scaled
+from moemerge.options.train import Train
 from moemerge.training.report import report, results, standing, write_history
 
 DONE = "done.json"
@@ -81,7 +81,7 @@ def _budgeted(options: Train) -> tuple[Train, float | None]:
     trust = options.trust_remote_code
     ratio = flops_ratio(ModelFolder(options.flops_of, trust), ModelFolder(options.model, trust))
     log.info("training %.3g times as long, for as many FLOPs as %s", ratio, options.flops_of)
-    return scaled(options, ratio), ratio
+    return options.scaled(ratio), ratio
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,6 @@ def _trials(options: Train) -> list[Train]:
     """The grid that `search` spans, in order; without a search, the options themselves."""
     if not options.search:
         return [options]
-    faults = {
-        "needs validation pairs to choose by": options.validation is None,
-        "cannot try epochs while max_steps overrides them": "epochs" in options.search and options.max_steps,
-        "needs at least one value per option": not all(options.search.values()),
-    }
-    for fault in (text for text, found in faults.items() if found):
-        raise OptionError(
-            f"search {fault}",
-            given=json.dumps(options.search),
-            expected="values per option, validation pairs, and no contradiction",
-            fix="correct or remove the search",
-        )
     base = options.model_dump() | {"search": {}}
     grid = itertools.product(*options.search.values())
     return [parse_options(Train, base | dict(zip(options.search, v, strict=True)), "search") for v in grid]

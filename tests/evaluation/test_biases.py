@@ -27,7 +27,7 @@ from moemerge.evaluation.report import read_report
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.options.recipe import Recipe
-from moemerge.run.check import find_faults
+from moemerge.run.faults import find_faults
 from moemerge.stages.evaluate import evaluate
 
 SETTINGS = EvaluateSettings(resamples=400)

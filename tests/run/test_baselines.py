@@ -22,10 +22,11 @@ from moemerge.evaluation.ensembles import combine
 from moemerge.models.cost import cost, flops_ratio
 from moemerge.models.loading import load_reward_model
 from moemerge.options.recipe import Recipe
-from moemerge.options.train import TrainSettings, scaled
+from moemerge.options.train import TrainSettings
 from moemerge.run import pipeline
+from moemerge.run.baselines import scored_names
 from moemerge.run.budget import shortfalls
-from moemerge.run.check import find_faults, scored_names
+from moemerge.run.faults import find_faults
 from moemerge.run.plan import plan
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate
@@ -89,11 +90,11 @@ def test_torch_counts_as_many_flops_in_the_linears(models: dict[str, str]) -> No
 
 def test_scaled_budgets_by_hand_count() -> None:
     settings = TrainSettings(epochs=2, search={"epochs": [1, 2, 3], "learning_rate": [1e-5]}, patience=4)
-    longer = scaled(settings, 2.5)
+    longer = settings.scaled(2.5)
     assert (longer.epochs, longer.max_steps, longer.patience) == (5.0, None, 4)
     assert longer.search == {"epochs": [2.5, 5.0, 7.5], "learning_rate": [1e-5]}
-    assert scaled(TrainSettings(max_steps=7), 1 / 2).max_steps == 4
-    assert scaled(TrainSettings(max_steps=1), 1 / 9).max_steps == 1
+    assert TrainSettings(max_steps=7).scaled(1 / 2).max_steps == 4
+    assert TrainSettings(max_steps=1).scaled(1 / 9).max_steps == 1
     assert settings.epochs == 2
 
 

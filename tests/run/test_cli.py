@@ -96,7 +96,7 @@ def test_flags_become_options_of_every_kind(main: Main, stages: FakeStages, tmp_
         "--model m --pairs p --epochs 2.5 --max-steps 7 --patience none --trainable lora --trust-remote-code"
     )
     flags += " --no-gradient-checkpointing --fields prompt=question --fields chosen=a=b"
-    flags += " --search learning_rate=1e-5,3e-5 --search epochs=1"
+    flags += " --search learning_rate=1e-5,3e-5 --search weight_decay=1 --validation v"
     code, _, err = main("train", *flags.split(), "--output", tmp_path / "out")
     assert code == 0, err
     options = stages.options
@@ -107,7 +107,7 @@ def test_flags_become_options_of_every_kind(main: Main, stages: FakeStages, tmp_
         False,
     )
     assert options.fields == {"prompt": "question", "chosen": "a=b"}
-    assert options.search == {"learning_rate": [1e-5, 3e-5], "epochs": [1.0]}
+    assert options.search == {"learning_rate": [1e-5, 3e-5], "weight_decay": [1.0]}
     assert options.output == tmp_path / "out" and options.learning_rate == 1e-5
 
 

@@ -378,8 +378,8 @@ def test_all_faults_at_once(folder: Path) -> None:
         ),
         ({"upcycle": {"layers": "first:3"}}, ["upcycle.layers: layers cannot be picked"]),
         ({"train": {"train_layers": "a-b"}}, ["train.train_layers: layers cannot be picked"]),
-        ({"train": {"search": {"epochs": [1, 2]}, "max_steps": 3}}, ["train.search cannot try epochs"]),
-        ({"train": {"search": {"epochs": []}}}, ["train.search lacks values"]),
+        ({"train": {"search": {"epochs": [1, 2]}, "max_steps": 3}}, ["bad option recipe.train.search"]),
+        ({"train": {"search": {"epochs": []}}}, ["bad option recipe.train.search"]),
         ({"control": {"top1_warmup": 0.1}}, ["control trains a dense model, which has no experts to steer"]),
         (
             {"train": {"shared_dropout": 0.1}, "upcycle": {"shared_expert": False}},

@@ -1,0 +1,330 @@
+"""What is wrong with a recipe whose form is right: each check yields the faults that it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from moemerge.artifacts.stage import RECIPE_COPY
+from moemerge.errors import MoemergeError, OptionError, UnsupportedError, unknown
+from moemerge.models.config_file import LAYERS
+from moemerge.models.families import FAMILIES, family_called
+from moemerge.models.folder import ModelFolder
+from moemerge.options.base import input_fields
+from moemerge.options.data import DataSettings
+from moemerge.options.layers import parse_layers
+from moemerge.options.recipe import WITH_INPUTS, Recipe
+from moemerge.options.sample import SAMPLED
+from moemerge.run.baselines import model_names, scored_names
+from moemerge.run.recipe_file import Tree
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
+
+Check = Callable[[Recipe], Iterator[MoemergeError]]
+
+
+def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeError]:
+    """Missing inputs, unknown names and contradictions; nothing that depends on one of the `dropped` keys.
+
+    A fault in the value of a dropped key is reported already, and its default would give false ones.
+    """
+    held_out = {"data", "data.validation", "data.validation_share"}
+    checks: dict[Check, set[str]] = {
+        _check_sources: {"model", "synthetic", "data", "data.train"},
+        _check_files: set(),
+        _check_model: {"base"},
+        _check_training: held_out,
+        _check_steering: {"train", "base", "control", "upcycle.shared_expert"},
+        _check_fit: held_out | {"data.fit"},
+        _check_evaluation: {
+            "data",
+            "data.tests",
+            "data.test_share",
+            "data.candidates",
+            "control",
+            "baselines",
+            "baselines.fine_tunes",
+            "evaluate.ensembles",
+            "evaluate.ensemble_by",
+            "also_merge",
+        },
+        _check_publish: {"publish.repo"},
+        _check_baselines: {"control", "baselines", "data", "data.fit"},
+        _check_seeds: {"seeds"},
+        _check_policies: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
+        _check_output: set(),
+    }
+    sound = [check for check, keys in checks.items() if not keys & set(dropped)]
+    return [fault for check in sound for fault in check(recipe)]
+
+
+def _fault(what: str, given: object, expected: str, fix: str) -> OptionError:
+    return OptionError(what, given=str(given), expected=expected, fix=fix)
+
+
+def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
+    if recipe.synthetic is None:
+        if recipe.model is None:
+            yield _fault(
+                "no model", "neither model nor synthetic", "one of them", "add model: FOLDER or HUB NAME"
+            )
+        if recipe.data is None or recipe.data.train is None:
+            yield _fault("no training pairs", "no data.train", "preference pairs", "add data: {train: FILE}")
+        return
+    if recipe.model is not None:
+        yield _fault("two models", "model and synthetic", "one of them", "take one of the two out")
+    files = ", ".join(f"data.{name}" for name in (input_fields(recipe.data) if recipe.data else {}))
+    if files:
+        yield _fault("two sources of data", f"synthetic and {files}", "one of them", f"take out {files}")
+
+
+def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
+    sources = {"model": recipe.model} if recipe.model else {}
+    for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
+        for field, value in (input_fields(settings) if settings else {}).items():
+            key = f"{section}.{field}"
+            is_mapping = isinstance(value, dict)
+            sources |= (
+                {f"{key}.{name}": source for name, source in value.items()} if is_mapping else {key: value}
+            )
+    for key, source in sources.items():
+        if not Path(source).expanduser().exists() and _reads_like_path(source):
+            fix = f"correct {key}, or override it: --set {key}=PATH"
+            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
+
+
+def _reads_like_path(source: str) -> bool:
+    return (
+        source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES) or source.count("/") > 1
+    )
+
+
+def _local_model(recipe: Recipe) -> ModelFolder | None:
+    """The recipe's model, opened, if it is a folder here. Raises as ModelFolder, also without a config."""
+    if not recipe.model or not Path(recipe.model).is_dir():
+        return None
+    model = ModelFolder(recipe.model)
+    model.config_json  # noqa: B018 (raises if there is none)
+    return model
+
+
+def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
+    model = None
+    try:
+        model = _local_model(recipe)
+    except MoemergeError as error:
+        given, expected = f"{recipe.model}: {error.given}", "a folder with config.json"
+        yield _fault("model is not a model folder", given, expected, "correct model")
+    if model is not None:
+        yield from _check_architecture(recipe, model)
+    yield from _check_layers(recipe, model.config_json if model else {})
+
+
+def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[MoemergeError]:
+    """Whether it can be upcycled, with that gate, and has a head or is given one."""
+    if "model_type" in model.config_json:
+        try:
+            family_called(model.dense_type)
+        except UnsupportedError as fault:
+            yield fault
+    family = FAMILIES.get(model.dense_type)
+    if recipe.upcycle.gate == "prompt" and family and not family.causal:
+        yield _fault(
+            "gate prompt needs a causal model",
+            f"upcycle.gate prompt, model type {model.model_type}",
+            "gate xft or topk, because in an encoder the prompt's states see the answer",
+            "set upcycle.gate to xft",
+        )
+    if recipe.base is None and not model.claims_head:
+        yield _fault(
+            "model has no reward head",
+            f"{', '.join(model.architectures) or 'no architecture'}, and no section base",
+            "a reward model, or a section base that trains one from it",
+            "add the section base",
+        )
+
+
+def _check_layers(recipe: Recipe, config: Tree) -> Iterator[MoemergeError]:
+    """Layers that the recipe names, against those of the model's config.json, as far as that is known."""
+    layers = next(
+        (config[name] for name in LAYERS if config.get(name)),
+        recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
+    )
+    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
+    specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
+    for key, spec in ({"upcycle.layers": recipe.upcycle.layers} | specs).items():
+        try:
+            parse_layers(spec, int(layers))
+        except OptionError as fault:
+            yield _fault(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
+
+
+def _has_validation(recipe: Recipe) -> bool:
+    """Whether there are held-out pairs, as far as a recipe without any data can be asked."""
+    data = recipe.data
+    return bool(recipe.synthetic or data is None or data.validation or data.validation_share)
+
+
+def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Options of experts where there are none."""
+    for name, section in {"base": recipe.base, "control": recipe.control}.items():
+        if section and section.steered():
+            yield _fault(
+                f"{name} trains a dense model, which has no experts to steer",
+                ", ".join(f"{name}.{option}" for option in section.steered()),
+                "these options in section train only",
+                f"take them out of {name}",
+            )
+    if recipe.train.shared_dropout and not recipe.upcycle.shared_expert:
+        yield _fault(
+            "train.shared_dropout needs a shared expert",
+            "upcycle.shared_expert false",
+            "a shared expert to leave out",
+            "set upcycle.shared_expert to true, or train.shared_dropout to 0",
+        )
+
+
+def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
+    for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
+        if section and section.search and not _has_validation(recipe):
+            yield _fault(
+                f"{name}.search needs validation pairs",
+                "no data.validation, and data.validation_share 0",
+                "held-out pairs, which choose among the values",
+                "set data.validation or data.validation_share",
+            )
+
+
+def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.fitting.methods import FINDS_SHARED, METHODS
+    from moemerge.fitting.objectives import OBJECTIVES
+    from moemerge.fitting.optimisers import OPTIMISERS
+
+    methods = {"fit.method": recipe.fit.method} | {
+        f"also_merge[{i}]": m for i, m in enumerate(recipe.also_merge)
+    }
+    for key, method in methods.items():
+        yield from _unknown(key, method, METHODS)
+    if len(set(methods.values())) < len(methods):
+        yield _fault(
+            "a coefficient method is named twice",
+            ", ".join(methods.values()),
+            "each of fit.method and also_merge once",
+            "take the repeated one out of also_merge",
+        )
+    yield from _unknown("fit.optimizer", recipe.fit.optimizer, ["auto", *OPTIMISERS])
+    for name in recipe.fit.objectives:
+        yield from _unknown("fit.objectives", name, OBJECTIVES)
+    if recipe.fit.method not in FINDS_SHARED and recipe.fit.learns_shared:
+        yield _fault(
+            f"shared_weight {recipe.fit.shared_weight} contradicts fit.method",
+            f"fit.method {recipe.fit.method}, fit.shared_weight {recipe.fit.shared_weight}",
+            "method learned, or a number or match for shared_weight",
+            "set fit.method to learned, or fit.shared_weight to 0.5",
+        )
+    fitting = recipe.data and recipe.data.fit
+    needy = [method for method in methods.values() if method in FINDS_SHARED]
+    if needy and not fitting and not _has_validation(recipe):
+        yield _fault(
+            f"method {needy[0]} needs fitting pairs",
+            "no data.fit, no data.validation, and data.validation_share 0",
+            "pairs that were not trained on",
+            "set data.fit or data.validation_share, or choose method usage",
+        )
+
+
+def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeError]:
+    if name not in (known := list(known)):
+        yield unknown(key, name, known)
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.evaluation.probes import PROBES, expand
+
+    for probe in expand(recipe.evaluate.probes):
+        yield from _unknown("evaluate.probes", probe, PROBES)
+    if recipe.evaluate.baseline is not None:
+        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
+    for name, members in recipe.evaluate.ensembles.items():
+        for member in members:
+            yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
+    data = recipe.data
+    given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
+    if recipe.synthetic is None and data and not (given or recipe.sample):
+        yield _fault(
+            "nothing to evaluate on",
+            "no data.tests, no data.candidates, and data.test_share 0",
+            "test pairs, candidate sets or RewardBench",
+            "set data.tests, data.test_share or evaluate.rewardbench",
+        )
+
+
+def _check_baselines(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Baselines without what they need."""
+    wanted = recipe.baselines
+    if recipe.control is None and (wanted.same_flops or wanted.fine_tunes or wanted.tuned):
+        yield _fault(
+            "baselines need a control",
+            "baselines, and no section control",
+            "the section control, whose training they share",
+            "add the section control",
+        )
+    if wanted.tuned and not (recipe.data and recipe.data.fit):
+        yield _fault(
+            "baselines.tuned needs fitting pairs of their own",
+            "no data.fit",
+            "data.fit, so that validation pairs can choose its best step",
+            "set data.fit, or baselines.tuned to false",
+        )
+
+
+def _check_policies(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Answers without gold scores or room, and a candidate set that has the sampled one's name."""
+    data = recipe.data or DataSettings()
+    if recipe.sample and not (recipe.sample.has_gold or recipe.evaluate.has_gold):
+        yield _fault(
+            "sampled answers have no gold scores",
+            "sample, without gold_model and gold_function in it or in evaluate",
+            "one that grades them",
+            "set sample.gold_model or sample.gold_function",
+        )
+    if recipe.sample and SAMPLED in data.candidates:
+        yield _fault(
+            f"two candidate sets are called {SAMPLED}",
+            f"data.candidates.{SAMPLED}, and sample",
+            "another name",
+            f"rename data.candidates.{SAMPLED}",
+        )
+    for name, section in {"sample": recipe.sample, "optimise": recipe.optimise}.items():
+        if section and section.max_new_tokens >= data.max_length:
+            yield _fault(
+                f"{name} leaves no room for a prompt",
+                f"{name}.max_new_tokens {section.max_new_tokens}, data.max_length {data.max_length}",
+                "answers that are shorter than max_length",
+                f"lower {name}.max_new_tokens, or raise data.max_length",
+            )
+
+
+def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
+    fault = recipe.publish.missing_repo("publish.")
+    if fault is not None:
+        yield fault
+
+
+def _check_seeds(recipe: Recipe) -> Iterator[MoemergeError]:
+    if len(set(recipe.seeds)) < len(recipe.seeds) or min(recipe.seeds, default=0) < 0:
+        given = ", ".join(map(str, recipe.seeds))
+        yield _fault("seeds cannot be run", given, "different seeds, none below zero", "correct seeds")
+
+
+def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
+    output = recipe.output
+    visible = [path.name for path in output.glob("[!.]*")]
+    foreign = bool(visible) and RECIPE_COPY not in visible
+    if foreign or (output.exists() and not output.is_dir()):
+        fix = "choose another output: --output FOLDER"
+        yield _fault(
+            "output is not the folder of a run", output, "a new folder, or that of an earlier run", fix
+        )
