@@ -99,6 +99,7 @@ def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Te
         return prompt or "", first, second
     if isinstance(prompt, list):
         return prompt, chosen, rejected
+    # Two chats: what they begin with in common is the prompt.
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if shared == len(chosen) == len(rejected):
@@ -140,8 +141,8 @@ def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = T
         raise BadRow("prompt and text are of different kinds")
     if any(map(_blank, texts)):
         raise BadRow("empty answer")
-    found = [value_of(answer, "score", format) for answer in answers]
-    gold = [_number(score, "score") for score in found] if scored or None not in found else []
+    scores = [value_of(answer, "score", format) for answer in answers]
+    gold = [_number(score, "score") for score in scores] if scored or None not in scores else []
     return CandidateSet(prompt, texts, gold, _subset(row, format), number)
 
 
@@ -183,6 +184,7 @@ def _blank(text: Text) -> bool:
 def _number(value: Any, name: str) -> float:
     if value is None:
         raise BadRow(f"missing {name}")
+    # A bool is an int to Python; value != value is NaN.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise BadRow(f"{name} is not a finite number")
     if abs(value) > LARGEST:

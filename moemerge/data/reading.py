@@ -1,4 +1,4 @@
-"""Preference data: reading, checking, tokenising and splitting pairs and scored candidates.
+"""Reading and checking preference data: pairs, sets of candidates, prompts.
 
 Formats are TRL's: prompt/chosen/rejected, or chosen/rejected that hold their prompt, each as plain text or
 as chat messages; for best-of-n, a prompt with candidates[{text, score}].
@@ -7,7 +7,6 @@ as chat messages; for best-of-n, a prompt with candidates[{text, score}].
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -24,9 +23,6 @@ CANDIDATE_ROWS = "rows with prompt and candidates, a list of two or more {text, 
 PROMPT_ROWS = "rows with prompt, text or messages {role, content}"
 
 
-log = logging.getLogger(__name__)
-
-
 def read_pairs(source: str, format: TextFormat) -> tuple[list[Pair], RowReport]:
     """All usable pairs of `source` (see rows.read_rows), and a report on the others.
 
@@ -34,6 +30,8 @@ def read_pairs(source: str, format: TextFormat) -> tuple[list[Pair], RowReport]:
     the source cannot be opened, has no usable row, or has a bad one while format.bad_rows is "refuse".
     """
     rows = list(read_rows(source))
+    # One prompt anywhere means that the data have the column: rows without it are bad then, not read as chats
+    # that share one.
     has_prompt = any(isinstance(r, dict) and value_of(r, "prompt", format) is not None for _, r in rows)
     return collect(source, rows, format, partial(parse_pair, has_prompt=has_prompt), PAIR_ROWS)
 
@@ -54,21 +52,23 @@ def read_prompts(source: str, format: TextFormat) -> tuple[list[CandidateSet], R
 
     Raises as read_pairs does, and DataError for chats and plain texts side by side.
     """
-    found, report = collect(source, list(read_rows(source)), format, parse_prompt, PROMPT_ROWS)
-    if len({type(one.prompt) for one in found}) > 1:
+    sets, report = collect(source, list(read_rows(source)), format, parse_prompt, PROMPT_ROWS)
+    if len({type(prompt_set.prompt) for prompt_set in sets}) > 1:
         raise DataError(
             f"prompts of {source} are of different kinds",
             given="texts and chats",
             expected="one kind",
             fix="make two files of them",
         )
-    return found, report
+    return sets, report
 
 
 def distinct(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
-    """The first of those with equal prompts."""
-    first = {json.dumps(one.prompt): one for one in reversed(sets)}
-    return [one for one in sets if first[json.dumps(one.prompt)] is one]
+    """`sets` without those whose prompt an earlier one has."""
+    first: dict[str, CandidateSet] = {}
+    for candidates in sets:
+        first.setdefault(json.dumps(candidates.prompt), candidates)
+    return list(first.values())
 
 
 def collect(
@@ -80,7 +80,7 @@ def collect(
 ) -> tuple[list[T], RowReport]:
     """What `parse` makes of each of `rows`, and a report on those for which it raises BadRow.
 
-    Raises DataError, which tells what was `expected`, as read_pairs does.
+    Raises DataError as read_pairs does; `expected` is the part of its message that says what rows must hold.
     """
     report, kept = RowReport(source, total=len(rows)), []
     for number, row in rows:

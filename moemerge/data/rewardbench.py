@@ -52,7 +52,7 @@ class EncodedChoice:
 def read_choices(source: str, options: Evaluate) -> tuple[list[Choice], RowReport]:
     """All rows of `source` (see rows.read_rows), and a report on those that cannot be used.
 
-    Raises DataError as data.read_pairs does, and for a source that mixes the two versions.
+    Raises DataError as reading.read_pairs does, and for a source that mixes the two versions.
     """
     choices, report = collect(source, list(read_rows(source)), options, _parse, CHOICE_ROWS)
     versions = {choice.version: choice.row for choice in choices}
@@ -127,16 +127,16 @@ def encode_choices(
     prompts = [_written(tokenizer, c.turns, plain, alone=True) for c in choices for _ in c.texts]
     side = truncation_side(choices[0].version, tokenizer)
     texts = iter(_encode_texts(tokenizer, wholes, prompts, options.rewardbench_max_length, side))
-    found = []
+    encoded = []
     for choice in choices:
         answers = [next(texts) for _ in choice.texts]
-        good = [one for one in answers if isinstance(one, Encoded)]
+        good = [answer for answer in answers if isinstance(answer, Encoded)]
         if len(good) == len(answers):
-            found.append(EncodedChoice(good, choice))
+            encoded.append(EncodedChoice(good, choice))
         else:
             report.add("chat template refuses the messages", choice.row)
     report.check(options.bad_rows, "rows that the chat template can render")
-    return found
+    return encoded
 
 
 def truncation_side(version: int, tokenizer: Any) -> str:
@@ -156,30 +156,34 @@ def _written(tokenizer: Any, turns: Sequence[str], plain: bool, alone: bool = Fa
 def _encode_texts(
     tokenizer: Any, wholes: list[str | BadRow], prompts: list[str | BadRow], most: int, side: str
 ) -> list[Encoded | BadRow]:
+    """Each whole text as tokens, cut to `most` on `side`; the BadRow of one that could not be rendered."""
     full = _ids(tokenizer, wholes)
     cutter = copy.deepcopy(tokenizer)
     cutter.truncation_side = side
     long: list[str | BadRow] = [text for text, ids in full.items() if len(ids) > most]
     kept = full | _ids(cutter, long, truncation=True, max_length=most)
     alone, bos = _ids(tokenizer, prompts), tokenizer.bos_token_id
-    found: list[Encoded | BadRow] = []
+    encoded: list[Encoded | BadRow] = []
     for whole, prompt in zip(wholes, prompts, strict=True):
         if isinstance(whole, BadRow):
-            found.append(whole)
+            encoded.append(whole)
             continue
         before, ids = (_one_bos(texts[whole], bos) for texts in (full, kept))
         start = _one_bos(alone[prompt], bos) if isinstance(prompt, str) else prompt
+        # How much of the prompt is left: what is cut on the left is lost from it. Found in the uncut text, as
+        # the cut one may begin in the middle of the prompt.
         shared = shared_length(start, before) - (len(before) - len(ids) if side == "left" else 0)
-        found.append(Encoded(ids, min(max(shared, 0), len(ids)), len(before) - len(ids)))
-    return found
+        encoded.append(Encoded(ids, min(max(shared, 0), len(ids)), len(before) - len(ids)))
+    return encoded
 
 
 def _ids(tokenizer: Any, texts: Sequence[str | BadRow], **truncation: Any) -> dict[str, list[int]]:
     """Token ids, with special tokens, of each text."""
-    some = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
-    ids = tokenizer(some, verbose=False, **truncation)["input_ids"] if some else []
-    return {text: list(one) for text, one in zip(some, ids, strict=True)}
+    different = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+    ids = tokenizer(different, verbose=False, **truncation)["input_ids"] if different else []
+    return {text: list(text_ids) for text, text_ids in zip(different, ids, strict=True)}
 
 
 def _one_bos(ids: list[int], bos: int | None) -> list[int]:
+    """`ids` with a doubled BOS made one: a chat template may write what the tokenizer adds again."""
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

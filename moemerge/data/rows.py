@@ -19,8 +19,8 @@ from moemerge.errors import DataError, suggest
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN = 10
-MEND = "mend these rows, or name the file's own fields in `fields`"
-SHORTEN = "raise max_length or mend these rows"
+CORRECT = "correct these rows, or name the file's own fields in `fields`"
+SHORTEN = "raise max_length, or shorten these rows"
 MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
 PARQUET_ROWS = 1000
@@ -82,15 +82,15 @@ class RowReport:
         }
         return {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
 
-    def check(self, bad_rows: str, expected: str, mend: str = MEND) -> None:
-        """Raise DataError if no row is left, or if any is bad and `bad_rows` is "refuse"; `mend` says how."""
+    def check(self, bad_rows: str, expected: str, fix: str = CORRECT) -> None:
+        """Raise DataError with `fix` if no row is left, or if any is bad and `bad_rows` is "refuse"."""
         if self.kept and (bad_rows == "skip" or not self.bad):
             return
         raise DataError(
             f"{self.bad} of {self.total} rows of {self.source} cannot be used",
             given="; ".join(self._lines()) or "no rows at all",
             expected=expected,
-            fix=self._remedy(mend),
+            fix=self._all_fixes(fix),
         )
 
     def _lines(self) -> Iterator[str]:
@@ -98,10 +98,10 @@ class RowReport:
             more = ", ..." if len(rows) > SHOWN else ""
             yield f"{reason}: {len(rows)} (row {', '.join(map(str, rows[:SHOWN]))}{more})"
 
-    def _remedy(self, mend: str) -> str:
+    def _all_fixes(self, fix: str) -> str:
         if not self.total:
             return "give a file that has rows"
-        return f"{mend}, or set bad_rows to skip to go on without them" if self.kept else mend
+        return f"{fix}, or set bad_rows to skip to go on without them" if self.kept else fix
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row | BadRow]]:
@@ -164,6 +164,7 @@ def _short_lines(handle: BufferedIOBase, budget: _Budget) -> Iterator[bytes | No
     """The lines of a file; None for one that is too long, which is never held whole."""
     while line := handle.readline(MAX_LINE):
         budget.spend(max(len(line), LEAST_LINE))
+        # What remains of a line that is too long is read in pieces and dropped.
         whole = len(line) < MAX_LINE or line.endswith(b"\n")
         while len(line) == MAX_LINE and not line.endswith(b"\n"):
             line = handle.readline(MAX_LINE)

@@ -1,4 +1,4 @@
-"""Preference texts as tokens, exactly as TRL's RewardTrainer makes them."""
+"""Preference texts as tokens, exactly as TRL's RewardTrainer makes them, and the rows that are too long."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def encode(tokenizer: Any, prompt: Text, answer: Text) -> Encoded:
 def encode_all(tokenizer: Any, items: Sequence[Item]) -> list[Encoded | BadRow]:
     """`encode` for many (prompt, answer) at once; returns the BadRow that encode would raise."""
     whole = _tokens(tokenizer, [_whole(prompt, answer, tokenizer.eos_token) for prompt, answer in items])
+    # Both answers of a pair have one prompt: each is encoded once.
     keys = [json.dumps(prompt) for prompt, _ in items]
     unique = {key: prompt for key, (prompt, _) in zip(keys, items, strict=True)}
     prompts = dict(zip(unique, _tokens(tokenizer, list(unique.values())), strict=True))
@@ -87,7 +88,7 @@ def _whole(prompt: Text, answer: Text, eos: str | None) -> Text:
 
 
 def shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
-    """With how many equal tokens both begin; 0 if the prompt alone could not be encoded."""
+    """The number of equal tokens that both begin with; 0 if the prompt alone could not be encoded."""
     if isinstance(prompt, BadRow):
         return 0
     differ = (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
@@ -97,14 +98,15 @@ def shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
 def _tokens(tokenizer: Any, texts: list[Text]) -> list[list[int] | BadRow]:
     """Ids of each text: plain text with the tokenizer's special tokens, rendered chats without."""
     ready = [text if isinstance(text, str) else render(tokenizer, text) for text in texts]
-    found: list[list[int] | BadRow] = [text if isinstance(text, BadRow) else [] for text in ready]
+    tokens: list[list[int] | BadRow] = [text if isinstance(text, BadRow) else [] for text in ready]
+    # Chat templates write their special tokens themselves; plain text gets the tokenizer's.
     for is_plain in (True, False):
-        some = {i: t for i, t in enumerate(ready) if isinstance(t, str) and (t is texts[i]) == is_plain}
-        if some:
-            ids = tokenizer(list(some.values()), add_special_tokens=is_plain, verbose=False)["input_ids"]
-            for i, one in zip(some, ids, strict=True):
-                found[i] = list(one)
-    return found
+        group = {i: t for i, t in enumerate(ready) if isinstance(t, str) and (t is texts[i]) == is_plain}
+        if group:
+            ids = tokenizer(list(group.values()), add_special_tokens=is_plain, verbose=False)["input_ids"]
+            for i, text_ids in zip(group, ids, strict=True):
+                tokens[i] = list(text_ids)
+    return tokens
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
@@ -142,10 +144,10 @@ def encode_candidates(
     tokenizer: Any, sets: Sequence[CandidateSet], format: TextFormat, report: RowReport
 ) -> list[EncodedCandidates]:
     """Encode each set's answers; one that is too long makes the set a bad row. Raises as encode_pairs."""
-    items = [(one.prompt, text) for one in sets for text in one.texts]
-    sizes = [len(one.texts) for one in sets]
-    groups = _fitting(tokenizer, items, sizes, [one.row for one in sets], format, report)
-    return [EncodedCandidates(g, one) for g, one in zip(groups, sets, strict=True) if g]
+    items = [(candidates.prompt, text) for candidates in sets for text in candidates.texts]
+    sizes = [len(candidates.texts) for candidates in sets]
+    groups = _fitting(tokenizer, items, sizes, [candidates.row for candidates in sets], format, report)
+    return [EncodedCandidates(g, candidates) for g, candidates in zip(groups, sets, strict=True) if g]
 
 
 def _fitting(
@@ -160,9 +162,9 @@ def _fitting(
     stream, groups = iter(encode_all(tokenizer, items)), []
     for size, row in zip(sizes, rows, strict=True):
         group = list(itertools.islice(stream, size))
-        good = [one for one in group if isinstance(one, Encoded) and len(one.ids) <= format.max_length]
+        good = [item for item in group if isinstance(item, Encoded) and len(item.ids) <= format.max_length]
         if len(good) < size:
-            bad = next((str(one) for one in group if isinstance(one, BadRow)), None)
+            bad = next((str(item) for item in group if isinstance(item, BadRow)), None)
             report.add(bad or f"longer than {format.max_length} tokens", row)
         groups.append(good if len(good) == size else [])
     report.check(format.bad_rows, SHORT_ROWS, SHORTEN)

@@ -1,4 +1,4 @@
-"""A preference world with a known gold reward, in which over-optimised reward models can be told.
+"""A preference world with a known gold reward, in which over-optimisation of reward models shows.
 
 A prompt names a regime and a topic; an answer is a short sequence of content words and fillers. What a
 content word is worth, and which kind of word should follow which, depends on the regime. A few fillers do
@@ -141,9 +141,9 @@ def gold_reward(prompt: str, answer: str, worth: Worth = WORTH) -> float:
     return float(gold_R(Prompts(regime, topic), words_RT, worth)[0])
 
 
-def _numbers(prompt: str, place: int, names: tuple[str, ...]) -> Ints:
+def _numbers(prompt: str, position: int, names: tuple[str, ...]) -> Ints:
     words = prompt.split()
-    return np.array([_number(words[place] if len(words) == 2 else prompt, names)])
+    return np.array([_number(words[position] if len(words) == 2 else prompt, names)])
 
 
 def _number(word: str, names: tuple[str, ...]) -> int:
@@ -190,6 +190,7 @@ def draw_answers(rng: np.random.Generator, style: Style, prompts: Prompts, worth
     length_R = _between(_cued(rng, share_R, style.cue), style.words)
     skill_R = style.skill[0] + (style.skill[1] - style.skill[0]) * share_R
     content_RT = _draw_content(rng, worth, prompts, skill_R, length_R)
+    # Fillers follow the rank of the gold reward without them: so they are a cue to it, not a cause of it.
     rank_R = gold_R(prompts, content_RT, worth).argsort().argsort() / rows
     fillers_R = _between(_cued(rng, rank_R, style.cue), style.fillers)
     padding_R = rng.integers(style.padding[0], style.padding[1] + 1, rows)
@@ -213,10 +214,11 @@ def _draw_content(
     kind_C = np.arange(len(CONTENT)) // len(KINDS[0])
     bonus_RC = np.zeros_like(value_RC)
     columns = []
-    for place in range(int(length_R.max())):
+    for position in range(int(length_R.max())):
+        # The largest of log odds + Gumbel noise is a draw with those odds.
         luck_RC = rng.gumbel(size=value_RC.shape)
         pick_R = np.argmax(skill_R[:, None] * (value_RC + bonus_RC) + luck_RC, axis=1)
-        columns.append(np.where(place < length_R, pick_R, NONE))
+        columns.append(np.where(position < length_R, pick_R, NONE))
         wanted_R = successor_GK[prompts.regime_R, kind_C[pick_R]]
         bonus_RC = worth.order_bonus * (kind_C == wanted_R[:, None])
     return np.stack(columns, axis=1)
@@ -229,6 +231,8 @@ def _mix(rng: np.random.Generator, content_RT: Ints, fillers_R: Ints) -> Ints:
     filler_RF = len(CONTENT) + rng.integers(0, len(FILLERS), (rows, int(fillers_R.max())))
     filler_RF[np.arange(filler_RF.shape[1]) >= fillers_R[:, None]] = NONE
     words_RT = np.concatenate([content_RT, filler_RF], axis=1)
+    # Content words stand at 0, 1, 2, ...; a filler at a random number between: sorted by these, all are
+    # mixed.
     place_RF = rng.random(filler_RF.shape) * length_R[:, None] - 0.5
     place_RT = np.concatenate([np.broadcast_to(np.arange(float(most)), (rows, most)), place_RF], axis=1)
     place_RT = np.where(words_RT == NONE, np.inf, place_RT)
@@ -249,6 +253,7 @@ def _some_pairs(rng: np.random.Generator, style: Style, count: int, label_noise:
     prompts = Prompts.draw(rng, count)
     first, second = (draw_answers(rng, style, prompts) for _ in range(2))
     lead_R = gold_R(prompts, first) - gold_R(prompts, second)
+    # With noise the labels are swapped in that share of the rows: exclusive or.
     keep_R = (lead_R > 0) ^ (rng.random(count) < label_noise)
     answers = zip(_texts(first), _texts(second), strict=True)
     subsets = (REGIMES[g] for g in prompts.regime_R)

@@ -6,17 +6,19 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moemerge.artifacts.stage import Draft, stage, write_json
 from moemerge.data.pairs import CandidateSet, Pair, prompt_key
-from moemerge.data.reading import T, read_candidates, read_pairs
+from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.rows import SHOWN, Row, RowReport, write_rows
 from moemerge.data.tokenise import encode_candidates, encode_pairs
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.options.data import Data
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +63,17 @@ class _Reader:
         options = self.options
         named = {"train": options.train, "validation": options.validation, "fit": options.fit}
         named |= {f"tests/{name}": source for name, source in options.tests.items()}
-        found = {name: self._read(name, source) for name, source in named.items() if source}
-        if not found and not options.candidates:
+        read = {name: self._read(name, source) for name, source in named.items() if source}
+        if not read and not options.candidates:
             raise OptionError(
                 "no data are named",
                 given="none of train, validation, fit, tests, candidates",
                 expected="at least one of them",
                 fix="name a file or a dataset on the hub, e.g. train: pairs.jsonl",
             )
-        if "train" in found:
-            found = _split(found, options)
-        return {name: self._draw(pairs, self._cap(name)) for name, pairs in found.items()}
+        if "train" in read:
+            read = _split(read, options)
+        return {name: self._draw(pairs, self._cap(name)) for name, pairs in read.items()}
 
     def candidates(self, name: str, source: str) -> list[CandidateSet]:
         """One set of candidate sets, capped."""
@@ -108,21 +110,21 @@ def _load_tokenizer(source: str | None) -> Any:
     return load_tokenizer(source)
 
 
-def _split(found: dict[str, list[Pair]], options: Data) -> dict[str, list[Pair]]:
+def _split(sets: dict[str, list[Pair]], options: Data) -> dict[str, list[Pair]]:
     """Split tests/test and, where it is not given, validation off train, whole groups at a time."""
     shares = {"tests/test": options.test_share}
-    shares |= {} if "validation" in found else {"validation": options.validation_share}
+    shares |= {} if "validation" in sets else {"validation": options.validation_share}
     shares = {name: share for name, share in shares.items() if share}
-    if "tests/test" in shares and "tests/test" in found:
+    if "tests/test" in shares and "tests/test" in sets:
         raise OptionError(
             "two test sets are called test",
             given="tests: {test: ...} and test_share",
             expected="one of them",
             fix="rename the one under tests, or leave test_share out",
         )
-    groups = _groups(found["train"], options.split_by)
+    groups = _groups(sets["train"], options.split_by)
     parts = _partition(groups, shares, options.seed)
-    return found | {name: sorted(pairs, key=lambda p: p.row) for name, pairs in parts.items()}
+    return sets | {name: sorted(pairs, key=lambda p: p.row) for name, pairs in parts.items()}
 
 
 def _groups(pairs: list[Pair], split_by: str | None) -> list[list[Pair]]:
@@ -161,6 +163,7 @@ def _partition(groups: list[list[Pair]], shares: dict[str, float], seed: int) ->
     parts = {}
     for waiting, (name, share) in zip(range(len(shares), 0, -1), shares.items(), strict=True):
         ends = np.cumsum([len(group) for group in left[: len(left) - waiting]])
+        # The last groups are left out of the choice: one for each part to come, train among them.
         count = int(np.abs(ends - share * total).argmin()) + 1
         parts[name], left = list(itertools.chain(*left[:count])), left[count:]
     return parts | {"train": list(itertools.chain(*left))}

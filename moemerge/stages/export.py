@@ -41,7 +41,7 @@ def export(options: Export, draft: Draft) -> None:
     list of models: those that are not the reward models which take part in the merge (a language model, or a
     model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
     they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
-    for stock transformers (see native_export). Raises CheckpointError for what is not whole and for
+    for stock transformers (see qwen2_moe). Raises CheckpointError for what is not whole and for
     coefficients of another source, UnsupportedError for a MoE that the form cannot express.
     """
     use_device(options)
@@ -53,19 +53,19 @@ def export(options: Export, draft: Draft) -> None:
 
 def _write_experts(options: Export, draft: Draft) -> None:
     source = open_source(options)
-    found = Coefficients.load(options.coefficients) if options.coefficients else None
-    if found is not None:
-        source.check_fit(found)
-    places = {place: folder for place, folder in enumerate(_references(source)) if folder is None}
-    draft.reserve(source.size(source.dtype, copies=len(places)) if places else 0)
-    _write_members(draft.folder, source, list(places), options.shard_size)
-    if found is not None:
+    coefficients = Coefficients.load(options.coefficients) if options.coefficients else None
+    if coefficients is not None:
+        source.check_fit(coefficients)
+    to_write = [member for member, folder in enumerate(_references(source)) if folder is None]
+    draft.reserve(source.size(source.dtype, copies=len(to_write)) if to_write else 0)
+    _write_members(draft.folder, source, to_write, options.shard_size)
+    if coefficients is not None:
         home = options.output.absolute()
-        config = linear_config(source, found, home)
+        config = linear_config(source, coefficients, home)
         text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=200)
         head = COMMENT.format(file=options.output / LINEAR)
         (draft.folder / LINEAR).write_text(head + text, encoding="utf-8")
-    names = [source.member_names[place] for place in places]
+    names = [source.member_names[member] for member in to_write]
     draft.results |= {"models": names, "merged_tensors": len(source.tensors)}
 
 
@@ -74,8 +74,8 @@ def _references(source: MergeSource) -> list[Path | None]:
     if not isinstance(source, ModelList):
         return [None] * len(source.member_names)
     return [
-        None if source.converted(place) else model.folder.absolute()
-        for place, model in enumerate(source.models)
+        None if source.converted(member) else model.folder.absolute()
+        for member, model in enumerate(source.models)
     ]
 
 
@@ -88,13 +88,14 @@ def linear_config(source: MergeSource, coefficients: Coefficients, folder: Path)
     folders = [known or folder / name for known, name in zip(_references(source), names, strict=True)]
     filters = _filters(source, coefficients)
     models = []
-    for place, where in enumerate(folders):
+    for member, member_folder in enumerate(folders):
         by_block = [
-            {"filter": text, "value": coefficients.weights(row, source.has_shared)[place]}
+            {"filter": text, "value": coefficients.weights(row, source.has_shared)[member]}
             for text, row in filters.items()
         ]
-        weight = [*by_block, {"value": 0.0 if place else 1.0}]
-        models.append({"model": _reference(where), "parameters": {"weight": weight}})
+        # Without a filter: all that no filter above has caught.
+        weight = [*by_block, {"value": 0.0 if member else 1.0}]
+        models.append({"model": _reference(member_folder), "parameters": {"weight": weight}})
     kept = source.dense_dtype
     cast = {} if kept == source.dtype else {"out_dtype": str(kept).removeprefix("torch.")}
     base = {"merge_method": "linear", "base_model": _reference(folders[0])}
@@ -112,12 +113,14 @@ def _filters(source: MergeSource, coefficients: Coefficients) -> dict[str, int]:
     whole: dict[str, int] = {}
     for row in range(len(coefficients.blocks)):
         own = {name for name in rows if rows[name] == row}
+        # What all names of the row begin with, up to a dot: their filter, if no other tensor's name contains
+        # it.
         prefix = os.path.commonprefix(sorted(own)).rpartition(".")[0] + "."
         alone = {name for name in names if prefix in name} == own
         (short if alone else whole).update({prefix: row} if alone else dict.fromkeys(own, row))
-    found = short | {name: whole[name] for name in sorted(whole, key=len, reverse=True)}
-    _check_filters(found, rows, names)
-    return found
+    filters = short | {name: whole[name] for name in sorted(whole, key=len, reverse=True)}
+    _check_filters(filters, rows, names)
+    return filters
 
 
 def _check_filters(filters: dict[str, int], rows: dict[str, int], names: list[str]) -> None:
@@ -138,22 +141,22 @@ def _reference(folder: Path) -> str | dict[str, Any]:
     return {"model": {"path": path}} if set("@+") & set(path) else path
 
 
-def _write_members(folder: Path, source: MergeSource, places: list[int], shard_size: int) -> None:
-    """Each member number in `places` as a checkpoint: the backbone's files are common to all."""
+def _write_members(folder: Path, source: MergeSource, members: list[int], shard_size: int) -> None:
+    """Each of `members` as a checkpoint: the backbone's files are common to all."""
     parts = folder / ".parts"
-    if places:
+    if members:
         _write_part(parts / "backbone", ((n, finite(source.kept(n), n)) for n in source.backbone), shard_size)
-    for place in tqdm(places, desc="export", leave=False, disable=None):
-        name = source.member_names[place]
-        _write_part(parts / name, _member(source, place), shard_size)
+    for member in tqdm(members, desc="export", leave=False, disable=None):
+        name = source.member_names[member]
+        _write_part(parts / name, _tensors_of(source, member), shard_size)
         _write_model(folder / name, source, [parts / "backbone", parts / name])
-    if places:
+    if members:
         shutil.rmtree(parts)
 
 
-def _member(source: MergeSource, place: int) -> Iterator[tuple[str, Tensor]]:
-    what = f"of {source.member_names[place]}"
-    return ((t.dense, finite(source.matrix(t, place), f"{t.dense} {what}")) for t in source.tensors)
+def _tensors_of(source: MergeSource, member: int) -> Iterator[tuple[str, Tensor]]:
+    whose = f"of {source.member_names[member]}"
+    return ((t.dense, finite(source.matrix(t, member), f"{t.dense} {whose}")) for t in source.tensors)
 
 
 def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Stage fit: merge coefficients for a MoE or a list of models, by one of the ways in moemerge.coefficients.
+"""Stage fit: merge coefficients for a MoE or a list of models, by one of the methods in fitting/methods.
 
 Shapes: L blocks, N weighted members (routed experts, or models besides the base).
 """
@@ -80,8 +80,8 @@ def fit_models(
     `options` are those of `moemerge fit`: scope, method, shared_weight, ... Returns `output`, which
     `merge_models` takes as coefficients; raises as fit does.
     """
-    given = {"models": [str(model) for model in models], "base": base and str(base)}
-    return fit(output=output, pairs=pairs and str(pairs), **given, **options)
+    members = {"models": [str(model) for model in models], "base": base and str(base)}
+    return fit(output=output, pairs=pairs and str(pairs), **members, **options)
 
 
 def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) -> FitProblem:
@@ -101,43 +101,45 @@ def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) 
 
 
 def _start(folder: str | None, source: MergeSource, blocks: list[str]) -> FitOutcome | None:
-    """Given coefficients, a row for each of `blocks`; rows of layers serve all their matrices."""
+    """Coefficients to start from, a row for each of `blocks`; rows of layers serve all their matrices."""
     if folder is None:
         return None
-    found = Coefficients.load(folder)
-    source.check_fit(found)
-    theirs, mine = source.rows(found.blocks), source.rows(blocks)
+    saved = Coefficients.load(folder)
+    source.check_fit(saved)
+    theirs, mine = source.rows(saved.blocks), source.rows(blocks)
+    # Through the tensors: the saved row of each of our rows. If tensors of one row of ours have different
+    # saved ones, the last of them stands here, and the others disagree with it.
     row_of = {mine[name]: row for name, row in theirs.items()}
     if any(row_of[mine[name]] != row for name, row in theirs.items()):
         raise CheckpointError(
             "coefficients to start from are finer than those to fit",
-            given=f"{len(found.blocks)} blocks in {folder}",
+            given=f"{len(saved.blocks)} blocks in {folder}",
             expected=f"{len(blocks)} blocks, or rows of whole layers",
             fix="set granularity to what they were fitted with",
         )
     rows = [row_of[row] for row in range(len(blocks))]
-    return FitOutcome(found.alpha_LN[rows], found.shared_L[rows])
+    return FitOutcome(saved.alpha_LN[rows], saved.shared_L[rows])
 
 
 def _statistics(routing: str | None, source: MergeSource) -> RoutingStatistics | None:
     """The routing statistics, which must be of this very model."""
     if routing is None:
         return None
-    found = RoutingStatistics.load(routing)
+    statistics = RoutingStatistics.load(routing)
     layers = sorted({layer for block in source.blocks() if (layer := layer_of(block)) is not None})
-    theirs, mine = (found.layers, found.num_experts), (layers, source.num_members)
-    if theirs == mine and found.meta.get("model") in (None, source.fingerprint):
-        return found
+    theirs, mine = (statistics.layers, statistics.num_experts), (layers, source.num_members)
+    if theirs == mine and statistics.meta.get("model") in (None, source.fingerprint):
+        return statistics
     raise CheckpointError(
         "routing statistics are of another model",
-        given=f"layers {theirs[0]}, {theirs[1]} experts, fingerprint {found.meta.get('model')}",
+        given=f"layers {theirs[0]}, {theirs[1]} experts, fingerprint {statistics.meta.get('model')}",
         expected=f"layers {mine[0]}, {mine[1]} experts, fingerprint {source.fingerprint}",
         fix="run route on this MoE; whole models have no routing",
     )
 
 
 class _Data:
-    """Merged model and pairs, made when a method asks for them; what became of rows goes into the draft."""
+    """Merged model and pairs, made when a method asks for them; a summary of rows goes into the draft."""
 
     def __init__(
         self, options: Fit, source: MergeSource, blocks: list[str], device: torch.device, draft: Draft

@@ -91,20 +91,20 @@ def merge_models(
     one (default: equal). `options` are those of `moemerge merge`: scope, method, parameters, dtype, ...
     Returns `output`; raises as merge does.
     """
-    given: dict[str, Any] = {"models": [str(model) for model in models], "base": base and str(base)}
+    members: dict[str, Any] = {"models": [str(model) for model in models], "base": base and str(base)}
     if isinstance(coefficients, str | Path):
-        given["coefficients"] = str(coefficients)
+        members["coefficients"] = str(coefficients)
     elif coefficients is not None:
-        given["weights"] = list(coefficients)
-    return merge(output=output, **given, **options)
+        members["weights"] = list(coefficients)
+    return merge(output=output, **members, **options)
 
 
 def _coefficients(options: Merge, source: MergeSource) -> Coefficients | None:
-    """Those that were given; for our average of models equal ones otherwise; None if there are none."""
+    """Those that the options name; else equal ones for our own average, None for other methods."""
     if options.coefficients:
-        found = Coefficients.load(options.coefficients)
-        source.check_fit(found)
-        return found
+        saved = Coefficients.load(options.coefficients)
+        source.check_fit(saved)
+        return saved
     if options.weights or options.method == OURS:
         return _constant(options.weights or [1.0] * len(source.member_names), source)
     return None
@@ -119,16 +119,16 @@ def _constant(weights: Sequence[float], source: MergeSource) -> Coefficients:
 
 
 def _way(options: Merge, source: MergeSource, dtype: torch.dtype, device: torch.device) -> _Way:
-    found = _coefficients(options, source)
+    coefficients = _coefficients(options, source)
     if options.method == OURS:
-        assert found is not None
-        return _Average(source, found, dtype)
+        assert coefficients is not None
+        return _Average(source, coefficients, dtype)
     from moemerge.merging.mergekit.methods import HostMethod  # imports mergekit
 
-    method = HostMethod(options.method, options.parameters, found, options.seed)
-    if found is not None and not method.weighs:
+    method = HostMethod(options.method, options.parameters, coefficients, options.seed)
+    if coefficients is not None and not method.weighs:
         log.warning("merge: %s takes no weights, so the coefficients are not used", options.method)
-    return _Hosted(source, method, found if method.weighs else None, dtype, device)
+    return _Hosted(source, method, coefficients if method.weighs else None, dtype, device)
 
 
 def _rows(source: MergeSource, coefficients: Coefficients | None) -> dict[str, int]:
@@ -137,7 +137,7 @@ def _rows(source: MergeSource, coefficients: Coefficients | None) -> dict[str, i
 
 @dataclass
 class _Average:
-    """The routing-normalised average, each block of rows checked against a float64 sum at once."""
+    """The routing-normalised average, each chunk of rows checked against a float64 sum at once."""
 
     source: MergeSource
     coefficients: Coefficients
@@ -151,22 +151,23 @@ class _Average:
     def merged(self, tensor: MergedTensor) -> Tensor:
         merged = torch.empty(tensor.shape, dtype=self.dtype)
         copies = list(self.source.matrices(tensor))
-        for block, *parts in zip(*map(row_chunks, (merged, *copies)), strict=True):
-            self._merge(block, parts, tensor)
+        for chunk, *parts in zip(*map(row_chunks, (merged, *copies)), strict=True):
+            self._merge(chunk, parts, tensor)
         return merged
 
-    def _merge(self, block: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
-        """Fill `block`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
+    def _merge(self, chunk: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
+        """Fill `chunk`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
         c, row = self.coefficients, self.rows[tensor.dense]
-        wide = (_widened(part, block.dtype) for part in parts)
-        block.copy_(self.source.average(wide, c.alpha_LN[row], float(c.shared_L[row])))
-        difference = _difference(block, c.weights(row, self.source.has_shared), parts)
-        # Rounding is bounded by the copies, of which `block` is an average: if it will do, they need no look.
-        if not math.isfinite(difference) or difference > _rounding(block, [block]):
+        wide = (_widened(part, chunk.dtype) for part in parts)
+        chunk.copy_(self.source.average(wide, c.alpha_LN[row], float(c.shared_L[row])))
+        difference = _difference(chunk, c.weights(row, self.source.has_shared), parts)
+        # An average is no larger than the largest copy: a difference within the rounding of `chunk` itself is
+        # within that of the copies, which then need not be looked at.
+        if not math.isfinite(difference) or difference > _rounding(chunk, [chunk]):
             for name, part in zip(self.source.member_names, parts, strict=True):
                 finite(part, f"{tensor.dense} of {name}")
-            finite(block, f"{tensor.dense} as merged")
-            if difference > _rounding(block, parts):
+            finite(chunk, f"{tensor.dense} as merged")
+            if difference > _rounding(chunk, parts):
                 raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
         self.largest_difference = max(self.largest_difference, difference)
 
@@ -215,17 +216,17 @@ def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, dtype))
 
 
-def _difference(block: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
-    """Largest |block - float64 sum|; not finite if anything in them is not."""
-    rest = block.double()
+def _difference(chunk: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
+    """Largest |chunk - float64 sum|; not finite if anything in them is not."""
+    rest = chunk.double()
     for weight, part in zip(weights, parts, strict=True):
         rest.sub_(part, alpha=weight)
     return magnitude(rest)
 
 
-def _rounding(block: Tensor, parts: Sequence[Tensor]) -> float:
-    """How far rounding can take the average of `parts`, written to `block`, from the float64 sum."""
-    written, summed = torch.finfo(block.dtype), torch.finfo(torch.float32)
+def _rounding(chunk: Tensor, parts: Sequence[Tensor]) -> float:
+    """How far rounding can take the average of `parts`, written to `chunk`, from the float64 sum."""
+    written, summed = torch.finfo(chunk.dtype), torch.finfo(torch.float32)
     size = max(map(magnitude, parts)) + written.tiny
     return size * max(written.eps, summed.eps) * (3 + len(parts))
 
@@ -235,12 +236,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _require_all(folder: Path, source: MergeSource) -> None:
-    wanted, found = (
+    wanted, written = (
         {*source.backbone, *(tensor.dense for tensor in source.tensors)},
         set(Checkpoint(folder).names),
     )
-    if found != wanted:
-        raise _not_as_meant(f"names {sorted(wanted ^ found)[:5]} are missing or left over")
+    if written != wanted:
+        raise _not_as_meant(f"names {sorted(wanted ^ written)[:5]} are missing or left over")
 
 
 def _not_as_meant(given: str) -> CheckpointError:

@@ -19,7 +19,7 @@ from moemerge.options.synthetic import Synthetic
 def write_world(options: Synthetic, draft: Draft) -> None:
     """Write the world: a tiny untrained Llama reward model with its tokenizer, and data in every split.
 
-    model/ loads with transformers' Auto classes. data/ is laid out as data.prepare does: train and
+    model/ loads with transformers' Auto classes. data/ is laid out as the stage data does it: train and
     validation .jsonl.gz with noisy labels, tests/in_distribution and tests/out_of_distribution with true
     ones, candidates/wide with gold scores; `subset` is the regime.
     """

@@ -51,8 +51,8 @@ _yaml_folders: list[Path] = []
 
 def _existing(source: str) -> str:
     """The absolute path of a coefficients file; mergekit asks for it while it plans, before it writes."""
-    places = [folder / source for folder in _yaml_folders] + [Path(source)]
-    path = next((place for place in places if place.exists()), Path(source)).absolute()
+    candidates = [folder / source for folder in _yaml_folders] + [Path(source)]
+    path = next((path for path in candidates if path.exists()), Path(source)).absolute()
     _load(str(path))
     return str(path)
 
@@ -76,18 +76,18 @@ def average(
     than the model, or lack a block in which models differ.
     """
     _check_finite(group)
-    found = _load(coefficients)
+    fitted = _load(coefficients)
     assert group.base is not None
-    members = _in_order(found, group, expert.values_for(group.non_base))
-    blocks = _blocks(found, group.metadata.name or "")
+    members = _in_order(fitted, group, expert.values_for(group.non_base))
+    blocks = _blocks(fitted, group.metadata.name or "")
     if not blocks:
         return group.base.tensor
-    _check_layers(found, group.base.id, coefficients)
-    row = next((found.blocks.index(block) for block in blocks if block in found.blocks), None)
+    _check_layers(fitted, group.base.id, coefficients)
+    row = next((fitted.blocks.index(block) for block in blocks if block in fitted.blocks), None)
     if row is None:
         return _common(group, coefficients)
     return routing_normalized_average(
-        group.base.tensor, members, found.alpha_LN[row], float(found.shared_L[row])
+        group.base.tensor, members, fitted.alpha_LN[row], float(fitted.shared_L[row])
     )
 
 
@@ -198,6 +198,7 @@ def _mlp_pattern() -> re.Pattern[str]:
 def _load(source: str) -> Coefficients:
     path = Path(source)
     file = path / FILE if path.is_dir() else path
+    # mergekit asks once per tensor: the file is read once, and again only if it has changed.
     try:
         return _load_version(str(file), file.stat().st_mtime_ns)
     except OSError as error:
@@ -220,37 +221,38 @@ def _check_finite(group: TensorGroup) -> None:
         finite(entry.tensor, f"{group.metadata.name} of {entry.id}")
 
 
-def _in_order(found: Coefficients, group: TensorGroup, numbers: list[int]) -> list[torch.Tensor]:
+def _in_order(fitted: Coefficients, group: TensorGroup, numbers: list[int]) -> list[torch.Tensor]:
     """The members' tensors by number. The base is one of them if it has no weight of its own."""
     assert group.base is not None
     by_number = dict(zip(numbers, (entry.tensor for entry in group.non_base), strict=True))
-    missing = set(range(found.num_experts)) - by_number.keys()
-    if len(missing) == 1 and not bool(found.shared_L.any()):
+    missing = set(range(fitted.num_experts)) - by_number.keys()
+    # Without a shared weight the base would count for nothing: it is then the member whose number nobody has.
+    if len(missing) == 1 and not bool(fitted.shared_L.any()):
         by_number[missing.pop()] = group.base.tensor
         numbers = [*by_number]
-    if sorted(numbers) != list(range(found.num_experts)):
-        last = found.num_experts - 1
+    if sorted(numbers) != list(range(fitted.num_experts)):
+        last = fitted.num_experts - 1
         raise OptionError(
             "models and coefficients do not match",
             given=f"models with expert: {', '.join(map(str, numbers))}",
             expected=f"{last + 1} models besides the base, with expert: 0 to {last}, each once",
             fix="correct the parameter expert of each model, or give the coefficients of this merge",
         )
-    return [by_number[number] for number in range(found.num_experts)]
+    return [by_number[number] for number in range(fitted.num_experts)]
 
 
-def _blocks(found: Coefficients, name: str) -> tuple[str, ...]:
+def _blocks(fitted: Coefficients, name: str) -> tuple[str, ...]:
     """The blocks that the tensor `name` may belong to; none if these coefficients do not merge its kind."""
-    scope, in_head = found.meta.get("scope", "mlp"), name in found.meta.get("head", "").split(",")
+    scope, in_head = fitted.meta.get("scope", "mlp"), name in fitted.meta.get("head", "").split(",")
     if scope == "mlp" and mlp_layer(name) is None:
         return ()
     return () if in_head and scope != "all" else blocks_of(name, in_head)
 
 
-def _check_layers(found: Coefficients, base: Any, source: str) -> None:
+def _check_layers(fitted: Coefficients, base: Any, source: str) -> None:
     """Compare with the base model's number of layers, where mergekit tells which model it is."""
     count = _layer_count(base) if hasattr(base, "config") else None
-    last = max((layer_of(block) or 0 for block in found.blocks), default=0)
+    last = max((layer_of(block) or 0 for block in fitted.blocks), default=0)
     if count is not None and last >= count:
         raise CheckpointError(
             "coefficients do not belong to these models",

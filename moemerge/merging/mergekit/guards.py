@@ -68,12 +68,12 @@ def whole(output: Path) -> Iterator[Path]:
 
 
 def our_documents(file: Path, methods: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The documents of a YAML file that merge by `methods`; none if it cannot be read, as mergekit tells."""
+    """The documents of a YAML file that merge by `methods`; none if it cannot be read: mergekit says so."""
     try:
         documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    return [one for one in documents if isinstance(one, dict) and one.get("merge_method") in methods]
+    return [d for d in documents if isinstance(d, dict) and d.get("merge_method") in methods]
 
 
 def refuse_separators(document: Any, dicts_too: bool) -> None:
@@ -97,11 +97,11 @@ def refuse_separators(document: Any, dicts_too: bool) -> None:
 def _model_paths(value: Any, key: str = "", in_dict: bool = False) -> Iterator[tuple[str, bool]]:
     if isinstance(value, dict):
         nested = key in ("model", "base_model")
-        for name, one in value.items():
-            yield from _model_paths(one, str(name), in_dict or nested)
+        for name, item in value.items():
+            yield from _model_paths(item, str(name), in_dict or nested)
     elif isinstance(value, list):
-        for one in value:
-            yield from _model_paths(one)
+        for item in value:
+            yield from _model_paths(item)
     elif isinstance(value, str) and key in ("model", "base_model", "path"):
         yield value, key == "path"
 
@@ -142,7 +142,7 @@ def _plainly_local(config: Any) -> Any:
     """`config` with ./ before relative folders: mergekit's card asks the hub about runs/moe."""
     config = config.model_copy(deep=True)
     parts = [config, *(config.modules or {}).values()]
-    slices = [one for part in parts for one in part.slices or []]
+    slices = [s for part in parts for s in part.slices or []]
     members = [m for part in parts for m in part.models or []] + [m for s in slices for m in s.sources]
     for owner, field in [*((m, "model") for m in members), *((p, "base_model") for p in (config, *slices))]:
         reference = getattr(owner, field)

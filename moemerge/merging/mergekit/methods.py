@@ -56,15 +56,16 @@ class HostMethod:
     def merge(self, name: str, row: int | None, copies: Iterable[Tensor], has_shared: bool) -> Tensor:
         """The merge of `copies` (the shared one first, if there is one) of the dense tensor `name`.
 
-        `row` is that of its coefficients, if there are any.
-        Random methods draw from a generator seeded by the tensor's name, so the result repeats. Raises
-        OptionError for parameters or a number of members that the method does not take.
+        `row` is the row of its coefficients, if there are any. Random methods draw from a generator seeded by
+        the tensor's name, so the result repeats. Raises OptionError for parameters or a number of members
+        that the method does not take.
         """
         tensors = list(copies)
         ids: list[Hashable] = [SHARED] * has_shared + [*range(len(tensors) - has_shared)]
         group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0 if has_shared else None, name=name)
         parameters = {**self.parameters, **self._weights(row, ids)}
         try:
+            # Seeded by the name: the draw for a tensor depends on no other, whatever the order of merging.
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
                 (merged,) = self.method([group], parameters=parameters)

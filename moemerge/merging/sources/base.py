@@ -1,7 +1,7 @@
 """What can be merged: several copies of the same tensors, and everything that stands beside them.
 
-A source is a MoE on disk (moe_checkpoint) or a list of checkpoints (model_list). Fit, merge and export know
-no more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
+A source is a MoE on disk (moe.py, native_moe.py) or a list of checkpoints (models.py). Fit, merge and export
+know no more of it than this. Shapes: N weighted members (routed experts, or models), L blocks.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class MergeSource(ABC):
         """What members are called: the shared one first, if there is one, then the N others."""
 
     @abstractmethod
-    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
-        """The copy of `tensor`, in the dense layout, that number `place` in `member_names` has."""
+    def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
+        """The copy of `tensor`, in the dense layout, that number `member` in `member_names` has."""
 
     def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
         """All copies of `tensor`, in the order of `member_names`."""
-        return (self.matrix(tensor, place) for place in range(len(self.member_names)))
+        return (self.matrix(tensor, member) for member in range(len(self.member_names)))
 
     def stack(self, tensor: MergedTensor) -> Tensor | None:
         """The N members' copies in one mapped [N, ...] tensor, if they lie so on disk in the dense layout."""
@@ -113,8 +113,8 @@ class MergeSource(ABC):
         """All tensors of the merged model, in the order of its class."""
         from moemerge.models.families.dense import skeleton
 
-        found = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
-        return [name for name in skeleton(self.dense_config()).state_dict() if name in found]
+        own = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
+        return [name for name in skeleton(self.dense_config()).state_dict() if name in own]
 
     def size(self, dtype: torch.dtype, copies: int = 1) -> int:
         """Bytes of the merged model's tensors in `dtype`, with so many copies of those that are merged."""
@@ -142,28 +142,28 @@ class MergeSource(ABC):
     def blocks(self, per_matrix: bool = False) -> list[str]:
         """The blocks of all merged tensors, in order: a layer each, or a matrix with its bias each."""
         named = (blocks_of(tensor.dense, self.in_head(tensor.dense)) for tensor in self.tensors)
-        found = dict.fromkeys(names[0] if per_matrix else names[-1] for names in named)
-        return sorted(found, key=block_order)
+        blocks = dict.fromkeys(names[0] if per_matrix else names[-1] for names in named)
+        return sorted(blocks, key=block_order)
 
     def rows(self, blocks: Sequence[str]) -> dict[str, int]:
         """The row of each merged tensor, by its dense name, among coefficients of `blocks`.
 
         Raises CheckpointError if a tensor has none, or a block no tensor.
         """
-        place = {block: row for row, block in enumerate(blocks)}
+        row_of = {block: row for row, block in enumerate(blocks)}
+        # A tensor takes the finest of its blocks that there is: its module's row, else its layer's.
         named = {t.dense: blocks_of(t.dense, self.in_head(t.dense)) for t in self.tensors}
-        rows = {name: next((place[b] for b in found if b in place), None) for name, found in named.items()}
+        rows = {name: next((row_of[b] for b in own if b in row_of), None) for name, own in named.items()}
         lost = [name for name, row in rows.items() if row is None]
-        idle = [block for block, row in place.items() if row not in rows.values()]
+        idle = [block for block, row in row_of.items() if row not in rows.values()]
         if lost or idle:
-            given = (
-                f"no coefficients for {', '.join(lost[:3])}" if lost else f"{', '.join(idle[:3])}: no tensor"
-            )
+            without = f"no coefficients for {', '.join(lost[:3])}" if lost else ""
+            given = without or f"{', '.join(idle[:3])}: no tensor"
             raise foreign(given, f"coefficients of the blocks {shortened(self.blocks())}")
         return {name: row for name, row in rows.items() if row is not None}
 
     def average(self, matrices: Iterator[Tensor], alpha_N: Tensor | Sequence[float], shared: float) -> Tensor:
-        """Routing-normalised average of `matrices`, which come in the order of `matrices`."""
+        """The routing-normalised average of a tensor's copies, the shared member's first if there is one."""
         first = next(matrices) if self.has_shared else None
         return routing_normalized_average(first, matrices, alpha_N, shared)
 

@@ -128,17 +128,17 @@ class ModelList(MergeSource):
         head = [name for name in self.donor.names if name in self.head]
         return {"model": self.fingerprint, "scope": self.scope, "head": ",".join(head)}
 
-    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+    def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
         """One model's tensor, in the widest of their dtypes; embeddings in the common order of tokens."""
-        return self._own(tensor.dense, place).to(self.dtype)
+        return self._own(tensor.dense, member).to(self.dtype)
 
     def kept(self, name: str) -> Tensor:
         """The first model's tensor."""
         return self._own(name, 0)
 
-    def converted(self, place: int) -> bool:
-        """Whether model number `place` takes part as something else than the reward model on disk."""
-        return bool(self.models[place].lacks) or self.vocabulary is not None
+    def converted(self, member: int) -> bool:
+        """Whether this model takes part as something else than the reward model on disk."""
+        return bool(self.models[member].lacks) or self.vocabulary is not None
 
     def dense_config(self) -> PreTrainedConfig:
         """The first model's config; a pad token is named, the vocabulary is the common one."""
@@ -167,12 +167,14 @@ class ModelList(MergeSource):
         """Whether the tensor is the reward head's."""
         return name in self.head
 
-    def _own(self, name: str, place: int) -> Tensor:
+    def _own(self, name: str, member: int) -> Tensor:
+        """The tensor as one model has it, its embeddings in the common order."""
         if name == self.embeddings and self.vocabulary is not None:
-            return self.vocabulary.table(place, lambda number: self.models[number].tensor(name))
-        return self.models[place].tensor(name)
+            return self.vocabulary.table(member, lambda number: self.models[number].tensor(name))
+        return self.models[member].tensor(name)
 
     def _in_scope(self) -> list[str]:
+        # Buffers (such as positions) are no weights: they are kept, never averaged.
         parameters = {name for name, _ in skeleton(self.config).named_parameters(remove_duplicate=False)}
         names = [name for name in self.donor.names if name in parameters]
         if self.scope == "mlp":

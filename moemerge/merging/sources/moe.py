@@ -74,8 +74,8 @@ class MoeCheckpoint(ExpertSource):
 
     def names(self) -> list[str]:
         """All tensors of the merged model, in the order of its class."""
-        found = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
-        return [name for name in self.layout.dense if name in found]
+        own = {*self.backbone, *(tensor.dense for tensor in self.tensors)}
+        return [name for name in self.layout.dense if name in own]
 
     def write_config(self, target: Path, dtype: torch.dtype) -> None:
         """Put the merged model's config, with `dtype`, into `target`, as transformers writes it."""
@@ -83,12 +83,12 @@ class MoeCheckpoint(ExpertSource):
         text = json.dumps(values, indent=2, sort_keys=True)
         (target / "config.json").write_text(text + "\n", encoding="utf-8")
 
-    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+    def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
         """The copy that one expert has; the shared one, if there is one, is number 0."""
         assert isinstance(tensor, ExpertTensor)
-        if self.has_shared and place == 0:
+        if self.has_shared and member == 0:
             return self.weights.tensor(tensor.shared)
-        return self.weights.expert(tensor, place - self.has_shared)
+        return self.weights.expert(tensor, member - self.has_shared)
 
     def stack(self, tensor: MergedTensor) -> Tensor | None:
         """The routed experts' copies, a view of the file; None where they are stored transposed."""

@@ -74,8 +74,8 @@ class NativeMoe(ExpertSource):
         self.num_members = int(getattr(self.config, self.sibling.experts))
         self.has_shared = bool(self.sibling.shared) and self._shared_width == self._width
         dense, with_experts = self.dense_config(), set(layers_with_experts(self.config))
-        found = family_called(self.sibling.dense).expert_tensors(dense)
-        self.tensors: list[ExpertTensor] = [t for t in found if t.layer in with_experts]
+        mlps = family_called(self.sibling.dense).expert_tensors(dense)
+        self.tensors: list[ExpertTensor] = [t for t in mlps if t.layer in with_experts]
         merged = {tensor.dense for tensor in self.tensors}
         self._shapes = {name: tuple(value.shape) for name, value in skeleton(dense).state_dict().items()}
         self.backbone = [name for name in self._shapes if name not in merged]
@@ -96,14 +96,18 @@ class NativeMoe(ExpertSource):
         """dtype of the experts."""
         return self.dtype
 
-    def matrix(self, tensor: MergedTensor, place: int) -> Tensor:
+    def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
         """The copy that one expert has; the shared one, if it takes part, is number 0."""
         assert isinstance(tensor, ExpertTensor)
-        name = self._copies[tensor.dense][place]
-        stacked = name == tensor.stacked
-        found = self.weights.expert(tensor, place - self.has_shared) if stacked else self.weights.tensor(name)
+        name = self._copies[tensor.dense][member]
+        if name == tensor.stacked:
+            copy = self.weights.expert(tensor, member - self.has_shared)
+        else:
+            copy = self.weights.tensor(name)
+        # Where a token's weights sum to `total`, the sum of experts is that many times their average. The
+        # MLP's output is linear in down_proj, so it goes there.
         total = self.sibling.total or 1.0
-        return found * total if tensor.matrix == "down" and total != 1 else found
+        return copy * total if tensor.matrix == "down" and total != 1 else copy
 
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense sibling, a new object; every value of it is the MoE's, none a class default."""
@@ -156,6 +160,7 @@ class NativeMoe(ExpertSource):
         yield from ((name, self._shapes[name]) for name in self.backbone)
         for tensor in self.tensors:
             rows, columns = tensor.shape
+            # gate and up stand one above the other in one stack, so it is twice as high.
             stack = (self.num_members, rows if tensor.matrix == "down" else 2 * rows, columns)
             for name in dict.fromkeys(self._copies[tensor.dense]):
                 yield name, stack if name == tensor.stacked else tensor.shape

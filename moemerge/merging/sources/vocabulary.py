@@ -34,16 +34,17 @@ class Vocabulary:
         """Rows of the common table."""
         return len(self.rows_V[0])
 
-    def table(self, place: int, own: Callable[[int], Tensor]) -> Tensor:
-        """Model number `place`'s embeddings in the common order; `own(m)` is the table of model m.
+    def table(self, model: int, own: Callable[[int], Tensor]) -> Tensor:
+        """The embeddings of number `model` in the common order; `own(m)` is the table of model m.
 
         A token that it lacks gets the embedding of the first model that has it, so that an average of tables
         leaves that embedding as it is. Rows of no token come from the first model, or are zero.
         """
-        order = [place, *(m for m in range(len(self.rows_V)) if m != place)]
-        table = own(place)
+        order = [model, *(m for m in range(len(self.rows_V)) if m != model)]
+        table = own(model)
         common = table.new_zeros(self.size, table.shape[1])
         empty_V = torch.ones(self.size, dtype=torch.bool)
+        # The model's own rows first; each other one fills what is empty still.
         for m in order:
             take_V = empty_V & (self.rows_V[m] >= 0)
             if bool(take_V.any()):
@@ -78,7 +79,9 @@ def common_vocabulary(models: Sequence[ModelFolder], sizes: Sequence[int]) -> Vo
             token for token in sorted(tokens, key=vocabulary.__getitem__) if token not in vocabularies[0]
         )
         new |= {token: tokens[token] for token in wanted if token not in new}
-    common = vocabularies[0] | {token: len(tokenizers[0]) + place for place, token in enumerate(new)}
+    # New tokens get the ids that the first tokenizer gives when they are added to it: from its length on, in
+    # this order. The table may be higher than that, as tables are often padded.
+    common = vocabularies[0] | {token: len(tokenizers[0]) + index for index, token in enumerate(new)}
     height = max(sizes[0], max(common.values()) + 1)
     rows = [_rows(common, vocabularies[m], size, height) for m, size in enumerate(sizes)]
     rows[0] = _with_unnamed_rows(rows[0], set(common.values()), sizes[0])
@@ -86,6 +89,7 @@ def common_vocabulary(models: Sequence[ModelFolder], sizes: Sequence[int]) -> Vo
 
 
 def _rows(common: dict[str, int], own: dict[str, int], size: int, height: int) -> Tensor:
+    """For each row of the common table the row of the own one, of `size` rows; -1 for tokens it lacks."""
     rows_V = torch.full((height,), -1)
     for token, row in common.items():
         if own.get(token, size) < size:
@@ -103,6 +107,7 @@ def _with_unnamed_rows(rows_V: Tensor, named: set[int], size: int) -> Tensor:
 def _check_base(
     folders: Sequence[Path], vocabularies: list[dict[str, int]], added: list[dict[str, AddedToken]]
 ) -> None:
+    # Tokens that nobody added must have the same ids everywhere: they come from the models' common start.
     bases = [
         {token: row for token, row in vocabulary.items() if token not in tokens}
         for vocabulary, tokens in zip(vocabularies, added, strict=True)
