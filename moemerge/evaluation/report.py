@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from moemerge.artifacts.json_file import read_object
@@ -29,6 +28,9 @@ from moemerge.evaluation.results import (
     RewardBench,
 )
 from moemerge.reports.table import Interval
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 # Raised whenever something that is read again changes its name or meaning; versions before 2 wrote no number.
 FORMAT = 2
@@ -83,7 +85,6 @@ class Protocol(TypedDict):
     models: dict[str, ModelProtocol]
 
 
-@with_config(ConfigDict(extra="allow"))  # probes are an open set
 class Probes(TypedDict, total=False):
     """The results of the probes that were asked for and had data."""
 
@@ -98,6 +99,10 @@ class Probes(TypedDict, total=False):
     boilerplate: Edited
     irrelevance: Edited
     damage: Edited
+
+
+# Probes are an open set: the results of one that is not named here are kept as they are.
+Probes.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
 
 
 class Report(TypedDict):
@@ -156,6 +161,8 @@ def read_comparison(folder: str | Path) -> SeedComparison:
 
 
 def _read(folder: str | Path, stage: str) -> Any:
+    from pydantic import ValidationError
+
     path = Path(folder) / NAMES[stage]
     try:
         report = read_object(path)
@@ -177,6 +184,8 @@ def _read(folder: str | Path, stage: str) -> Any:
 
 @cache
 def _forms() -> dict[str, TypeAdapter[Any]]:
+    from pydantic import TypeAdapter
+
     return {"evaluate": TypeAdapter(Report), "compare": TypeAdapter(SeedComparison)}
 
 

@@ -16,7 +16,6 @@ import click
 
 from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, suggest
-from moemerge.evaluation.main_table import table
 from moemerge.reports.table import Table
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
@@ -88,6 +87,7 @@ def run_stage(stage: str, **values: Any) -> None:
 
 
 def _tell_evaluation(folder: Path) -> None:
+    from moemerge.evaluation.main_table import table
     from moemerge.evaluation.report import read_report
     from moemerge.evaluation.verdict import standing
 

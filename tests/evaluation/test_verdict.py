@@ -265,3 +265,10 @@ def test_a_report_of_this_version_is_read(tmp_path: Path) -> None:
     written = {"format": FORMAT, "confidence": 0.95, "groups": [], "plots": []}
     (tmp_path / "compare.json").write_text(json.dumps(written))
     assert read_comparison(tmp_path)["groups"] == [] and outdated(tmp_path, "compare") is None
+
+
+def test_results_of_a_probe_from_elsewhere_are_kept(tmp_path: Path) -> None:
+    mine = {"confidence": 0.9, "sets": {"x": [1, None]}}
+    report = {**REPORT, "probes": {**REPORT["probes"], "mine": mine}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_report(tmp_path)["probes"]["mine"] == mine
