@@ -63,6 +63,11 @@ def few(names: Iterable[object], most: int = 4) -> str:
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
     """The fault of a `name` that is none of the `known` ones of its kind, with a near name."""
     known = list(known)

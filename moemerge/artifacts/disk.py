@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from moemerge.errors import ArtifactError, MoemergeError
+from moemerge.errors import ArtifactError, MoemergeError, first_line
 
 THREADS = 8
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
@@ -29,9 +29,14 @@ REASONS = {
     errno.EEXIST: "a file is where a folder should be",
     errno.ENAMETOOLONG: "the name is too long",
 }
-TOLD_BY_OTHERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-# torch's writer has no number; what it says of a disk that fails otherwise is the same.
-TOLD_OF_A_FULL_DISK = ("PytorchStreamWriter failed", "No space left", "inline_container.cc", "iostream error")
+WRAPPED_BY_LIBRARIES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# torch's writer has no number, and says the same whatever is wrong with the disk.
+FULL_DISK_WORDS = (
+    "PytorchStreamWriter failed",
+    "No space left",
+    "inline_container.cc",
+    "iostream error",
+)
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF}
 
 
@@ -62,10 +67,13 @@ def flush_and_forget(path: Path) -> None:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new."""
+def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+    """Write `text` so that `path` holds either its old content or all of the new.
+
+    errors: what becomes of characters that UTF-8 cannot hold, as for open().
+    """
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
+    new.write_text(text, encoding="utf-8", errors=errors)
     flush(new)
     new.replace(path)
     flush(path.parent)
@@ -175,7 +183,10 @@ def in_words(size: int) -> str:
 def disk_faults(
     output: Path, folder: Path | None = None, needed: Callable[[], int | None] = lambda: None
 ) -> Iterator[None]:
-    """Tell in four parts what keeps `output` from being written; `folder` is its draft, if there is one."""
+    """An ArtifactError for what keeps `output` from being written; `folder` is its draft, if there is one.
+
+    needed: gives the bytes that the whole output takes, if that is known by then.
+    """
     try:
         yield
     except MoemergeError:
@@ -185,11 +196,12 @@ def disk_faults(
         if code is None:
             raise
         written = size_of(folder) if folder is not None and folder.is_dir() else 0
+        free = free_space(output)
         raise ArtifactError(
             f"{output} cannot be made: {REASONS[code]}",
-            given=f"{_line(error)}; {in_words(written)} written, {in_words(free_space(output))} left free",
+            given=f"{first_line(error)}; {in_words(written)} written, {in_words(free)} left free",
             expected=_expected(code, output, written, needed()),
-            fix="mend that or choose another output, then run the same command again; nothing was left "
+            fix="correct that, or choose another output, then run the same command again; nothing was left "
             "that looks complete",
         ) from error
 
@@ -204,22 +216,18 @@ def _errno(error: BaseException) -> int | None:
     """The system's error behind `error`: its own, or one that a library wrapped or put into words."""
     if isinstance(error, OSError) and error.errno in REASONS:
         return error.errno
-    found: BaseException | None = error
-    while found is not None:
-        code = found.errno if isinstance(found, OSError) else _told(str(found))
-        if code in TOLD_BY_OTHERS:
+    cause: BaseException | None = error
+    while cause is not None:
+        code = cause.errno if isinstance(cause, OSError) else _errno_in_words(str(cause))
+        if code in WRAPPED_BY_LIBRARIES:
             return code
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _told(text: str) -> int | None:
-    """safetensors tells the number; torch tells only that its writer failed."""
+def _errno_in_words(text: str) -> int | None:
+    """The number in a message of safetensors; torch's writer only says that it failed."""
     number = re.search(r"\(os error (\d+)\)", text)
     if number:
         return int(number.group(1))
-    return errno.ENOSPC if any(one in text for one in TOLD_OF_A_FULL_DISK) else None
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return errno.ENOSPC if any(words in text for words in FULL_DISK_WORDS) else None

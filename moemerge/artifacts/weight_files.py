@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from moemerge.errors import first_line
+
 WEIGHTS, INDEX_END = ".safetensors", ".safetensors.index.json"
 SHOWN = 3
 
@@ -39,7 +41,7 @@ def _header_faults(path: Path, name: str) -> Iterator[Fault]:
     try:
         tensor_names(path)
     except (SafetensorError, OSError) as error:
-        yield Fault(name, "cannot be read", "a whole safetensors file", _line(error))
+        yield Fault(name, "cannot be read", "a whole safetensors file", first_line(error))
 
 
 def tensor_names(path: Path) -> set[str]:
@@ -53,7 +55,7 @@ def _index_faults(path: Path, name: str) -> Iterator[Fault]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(tensor): str(file) for tensor, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        yield Fault(name, "cannot be read", "an index with a weight_map", _line(error))
+        yield Fault(name, "cannot be read", "an index with a weight_map", first_line(error))
         return
     for file in sorted(set(files.values())):
         wanted = {tensor for tensor in files if files[tensor] == file}
@@ -67,14 +69,10 @@ def _shard_faults(folder: Path, file: str, wanted: set[str], index: str) -> Iter
     try:
         held = tensor_names(folder / file)
     except (SafetensorError, OSError):
-        return  # told of the file itself
+        return  # a fault of the shard, which is reported under its own name
     if held != wanted:
         given = ", ".join(sorted(held ^ wanted)[:SHOWN])
         yield Fault(index, "disagrees with its shards", f"the tensors of {file}", f"not in both: {given}")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def order_metadata(path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.environment import package_version
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure
@@ -71,7 +72,8 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     page = environment.get_template(TEMPLATE).render(
         title=title, sections=sections, version=package_version(), images=lambda f: list(_images(f))
     )
-    return _replace(path, page)
+    write_whole(path, page, errors="replace")
+    return path
 
 
 def write_markdown(path: Path, title: str, sections: Sequence[Section]) -> Path:
@@ -84,14 +86,8 @@ def write_markdown(path: Path, title: str, sections: Sequence[Section]) -> Path:
         parts += [table.markdown() for table in section.tables]
         parts += [_markdown_figure(figure, path.parent) for figure in section.figures]
         parts += [table.markdown() for table in section.folded]
-    return _replace(path, "\n".join(parts))
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write all of the file, or nothing."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8", errors="replace")
-    return draft.replace(path)
+    write_whole(path, "\n".join(parts), errors="replace")
+    return path
 
 
 def _markdown_figure(figure: Figure, folder: Path) -> str:

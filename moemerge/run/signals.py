@@ -33,50 +33,71 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if _is_within(frame, ignored.__code__):  # raised there it would be lost
-            send_again(number)
-            return
-        _listen(before, signal.SIG_DFL)
-        struck.append(number)
-        raise Stopped(number)
-
-    def ignored(what: sys.UnraisableHookArgs) -> None:
-        if not isinstance(what.exc_value, Stopped):
-            hook(what)
-            return
-        _listen(before, stop)
-        send_again(what.exc_value.number)
-
-    def send_again(number: int) -> None:
-        if not waiting:
-            waiting.append(number)
-            _thread.start_new_thread(send_soon, (len(struck),))  # takes no lock, unlike threading
-
-    def send_soon(count: int) -> None:
-        time.sleep(SOON)
-        number = waiting.pop()
-        if len(struck) == count:
-            os.kill(os.getpid(), number)
-
-    waiting: list[int] = []
-    struck: list[int] = []
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    hook = sys.unraisablehook
+    listener = _Listener()
     try:
-        sys.unraisablehook = ignored
-        _listen(before, stop)
+        listener.start()
         yield
     except Exception as error:
-        if struck:
-            raise Stopped(struck[0]) from error
+        if listener.received:
+            raise Stopped(listener.received[0]) from error
         raise
     finally:
-        sys.unraisablehook = hook
-        struck.append(0)  # what is still to be sent again, is not
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        listener.end()
+
+
+class _Listener:
+    """Handles SIGINT and SIGTERM from start to end, and a Stopped that Python cannot raise and ignores.
+
+    received: numbers of the signals that raised Stopped; to_send: the one that is to be sent again, if any.
+    Both are lists because their methods are atomic: a signal may come between any two lines here.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.to_send: list[int] = []
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.hook = sys.unraisablehook
+
+    def start(self) -> None:
+        sys.unraisablehook = self.ignored
+        _listen(self.handlers, self.stop)
+
+    def end(self) -> None:
+        """Put everything back as it was."""
+        sys.unraisablehook = self.hook
+        self.received.append(0)  # so that what is still to be sent again, is not
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        if _is_within(frame, _Listener.ignored.__code__):  # an exception raised there would be lost
+            self.send_again(number)
+            return
+        _listen(self.handlers, signal.SIG_DFL)
+        self.received.append(number)
+        raise Stopped(number)
+
+    def ignored(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Called by Python with each exception that it ignores."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            self.hook(unraisable)
+            return
+        _listen(self.handlers, self.stop)
+        self.send_again(unraisable.exc_value.number)
+
+    def send_again(self, number: int) -> None:
+        if not self.to_send:
+            self.to_send.append(number)
+            _thread.start_new_thread(
+                self._send_soon, (len(self.received),)
+            )  # takes no lock, unlike threading
+
+    def _send_soon(self, count: int) -> None:
+        """Send the signal unless another was received meanwhile, or the end came."""
+        time.sleep(SOON)
+        number = self.to_send.pop()
+        if len(self.received) == count:
+            os.kill(os.getpid(), number)
 
 
 def _is_within(frame: FrameType | None, code: CodeType) -> bool:
@@ -87,5 +108,5 @@ def _is_within(frame: FrameType | None, code: CodeType) -> bool:
 
 
 def _listen(signals: Iterable[int], handler: Any) -> None:
-    for one in signals:
-        signal.signal(one, handler)
+    for number in signals:
+        signal.signal(number, handler)
