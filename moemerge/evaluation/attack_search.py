@@ -58,18 +58,18 @@ class Search:
 
     def proposals(self, edits: Mapping[str, Edit], count: int) -> list[Variant]:
         """New answers, `count` tries from each of the beam, without scores."""
-        found = []
+        variants = []
         for variant in self.beam:
             for name in self._names(list(edits), count):
                 text = apply(edits[name], self.pair.prompt, variant.text, "", self.random)
                 if text is not None and self._is_new(text) and self.keeps_class(text):
-                    found.append(Variant(text, np.nan, (*variant.edits, name)))
-        return found
+                    variants.append(Variant(text, np.nan, (*variant.edits, name)))
+        return variants
 
     def _names(self, names: list[str], count: int) -> list[str]:
         """`count` names in random order, each about as often as any other."""
         rounds = (self.random.sample(names, len(names)) for _ in range(-(-count // len(names))))
-        return [name for one in rounds for name in one][:count]
+        return [name for names in rounds for name in names][:count]
 
     def _is_new(self, text: Text) -> bool:
         key = last_message(text)
@@ -112,15 +112,16 @@ def search(
         )
         for pair, (goal, start) in zip(pairs, scores_P2.tolist(), strict=True)
     ]
-    for one in searches:
-        one.seen.add(last_message(one.pair.rejected))
+    for attempt in searches:
+        attempt.seen.add(last_message(attempt.pair.rejected))
     for _ in tqdm(range(settings.steps), desc="attack", unit="step", leave=False, disable=None):
-        asked = [(one, one.proposals(edits, settings.proposals)) for one in searches if not one.succeeded]
-        items = [(one.pair.prompt, variant.text) for one, variants in asked for variant in variants]
+        going_on = [attempt for attempt in searches if not attempt.succeeded]
+        asked = [(attempt, attempt.proposals(edits, settings.proposals)) for attempt in going_on]
+        items = [(attempt.pair.prompt, variant.text) for attempt, variants in asked for variant in variants]
         if not items:
             break
         values = iter(scorer(items).tolist())
-        for one, variants in asked:
+        for attempt, variants in asked:
             scored = [Variant(variant.text, next(values), variant.edits) for variant in variants]
-            one.take(scored, settings.beam)
+            attempt.take(scored, settings.beam)
     return searches

@@ -53,8 +53,10 @@ def load_gold(
 
 def regrade(sets: Sequence[CandidateSet], gold: Reward) -> list[CandidateSet]:
     """The sets with the scores that `gold` gives their texts."""
-    scores = iter(gold([(one.prompt, text) for one in sets for text in one.texts]).tolist())
-    return [replace(one, gold=[next(scores) for _ in one.texts]) for one in sets]
+    scores = iter(
+        gold([(candidates.prompt, text) for candidates in sets for text in candidates.texts]).tolist()
+    )
+    return [replace(candidates, gold=[next(scores) for _ in candidates.texts]) for candidates in sets]
 
 
 def model_reward(source: ModelFolder | str, device: torch.device, max_length: int) -> Reward:
@@ -101,14 +103,14 @@ def function_reward(named: str | Callable[[Text, Text], float]) -> Reward:
 
 def _call(function: Callable[[Text, Text], float], prompt: Text, answer: Text) -> float:
     try:
-        found = float(function(prompt, answer))
+        value = float(function(prompt, answer))
     except MoemergeError:
         raise
     except Exception as error:
         raise _useless(f"{type(error).__name__}: {error}", answer) from error
-    if not math.isfinite(found):
-        raise _useless(str(found), answer)
-    return found
+    if not math.isfinite(value):
+        raise _useless(str(value), answer)
+    return value
 
 
 def _useless(given: str, answer: Text) -> DataError:
@@ -116,7 +118,7 @@ def _useless(given: str, answer: Text) -> DataError:
         "the gold function gives no score",
         given=f"{given[:300]}, for the answer {str(answer)[:100]!r}",
         expected="a finite number for every prompt and answer of the data",
-        fix="mend the function",
+        fix="correct the function",
     )
 
 
@@ -132,7 +134,9 @@ def load_function(named: str) -> Callable[..., Any]:
         module = _open(Path(home)) if home.endswith(".py") else importlib.import_module(MOVED.get(home, home))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        raise _no_function(named, reason, "correct the name of the file or module, or mend it") from error
+        raise _no_function(
+            named, reason, "correct the name of the file or module, or what it holds"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -316,12 +316,12 @@ def _host_method(manifest: Manifest) -> str | None:
 
 def _coefficients(manifest: Manifest) -> list[str]:
     """The coefficients that a model was merged with, block by block."""
-    found = manifest["results"].get("table") if _host_method(manifest) is None else None
-    if not found:
+    table = manifest["results"].get("table") if _host_method(manifest) is None else None
+    if not table:
         return []
     member = "model" if manifest["options"].get("models") else "expert"
-    header = ["block", "shared", *(f"{member} {i}" for i in range(len(found[0][2])))]
-    rows = [[str(block), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for block, shared, alpha_N in found]
+    header = ["block", "shared", *(f"{member} {i}" for i in range(len(table[0][2])))]
+    rows = [[str(block), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for block, shared, alpha_N in table]
     what = "merged tensor of the block" if member == "model" else "matrix of the layer's MLP"
     note = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i, for every {what}."
     return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moemerge.data.rows import Row
-from moemerge.reports.table import Table, percent
+from moemerge.reports.table import Table, ends, percent, with_interval
 
 MEASURED = ("gold", "proxy", "kl")
 COSTS = ("peak_step", "peak_kl", "drop", "alpha", "beta")
@@ -42,7 +42,7 @@ def _words(name: str) -> str:
 
 
 def _cell(curves: Row, name: str, place: int | None = None) -> str:
-    found = [curves[name + end] for end in ("", "_low", "_high")]
-    value, low, high = found if place is None else (one[place] for one in found)
-    form = ".0f" if name.startswith("peak_step") else ".3f"
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+    """A number and its interval; of a curve those at its point number `place`."""
+    numbers = ends(curves, name)
+    value, low, high = numbers if place is None else (curve[place] for curve in numbers)
+    return with_interval(value, (low, high), ".0f" if name.startswith("peak_step") else ".3f")

@@ -20,7 +20,7 @@ from moemerge.reports.table import Table
 Number = float | None  # None stands for a value that there is not
 SUFFIX = ".plot.json"
 MOST_TOLD = 12
-ROUNDING = 1e-12  # smaller values are told as 0
+ROUNDING = 1e-12  # smaller values are shown as 0
 
 
 @dataclass(frozen=True)
@@ -215,24 +215,24 @@ def _panel_words(panel: Panel) -> str:
     span = f" from {_text(min(places))} to {_text(max(places))}" if places else ""
     name = panel.title or panel.y_label
     what = name if panel.y_label.lower() in name.lower() else f"{name}: {panel.y_label}"
-    told = [_line_words(name, _points(line)) for name, line in panel.lines.items()]
-    return f"{what} against {panel.x_label}{span}: {_listed(told)}."
+    lines = [_line_words(name, _points(line)) for name, line in panel.lines.items()]
+    return f"{what} against {panel.x_label}{span}: {_listed(lines)}."
 
 
 def _line_words(name: str, points: Sequence[tuple[float, float]]) -> str:
     if not points:
         return f"{name} has no values"
-    points = [(x, float(_text(y))) for x, y in points]  # what differs less than is told is equal
+    points = [(x, float(_text(y))) for x, y in points]  # what differs by less than is shown is equal
     first, last = points[0][1], points[-1][1]
     peak, dip = max(points, key=lambda point: point[1]), min(points, key=lambda point: point[1])
-    found = f"{name} stays at {_text(first)}"
+    words = f"{name} stays at {_text(first)}"
     if peak[1] > dip[1]:
-        found = f"{name} goes from {_text(first)} to {_text(last)}"
+        words = f"{name} goes from {_text(first)} to {_text(last)}"
     if peak[1] > max(first, last):
-        found += f", highest {_text(peak[1])} at {_text(peak[0])}"
+        words += f", highest {_text(peak[1])} at {_text(peak[0])}"
     if dip[1] < min(first, last):
-        found += f", lowest {_text(dip[1])} at {_text(dip[0])}"
-    return found
+        words += f", lowest {_text(dip[1])} at {_text(dip[0])}"
+    return words
 
 
 def _panel_table(panel: Panel) -> Table:
@@ -243,8 +243,8 @@ def _panel_table(panel: Panel) -> Table:
 
 
 def _cells(line: Line) -> Iterator[tuple[float, str]]:
-    for place, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
+    for number, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
         if x is not None and line.low is not None and line.high is not None:
-            yield x, _interval(y, line.low[place], line.high[place])
+            yield x, _interval(y, line.low[number], line.high[number])
         elif x is not None:
             yield x, _text(y)

@@ -92,8 +92,8 @@ def write_markdown(path: Path, title: str, sections: Sequence[Section]) -> Path:
 
 def _markdown_figure(figure: Figure, folder: Path) -> str:
     alt = inert_markdown(" ".join(figure.alt.split())).replace("[", "\\[").replace("]", "\\]")
-    place = Path(os.path.relpath(figure.file, folder)).as_posix()
-    return f"![{alt}](<{place}>)\n" if " " in place else f"![{alt}]({place})\n"
+    address = Path(os.path.relpath(figure.file, folder)).as_posix()
+    return f"![{alt}](<{address}>)\n" if " " in address else f"![{alt}]({address})\n"
 
 
 def _images(figure: Figure) -> Iterator[Image]:

@@ -71,14 +71,14 @@ def attack(options: Attack, draft: Draft) -> None:
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
     pairs = [one.pair for one, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
     scorer = _scorer(model, tokenizer, options)
-    found = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
+    attempts = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
     report = {
         "pairs": len(encoded),
         "judged_wrongly_before": int((~right_P).sum()),
         "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
-        **summary(found, float(scores_P2.std()) or 1.0, options, options.seed),
+        **summary(attempts, float(scores_P2.std()) or 1.0, options, options.seed),
     }
-    _write(draft, found, report | {"rows": rows.summary()}, options.confidence)
+    _write(draft, attempts, report | {"rows": rows.summary()}, options.confidence)
 
 
 def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
@@ -90,11 +90,11 @@ def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport
 
 def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:
     def scores(items: Sequence[Item]) -> Floats:
-        found = dict(enumerate(encode_all(tokenizer, items)))
+        encoded = dict(enumerate(encode_all(tokenizer, items)))
         usable = {
-            place: one
-            for place, one in found.items()
-            if not isinstance(one, BadRow) and len(one.ids) <= options.max_length
+            number: text
+            for number, text in encoded.items()
+            if not isinstance(text, BadRow) and len(text.ids) <= options.max_length
         }
         values = np.full(len(items), np.nan)
         values[list(usable)] = score(model, tokenizer, list(usable.values()), options.batch_tokens).numpy()
@@ -112,32 +112,34 @@ def _nothing_to_attack(pairs: int, right: int, agreed: int) -> DataError:
     )
 
 
-def summary(found: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
+def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
     """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its price.
 
     `by_queries`: share of pairs on which so many scores at most were enough. `edits`: in how many of the
     successes each took part. `worst`: the largest leads over the chosen answer, divided by `spread`.
     """
-    hits = [one for one in found if one.succeeded]
-    queries_P = np.array([one.queries for one in found])
+    hits = [attempt for attempt in attempts if attempt.succeeded]
+    queries_P = np.array([attempt.queries for attempt in attempts])
     grid_G = np.unique(np.linspace(1, max(queries_P.max(), 1), 25).round()).astype(int)
-    success_PG = np.array([[one.succeeded and one.queries <= most for most in grid_G] for one in found])
-    sums = cluster_sums(success_PG.astype(np.float64), _clusters(found))
+    success_PG = np.array(
+        [[attempt.succeeded and attempt.queries <= most for most in grid_G] for attempt in attempts]
+    )
+    sums = cluster_sums(success_PG.astype(np.float64), _clusters(attempts))
     draws_RG = bootstrap_means(sums, settings.resamples, seed)
     low_G, high_G = percentile_interval(draws_RG, settings.confidence)
-    repeated = len(sums) < len(found)
+    repeated = len(sums) < len(attempts)
     interval = (float(low_G[-1]), float(high_G[-1])) if repeated else None
     return {
-        "attacked": len(found),
+        "attacked": len(attempts),
         "prompts": len(sums),
         "succeeded": len(hits),
-        "success_rate": len(hits) / len(found),
-        "interval": interval or wilson(len(hits), len(found), settings.confidence),
+        "success_rate": len(hits) / len(attempts),
+        "interval": interval or wilson(len(hits), len(attempts), settings.confidence),
         "interval_kind": "bootstrap over prompts" if repeated else "wilson",
         "queries": {
             "total": int(queries_P.sum()),
             "per_pair": float(queries_P.mean()),
-            "median_of_successes": float(np.median([one.queries for one in hits])) if hits else None,
+            "median_of_successes": float(np.median([attempt.queries for attempt in hits])) if hits else None,
         },
         "by_queries": {
             "queries": grid_G.tolist(),
@@ -145,35 +147,38 @@ def summary(found: Sequence[Search], spread: float, settings: AttackSettings, se
             "low": low_G.tolist(),
             "high": high_G.tolist(),
         },
-        "edits": dict(Counter(name for one in hits for name in sorted(set(one.best.edits))).most_common()),
+        "edits": dict(
+            Counter(name for attempt in hits for name in sorted(set(attempt.best.edits))).most_common()
+        ),
         "worst": [
-            _case(one, spread) for one in sorted(hits, key=lambda one: one.goal - one.best.score)[:SHOWN]
+            _case(attempt, spread)
+            for attempt in sorted(hits, key=lambda attempt: attempt.goal - attempt.best.score)[:SHOWN]
         ],
     }
 
 
-def _clusters(found: Sequence[Search]) -> Any:
-    keys = [prompt_key(one.pair) for one in found]
+def _clusters(attempts: Sequence[Search]) -> Any:
+    keys = [prompt_key(attempt.pair) for attempt in attempts]
     return np.unique(keys, return_inverse=True)[1]
 
 
-def _case(one: Search, spread: float) -> dict[str, Any]:
-    text, before = last_message(one.best.text), last_message(one.pair.rejected)
+def _case(attempt: Search, spread: float) -> dict[str, Any]:
+    text, before = last_message(attempt.best.text), last_message(attempt.pair.rejected)
     change = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
     return {
-        "row": one.pair.row,
-        "lead": (one.best.score - one.goal) / spread,
-        "edits": list(one.best.edits),
-        "prompt": excerpt(last_message(one.pair.prompt), -1),
-        "chosen": excerpt(last_message(one.pair.chosen)),
+        "row": attempt.pair.row,
+        "lead": (attempt.best.score - attempt.goal) / spread,
+        "edits": list(attempt.best.edits),
+        "prompt": excerpt(last_message(attempt.pair.prompt), -1),
+        "chosen": excerpt(last_message(attempt.pair.chosen)),
         "rejected": excerpt(before, change),
         "edited": excerpt(text, change),
     }
 
 
-def _write(draft: Draft, found: Sequence[Search], report: dict[str, Any], confidence: float) -> None:
-    write_rows(draft.folder / "attacks.jsonl.gz", (_row(one) for one in found))
-    patch = [_patch(one) for one in found if one.succeeded]
+def _write(draft: Draft, attempts: Sequence[Search], report: dict[str, Any], confidence: float) -> None:
+    write_rows(draft.folder / "attacks.jsonl.gz", (_row(attempt) for attempt in attempts))
+    patch = [_patch(attempt) for attempt in attempts if attempt.succeeded]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patch)
     (draft.folder / "patch.jsonl").write_text(lines, encoding="utf-8")
     write_json(draft.folder / "report.json", report)
@@ -186,21 +191,21 @@ def _write(draft: Draft, found: Sequence[Search], report: dict[str, Any], confid
     plotting.lines(
         {"success": line}, draft.folder / "attack.png", title, "scores asked for, per pair", "success"
     )
-    told = ("attacked", "succeeded", "success_rate", "interval", "queries", "rows")
-    draft.results |= {key: report[key] for key in told}
+    reported = ("attacked", "succeeded", "success_rate", "interval", "queries", "rows")
+    draft.results |= {key: report[key] for key in reported}
     if not patch:
         log.warning("no attack succeeded: patch.jsonl is empty")
 
 
-def _row(one: Search) -> dict[str, Any]:
-    outcome = {"edited": one.best.text, "edits": list(one.best.edits), "succeeded": one.succeeded}
-    scores = {"score_chosen": one.goal, "score_edited": one.best.score, "queries": one.queries}
-    return {**one.pair.plain(), "row": one.pair.row, **outcome, **scores}
+def _row(attempt: Search) -> dict[str, Any]:
+    outcome = {"edited": attempt.best.text, "edits": list(attempt.best.edits), "succeeded": attempt.succeeded}
+    scores = {"score_chosen": attempt.goal, "score_edited": attempt.best.score, "queries": attempt.queries}
+    return {**attempt.pair.plain(), "row": attempt.pair.row, **outcome, **scores}
 
 
-def _patch(one: Search) -> dict[str, Any]:
+def _patch(attempt: Search) -> dict[str, Any]:
     """The pair with the edited answer as the rejected one; its margin was for another answer."""
-    row = {**one.pair.plain(), "rejected": one.best.text}
+    row = {**attempt.pair.plain(), "rejected": attempt.best.text}
     row.pop("margin", None)
     return row
 
@@ -222,20 +227,20 @@ def tables(report: dict[str, Any], confidence: float) -> list[Table]:
     }
     note = f"{percent(confidence)} interval: {report['interval_kind']}. Success: the edited rejected answer "
     note += "scores above the chosen one, though it is still the worse answer."
-    found = [
+    shown = [
         Table("Attack success", ["", "value"], [[name, str(value)] for name, value in facts.items()], note)
     ]
     if report["worst"]:
         edits = [[name, str(count)] for name, count in report["edits"].items()]
-        found += [Table("Edits in successes", ["edit", "successes"], edits), _worst(report["worst"])]
-    return found
+        shown += [Table("Edits in successes", ["edit", "successes"], edits), _worst(report["worst"])]
+    return shown
 
 
 def _worst(cases: Sequence[dict[str, Any]]) -> Table:
     texts = ("prompt", "chosen", "rejected", "edited")
     rows = [
-        [str(one["row"]), f"{one['lead']:+.2f}", ", ".join(one["edits"]), *(one[name] for name in texts)]
-        for one in cases
+        [str(case["row"]), f"{case['lead']:+.2f}", ", ".join(case["edits"]), *(case[name] for name in texts)]
+        for case in cases
     ]
     note = "Lead: score of the edited answer minus that of the chosen one, in standard deviations of scores."
     return Table("Worst cases", ["row", "lead (SD)", "edits", *texts], rows, note)

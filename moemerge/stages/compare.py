@@ -76,7 +76,7 @@ def compare(options: Compare, draft: Draft) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One evaluation: measures hold a value per model, costs what evaluate told of each model.
+    """One evaluation: measures hold a value per model, costs what evaluate reported of each model.
 
     last_n: where a measure is of a curve's end, the n there.
     """
@@ -136,9 +136,9 @@ def _measures(
     main: Mapping[str, Any], models: set[str], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Values, int]]:
     """Measures: names, value per model (where `main` maps models to numbers), and the n there, or 0."""
-    found = {model: float(value) for model, value in main.items() if model in models and _is_number(value)}
-    if found:
-        yield " ".join(path).replace("_", " ", path[0].count("_")), found, int(main.get("n", 0))
+    values = {model: float(value) for model, value in main.items() if model in models and _is_number(value)}
+    if values:
+        yield " ".join(path).replace("_", " ", path[0].count("_")), values, int(main.get("n", 0))
         return
     for name, part in main.items():
         if isinstance(part, dict):
@@ -158,10 +158,10 @@ def _cost(facts: Mapping[str, Any]) -> Values:
 
 def _groups(runs: Iterator[_Run]) -> list[tuple[str, list[_Run]]]:
     """Runs of equal recipes, by seed, each group under a title that says what is this recipe's own."""
-    found: dict[str, list[_Run]] = {}
+    by_recipe: dict[str, list[_Run]] = {}
     for run in runs:
-        found.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
-    groups = [sorted(group, key=lambda run: run.seed) for group in found.values()]
+        by_recipe.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
+    groups = [sorted(group, key=lambda run: run.seed) for group in by_recipe.values()]
     for group in groups:
         _check_group(group)
     return list(zip(_titles([group[0].recipe for group in groups]), groups, strict=True))
@@ -221,16 +221,16 @@ def _compare_group(title: str, runs: Sequence[_Run], options: Compare) -> SeedGr
 
 def _last_n(what: str, runs: Sequence[_Run]) -> str:
     """Where curves end; seeds may have candidates of their own, and more or fewer of them."""
-    found = sorted({run.last_n[what] for run in runs if what in run.last_n})
-    return (f" at n={found[0]}" + f" to {found[-1]}" * (len(found) > 1)) if found else ""
+    last = sorted({run.last_n[what] for run in runs if what in run.last_n})
+    return (f" at n={last[0]}" + f" to {last[-1]}" * (len(last) > 1)) if last else ""
 
 
 def _baseline(runs: Sequence[_Run], wanted: str | None) -> str:
     models = runs[0].costs
-    found = wanted or ("control" if "control" in models else runs[0].baseline)
-    if found not in models:
-        raise unknown("baseline", found, models)
-    return found
+    baseline = wanted or ("control" if "control" in models else runs[0].baseline)
+    if baseline not in models:
+        raise unknown("baseline", baseline, models)
+    return baseline
 
 
 def _mean_cost(costs: Sequence[Values]) -> Values:
@@ -301,9 +301,9 @@ def _cells(measured: Mapping[str, SeedNumbers], model: str, baseline: str) -> li
     return [f"{numbers['mean']:.4f}", f"{numbers['difference']:+.4f}{interval}"]
 
 
-def _plot_differences(group: SeedGroup, place: int, folder: Path) -> list[str]:
+def _plot_differences(group: SeedGroup, number: int, folder: Path) -> list[str]:
     """compare.png (compare-2.png, ...): difference to the baseline and its interval, a panel per measure."""
-    baseline, name = group["baseline"], "compare.png" if place == 1 else f"compare-{place}.png"
+    baseline, name = group["baseline"], "compare.png" if number == 1 else f"compare-{number}.png"
     panels = {
         what: {m: (0.0, 0.0, 0.0) if m == baseline else _ends(numbers) for m, numbers in measured.items()}
         for what, measured in group["measures"].items()
@@ -315,7 +315,7 @@ def _plot_differences(group: SeedGroup, place: int, folder: Path) -> list[str]:
     return [name]
 
 
-def _plot_costs(group: SeedGroup, place: int, folder: Path) -> list[str]:
+def _plot_costs(group: SeedGroup, number: int, folder: Path) -> list[str]:
     """cost.png (cost-2.png, ...): a measure's mean against FLOPs per token, a panel per measure."""
     flops = {
         model: costs["flops_per_token"]
@@ -325,7 +325,7 @@ def _plot_costs(group: SeedGroup, place: int, folder: Path) -> list[str]:
     panels = [
         Panel(
             what,
-            {m: Line([flops[m]], [found["mean"]]) for m, found in measured.items() if m in flops},
+            {m: Line([flops[m]], [numbers["mean"]]) for m, numbers in measured.items() if m in flops},
             "FLOPs per token",
             what,
         )
@@ -333,7 +333,7 @@ def _plot_costs(group: SeedGroup, place: int, folder: Path) -> list[str]:
     ]
     if not flops or not panels:
         return []
-    name = "cost.png" if place == 1 else f"cost-{place}.png"
+    name = "cost.png" if number == 1 else f"cost-{number}.png"
     plotting.panels(panels, folder / name, group["title"])
     return [name]
 

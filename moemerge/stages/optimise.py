@@ -117,12 +117,12 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     policy, tokenizer = load_policy(start, device, torch.float32)
     reference, _ = load_policy(start, device, torch.float32)
     proxy = gold.model_reward(ModelFolder(options.models[name], trust), device, options.max_length)
-    prompts, told = _prompts(options, tokenizer)
+    prompts, rows = _prompts(options, tokenizer)
     held = min(options.measure_prompts, len(prompts) // 2)
     meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, gold_reward, [])
     meter.measure(0)
     optimise_policy(options, policy, tokenizer, prompts[held:], proxy, meter.measure, folder)
-    return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": told}
+    return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": rows}
 
 
 def _prompts(options: Optimise, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Text], RowSummary]:
@@ -145,7 +145,7 @@ def _report(options: Optimise, runs: dict[str, Row]) -> dict[str, Any]:
     models, first = list(runs), next(iter(runs.values()))
     steps = sorted({row["step"] for row in first["rows"]})
     values_3QMV = np.stack([_by_prompt(run["rows"], steps) for run in runs.values()], axis=2)
-    found_3MRV = resampled_curves(values_3QMV, options.resamples, options.seed)
+    means_3MRV = resampled_curves(values_3QMV, options.resamples, options.seed)
     baseline = models.index(options.baseline or models[0])
     return {
         "confidence": options.confidence,
@@ -155,8 +155,8 @@ def _report(options: Optimise, runs: dict[str, Row]) -> dict[str, Any]:
         "steps": steps,
         "baseline": models[baseline],
         "models": {
-            name: _summary(found_3MRV[:, place], found_3MRV[:, baseline], steps, options.confidence)
-            for place, name in enumerate(models)
+            name: _summary(means_3MRV[:, number], means_3MRV[:, baseline], steps, options.confidence)
+            for number, name in enumerate(models)
         },
     }
 
@@ -173,19 +173,19 @@ def _by_prompt(rows: Sequence[Row], steps: Sequence[int]) -> Floats:
     return means_3QV
 
 
-def _summary(found_3RV: Floats, baseline_3RV: Floats, steps: Sequence[int], confidence: float) -> Row:
-    curves = dict(zip(MEASURED, found_3RV, strict=True))
-    numbers, theirs = (_numbers(values_3RV, steps) for values_3RV in (found_3RV, baseline_3RV))
-    if found_3RV is not baseline_3RV and not np.array_equal(found_3RV, baseline_3RV):
-        curves["minus_baseline"] = found_3RV[0] - baseline_3RV[0]
+def _summary(means_3RV: Floats, baseline_3RV: Floats, steps: Sequence[int], confidence: float) -> Row:
+    curves = dict(zip(MEASURED, means_3RV, strict=True))
+    numbers, theirs = (_numbers(values_3RV, steps) for values_3RV in (means_3RV, baseline_3RV))
+    if means_3RV is not baseline_3RV and not np.array_equal(means_3RV, baseline_3RV):
+        curves["minus_baseline"] = means_3RV[0] - baseline_3RV[0]
         numbers |= {f"{name}_minus_baseline": numbers[name] - theirs[name] for name in theirs}
     shown = {**curves, **numbers}
     return {key: v for name, values in shown.items() for key, v in banded(name, values, confidence).items()}
 
 
-def _numbers(found_3RV: Floats, steps: Sequence[int]) -> dict[str, Floats]:
+def _numbers(means_3RV: Floats, steps: Sequence[int]) -> dict[str, Floats]:
     """Peak and drop of gold, and Gao's fit of policy gradient, each [1 + R]."""
-    gold_RV, _, kl_RV = found_3RV
+    gold_RV, _, kl_RV = means_3RV
     peak_R = over_optimisation.peak(gold_RV)
     terms_RV2 = over_optimisation.policy_gradient_terms(kl_RV)
     fit_R2, _ = over_optimisation.fit(terms_RV2, gold_RV - gold_RV[:, :1])

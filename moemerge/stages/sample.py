@@ -106,9 +106,9 @@ def _gather(
     for part in drawn:
         for place, text in zip(part["places"], part["texts"], strict=True):
             texts[place].append(text)
-    full = [replace(one, texts=_said(one, found)) for one, found in zip(prompts, texts, strict=True)]
+    full = [replace(one, texts=_said(one, of_prompt)) for one, of_prompt in zip(prompts, texts, strict=True)]
     sets = [one for one in full if len(one.texts) > 1]
-    every = [text for found in texts for text in found]
+    every = [text for of_prompt in texts for text in of_prompt]
     blank = sum(not text.strip() for text in every)
     if blank:
         log.warning("%d of %d answers have no text and are left out", blank, len(every))
@@ -116,7 +116,7 @@ def _gather(
         "prompts": len(sets),
         "answers": sum(len(one.texts) for one in sets),
         "left_out": {"prompts": len(full) - len(sets), "answers": blank},
-        "different": sum(len(set(found)) for found in texts) / len(every),
+        "different": sum(len(set(of_prompt)) for of_prompt in texts) / len(every),
         "ended": float(np.mean([ended for part in drawn for ended in part["ended"]])),
         "mean_tokens": float(np.mean([tokens for part in drawn for tokens in part["tokens"]])),
     }

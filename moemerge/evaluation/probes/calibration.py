@@ -52,12 +52,12 @@ MIN_PAIRS = 100  # of a subset; with fewer, ten bins hold little but noise
 class Binned:
     """Pairs by confidence, in bins of equal width on [1/2, 1], the last one closed.
 
-    confidence, right: [P], right is 1, 0 or, for a tie, 1/2. place: [P], the pair's bin.
+    confidence, right: [P], right is 1, 0 or, for a tie, 1/2. bins: [P], each pair's bin.
     """
 
     confidence: Floats
     right: Floats
-    place: Integers
+    bins: Integers
 
     @classmethod
     def of(cls, differences_P: Floats) -> Binned:
@@ -68,8 +68,8 @@ class Binned:
 
     def gaps(self) -> Floats:
         """[P, B], right - confidence in the pair's own bin, else 0; the ECE is sum |mean over pairs|."""
-        gaps_PB = np.zeros((len(self.place), BINS))
-        gaps_PB[np.arange(len(self.place)), self.place] = self.right - self.confidence
+        gaps_PB = np.zeros((len(self.bins), BINS))
+        gaps_PB[np.arange(len(self.bins)), self.bins] = self.right - self.confidence
         return gaps_PB
 
     def diagram(self, units_P: Integers, confidence: float) -> Diagram:
@@ -77,12 +77,13 @@ class Binned:
 
         Of the pairs of one unit (prompt) in one bin, the interval counts one.
         """
-        counts_B = np.bincount(self.place, minlength=BINS)
-        sums = [np.bincount(self.place, v_P, minlength=BINS) for v_P in (self.confidence, self.right)]
+        counts_B = np.bincount(self.bins, minlength=BINS)
+        sums = [np.bincount(self.bins, v_P, minlength=BINS) for v_P in (self.confidence, self.right)]
         filled = counts_B > 0
         sure, right = (sum_B[filled] / counts_B[filled] for sum_B in sums)
-        places = np.unique(np.column_stack([self.place, units_P]), axis=0)[:, 0]
-        trials = np.bincount(places, minlength=BINS)[filled]
+        # A unit counts once per bin: its pairs are no independent trials.
+        bin_of_unit = np.unique(np.column_stack([self.bins, units_P]), axis=0)[:, 0]
+        trials = np.bincount(bin_of_unit, minlength=BINS)[filled]
         low, high = wilson_band(right, trials, confidence)
         return {
             "pairs": counts_B[filled].tolist(),
@@ -102,10 +103,10 @@ def ece_interval(gaps_RB: Floats, gaps_B: Floats, confidence: float) -> tuple[In
     the percentile's, which errs to the safe side.
     """
     tail = (1 - confidence) / 2
-    found, chance_R = float(np.abs(gaps_B).sum()), np.abs(gaps_RB - gaps_B).sum(axis=1)
+    ece, chance_R = float(np.abs(gaps_B).sum()), np.abs(gaps_RB - gaps_B).sum(axis=1)
     high = float(np.quantile(np.abs(gaps_RB).sum(axis=1), 1 - tail))
-    low = 0.0 if found <= np.quantile(chance_R, 1 - tail) else max(0.0, 2 * found - high)
-    return (low, max(high, found)), float(chance_R.mean())
+    low = 0.0 if ece <= np.quantile(chance_R, 1 - tail) else max(0.0, 2 * ece - high)
+    return (low, max(high, ece)), float(chance_R.mean())
 
 
 def slope(differences_P: Floats, units_P: Integers, confidence: float) -> Slope | None:

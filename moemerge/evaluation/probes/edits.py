@@ -59,18 +59,18 @@ def make_edits(
     An edit's random draws depend on `seed`, its name and the pair's row only.
     """
     strangers = _strangers(pairs, places, seed)
-    found = {}
+    made = {}
     for name, edit in edits.functions.items():
         report, items = RowReport(source, total=len(places)), []
-        for place, stranger in zip(places, strangers, strict=True):
-            pair, random = pairs[place], Random(f"{seed} {name} {pairs[place].row}")
+        for number, stranger in zip(places, strangers, strict=True):
+            pair, random = pairs[number], Random(f"{seed} {name} {pairs[number].row}")
             text = apply(edit, pair.prompt, getattr(pair, edits.side), stranger, random)
             if text is None:
                 report.add(UNCHANGED, pair.row)
             else:
-                items.append(Edited(pair, place, text))
-        found[name] = items, report
-    return found
+                items.append(Edited(pair, number, text))
+        made[name] = items, report
+    return made
 
 
 def apply(edit: Edit, prompt: Text, answer: Text, stranger: str, random: Random) -> Text | None:
@@ -89,21 +89,21 @@ def apply(edit: Edit, prompt: Text, answer: Text, stranger: str, random: Random)
 
 def _strangers(pairs: Sequence[Pair], places: Sequence[int], seed: int) -> list[str]:
     """For each pair the chosen answer to another prompt, the next in a random order; "" if there is none."""
-    prompts = {place: prompt_key(pairs[place]) for place in places}
+    prompts = {number: prompt_key(pairs[number]) for number in places}
     order = [places[i] for i in np.random.default_rng(seed).permutation(len(places))]
-    found = {}
-    for i, place in enumerate(order):
+    strangers = {}
+    for i, number in enumerate(order):
         rest = (*order[i + 1 :], *order[:i])
-        other = next((one for one in rest if prompts[one] != prompts[place]), None)
-        found[place] = "" if other is None else last_message(pairs[other].chosen).strip()
-    return [found[place] for place in places]
+        other = next((later for later in rest if prompts[later] != prompts[number]), None)
+        strangers[number] = "" if other is None else last_message(pairs[other].chosen).strip()
+    return [strangers[number] for number in places]
 
 
 def encode_edits(
     tokenizer: Any, items: Sequence[Edited], format: TextFormat, report: RowReport
 ) -> list[EncodedEdit]:
     """The edited answers that can be encoded within max_length; the others are counted, never refused."""
-    found = []
+    usable = []
     encoded = encode_all(tokenizer, [(item.pair.prompt, item.text) for item in items])
     for item, answer in zip(items, encoded, strict=True):
         if isinstance(answer, BadRow):
@@ -111,5 +111,5 @@ def encode_edits(
         elif len(answer.ids) > format.max_length:
             report.add(f"longer than {format.max_length} tokens", item.row)
         else:
-            found.append(EncodedEdit(answer, item))
-    return found
+            usable.append(EncodedEdit(answer, item))
+    return usable

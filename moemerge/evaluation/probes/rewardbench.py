@@ -95,8 +95,8 @@ def aggregate(subsets: Mapping[str, Any], version: int) -> tuple[dict[str, Any],
             subsets
         ) else {}
     groups = {**SECTIONS, PRIOR_SETS: dict.fromkeys(PRIOR, 1)}
-    found = {name: average(subsets, weights) for name, weights in groups.items()}
-    sections = {name: value for name, value in found.items() if value is not None}
+    averages = {name: average(subsets, weights) for name, weights in groups.items()}
+    sections = {name: value for name, value in averages.items() if value is not None}
     overall = {}
     if set(SECTIONS) <= set(sections):
         overall["four sections"] = average(sections, dict.fromkeys(SECTIONS, 1))

@@ -23,13 +23,13 @@ WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2, 0.01])
 
 def ties_scores(columns: Sequence[Floats], rows: ChoiceScores, resamples: int, seed: int) -> Floats:
     """The score from each of `columns`, scores of all answers, and its resamples over prompts; [1 + R, M]."""
-    found = []
+    scores = []
     for scores_C in columns:
         values_I5, known_I5 = _parts(scores_C, rows)
         both = np.column_stack([values_I5 * known_I5, known_I5])
         means = bootstrap_means(np.column_stack([both, np.ones(len(both))]), resamples, seed)
-        found.append(_combine(np.vstack([both.mean(axis=0), means])))
-    return np.column_stack(found)
+        scores.append(_combine(np.vstack([both.mean(axis=0), means])))
+    return np.column_stack(scores)
 
 
 def _combine(means_V10: Floats) -> Floats:
@@ -48,16 +48,16 @@ def _parts(scores_C: Floats, rows: ChoiceScores) -> tuple[Floats, Floats]:
         kind, number = name.split(":")
         prompts.setdefault(int(number), {})[kind] = _margin_and_spread(scores_N, correct)
     values_I5, known_I5 = np.zeros((len(prompts), 5)), np.zeros((len(prompts), 5))
-    for place, kinds in enumerate(prompts.values()):
+    for i, kinds in enumerate(prompts.values()):
         for part, kind in enumerate(("tied", "ref")):
             if kind in kinds:
-                values_I5[place, part], known_I5[place, part] = kinds[kind][0] > 0, 1
+                values_I5[i, part], known_I5[i, part] = kinds[kind][0] > 0, 1
         spread = kinds["tied"][1] if len(kinds) == 2 else math.nan
         if not math.isnan(spread):
             margin, smaller = kinds["tied"][0], min(kinds["tied"][0], kinds["ref"][0])
             far = math.tanh(smaller / spread - 1) if spread > 0 else 0.0
-            values_I5[place, 2:] = margin > spread, smaller > spread, far
-            known_I5[place, 2:] = 1, 1, spread > 0
+            values_I5[i, 2:] = margin > spread, smaller > spread, far
+            known_I5[i, 2:] = 1, 1, spread > 0
     return values_I5, known_I5
 
 
