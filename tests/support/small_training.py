@@ -16,6 +16,7 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.stage import Draft
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
 from moemerge.options.base import TextFormat
 from moemerge.options.train import Train
@@ -76,11 +77,10 @@ def trainer_of(world: Path, home: Path, model: str = "moe", pairs: str = "train"
 
     given = {"model": str(world / model), "output": home / "out", "pairs": str(world / f"{pairs}.jsonl")}
     chosen = Train(**given, **options)
-    tokenizer = load_tokenizer(given["model"])
-    held = encoded(tokenizer, world / "held.jsonl")
-    bench = module._Bench(
-        torch.device("cpu"), tokenizer, encoded(tokenizer, world / f"{pairs}.jsonl"), held, Draft(home, home)
-    )
+    folder = ModelFolder(given["model"])
+    tokenizer = load_tokenizer(folder)
+    held, fitted = (encoded(tokenizer, world / f"{name}.jsonl") for name in ("held", pairs))
+    bench = module._Bench(torch.device("cpu"), folder, tokenizer, fitted, held, Draft(home, home))
     loaded, roles = module._prepare(bench, chosen, bench.device)
     return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
 
