@@ -159,10 +159,10 @@ def _keep_only(home: Path, step: int | None) -> None:
 
 
 def _winner(reports: list[dict[str, Any]], choose_by: str) -> int:
-    found = [
+    standings = [
         standing(**report["after"], choose_by=choose_by) if report["after"] else 0.0 for report in reports
     ]
-    return found.index(min(found))
+    return standings.index(min(standings))
 
 
 def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
@@ -244,18 +244,19 @@ def trained_parameters(model: PreTrainedModel, options: Train) -> dict[str, str]
     """
     path, layers = family_of(model.config).dense_layers(model)
     chosen = parse_layers(options.train_layers, len(layers))
-    places = tuple(f"{path}.{number}." for number in chosen) if options.train_layers != "all" else ("",)
+    prefixes = tuple(f"{path}.{number}." for number in chosen) if options.train_layers != "all" else ("",)
     roles = _roles(model)
 
     def trains(name: str) -> bool:
         wanted = options.trainable == "full" or name in roles or ".lora_" in name
-        return in_head(model, name) or (wanted and name.startswith(places))
+        return in_head(model, name) or (wanted and name.startswith(prefixes))
 
     return {name: roles.get(name, "rest") for name, _ in model.named_parameters() if trains(name)}
 
 
 def _roles(model: PreTrainedModel) -> dict[str, str]:
     """Role of each parameter that belongs to an expert or a router."""
+    # By identity, as names differ from family to family.
     parts: list[tuple[str, nn.Module]] = []
     for layer in moe_layers(model).values():
         experts = [layer.experts, *([layer.shared_expert] if layer.shared_expert is not None else [])]
@@ -287,8 +288,8 @@ def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) ->
     for path in folder.glob("*.safetensors"):
         flush_and_forget(path)
     meant = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
-    found = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", torch.float32)
-    require_as_meant(folder, meant, found.state_dict().items())
+    saved = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", torch.float32)
+    require_as_meant(folder, meant, saved.state_dict().items())
 
 
 def _add_lora(model: PreTrainedModel, options: Train) -> None:

@@ -96,6 +96,8 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
 def _moe_tensors(
     source: ModelFolder, moe: PretrainedConfig, options: Upcycle
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of the MoE: what stays dense, then the experts stack by stack, then the routers."""
+    # One generator for all draws, so the order in which tensors are made is part of what a seed means.
     generator = torch.Generator().manual_seed(options.seed)
     settings = MoeSettings.read(moe.moemerge)
     tensors = family_of(moe).expert_tensors(moe)
@@ -115,11 +117,13 @@ def _moe_tensors(
 def _fresh(
     shape: tuple[int, ...], name: str, config: PretrainedConfig, generator: torch.Generator
 ) -> torch.Tensor:
+    """A tensor of a head that the model lacks, drawn as transformers draws it: biases are 0."""
     std = 0.0 if name.endswith("bias") else getattr(config, "initializer_range", 0.02)
     return (torch.randn(shape, generator=generator) * std).to(config.dtype)
 
 
 def _stacks(tensors: list[ExpertTensor]) -> list[list[ExpertTensor]]:
+    """The tensors that lie in one stack together, as gate and up do."""
     stacks: dict[str, list[ExpertTensor]] = {}
     for tensor in tensors:
         stacks.setdefault(tensor.stacked, []).append(tensor)
@@ -137,9 +141,10 @@ def _expert_copies(
     dense = {t.dense: finite(source.weights.tensor(str(source.dense_names[t.dense])), t.dense) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
-    one = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
-    copies = one.unsqueeze(0).repeat(settings.num_routed_experts, *[1] * one.dim())
+    expert = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
+    copies = expert.unsqueeze(0).repeat(settings.num_routed_experts, *[1] * expert.dim())
     if noise:
+        # Relative to each matrix's own standard deviation: those of one stack may differ in scale.
         for t in stack:
             part = copies[:, t.rows]
             std = noise * dense[t.dense].float().std()
@@ -150,6 +155,8 @@ def _expert_copies(
 def _routers(
     prefix: str, moe: PretrainedConfig, settings: MoeSettings, start: str, generator: torch.Generator
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    # The last weight makes the logits: zeros make every expert as likely. Weights before it are drawn with
+    # variance 1 / inputs either way: zeros there would leave the last one without a gradient.
     shapes = make_router(settings.router, moe.hidden_size, settings.num_routed_experts).state_dict()
     for number, (name, weight) in enumerate(shapes.items()):
         last = number == len(shapes) - 1
@@ -163,6 +170,7 @@ def _compare(options: Upcycle, source: ModelFolder, draft: Draft, device: torch.
     moe = load_moe(draft.folder, str(device))
     inputs, dtype = probe_batch(moe.config, options.seed, device), moe.dtype
     ours_B = probe_scores(moe, inputs, prompt_lengths=True)
+    # A fresh head is drawn, not read: the dense model gets the MoE's, to be compared with.
     head = {n: p.detach().clone() for n, p in moe.state_dict().items() if n in draft.results["fresh_head"]}
     del moe
     dense = load_reward_model(source, device, dtype, options.seed if head else None)
