@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Processor, system, memory in bytes, threads of torch and the GPUs that it uses, if it was imported."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "machine": platform.machine(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
@@ -33,11 +33,11 @@ def hardware() -> dict[str, Any]:
     }
     torch = sys.modules.get("torch")
     if torch is not None:
-        found["threads"] = torch.get_num_threads()
+        facts["threads"] = torch.get_num_threads()
         if torch.cuda.is_initialized():
-            places = range(torch.cuda.device_count())
-            found["gpus"] = [torch.cuda.get_device_name(place) for place in places]
-    return found
+            devices = range(torch.cuda.device_count())
+            facts["gpus"] = [torch.cuda.get_device_name(device) for device in devices]
+    return facts
 
 
 def _processor() -> str | None:

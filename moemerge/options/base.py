@@ -148,15 +148,13 @@ class Members(Options):
 
 def input_fields(options: Options) -> dict[str, Any]:
     """The options that name something to read, by field name, without the unset ones."""
-    found = {}
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        if value and INPUT in _marks(field):
-            found[name] = value
-    return found
+    fields = {name for name, field in type(options).model_fields.items() if INPUT in _marks(field)}
+    values = {name: getattr(options, name) for name in type(options).model_fields if name in fields}
+    return {name: value for name, value in values.items() if value}
 
 
 def _marks(field: Any) -> list[object]:
+    """What a field is annotated with, also inside of `X | None`."""
     nested = [
         m for arg in getattr(field.annotation, "__args__", ()) for m in getattr(arg, "__metadata__", ())
     ]

@@ -22,16 +22,20 @@ class Compare(Run):
     @field_validator("runs")
     @classmethod
     def _find_evaluations(cls, runs: list[str]) -> list[str]:
-        return list(dict.fromkeys(found for run in runs for found in (list(_evaluations(run)) or [run])))
+        return list(dict.fromkeys(home for run in runs for home in (list(_evaluations(run)) or [run])))
 
 
 def _evaluations(folder: str) -> Iterator[str]:
     """The evaluations in a folder: itself, that of a run, or those of the runs that lie in it."""
-    for place in (Path(folder), Path(folder) / "evaluate"):
-        if (place / "report.json").exists():
-            yield str(place)
-            return
-    if Path(folder).is_dir():
-        for child in sorted(Path(folder).glob("[!.]*")):
-            found = [place for place in (child, child / "evaluate") if (place / "report.json").exists()]
-            yield from map(str, found[:1])
+    evaluation = _evaluation(Path(folder))
+    if evaluation is not None:
+        yield str(evaluation)
+    elif Path(folder).is_dir():
+        within = map(_evaluation, sorted(Path(folder).glob("[!.]*")))
+        yield from (str(evaluation) for evaluation in within if evaluation is not None)
+
+
+def _evaluation(folder: Path) -> Path | None:
+    """The evaluation that a folder is, or that the run in it holds; None if it is neither."""
+    homes = (folder, folder / "evaluate")
+    return next((home for home in homes if (home / "report.json").exists()), None)

@@ -181,19 +181,20 @@ def verify(folder: Path, inputs: bool) -> int:
     from moemerge.artifacts.verify import UNCHECKED
     from moemerge.artifacts.verify import verify as verify_artifact
 
-    found = verify_artifact(folder, inputs)
-    for one in found.gone:
-        click.echo(f"not there to be verified: {one}")
-    if found.faults:
-        click.echo(fault_table(found.faults))
-    old = sum(fault.what == UNCHECKED for fault in found.faults)
-    click.echo(f"{len(found.folders)} folder(s) verified: {len(found.faults) - old or 'no'} fault(s)")
+    verification = verify_artifact(folder, inputs)
+    faults = verification.faults
+    for source in verification.gone:
+        click.echo(f"not there to be verified: {source}")
+    if faults:
+        click.echo(fault_table(faults))
+    old = sum(fault.what == UNCHECKED for fault in faults)
+    click.echo(f"{len(verification.folders)} folder(s) verified: {len(faults) - old or 'no'} fault(s)")
     if old:
         click.echo(
             f"{old} manifest(s) cannot be checked: an older version wrote them, without their own checksum. "
             "To have one, run the same command with --overwrite, or the recipe again without the folder."
         )
-    return FAULTY if found.faults else 0
+    return FAULTY if faults else 0
 
 
 def _tell_step(step: StepReport) -> None:
@@ -242,7 +243,7 @@ for _name in ("yaml", "multi", "pytorch"):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line. Faults that the user can mend end with code 2, a signal with 128 + its number."""
+    """Run the command line. Faults that the user can fix end with code 2, a signal with 128 + its number."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with stoppable():

@@ -66,9 +66,13 @@ def _yaml(text: str) -> Any:
 
 
 def _unfolded(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values `node` stands for when its aliases are written out, counted without doing so."""
+    """How many values `node` stands for when its aliases are written out, counted without doing so.
+
+    sizes: counts of the nodes seen so far, by their identity: an alias is the same node once more. A few
+    lines of aliases of aliases can stand for billions of values.
+    """
     if id(node) not in sizes:
-        sizes[id(node)] = MAX_VALUES + 1  # stays so for a node within itself
+        sizes[id(node)] = MAX_VALUES + 1  # for a node that contains itself: infinitely many, so too many
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
             children = [part for pair in node.value for part in pair]
@@ -82,11 +86,12 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
         path, equals, text = override.partition("=")
         *sections, key = path.strip().split(".")
         try:
-            place = tree
+            branch = tree
             for section in sections:
-                place[section] = dict(place.get(section) or {})
-                place = place[section]
-            place[key] = _yaml(text)
+                # A copy: sections that share an anchor in the file are one dict, and only this one changes.
+                branch[section] = dict(branch.get(section) or {})
+                branch = branch[section]
+            branch[key] = _yaml(text)
         except (yaml.YAMLError, TypeError, ValueError, AttributeError):
             equals = ""
         if not equals or not all([*sections, key]):
