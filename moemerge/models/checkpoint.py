@@ -1,5 +1,8 @@
 """Safetensors model folders: read tensor by tensor, written shard by shard.
 
+By hand, though mergekit and huggingface_hub have lazy readers and sharded writers: slices of stacked experts,
+guards against hostile headers and indexes, and the read-back of what was written are not there.
+
 Letters: N routed experts.
 """
 
@@ -105,12 +108,12 @@ class Checkpoint:
         Those in `may_lack` may be missing, those for which `may_add` holds may be there besides.
         """
         held = set(self.names)
-        found = {
+        by_kind = {
             "missing": sorted(wanted.keys() - held - may_lack),
             "left over": sorted(name for name in held - wanted.keys() if not may_add(name)),
             "misshapen": sorted(name for name in held & wanted.keys() if self.shape(name) != wanted[name]),
         }
-        return {kind: names for kind, names in found.items() if names}
+        return {kind: names for kind, names in by_kind.items() if names}
 
     def expert(self, tensor: ExpertTensor, index: int) -> torch.Tensor:
         """Routed expert number `index`'s copy of a dense MLP tensor, in the dense layout: a view."""
@@ -232,8 +235,8 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
             flushed.append(disk.submit(flush_and_forget, paths[-1]))
             meant |= zip(shard, digests, strict=True)
             shard.clear()
-        for one in flushed:
-            one.result()
+        for flush in flushed:
+            flush.result()  # raises what went wrong on the disk's thread
     if len(paths) == 1:
         paths[0].rename(folder / SINGLE)
     elif paths:
@@ -253,6 +256,7 @@ def _shards(
             yield shard
             shard, size, storages = {}, 0, set()
         own = tensor.contiguous()
+        # safetensors refuses tensors that share memory, and views of one storage may come in one shard.
         if own.untyped_storage().data_ptr() in storages:
             own = own.clone()
         storages.add(own.untyped_storage().data_ptr())

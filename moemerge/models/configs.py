@@ -1,4 +1,4 @@
-"""Model configs as transformers reads them: whatever is wrong with one is told as a fault of its folder."""
+"""Model configs as transformers reads them: whatever is wrong with one is a fault of its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dense reward model must be before it is merged: checks that tell what is wrong, and why.
+"""What a dense reward model must be before it is merged, or loaded: its tensors against its config.
 
 Everything but `check_finite` reads config.json and the headers of the weights only.
 """
@@ -120,11 +120,11 @@ def check_alike(models: Sequence[Checkpoint], dtypes: bool = True) -> None:
         common = [name for name in first.names if name in set(other.names)]
         shapes = [name for name in common if first.shape(name) != other.shape(name)]
         kinds = [name for name in common if dtypes and first.dtype(name) != other.dtype(name)]
-        for what, found in (("names", names), ("shapes", shapes), ("dtypes", kinds)):
-            if found:
+        for what, differing in (("names", names), ("shapes", shapes), ("dtypes", kinds)):
+            if differing:
                 raise CheckpointError(
                     f"models do not go together: their tensors differ in {what}",
-                    given=f"{few(sorted(found))} of {other.folder}, beside {first.folder}",
+                    given=f"{few(sorted(differing))} of {other.folder}, beside {first.folder}",
                     expected="models of one architecture, size and dtype",
                     fix="give models made from the same one; save them in one dtype",
                 )

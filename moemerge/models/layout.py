@@ -70,11 +70,11 @@ def _sound(layout: Layout) -> bool:
         and isinstance(layout.dense, list)
         and isinstance(layout.dense_config, dict)
         and bool(layout.experts)
-        and all(_stands(tensor, layout) for tensor in layout.experts)
+        and all(_fits(tensor, layout) for tensor in layout.experts)
     )
 
 
-def _stands(tensor: ExpertTensor, layout: Layout) -> bool:
+def _fits(tensor: ExpertTensor, layout: Layout) -> bool:
     """Whether a tensor is the dense model's, and its copy is where it is said to be in the stack."""
     stack, rows = layout.moe[tensor.stacked], tensor.rows
     return (

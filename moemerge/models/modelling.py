@@ -68,7 +68,7 @@ class MoemergeModelMixin:
 
     def __init__(self, config: PretrainedConfig) -> None:
         kernel = config._experts_implementation
-        config._experts_implementation = None
+        config._experts_implementation = None  # the dense class, which builds first, would refuse it
         super().__init__(config)  # type: ignore[call-arg]
         config._experts_implementation = kernel or "grouped_mm"
         install_experts(cast(PreTrainedModel, self))
@@ -97,7 +97,7 @@ class MoemergeModelMixin:
 
 
 class MoemergeRewardMixin(MoemergeModelMixin):
-    """A MoE with a reward head: tells its layers which tokens count, saves its shim."""
+    """A MoE with a reward head: its layers learn which tokens count; it saves its shim."""
 
     def forward(
         self,
@@ -108,12 +108,12 @@ class MoemergeRewardMixin(MoemergeModelMixin):
         **kwargs: Any,
     ) -> Any:
         """As the dense class, and `prompt_lengths` [B], tokens of the prompt, for the gate `prompt`."""
-        _tell_tokens(cast(PreTrainedModel, self), input_ids, attention_mask, prompt_lengths)
+        _mark_tokens(cast(PreTrainedModel, self), input_ids, attention_mask, prompt_lengths)
         # By keyword: a few dense classes have another argument between the two.
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As the dense class; adds the shim that tells others what to install, and the layout."""
+        """As the dense class; adds the shim, which says what to install, and the layout."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         install_shim(save_directory, self.config.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
         write_layout(save_directory, layout_of(cast(PreTrainedModel, self).config))
@@ -231,24 +231,26 @@ def _install(layer: torch.nn.Module, family: Family, settings: MoeSettings, mode
         model._init_weights(module)
 
 
-def _tell_tokens(
+def _mark_tokens(
     model: PreTrainedModel,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     prompt_lengths: torch.Tensor | None,
 ) -> None:
+    """Put into the context that all MoE layers share which tokens are real, and which are the prompt's."""
     context = next(iter(moe_layers(model).values())).context
     context.mask_BT = context.prompt_BT = None
     if attention_mask is not None and attention_mask.dim() == 2:
         length = attention_mask.shape[1] if input_ids is None else input_ids.shape[1]
-        context.mask_BT = attention_mask[:, -length:].bool()
+        context.mask_BT = attention_mask[:, -length:].bool()  # with a cache, the mask has earlier tokens too
     if prompt_lengths is not None:
         mask_BT = context.mask_BT
         if mask_BT is None:
             assert input_ids is not None
             mask_BT = torch.ones_like(input_ids, dtype=torch.bool)
-        place_BT = mask_BT.long().cumsum(1)
-        context.prompt_BT = mask_BT & (place_BT <= prompt_lengths.to(place_BT.device)[:, None])
+        # The first real token is number 1, wherever padding stands.
+        number_BT = mask_BT.long().cumsum(1)
+        context.prompt_BT = mask_BT & (number_BT <= prompt_lengths.to(number_BT.device)[:, None])
 
 
 def install_shim(folder: str | Path, family: str) -> None:

@@ -136,15 +136,19 @@ def balance_loss(
 
 
 def _selection_chance(logits_TN: torch.Tensor, num_selected: int) -> torch.Tensor:
+    """The chance that each expert is selected if its own logit had normal noise (arXiv 1701.06538, eq. 8)."""
     if num_selected == logits_TN.shape[1]:
         return torch.ones_like(logits_TN)
-    edge_TK = logits_TN.topk(num_selected + 1, dim=-1).values
-    inside_T1, outside_T1 = edge_TK[:, -1:], edge_TK[:, -2:-1]
-    threshold_TN = torch.where(logits_TN > inside_T1, inside_T1, outside_T1)
+    # An expert is selected if it beats the K-th largest of the others. Without itself, that is the K+1-th
+    # largest of all for one that is among the first K, and the K-th for any other.
+    top_TK = logits_TN.topk(num_selected + 1, dim=-1).values
+    next_T1, last_T1 = top_TK[:, -1:], top_TK[:, -2:-1]
+    threshold_TN = torch.where(logits_TN > next_T1, next_T1, last_T1)
     return torch.special.ndtr((logits_TN - threshold_TN) / LOAD_NOISE_STD)
 
 
 def _squared_variation(x_N: torch.Tensor) -> torch.Tensor:
+    """cv^2: variance over squared mean."""
     return x_N.var() / (x_N.mean() ** 2 + EPSILON)
 
 
@@ -179,6 +183,7 @@ class StackedExperts(nn.Module):
     Biases, where the dense model has them: the same name + "_bias" [N, rows].
     """
 
+    # What transformers' kernels ask of a module of experts.
     is_transposed = False
     is_concatenated = True
     has_post_expert_norm = False
@@ -314,7 +319,7 @@ class MoELayer(nn.Module):
             logits_TN, num_selected, s.gate, has_shared, s.gate_shared_weight, forced_T
         )
         alone_T = by_token(steering.alone_B, x_TD)
-        if alone_T is not None:
+        if alone_T is not None:  # the routed weights take over the shared expert's: all sum to one again
             shared_T = shared_T.masked_fill(alone_T, 0.0)
             weights_TK = weights_TK / torch.where(alone_T, weights_TK.sum(1), 1.0)[:, None]
         if self.training and torch.is_grad_enabled() and s.balance_coefficient > 0:
@@ -355,6 +360,7 @@ class MoELayer(nn.Module):
 
 
 def _repeat(gating: Gating, length: int, mask_T: torch.Tensor) -> Gating:
+    """A gating per sequence as one per token: `length` tokens each, padding included."""
     rows = (gating.probabilities_TN, gating.index_TK, gating.weights_TK, gating.shared_T)
     s_TN, index_TK, weights_TK, shared_T = (row.repeat_interleave(length, 0) for row in rows)
     return Gating(s_TN, index_TK, weights_TK, shared_T, mask_T)
@@ -362,5 +368,5 @@ def _repeat(gating: Gating, length: int, mask_T: torch.Tensor) -> Gating:
 
 def moe_layers(model: nn.Module) -> dict[int, MoELayer]:
     """The MoE layers of `model` by the number of their transformer layer, in order."""
-    found = [module for module in model.modules() if isinstance(module, MoELayer)]
-    return dict(zip(found[0].settings.layers, found, strict=True)) if found else {}
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    return dict(zip(layers[0].settings.layers, layers, strict=True)) if layers else {}

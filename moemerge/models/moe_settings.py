@@ -42,9 +42,9 @@ class MoeSettings:
                 expected=f"the keys {', '.join(sorted(known))}",
                 fix=suggest(name, known) + " or use the moemerge version that wrote it",
             )
-        found = cls(**values)
-        found._check()
-        return found
+        settings = cls(**values)
+        settings._check()
+        return settings
 
     def _check(self) -> None:
         """CheckpointError for values of another type, or out of range."""

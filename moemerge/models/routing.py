@@ -83,23 +83,23 @@ class RoutingStatistics:
     meta: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def observe(self, moe_layers: dict[int, MoELayer], groups: Sequence[Group]) -> Iterator[OnBatch]:
-        """While open, forward passes through `moe_layers` are counted; added to `self.groups` at the end.
+    def observe(self, layers_by_number: dict[int, MoELayer], groups: Sequence[Group]) -> Iterator[OnBatch]:
+        """While open, forward passes through these MoE layers are counted; added to `self.groups` at the end.
 
         `groups` has the (subset, side) of every text. What it gives must be called with the rows of each
-        batch, places in `groups`, before that batch runs: `score` does so with its `on_batch`.
+        batch, indices into `groups`, before that batch runs: `score` does so with its `on_batch`.
         """
         names = list(dict.fromkeys(groups))
         group_of_text = torch.tensor([names.index(group) for group in groups])
         sums = Sums.zeros(len(self.layers), self.num_experts, len(names))
-        layers = [moe_layers[number] for number in self.layers]
+        layers = [layers_by_number[number] for number in self.layers]
         with _observing(
-            layers, lambda place, rows: partial(_add, sums, place, group_of_text[rows])
+            layers, lambda layer, rows: partial(_add, sums, layer, group_of_text[rows])
         ) as on_batch:
             yield on_batch
-        for place, group in enumerate(names):
+        for number, group in enumerate(names):
             before = self.groups.get(group, Sums.zeros(len(self.layers), self.num_experts))
-            self.groups[group] = before + sums[place]
+            self.groups[group] = before + sums[number]
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics over the tokens of both. Raises CheckpointError if they are of different models."""
@@ -174,12 +174,12 @@ class RoutingStatistics:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}
             if header.get("format") == FORMAT:
                 return _unpack(header, tensors)
-            given = f"format {header.get('format')!r}"
+            reason = f"format {header.get('format')!r}"
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
-            given = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"routing statistics cannot be read: {path}",
-            given=given,
+            given=reason,
             expected=f"a file or folder with {FILE}, {FORMAT}",
             fix="give the folder that route wrote",
         )
@@ -191,11 +191,14 @@ def _shape(statistics: RoutingStatistics) -> tuple[list[int], int, int]:
 
 @contextmanager
 def _observing(layers: Sequence[MoELayer], observer_of: ObserverOf) -> Iterator[OnBatch]:
-    """While open, each batch told is seen by `observer_of(place of the layer, rows)` in every layer."""
+    """While open, `observer_of(number of the layer in `layers`, rows)` sees each batch in every layer.
+
+    What it gives must be called with the rows of a batch before that batch runs.
+    """
 
     def on_batch(rows: list[int]) -> None:
-        for place, layer in enumerate(layers):
-            layer.observer = observer_of(place, rows)
+        for number, layer in enumerate(layers):
+            layer.observer = observer_of(number, rows)
 
     try:
         yield on_batch
@@ -204,12 +207,12 @@ def _observing(layers: Sequence[MoELayer], observer_of: ObserverOf) -> Iterator[
             layer.observer = None
 
 
-def _add(sums: Sums, place: int, group_B: Tensor, gating: Gating) -> None:
-    """Add one layer's gating of a batch to the groups of its texts."""
+def _add(sums: Sums, layer: int, group_B: Tensor, gating: Gating) -> None:
+    """Add one layer's gating of a batch to the groups of its texts; `layer` is its place in `sums`."""
     by_text = partial(_by_text, mask_T=gating.mask_T, texts=len(group_B))
     s_BTN = by_text(gating.probabilities_TN)
     selected_BTN = by_text(_spread(gating, torch.ones_like(gating.weights_TK)))
-    found = Sums(
+    batch = Sums(  # of each text in this one layer: B stands where L does
         selections_LN=selected_BTN.sum(1),
         gate_LN=by_text(_spread(gating, gating.weights_TK)).sum(1),
         probability_LN=s_BTN.sum(1),
@@ -218,8 +221,8 @@ def _add(sums: Sums, place: int, group_B: Tensor, gating: Gating) -> None:
         tokens_L=by_text(gating.mask_T).sum(1),
         together_LNN=selected_BTN.mT @ selected_BTN,
     )
-    for name, value_B in vars(found).items():
-        vars(sums)[name][:, place].index_add_(0, group_B, value_B.cpu())
+    for name, value_B in vars(batch).items():
+        vars(sums)[name][:, layer].index_add_(0, group_B, value_B.cpu())
 
 
 def _spread(gating: Gating, values_TK: Tensor) -> Tensor:
@@ -242,11 +245,11 @@ def _unpack(header: dict[str, str], tensors: dict[str, Tensor]) -> RoutingStatis
         raise ValueError(f"layers {layers} of {experts} experts"[:200])
     shapes = {name: value.shape for name, value in vars(Sums.zeros(len(layers), experts)).items()}
     for name, shape in shapes.items() if groups else ():
-        found = tensors[name]
-        sound = found.shape == (len(groups), *shape) and found.dtype == torch.float64
+        value = tensors[name]
+        sound = value.shape == (len(groups), *shape) and value.dtype == torch.float64
         least = -math.inf if name == "entropy_L" else 0.0  # rounding may bring an entropy below 0
-        if not sound or not bool(((found >= least) & found.isfinite()).all()):
-            raise ValueError(f"tensor {name}: {found.dtype} {list(found.shape)}, below 0 or not finite")
+        if not sound or not bool(((value >= least) & value.isfinite()).all()):
+            raise ValueError(f"tensor {name}: {value.dtype} {list(value.shape)}, below 0 or not finite")
     sums = {group: Sums(**{n: tensors[n][g].clone() for n in shapes}) for g, group in enumerate(groups)}
     meta = {key: text for key, text in header.items() if key not in RESERVED}
     return RoutingStatistics(layers, experts, int(header["num_experts_per_tok"]), sums, meta)
@@ -259,7 +262,7 @@ def gate_mass(
     layers = list(moe_layers(model).values())
     experts = MoeSettings.read(model.config.moemerge).num_routed_experts
     mass_TLN = torch.zeros(len(texts), len(layers), experts, dtype=torch.float64)
-    with _observing(layers, lambda place, rows: partial(_write_mass, mass_TLN[:, place], rows)) as on_batch:
+    with _observing(layers, lambda layer, rows: partial(_write_mass, mass_TLN[:, layer], rows)) as on_batch:
         scores_T = score(model, tokenizer, texts, batch_tokens, on_batch=on_batch)
     return scores_T, mass_TLN
 

@@ -36,7 +36,7 @@ def score(
 
     Texts of like length go together, at most `batch_tokens` tokens a batch with padding counted (a longer
     text goes alone). Batching does not change scores beyond rounding. `progress` names a progress bar;
-    `on_batch` is told the rows of each batch before it runs, in the batch's order. Raises DataError for a
+    `on_batch` gets the rows of each batch before it runs, in the batch's order. Raises DataError for a
     text without tokens, CheckpointError if a score is not finite.
     """
     _refuse_empty(encoded)

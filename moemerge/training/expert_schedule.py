@@ -42,7 +42,7 @@ class ExpertSchedule:
         Both answers of a pair are steered alike.
         """
         forced = self.experts and step < self.options.assign_share * self.total_steps
-        experts_P = [self.experts[place] for place in places_P.tolist()] if forced else None
+        experts_P = [self.experts[row] for row in places_P.tolist()] if forced else None
         return Steering(
             temperature=self.temperature(step),
             num_selected=1 if step < self.options.top1_warmup * self.total_steps else None,
@@ -60,7 +60,8 @@ class ExpertSchedule:
         chance, seed = self.options.shared_dropout, self.options.seed
         if not chance:
             return None
-        drawn_P = [np.random.default_rng((seed, step, place)).random() for place in places_P.tolist()]
+        # A generator of its own for each pair and step: a resumed run draws the same, in any order of pairs.
+        drawn_P = [np.random.default_rng((seed, step, row)).random() for row in places_P.tolist()]
         return torch.tensor([drawn < chance for drawn in drawn_P] * 2, device=places_P.device)
 
 
@@ -75,21 +76,21 @@ def assign_experts(options: Train, subsets: Sequence[str], num_experts: int) -> 
         return []
     if options.assign == "shards":
         order = np.random.default_rng(options.seed).permutation(len(subsets))
-        return [int(place) % num_experts for place in order]
+        return [int(rank) % num_experts for rank in order]  # shards of equal size, up to one pair
     names = options.assign_order or sorted(set(subsets))
     _check_subsets(sorted(set(subsets)), names)
     return [names.index(subset) % num_experts for subset in subsets]
 
 
-def _check_subsets(found: list[str], names: list[str]) -> None:
-    if len(found) < 2:
+def _check_subsets(subsets: list[str], names: list[str]) -> None:
+    if len(subsets) < 2:
         raise OptionError(
             "assign: subset needs subsets",
-            given=f"{len(found)} in the training pairs: {found}",
+            given=f"{len(subsets)} in the training pairs: {subsets}",
             expected="rows with a field subset, of two values at least",
             fix="name the field, fields: {subset: NAME}, or use assign: shards",
         )
-    unknown = [name for name in found if name not in names]
+    unknown = [name for name in subsets if name not in names]
     if unknown:
         raise OptionError(
             f"assign_order lacks {len(unknown)} subset(s) of the training pairs",

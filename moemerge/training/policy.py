@@ -94,8 +94,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> l
     Raises DataError for chats without a template and for prompts without tokens, UnsupportedError for a
     tokenizer that puts its end token behind a prompt.
     """
-    found = [_ids(tokenizer, prompt) for prompt in prompts]
-    for ids, prompt in zip(found, prompts, strict=True):
+    ids_by_prompt = [_ids(tokenizer, prompt) for prompt in prompts]
+    for ids, prompt in zip(ids_by_prompt, prompts, strict=True):
         if not ids:
             raise DataError(
                 "an empty prompt cannot be answered",
@@ -110,7 +110,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> l
                 expected="a tokenizer that leaves prompts open",
                 fix="switch this off in tokenizer_config.json, e.g. add_eos_token: false",
             )
-    return found
+    return ids_by_prompt
 
 
 def _ids(tokenizer: Any, prompt: Text) -> list[int]:
@@ -138,12 +138,12 @@ def short_prompts(
     Raises DataError if bad rows are refused, or if none is left; else as prompt_ids does.
     """
     room = options.max_length - options.max_new_tokens
-    lengths = map(len, prompt_ids(tokenizer, [one.prompt for one in prompts]))
-    fits = {one.row: length <= room for one, length in zip(prompts, lengths, strict=True)}
+    lengths = map(len, prompt_ids(tokenizer, [item.prompt for item in prompts]))
+    fits = {item.row: length <= room for item, length in zip(prompts, lengths, strict=True)}
     for row in (row for row, fit in fits.items() if not fit):
         report.add(f"longer than {room} tokens, which is max_length - max_new_tokens", row)
     report.check(options.bad_rows, SHORT_PROMPTS, SHORTEN)
-    return [one for one in prompts if fits[one.row]]
+    return [item for item in prompts if fits[item.row]]
 
 
 def sample_answers(
@@ -194,13 +194,13 @@ def end_tokens(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those of the policy's generation config."""
     own = policy.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(one for one in [tokenizer.eos_token_id, *own] if isinstance(one, int)))
+    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *own] if isinstance(token, int)))
 
 
 def _until_end(answer_BT: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor]:
     """1 up to and including the first end token of each answer, and whether there is one."""
     end_BT = torch.isin(answer_BT, torch.tensor(ends, dtype=answer_BT.dtype, device=answer_BT.device))
-    before_BT = end_BT.cumsum(dim=1) - end_BT.long()
+    before_BT = end_BT.cumsum(dim=1) - end_BT.long()  # how many end tokens stand before this one
     return (before_BT == 0).long(), end_BT.any(dim=1)
 
 
@@ -218,6 +218,7 @@ def answer_text(tokenizer: Any, prompt: Text, ids: Sequence[int]) -> str:
     if not whole.startswith(start):
         return alone
     rest = whole[len(start) :]
+    # Decoding may drop the prompt's last space, which then stands before the answer a second time.
     return rest[1:] if prompt[-1:].isspace() and not start[-1:].isspace() and rest[:1].isspace() else rest
 
 
@@ -231,16 +232,20 @@ def kl_from(
     unbiased for the KL of whole answers, never negative, with less variance than the log ratio of the answer
     (Amini et al., arXiv 2504.10637).
     """
-    policy_BTV, reference_BTV = (_log_odds(model, answers, temperature) for model in (policy, reference))
+    policy_BTV, reference_BTV = (
+        _log_probabilities(model, answers, temperature) for model in (policy, reference)
+    )
     kl_BT = (policy_BTV.exp() * (policy_BTV - reference_BTV)).sum(dim=-1).clamp(min=0)  # rounding
     return (kl_BT * answers.mask_BT[:, answers.start :]).sum(dim=1).cpu()
 
 
-def _log_odds(model: PreTrainedModel, answers: Answers, temperature: float) -> Tensor:
+def _log_probabilities(model: PreTrainedModel, answers: Answers, temperature: float) -> Tensor:
+    """Of every word at every token of the answers, [B, T, V] float32."""
     inputs = {"input_ids": answers.ids_BT, "attention_mask": answers.mask_BT, "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:
+        # Prompts are padded on the left: positions count from the first real token.
         inputs["position_ids"] = (answers.mask_BT.cumsum(dim=1) - 1).clamp(min=0)
-    logits_BTV = model(**inputs).logits[:, answers.start - 1 : -1]
+    logits_BTV = model(**inputs).logits[:, answers.start - 1 : -1]  # each token's stand one before it
     return (logits_BTV.float() / temperature).log_softmax(dim=-1)
 
 

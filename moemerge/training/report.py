@@ -1,4 +1,4 @@
-"""What training tells: a trial's report, its curves, the results of a search."""
+"""What training reports: a trial's numbers, its curves, the results of a search."""
 
 from __future__ import annotations
 
@@ -74,19 +74,19 @@ def write_history(history: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _curves(history: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[str, Line]:
-    found = {}
+    curves = {}
     for label, name in names.items():
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         points = [point for point in points if math.isfinite(point[1])]
         if points:
-            found[label] = Line([step for step, _ in points], [value for _, value in points])
-    return found
+            curves[label] = Line([step for step, _ in points], [value for _, value in points])
+    return curves
 
 
 def _finite(value: Any) -> Any:
     """`value` with every number that JSON lacks turned into null."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

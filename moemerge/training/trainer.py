@@ -79,10 +79,11 @@ class Patience(TrainerCallback):
 def exhausted(history: list[dict[str, Any]], options: Train, start: float) -> bool:
     """Whether the last `options.patience` evaluations all stood no better than the best before them.
 
-    `start` is the standing before training (training_report.standing).
+    `start` is the standing before training (report.standing).
     """
-    found = [start, *standings(history, options.choose_by)]
-    return options.patience is not None and len(found) - 1 - found.index(min(found)) >= options.patience
+    values = [start, *standings(history, options.choose_by)]
+    since_best = len(values) - 1 - values.index(min(values))
+    return options.patience is not None and since_best >= options.patience
 
 
 class PairTrainer(RewardTrainer):
@@ -120,6 +121,7 @@ class PairTrainer(RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """One forward and backward pass; the balance loss is a mean over layers and an update's passes."""
+        # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
         for layer in self.moe:
             layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
         if self.schedule is None:
@@ -153,7 +155,7 @@ class PairTrainer(RewardTrainer):
         return {"loss": loss, "accuracy": accuracy}
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure, log and tell the callbacks: TRL's own averages count a ragged last batch too much."""
+        """Measure, log and call the callbacks: TRL's own averages count a ragged last batch too much."""
         metrics = {f"eval_{name}": value for name, value in self.measure().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -271,6 +273,7 @@ def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> li
 
 
 def _decays(name: str) -> bool:
+    """Whether weight decay is for this parameter: not for biases and norms."""
     return not (name.endswith("bias") or "norm" in name.lower())
 
 
@@ -307,6 +310,7 @@ def _arguments(
 
 
 def _quiet(device: torch.device) -> dict[str, Any]:
+    """No reports to trackers, and data as it comes: pairs are cut to length before."""
     return {
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
@@ -345,6 +349,8 @@ def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
     """Steps between evaluations, and between log entries: a divisor, so that a resumed log goes on evenly."""
     every = options.eval_steps or max(1, total_steps(options, num_pairs) // EVALUATIONS)
     wanted = max(1, every // LOGS_PER_EVALUATION)
+    # The trainer logs means since its last entry. Checkpoints are written at evaluations, so an entry has to
+    # end at each: else the first one after a resume would be of fewer steps than in an unbroken run.
     return every, next(steps for steps in range(wanted, 0, -1) if every % steps == 0)
 
 
@@ -354,9 +360,9 @@ def last_checkpoint(folder: Path) -> Path | None:
     A complete one bears a mark that was written when all else was on the disk. Its path of the best
     checkpoint is renewed in case the folder was moved.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / WHOLE).exists()]
-    for path in set(found) - set(whole):
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in checkpoints if (path / WHOLE).exists()]
+    for path in set(checkpoints) - set(whole):
         shutil.rmtree(path)
     if not whole:
         return None

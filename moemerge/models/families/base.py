@@ -86,13 +86,15 @@ class Family:
 
     def layer_tensors(self, layer: nn.Module, prefix: str, number: int) -> list[ExpertTensor]:
         """The MLP tensors of the dense `layer` that stands at `prefix` (weights before biases)."""
-        found = []
+        tensors = []
         for kind in ("weight", "bias"):
             for matrix, path in self.matrices:
                 tensor = getattr(layer.get_submodule(path), kind, None)
                 if tensor is not None:
-                    found.append(self._expert_tensor(matrix, path, kind, tensor.shape, prefix, number, layer))
-        return found
+                    tensors.append(
+                        self._expert_tensor(matrix, path, kind, tensor.shape, prefix, number, layer)
+                    )
+        return tensors
 
     def _expert_tensor(
         self,
@@ -108,7 +110,7 @@ class Family:
         gated = any(name == "gate" for name, _ in self.matrices)
         stack = "gate_up_proj" if gated and matrix == "up" else STACKS[matrix]
         count = shape[1] if transposed else shape[0]
-        start = count if gated and matrix == "up" else 0
+        start = count if gated and matrix == "up" else 0  # up's rows stand below gate's in gate_up_proj
         home = f"{prefix}.{self.block}"
         return ExpertTensor(
             layer=number,

@@ -35,7 +35,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def shared_values(config: PretrainedConfig, kind: type[PretrainedConfig]) -> dict[str, Any]:
     """The values of `config` without those that only its own class declares: what one of `kind` may keep."""
-    own, theirs = ({field.name for field in fields(one)} for one in (type(config), kind))
+    own, theirs = ({field.name for field in fields(declared)} for declared in (type(config), kind))
     return {k: v for k, v in config.to_dict().items() if k not in own - theirs and k not in NOT_CARRIED}
 
 
