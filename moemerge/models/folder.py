@@ -1,25 +1,27 @@
 """One opened model: a folder or hub name that is judged once, and what every stage asks of it.
 
-Imports nothing heavy: merging the experts of a MoE needs its tensors and config.json only, and importing
-transformers takes longer than merging a gigabyte.
+Imports nothing heavy: checking a recipe needs config.json only, merging the experts of a MoE its tensors too,
+and importing transformers takes longer than merging a gigabyte.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moemerge.artifacts.foreign import refuse_foreign, refuse_paths
 from moemerge.artifacts.json_file import read_object
-from moemerge.errors import CheckpointError, UnsupportedError
-from moemerge.models.checkpoint import Checkpoint
+from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.config_file import read_config
 from moemerge.models.families.base import PREFIX
 from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from moemerge.models.checkpoint import Checkpoint
 
 ADAPTER = "adapter_config.json"
 # transformers takes what these hold for arguments of the tokenizer's class.
@@ -117,6 +119,8 @@ class ModelFolder:
     @cached_property
     def weights(self) -> Checkpoint:
         """The tensors on disk. Raises as Checkpoint does."""
+        from moemerge.models.checkpoint import Checkpoint
+
         return Checkpoint(self.folder)
 
     @cached_property
@@ -241,6 +245,18 @@ def unloadable(what: str, source: str | Path, error: Exception, expected: str) -
         given=f"{type(error).__name__}: {reason[:500]}",
         expected=expected,
         fix="check the path and that every file of the model is there and whole",
+    )
+
+
+def misfit(
+    source: str | Path, faults: Mapping[str, Iterable[object]], expected: str, fix: str
+) -> CheckpointError:
+    """The fault of a model whose tensors are not those of its config; `faults` are their names by kind."""
+    return CheckpointError(
+        f"{source} does not fit its own config",
+        given="; ".join(f"{kind}: {few(names)}" for kind, names in faults.items()),
+        expected=expected,
+        fix=fix,
     )
 
 

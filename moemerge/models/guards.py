@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.families.dense import dense_class, skeleton
 from moemerge.models.families.refused import REFUSED
 from moemerge.models.finite import finite
-from moemerge.models.folder import ModelFolder, opened, unloadable
+from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.heads import in_head, spare_head
 
 SPARE = 10_000_000  # numbers that a config may ask for beyond twice those in the weights: buffers, a head
@@ -52,18 +52,6 @@ def _refuse_other_kinds(model: ModelFolder) -> None:
             fix="load it with AutoModelForSequenceClassification and save it again; merge a LoRA adapter "
             "into the reward model first (PEFT: merge_and_unload)",
         )
-
-
-def misfit(
-    source: str | Path, faults: Mapping[str, Iterable[object]], expected: str, fix: str
-) -> CheckpointError:
-    """The fault of a model whose tensors are not those of its config; `faults` are their names by kind."""
-    return CheckpointError(
-        f"{source} does not fit its own config",
-        given="; ".join(f"{kind}: {few(names)}" for kind, names in faults.items()),
-        expected=expected,
-        fix=fix,
-    )
 
 
 def check_tensors(weights: Checkpoint, config: PretrainedConfig) -> None:

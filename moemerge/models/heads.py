@@ -23,7 +23,7 @@ LANGUAGE_HEADS = (
 
 
 def spare_head(name: str) -> bool:
-    """Whether a tensor that the reward model lacks is but a base model's head or pooler."""
+    """Whether a tensor that the reward model lacks is only a base model's head or pooler."""
     return name.startswith(LANGUAGE_HEADS) or ".pooler." in f".{name}"
 
 

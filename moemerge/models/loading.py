@@ -21,8 +21,8 @@ from transformers.utils import logging as hf_logging
 
 from moemerge.errors import CheckpointError, few
 from moemerge.models.configs import log_own_code
-from moemerge.models.folder import ModelFolder, opened, unloadable
-from moemerge.models.guards import misfit, refuse_larger
+from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
+from moemerge.models.guards import refuse_larger
 from moemerge.models.heads import in_head, spare_head
 
 log = logging.getLogger(__name__)

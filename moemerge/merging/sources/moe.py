@@ -16,7 +16,7 @@ from torch import Tensor
 from moemerge.errors import CheckpointError
 from moemerge.merging.sources.base import ExpertSource, MergedTensor
 from moemerge.models.families.base import ExpertTensor
-from moemerge.models.folder import ModelFolder, opened
+from moemerge.models.folder import ModelFolder, misfit, opened
 from moemerge.models.layout import Layout, read_layout
 
 if TYPE_CHECKING:
@@ -119,13 +119,10 @@ class MoeCheckpoint(ExpertSource):
 
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""
-        for kind, names in self.weights.differences(self.layout.moe, set(self.layout.tied)).items():
-            raise CheckpointError(
-                f"{self.folder} does not fit its own config",
-                given=f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}",
-                expected=f"exactly the tensors of {self.layout.class_name}",
-                fix="make the folder again, or copy it again whole",
-            )
+        faults = self.weights.differences(self.layout.moe, set(self.layout.tied))
+        if faults:
+            expected = f"exactly the tensors of {self.layout.class_name}"
+            raise misfit(self.folder, faults, expected, "make the folder again, or copy it again whole")
 
 
 def _layout_of(config: PreTrainedConfig) -> Layout:

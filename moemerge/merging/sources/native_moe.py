@@ -29,7 +29,7 @@ from moemerge.models.families import family_called
 from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import dense_class, shared_values, skeleton
 from moemerge.models.families.siblings import SIBLINGS, Sibling
-from moemerge.models.folder import ModelFolder, opened
+from moemerge.models.folder import ModelFolder, misfit, opened
 from moemerge.models.heads import spare_head
 
 # Where checkpoints keep an expert's matrices, one tensor each: module of the experts, names of the matrices.
@@ -168,9 +168,9 @@ class NativeMoe(ExpertSource):
     def _check_tensors(self) -> None:
         """The checkpoint holds the backbone, every expert, routers and nothing else, in the right shapes."""
         faults = self.weights.differences(dict(self._wanted()), may_add=self._needless)
-        for kind, names in faults.items():
-            given = f"{len(names)} tensor(s) {kind}: {', '.join(names[:5])}"
-            raise self._fault(given, f"the tensors of a reward model of type {self.config.model_type}")
+        if faults:
+            expected = f"the tensors of a reward model of type {self.config.model_type}"
+            raise misfit(self.folder, faults, expected, "give a whole reward model, as safetensors")
         self.opened.require_one_output()
 
     def _needless(self, name: str) -> bool:
