@@ -264,9 +264,9 @@ def measure_optimisers(folder: Path, seeds: int) -> None:
         for way, options in ways.items():
             settings = FitSettings(**options, batch_size=256, evals_per_epoch=1, patience=10_000)
             problem = FitProblem(blocks, 7, True, settings, seed, objective=lambda made=objective: made)
-            walk = Trajectory(problem, objective, initial_coefficients(problem)).run()
+            trajectory = Trajectory(problem, objective, initial_coefficients(problem)).run()
             # Training and held-out pairs are the same here.
-            curves[way] = [(point["passes"], point["held_out_loss"]) for point in walk.trajectory]
+            curves[way] = [(point["passes"], point["held_out_loss"]) for point in trajectory.history]
         first = curves["lbfgs"][0][1]
         best = min(loss for curve in curves.values() for _, loss in curve)
         for way, curve in curves.items():
