@@ -20,6 +20,7 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import OptionError
 from moemerge.evaluation.ensembles import combine
 from moemerge.models.cost import cost, flops_ratio
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model
 from moemerge.options.recipe import Recipe
 from moemerge.options.train import TrainSettings
@@ -74,7 +75,9 @@ def test_costs_by_hand_count(models: dict[str, str]) -> None:
     assert moe["parameters"] == DENSE + 64 * 32 + 3 * 5 * MLP + routers
     assert moe["flops_per_token"] == 2 * (DENSE + 3 * 2 * MLP + routers)
     ratio = (DENSE + 3 * 2 * MLP + routers) / DENSE
-    assert flops_ratio(models["moe"], models["a"]) == pytest.approx(ratio, rel=1e-12)
+    assert flops_ratio(ModelFolder(models["moe"]), ModelFolder(models["a"])) == pytest.approx(
+        ratio, rel=1e-12
+    )
 
 
 def test_torch_counts_as_many_flops_in_the_linears(models: dict[str, str]) -> None:
