@@ -24,6 +24,7 @@ from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.weight_gradients import WeightGradient
 from moemerge.models.families.dense import dense_class
 from moemerge.models.heads import in_head
+from moemerge.models.pooling import padding, pooled_positions
 from moemerge.models.scoring import collate, score_pairs
 
 KEPT_ON_CPU = 2**30
@@ -146,10 +147,10 @@ class MergedModel:
     def answers(self, pairs: Sequence[EncodedPair], states: bool = False) -> Answers:
         """The model's answers on `pairs`, in one forward pass; gradients pass where they are on."""
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        pad = self.model.config.get_text_config().pad_token_id
-        inputs = collate(texts, pad, False, self.device)
-        with last_states(self.model, inputs["attention_mask"]) as states_BD:
-            scores_B = self.model(**inputs).logits[:, 0].double()
+        with padding(self.model, texts) as pad:
+            inputs = collate(texts, pad, False, self.device)
+            with pooled_states(self.model, pooled_positions(inputs["input_ids"], pad)) as states_BD:
+                scores_B = self.model(**inputs).logits[:, 0].double()
         half = len(pairs)
         states_2PD = states_BD[0].unflatten(0, (2, half)) if states else None
         return Answers(scores_B[:half] - scores_B[half:], states_2PD)
@@ -283,18 +284,20 @@ def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
 
 
 @contextmanager
-def last_states(model: PreTrainedModel, mask_BT: Tensor) -> Iterator[list[Tensor]]:
-    """While open, a forward pass adds the input of the reward head's last matrix for each text, [B, D]."""
+def pooled_states(model: PreTrainedModel, positions_B: Tensor) -> Iterator[list[Tensor]]:
+    """While open, a forward pass adds the input of the reward head's last matrix for each text, [B, D].
+
+    A decoder's score is read at `positions_B`.
+    """
     states: list[Tensor] = []
     heads = [
         m for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
     ]
-    last_B = mask_BT.sum(1) - 1  # texts are padded on the right
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        # Encoders have pooled before the head; decoders score every token, of which the last counts.
-        states.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), last_B])
+        # Encoders have pooled before the head; decoders score every token, of which one counts.
+        states.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), positions_B])
 
     handle = heads[-1].register_forward_pre_hook(keep)
     try:

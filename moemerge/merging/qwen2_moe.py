@@ -24,7 +24,7 @@ from moemerge.errors import UnsupportedError
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import use_device
-from moemerge.models.equivalence import largest_difference, probe_batch, probe_scores, require_alike
+from moemerge.models.equivalence import largest_difference, probe_scores, probe_texts, require_alike
 from moemerge.models.families.base import PREFIX, ExpertTensor
 from moemerge.models.families.dense import dense_config, shared_values
 from moemerge.models.loading import load_reward_model
@@ -195,9 +195,9 @@ def _reason(source: MoeCheckpoint) -> tuple[str, str] | None:
 def _compare(options: Export, source: MoeCheckpoint, draft: Draft) -> None:
     """Largest difference between the scores of the MoE and of what was written, on a probe batch."""
     device = use_device(options)
-    inputs = probe_batch(source.config, options.seed, device)
-    theirs_B = probe_scores(load_moe(source.folder, str(device)), inputs)
-    ours_B = probe_scores(load_reward_model(draft.folder, device, source.dtype), inputs)
+    texts = probe_texts(source.config, options.seed)
+    theirs_B = probe_scores(load_moe(source.folder, str(device)), texts)
+    ours_B = probe_scores(load_reward_model(draft.folder, device, source.dtype), texts)
     draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
     what, fix = "the Qwen2-MoE does not equal the MoE", "report this model's config"
     require_alike(ours_B, theirs_B, source.dtype, what, fix)

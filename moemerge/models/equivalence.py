@@ -1,6 +1,6 @@
 """Whether two models are one function: their scores on a probe batch.
 
-Shapes: B sequences, T tokens.
+B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from moemerge.data.tokenise import Encoded
 from moemerge.errors import CheckpointError
+from moemerge.models.pooling import named_pad, padding
+from moemerge.models.scoring import collate
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
-def probe_batch(config: PreTrainedConfig, seed: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Two sequences of random tokens, the second one padded on the right: input_ids and attention_mask."""
+def probe_texts(config: PreTrainedConfig, seed: int) -> list[Encoded]:
+    """Two sequences of random tokens, none of them padding, the second half as long; four are the prompt."""
     generator = torch.Generator().manual_seed(seed)
     length = max(2, min(32, getattr(config, "max_position_embeddings", 64) // 2))
     ids_BT = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    ids_BT[ids_BT == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    mask_BT = torch.ones_like(ids_BT)
-    ids_BT[1, length // 2 :], mask_BT[1, length // 2 :] = config.pad_token_id, 0
-    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    pad = named_pad(config)
+    if pad is not None:
+        ids_BT[ids_BT == pad] = (pad + 1) % config.vocab_size
+    return [Encoded(ids_BT[0].tolist(), 4), Encoded(ids_BT[1, : length // 2].tolist(), 4)]
 
 
 @torch.inference_mode()
-def probe_scores(model: Any, inputs: dict[str, Tensor], prompt_lengths: bool = False) -> Tensor:
-    """Scores of the probe batch, float32 [B]; with `prompt_lengths` the first four tokens are the prompt."""
-    device = inputs["input_ids"].device
-    more = {"prompt_lengths": torch.tensor([4, 4], device=device)} if prompt_lengths else {}
-    return model(**inputs, **more).logits[:, 0].float()
+def probe_scores(model: Any, texts: list[Encoded], prompt_lengths: bool = False) -> Tensor:
+    """Scores of the texts in one batch, float32 [B]; `prompt_lengths` go along if the model takes them."""
+    with padding(model, texts) as pad:
+        return model(**collate(texts, pad, prompt_lengths, model.device)).logits[:, 0].float()
 
 
 def largest_difference(ours_B: Tensor, theirs_B: Tensor) -> float:

@@ -136,14 +136,6 @@ class ModelFolder:
         return read_model_config(self)
 
     @cached_property
-    def pad_token_id(self) -> int:
-        """What pads texts, and what decoders look past when they pool: the config's, or the tokenizer's."""
-        from moemerge.models.loading import load_tokenizer
-
-        named = self.config.get_text_config().pad_token_id
-        return load_tokenizer(self).pad_token_id if named is None else named
-
-    @cached_property
     def dense_names(self) -> dict[str, str | None]:
         """For each tensor of the dense reward model its name here; None for a head that is not here.
 

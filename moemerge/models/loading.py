@@ -24,32 +24,17 @@ from moemerge.models.configs import log_own_code
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.guards import refuse_larger
 from moemerge.models.heads import in_head, spare_head
+from moemerge.models.pooling import name_pad_of_fresh_head
 
 log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model, padding on the right, with a pad token; a new object.
+    """The tokenizer saved with a model, as it is there; a new object.
 
-    Without one of its own the end-of-sequence token pads, as in TRL's RewardTrainer: decoders then pool the
-    token before it. Raises CheckpointError if there is no tokenizer, or neither token.
+    It may have no pad token: models.pooling says what pads. Raises CheckpointError if there is no tokenizer.
     """
     model = opened(model)
-    tokenizer = _read_tokenizer(model)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise CheckpointError(
-                f"the tokenizer of {model.source} has no pad token",
-                given="neither pad_token nor eos_token",
-                expected="one of the two",
-                fix="set pad_token in tokenizer_config.json",
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _read_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
     try:
         if model.trust_remote_code:
             log_own_code(model.source)
@@ -71,10 +56,10 @@ def load_reward_model(
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
 
     `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. With `fresh_head_seed` a base LM or
-    encoder is taken too: its missing head is drawn from that seed, on any device alike. `config.pad_token_id`
-    is set from the tokenizer when missing. Raises CheckpointError for missing, left-over or misshapen
-    tensors, pickled weights, adapters, a reward model without its head, and any other number of outputs;
-    UnsupportedError for a class of its own, unless its code comes along and is trusted.
+    encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
+    if it names none. A reward model's config stays as it is. Raises CheckpointError for missing, left-over or
+    misshapen tensors, pickled weights, adapters, a reward model without its head, and any other number of
+    outputs; UnsupportedError for a class of its own, unless its code comes along and is trusted.
     """
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
@@ -94,7 +79,7 @@ def load_reward_model(
         folder.require_one_output()
     elif loading["missing_keys"]:
         _draw_head(loaded, sorted(loading["missing_keys"]), fresh_head_seed)
-    _set_pad_token(loaded, folder)
+        name_pad_of_fresh_head(loaded.config, folder)
     return loaded.to(device).eval()  # type: ignore[arg-type, no-any-return]
 
 
@@ -182,9 +167,3 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
             else:
                 tensor.fill_(0.0 if name.endswith("bias") else 1.0)
     log.info("drew a fresh reward head (%s) from seed %d", ", ".join(names), seed)
-
-
-def _set_pad_token(model: PreTrainedModel, folder: ModelFolder) -> None:
-    text = model.config.get_text_config()
-    if text.pad_token_id is None:
-        text.pad_token_id = model.config.pad_token_id = folder.pad_token_id

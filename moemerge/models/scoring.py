@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, DataError
+from moemerge.models.pooling import padding
 from moemerge.models.token_limits import check_texts
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,10 @@ def score(
     scores = torch.empty(len(encoded))
     if not encoded:
         return scores
-    # The model pools the last token that is not config.pad_token_id, so that is what must pad.
-    pad = model.config.get_text_config().pad_token_id
-    pad = tokenizer.pad_token_id if pad is None else pad
     takes = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in takes else {}
     done: list[tuple[list[int], Tensor]] = []
-    with torch.inference_mode(), _bar(len(encoded), progress) as bar:
+    with torch.inference_mode(), padding(model, encoded) as pad, _bar(len(encoded), progress) as bar:
         for rows in batches([len(text.ids) for text in encoded], batch_tokens):
             if on_batch is not None:
                 on_batch(rows)

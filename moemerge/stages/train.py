@@ -186,7 +186,8 @@ def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
 
 def _fit(trainer: Any, options: Train, before: dict[str, float] | None, home: Path) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; the state that the trainer left."""
-    from moemerge.training.trainer import Patience, exhausted, last_checkpoint, read_state
+    from moemerge.training.callbacks import Patience, exhausted
+    from moemerge.training.trainer import last_checkpoint, read_state
 
     start = standing(**before, choose_by=options.choose_by) if before else math.inf
     last = last_checkpoint(home)
@@ -226,8 +227,6 @@ def _finished(bench: _Bench, options: Train, home: Path, step: int) -> PreTraine
 def _prepare(bench: _Bench, options: Train, device: torch.device) -> tuple[PreTrainedModel, dict[str, str]]:
     """The model in float32 with exactly the intended parameters to train, and the role of each of these."""
     model = load_reward_model(bench.model, device, torch.float32, options.seed)
-    for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = bench.tokenizer.pad_token_id
     if options.trainable == "lora":
         _add_lora(model, options)
     roles = trained_parameters(model, options)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import use_device
-from moemerge.models.equivalence import largest_difference, probe_batch, probe_scores, require_alike
+from moemerge.models.equivalence import largest_difference, probe_scores, probe_texts, require_alike
 from moemerge.models.families import family_of
 from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import skeleton
@@ -29,6 +29,7 @@ from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import install_shim, layout_of, load_moe, moe_config
 from moemerge.models.moe import make_router
 from moemerge.models.moe_settings import MoeSettings
+from moemerge.models.pooling import name_pad_of_fresh_head
 from moemerge.options.layers import parse_layers
 from moemerge.options.upcycle import Upcycle
 
@@ -69,7 +70,8 @@ def _dense_config(source: ModelFolder) -> PretrainedConfig:
         source.require_one_output()
     config.num_labels = 1
     config.dtype = _dtype(source)
-    config.pad_token_id = source.pad_token_id
+    if source.missing_head:
+        name_pad_of_fresh_head(config, source)
     return config
 
 
@@ -168,14 +170,14 @@ def _routers(
 def _compare(options: Upcycle, source: ModelFolder, draft: Draft, device: torch.device) -> None:
     """Largest difference between the scores of dense model and MoE on a probe batch."""
     moe = load_moe(draft.folder, str(device))
-    inputs, dtype = probe_batch(moe.config, options.seed, device), moe.dtype
-    ours_B = probe_scores(moe, inputs, prompt_lengths=True)
-    # A fresh head is drawn, not read: the dense model gets the MoE's, to be compared with.
+    texts, dtype = probe_texts(moe.config, options.seed), moe.dtype
+    ours_B = probe_scores(moe, texts, prompt_lengths=True)
+    # A fresh head is drawn, not read: the dense model gets the MoE\'s, to be compared with.
     head = {n: p.detach().clone() for n, p in moe.state_dict().items() if n in draft.results["fresh_head"]}
     del moe
     dense = load_reward_model(source, device, dtype, options.seed if head else None)
     dense.load_state_dict(head, strict=False)
-    theirs_B = probe_scores(dense, inputs)
+    theirs_B = probe_scores(dense, texts)
     difference = draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
     log.info("upcycle: largest difference to the dense model %.2e", difference)
     if not options.expert_noise:

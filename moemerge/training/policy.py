@@ -64,10 +64,23 @@ def load_policy(
             expected="every tensor of a causal language model",
             fix="give a language model, such as the one that the reward model was made from",
         )
+    _name_pad(tokenizer, folder.source)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # What is left unset when text is generated, transformers takes from here.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(device).eval(), tokenizer
+
+
+def _name_pad(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Have the tokenizer pad with its end token if it names no pad token: in generation masks hide it."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise CheckpointError(
+            f"the tokenizer of {source} has no pad token",
+            given="neither pad_token nor eos_token",
+            expected="one of the two",
+            fix="set pad_token in tokenizer_config.json",
+        )
 
 
 def _load_language_model(folder: ModelFolder, dtype: Any) -> tuple[Any, list[str]]:

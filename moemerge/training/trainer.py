@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,20 +25,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
     TrainingArguments,
 )
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from moemerge.artifacts.disk import flush, flush_tree, write_whole
-from moemerge.data.tokenise import EncodedPair
+from moemerge.data.tokenise import EncodedPair, texts_of
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.models.moe import FREE, moe_layers
+from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, score_pairs
 from moemerge.options.train import Train
+from moemerge.training.callbacks import Pooling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
-from moemerge.training.report import standings
 
 C = TypeVar("C", bound=TrainingArguments)
 
@@ -62,28 +63,6 @@ class PairCollator(DataCollatorForPreference):
         if "places" in examples[0]:
             batch["places"] = torch.tensor([example["places"] for example in examples])
         return batch
-
-
-class Patience(TrainerCallback):
-    """Stops training once `patience` evaluations in a row stood no better than the best before them."""
-
-    def __init__(self, options: Train, start: float) -> None:
-        self.options, self.start = options, start
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask the trainer to stop."""
-        if exhausted(state.log_history, self.options, self.start):
-            control.should_training_stop = True
-
-
-def exhausted(history: list[dict[str, Any]], options: Train, start: float) -> bool:
-    """Whether the last `options.patience` evaluations all stood no better than the best before them.
-
-    `start` is the standing before training (report.standing).
-    """
-    values = [start, *standings(history, options.choose_by)]
-    since_best = len(values) - 1 - values.index(min(values))
-    return options.patience is not None and since_best >= options.patience
 
 
 class PairTrainer(RewardTrainer):
@@ -207,17 +186,29 @@ def make_trainer(
     """
     gated = (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
     schedule = expert_schedule(options, model, pairs)
-    return PairTrainer(
+    pad = safe_pad(model.config, texts_of([*pairs, *held_out]))
+    trainer = PairTrainer(
         model=model,
         args=_arguments(options, model.device, len(pairs), bool(held_out), folder),
-        data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id),
+        data_collator=PairCollator(pad_token_id=pad),
         train_dataset=_dataset(pairs, gated, schedule is not None),
         eval_dataset=_dataset(held_out, gated) if held_out else None,
-        processing_class=tokenizer,
+        processing_class=_with_a_pad_token(tokenizer),
         groups=_groups(options, model, roles),
         held_out=held_out,
         schedule=schedule,
     )
+    trainer.add_callback(Pooling(pad))
+    set_pad(model.config, pad)  # for what is measured before training
+    return trainer
+
+
+def _with_a_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that TRL takes: it wants a pad token, or an end token, and gives the tokenizer that."""
+    copy = deepcopy(tokenizer)
+    if copy.pad_token is None:
+        copy.pad_token = copy.eos_token or copy.convert_ids_to_tokens(0)
+    return copy
 
 
 def expert_schedule(

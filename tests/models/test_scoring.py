@@ -56,12 +56,10 @@ def test_any_padding_of_the_tokenizer_gives_the_same(side: str, pad: str | None,
     tokenizer.padding_side, tokenizer.pad_token = side, pad
     tokenizer.save_pretrained(folder)
     model, loaded = load_reward_model(str(folder), "cpu"), load_tokenizer(str(folder))
-    assert loaded.padding_side == "right" and loaded.pad_token == (pad or "<eos>")
-    assert model.config.pad_token_id == loaded.pad_token_id
+    assert loaded.padding_side == side and loaded.pad_token == pad, "the tokenizer is as it lies there"
+    assert model.config.pad_token_id == ids[pad]
     found = score(model, loaded, texts(), 300)
     assert (found - one_at_a_time(model, texts())).abs().max() <= 1e-5
-    loaded.padding_side = side
-    assert torch.equal(score(model, loaded, texts(), 300), found)
 
 
 NEEDS_A_PAD_TOKEN = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder"}
@@ -79,7 +77,7 @@ def test_a_pad_token_of_minus_one_is_none_or_refused(family: str, tmp_path: Path
         assert "set pad_token_id in its config.json" in caught.value.fix
         return
     model, tokenizer = load_reward_model(str(folder), "cpu"), load_tokenizer(str(folder))
-    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    assert model.config.pad_token_id is None, "as transformers reads it: no token is -1"
     assert torch.equal(score(model, tokenizer, texts(8), 300), score(whole, tokenizer, texts(8), 300))
 
 

@@ -496,10 +496,6 @@ def test_routing(name: str, world: Path, tmp_path: Path, capsys: pytest.CaptureF
     refused([*arguments, "--output", tmp_path / "out"], tmp_path, capsys)
 
 
-def _unpadded(folder: Path) -> None:
-    edit_json(folder / "tokenizer_config.json", pad_token=None, eos_token=None)
-
-
 def _unknown_token(folder: Path) -> None:
     values = json.loads((folder / "tokenizer.json").read_text())
     values["model"]["vocab"]["w1"] = 5000
@@ -513,7 +509,6 @@ def _remote_tokenizer(folder: Path) -> None:
 
 
 TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no_pad_token": (_unpadded, "pad token"),
     "broken": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
     "nested": (lambda f: (f / "tokenizer.json").write_text(deep(100_000)), "tokenizer"),
     "config_is_a_list": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer"),

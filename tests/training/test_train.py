@@ -549,14 +549,14 @@ def test_last_checkpoint_skips_torn_ones_and_follows_a_moved_folder(tmp_path: Pa
     assert last_checkpoint(tmp_path) is None
 
 
-def test_saved_config_pads_as_training_did(world: Path, tmp_path: Path) -> None:
-    """A decoder pools the last token that is not its config's pad token."""
+def test_training_keeps_the_pad_token_of_the_config(world: Path, tmp_path: Path) -> None:
+    """A decoder pools the last token that is not its config's pad token; the tokenizer pads with another."""
     from transformers import AutoConfig
 
     dense = save_dense(tmp_path / "dense", pad_token_id=1)
     options = {"pairs": str(world / "train.jsonl"), "validation": str(world / "held.jsonl"), "max_steps": 4}
     train(model=str(dense), output=tmp_path / "out", learning_rate=1e-3, **options)
-    assert AutoConfig.from_pretrained(tmp_path / "out").pad_token_id == 0
+    assert AutoConfig.from_pretrained(tmp_path / "out").pad_token_id == 1
     after = read_manifest(tmp_path / "out")["results"]["after"]
     assert brute_force(tmp_path / "out", world / "held.jsonl") == pytest.approx(
         tuple(after.values()), abs=1e-6

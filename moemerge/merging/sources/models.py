@@ -26,6 +26,7 @@ from moemerge.models.families import family_of
 from moemerge.models.families.dense import dense_config, skeleton
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
+from moemerge.models.pooling import named_pad, reads_before_the_end
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ Scope = Literal["all", "body", "mlp"]
 # What models of one architecture may differ in without computing something else.
 INCIDENTAL = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size",
-    "num_labels", "id2label", "label2id", "problem_type", "use_cache", "pad_token_id", "bos_token_id",
-    "eos_token_id", "tie_word_embeddings", "is_decoder", "finetuning_task",
+    "num_labels", "id2label", "label2id", "problem_type", "use_cache", "tie_word_embeddings", "is_decoder",
+    "finetuning_task",
 }  # fmt: skip
 
 
@@ -94,6 +95,7 @@ class ModelList(MergeSource):
         self.head = set(self.donor.opened.head_names)
         self._check_architecture()
         self._check_heads()
+        self._check_pooling()
         merged = self._in_scope()
         self.embeddings = self._embeddings()
         self.vocabulary = self._vocabulary()
@@ -141,13 +143,10 @@ class ModelList(MergeSource):
         return bool(self.models[member].lacks) or self.vocabulary is not None
 
     def dense_config(self) -> PreTrainedConfig:
-        """The first model's config; a pad token is named, the vocabulary is the common one."""
+        """The first model's config, with the common vocabulary."""
         config = dense_config(self.config)
-        text = config.get_text_config()
-        if text.pad_token_id is None:
-            text.pad_token_id = config.pad_token_id = self.donor.opened.pad_token_id
         if self.vocabulary is not None:
-            text.vocab_size = self.vocabulary.size
+            config.get_text_config().vocab_size = self.vocabulary.size
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -210,6 +209,21 @@ class ModelList(MergeSource):
             if differing:
                 log.warning("%s differs from %s in %s; %s's are kept", model.folder, self.folder,
                             ", ".join(differing), self.folder)  # fmt: skip
+
+    def _check_pooling(self) -> None:
+        """All reward models must read scores at one token, or the merged head is given foreign states."""
+        if not family_of(self.config).causal:
+            return
+        judges = [model.opened for model in self.models if not model.lacks]
+        before = {reads_before_the_end(model) for model in judges}
+        if len(before) > 1:
+            pads = ", ".join(f"{model.source}: {named_pad(model.config)}" for model in judges)
+            raise UnsupportedError(
+                "the models read their scores at different tokens",
+                given=f"pad_token_id in config.json: {pads}; one of them is an end token too",
+                expected="models that all read the end token's state, or all the state before it",
+                fix="leave out those that differ; or give them the others' pad_token_id and train them first",
+            )
 
     def _check_heads(self) -> None:
         if self.donor.lacks:

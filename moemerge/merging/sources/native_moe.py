@@ -114,8 +114,6 @@ class NativeMoe(ExpertSource):
         kind = CONFIG_MAPPING[self.sibling.dense]
         dense = kind(**{**shared_values(self.config, kind), **self._own_values(kind)})
         dense.architectures = [dense_class(dense).__name__]
-        if dense.pad_token_id is None:
-            dense.pad_token_id = self.opened.pad_token_id
         return dense
 
     @property
