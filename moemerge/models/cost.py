@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from moemerge.models.folder import ModelFolder
+from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.moe import moe_layers
 
 # What `cost` tells, as tables call it.
@@ -41,9 +41,9 @@ def cost(model: PreTrainedModel) -> dict[str, int]:
     return {**counts, "flops_per_token": 2 * (counts["active_parameters"] - tables)}
 
 
-def flops_ratio(model: ModelFolder, other: ModelFolder) -> float:
+def flops_ratio(model: ModelFolder | str, other: ModelFolder | str) -> float:
     """FLOPs per token of the reward model `model` over those of `other`, by their configs."""
-    costs = [cost(_without_weights(folder)) for folder in (model, other)]
+    costs = [cost(_without_weights(opened(folder))) for folder in (model, other)]
     return costs[0]["flops_per_token"] / costs[1]["flops_per_token"]
 
 
