@@ -18,10 +18,10 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, An
 
     A file whose size and mtime equal those in `known` is taken to have the checksum recorded there.
     """
-    found = artifact_files(path)
+    paths = artifact_files(path)
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
-        records = pool.map(lambda name: _file_record(found[name], (known or {}).get(name)), found)
-        files = dict(zip(found, records, strict=True))
+        records = pool.map(lambda name: _file_record(paths[name], (known or {}).get(name)), paths)
+        files = dict(zip(paths, records, strict=True))
     digest = hashlib.sha256("".join(f"{n}\0{r['sha256']}\n" for n, r in files.items()).encode())
     return {"path": os.path.abspath(path), "sha256": digest.hexdigest(), "files": files}
 

@@ -122,13 +122,13 @@ def _aside(output: Path) -> Path:
     return output.with_name(f".{output.name}.old.tmp")
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; False where the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    return bool(renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+    return bool(renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)
 
 
 def recover(output: Path) -> None:
@@ -146,8 +146,8 @@ def recover(output: Path) -> None:
 def leftovers(output: Path) -> list[Path]:
     """Drafts, and an old output that stepped aside, which a killed process left beside `output`."""
     draft = re.compile(DRAFT.format(name=re.escape(output.name)))
-    found = output.parent.iterdir() if output.parent.is_dir() else ()
-    return [path for path in found if path == _aside(output) or draft.fullmatch(path.name)]
+    neighbours = output.parent.iterdir() if output.parent.is_dir() else ()
+    return [path for path in neighbours if path == _aside(output) or draft.fullmatch(path.name)]
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -15,11 +15,11 @@ PACKAGES = ("moemerge", "torch", "transformers", "trl", "mergekit", "peft", "saf
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            by_package[package] = metadata.version(package)
+    return by_package
 
 
 def hardware() -> dict[str, Any]:

@@ -53,11 +53,11 @@ def refuse_paths(values: Any, home: Path, file: str) -> None:
 
 
 def _is_in(path: str, home: Path) -> bool:
-    return any(Path(path).resolve().is_relative_to(place) for place in _homes(home))
+    return any(Path(path).resolve().is_relative_to(folder) for folder in _homes(home))
 
 
 def _homes(root: Path) -> Iterator[Path]:
     yield root
-    for place in (root, *root.parents):
-        if place.parent.name == "snapshots":
-            yield place.parent.parent / "blobs"
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots":
+            yield folder.parent.parent / "blobs"

@@ -22,9 +22,9 @@ def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
     if status.st_size > most:
         raise ValueError(f"{path.name} has {status.st_size} bytes, more than {most}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, not an object")
+    return value

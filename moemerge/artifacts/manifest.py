@@ -60,7 +60,7 @@ class _Whole(_Link):
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """As read_manifest, but of its values only `schema` is looked at."""
+    """As read_manifest, but only the value of `schema` is checked."""
     try:
         manifest = read_object(Path(folder) / MANIFEST)
         if manifest["schema"] == SCHEMA:
@@ -81,7 +81,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     manifest = load_manifest(folder)
     try:
         _Whole.model_validate(manifest)
-        json.dumps(manifest, ensure_ascii=False).encode()  # it may be carried on
+        json.dumps(manifest, ensure_ascii=False).encode()  # later manifests may carry it in their chain
     except ValidationError as error:
         first = error.errors()[0]
         raise _no_artifact(folder, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]) from None
@@ -100,13 +100,13 @@ def _no_artifact(folder: str | Path, given: str) -> ArtifactError:
 
 
 def holds_manifest(folder: Path) -> bool:
-    """Whether there is a manifest of ours, damaged or not, and not some other tool's file of that name."""
+    """Whether the folder has a manifest of moemerge, damaged or not: other tools use the file name too."""
     path = folder / MANIFEST
     return path.is_file() and b'"stage"' in path.read_bytes()
 
 
 def own_digest(manifest: Manifest) -> str:
-    """sha256 over a manifest's values, its own digest left out."""
+    """sha256 over a manifest's values without its own digest."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -114,34 +114,35 @@ def own_digest(manifest: Manifest) -> str:
 def flat_inputs(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """A manifest's inputs by name; those of a mapping under NAME.KEY."""
     flat: dict[str, dict[str, Any]] = {}
-    for name, given in manifest["inputs"].items():
-        flat |= {name: given} if "sha256" in given else {f"{name}.{key}": one for key, one in given.items()}
+    for name, value in manifest["inputs"].items():
+        by_key = {"": value} if "sha256" in value else {f".{key}": record for key, record in value.items()}
+        flat |= {f"{name}{key}": record for key, record in by_key.items()}
     return flat
 
 
 def chain_of(inputs: Iterable[dict[str, Any]]) -> list[Manifest]:
-    """What the manifests of `inputs` (records of fingerprints) tell of them and all before them, each once.
+    """Stage by stage, each once, how `inputs` (records of fingerprints) were made, by their manifests.
 
-    A manifest carries the chain of what its inputs were made from, so that no path that one names need ever
-    be followed. An input that is no longer as its own manifest says has no chain.
+    A manifest carries the chain of what its inputs were made from, so that a path in a manifest need never
+    be followed. An input that has changed since its own manifest was written has no chain.
     """
-    found: dict[str, Manifest] = {}
-    for given in inputs:
-        for one in _chain_to(given) if "path" in given else []:
-            found.setdefault(own_digest(one), one)
-    return list(found.values())
+    by_digest: dict[str, Manifest] = {}
+    for record in inputs:
+        for link in _chain_to(record) if "path" in record else []:
+            by_digest.setdefault(own_digest(link), link)
+    return list(by_digest.values())
 
 
-def _chain_to(given: dict[str, Any]) -> list[Manifest]:
-    path = Path(given["path"]).resolve()
+def _chain_to(record: dict[str, Any]) -> list[Manifest]:
+    path = Path(record["path"]).resolve()
     root = path if path.is_dir() else path.parent
-    home = next((place for place in (root, root.parent) if holds_manifest(place)), None)
+    home = next((folder for folder in (root, root.parent) if holds_manifest(folder)), None)
     if home is None:
         return []
     with suppress(ArtifactError):
         manifest = read_manifest(home)
         known, within = sums(manifest["files"]), root.relative_to(home)
-        held = {str(within / name): digest for name, digest in sums(given["files"]).items()}
+        held = {str(within / name): digest for name, digest in sums(record["files"]).items()}
         if known.keys() & held.keys():
             if all(known.get(name, digest) == digest for name, digest in held.items()):
                 return [*manifest.get("chain", []), {key: manifest[key] for key in CARRIED}]

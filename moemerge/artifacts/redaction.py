@@ -20,7 +20,7 @@ SECRETS = (
 def redact(text: str) -> str:
     """`text` with passwords and tokens replaced by ***."""
     for secret in SECRETS:
-        text = secret.sub(lambda found: f"{found[1]}={HIDDEN}" if found.re.groups else HIDDEN, text)
+        text = secret.sub(lambda match: f"{match[1]}={HIDDEN}" if match.re.groups else HIDDEN, text)
     return text
 
 
@@ -29,7 +29,7 @@ def redacted(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {redacted(key): redacted(one) for key, one in value.items()}
+        return {redacted(key): redacted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(one) for one in value]
+        return [redacted(item) for item in value]
     return value

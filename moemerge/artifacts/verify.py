@@ -17,10 +17,10 @@ from moemerge.errors import ArtifactError
 
 __all__ = ["UNCHECKED", "Fault", "Verification", "verify", "verify_folder"]
 
-UNCHECKED = "cannot be checked"  # what a manifest without a checksum of its own is
+UNCHECKED = "cannot be checked"  # said of a manifest without a checksum of its own
 THREADS = 4
 SHORT = 12
-# What reading a manifest whose values are not what they should be can raise.
+# What can be raised where a manifest holds values of the wrong kind.
 BROKEN = (ArtifactError, KeyError, TypeError, AttributeError, ValueError, OSError)
 
 
@@ -34,14 +34,14 @@ class Verification:
 
 
 def verify(folder: str | Path, inputs: bool = False) -> Verification:
-    """Hold every file of an artifact against its manifest; with `inputs`, also what it was made from.
+    """Compare every file of an artifact with its manifest; with `inputs`, also what it was made from.
 
     Missing, added and changed files (by sha256, read in full), weights whose header cannot be read, and an
     index that disagrees with its shards are faults; so is, as UNCHECKED, an older version's manifest, which
-    has no checksum of its own, though its files are held against it. Hidden files are not looked at. Inputs
+    has no checksum of its own, though its files are compared with it. Hidden files are not looked at. Inputs
     that are artifacts are verified in turn, wherever their paths in the manifest lead; those that are gone,
-    or names on the hub, are listed as gone and are no faults. The folder of a run stands for those of its
-    steps. Raises ArtifactError if there is no manifest to read.
+    or names on the hub, are listed as gone and are no faults. For the folder of a run, its steps are
+    verified. Raises ArtifactError if there is no manifest to read.
     """
     root = Path(folder)
     steps = [home for home in sorted(root.glob("*/")) if holds_manifest(home)]
@@ -51,7 +51,7 @@ def verify(folder: str | Path, inputs: bool = False) -> Verification:
     chain = _Chain(root, Verification())
     for home in steps:
         chain.visit(home, inputs)
-    return chain.found
+    return chain.verification
 
 
 def verify_folder(folder: str | Path) -> list[Fault]:
@@ -62,7 +62,7 @@ def verify_folder(folder: str | Path) -> list[Fault]:
 @dataclass
 class _Chain:
     root: Path
-    found: Verification
+    verification: Verification
     seen: set[Path] = field(default_factory=set)
     digests: dict[Path, str] = field(default_factory=dict)
 
@@ -71,34 +71,34 @@ class _Chain:
         if folder.resolve() in self.seen:
             return
         self.seen.add(folder.resolve())
-        self.found.folders.append(folder)
+        self.verification.folders.append(folder)
         try:
             manifest = read_manifest(folder)
             faults = list(_folder_faults(folder, manifest, self.digests))
-            given = flat_inputs(manifest) if inputs else {}
+            records = flat_inputs(manifest) if inputs else {}
         except BROKEN as error:
-            faults, given = [_broken_manifest(error)], {}
-        self._tell(one if folder == self.root else _under(folder, one) for one in faults)
-        for name, record in given.items():
+            faults, records = [_broken_manifest(error)], {}
+        self._report(fault if folder == self.root else _under(folder, fault) for fault in faults)
+        for name, record in records.items():
             try:
                 self._input(name, record)
             except BROKEN as error:
-                self._tell([_under(folder, _broken_manifest(error))])
+                self._report([_under(folder, _broken_manifest(error))])
 
     def _input(self, name: str, record: dict[str, Any]) -> None:
         path = Path(record.get("path", ""))
         if "path" not in record or not path.exists():
-            self.found.gone.append(f"{name}: {record.get('path') or record.get('hub')}")
+            self.verification.gone.append(f"{name}: {record.get('path') or record.get('hub')}")
             return
         root = path if path.is_dir() else path.parent
-        self._tell(_under(root, one) for one in _file_faults(path, record["files"], self.digests))
+        self._report(_under(root, fault) for fault in _file_faults(path, record["files"], self.digests))
         home = next((p for p in (root, root.parent) if holds_manifest(p)), None)
         if home is not None:
             self.visit(home, inputs=True)
 
-    def _tell(self, faults: Iterable[Fault]) -> None:
-        """Keep faults, once each: a file may be wrong by its own manifest and as an input."""
-        self.found.faults += [fault for fault in faults if fault not in self.found.faults]
+    def _report(self, faults: Iterable[Fault]) -> None:
+        """Keep each fault once: a file may be wrong both by its own manifest and as an input."""
+        self.verification.faults += [fault for fault in faults if fault not in self.verification.faults]
 
 
 def _under(folder: Path, fault: Fault) -> Fault:
@@ -122,14 +122,14 @@ def _folder_faults(folder: Path, manifest: dict[str, Any], digests: dict[Path, s
 
 def _file_faults(path: Path, recorded: dict[str, Any], digests: dict[Path, str]) -> Iterator[Fault]:
     """How the files at `path` differ from those `recorded`; `digests` are of files read before."""
-    found = artifact_files(path)
-    for name in sorted(recorded.keys() - found.keys()):
+    present = artifact_files(path)
+    for name in sorted(recorded.keys() - present.keys()):
         yield Fault(name, "is missing", f"{recorded[name]['size']} bytes", "no file")
-    for name in sorted(found.keys() - recorded.keys()):
-        yield Fault(name, "was added", "no file", f"{found[name].stat().st_size} bytes")
-    both = sorted(found.keys() & recorded.keys())
+    for name in sorted(present.keys() - recorded.keys()):
+        yield Fault(name, "was added", "no file", f"{present[name].stat().st_size} bytes")
+    both = sorted(present.keys() & recorded.keys())
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
-        checked = pool.map(lambda name: _changed(name, found[name], recorded[name], digests), both)
+        checked = pool.map(lambda name: _changed(name, present[name], recorded[name], digests), both)
         for fault in tqdm(checked, desc="verify", total=len(both), leave=False, disable=None):
             if fault is not None:
                 yield fault

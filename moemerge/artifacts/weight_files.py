@@ -71,8 +71,8 @@ def _shard_faults(folder: Path, file: str, wanted: set[str], index: str) -> Iter
     except (SafetensorError, OSError):
         return  # a fault of the shard, which is reported under its own name
     if held != wanted:
-        given = ", ".join(sorted(held ^ wanted)[:SHOWN])
-        yield Fault(index, "disagrees with its shards", f"the tensors of {file}", f"not in both: {given}")
+        differing = ", ".join(sorted(held ^ wanted)[:SHOWN])
+        yield Fault(index, "disagrees with its shards", f"the tensors of {file}", f"not in both: {differing}")
 
 
 def order_metadata(path: Path) -> None:
