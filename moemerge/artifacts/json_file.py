@@ -1,4 +1,4 @@
-"""JSON files that come from elsewhere, read within bounds. Imports nothing heavy."""
+"""JSON files: written to be read by people, and read within bounds. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds a {type(value).__name__}, not an object")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, keys in given order, numbers exact."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

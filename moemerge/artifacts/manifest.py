@@ -90,6 +90,19 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
+def expect_stage(folder: str | Path, *stages: str) -> dict[str, Any]:
+    """The manifest of an artifact that one of `stages` wrote; ArtifactError otherwise."""
+    manifest = read_manifest(folder)
+    if manifest["stage"] not in stages:
+        raise ArtifactError(
+            f"{folder} comes from another stage",
+            given=manifest["stage"],
+            expected=" or ".join(stages),
+            fix="give the folder that this stage wrote",
+        )
+    return manifest
+
+
 def _no_artifact(folder: str | Path, given: str) -> ArtifactError:
     return ArtifactError(
         f"{folder} is not a moemerge artifact",

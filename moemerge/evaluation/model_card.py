@@ -15,8 +15,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from moemerge.artifacts.checksums import MANIFEST, fingerprint
-from moemerge.artifacts.manifest import NONSENSE, Manifest, flat_inputs, read_manifest, stated_licence
-from moemerge.artifacts.stage import expect_stage
+from moemerge.artifacts.manifest import (
+    NONSENSE,
+    Manifest,
+    expect_stage,
+    flat_inputs,
+    read_manifest,
+    stated_licence,
+)
 from moemerge.errors import ArtifactError
 from moemerge.evaluation.measures import main_measures
 from moemerge.evaluation.page import numbers_to_see_first

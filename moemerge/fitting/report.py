@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moemerge.artifacts.stage import Draft, write_json
+from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.stage import Draft
 from moemerge.fitting.problem import FitOutcome
 from moemerge.merging.coefficients import Coefficients
 from moemerge.reports import plotting

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moemerge.artifacts.environment import package_version
-from moemerge.artifacts.stage import write_json
+from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.weight_files import order_metadata
 from moemerge.errors import CheckpointError
 from moemerge.merging.blocks import BLOCK_NAME

@@ -13,9 +13,11 @@ from typing import Any
 
 from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import disk_faults, leftovers, recover, write_whole
+from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, read_manifest
-from moemerge.artifacts.stage import RECIPE_COPY, plain_options, why_stale
+from moemerge.artifacts.stage import RECIPE_COPY
+from moemerge.artifacts.staleness import why_stale
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.report import outdated, read_comparison, read_report

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moemerge.artifacts.stage import Draft, stage, write_json
+from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.stage import Draft, stage
 from moemerge.data import reading as data
 from moemerge.data.pairs import prompt_key
 from moemerge.data.rows import BadRow, RowReport, write_rows

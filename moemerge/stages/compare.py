@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from moemerge.artifacts.json_file import read_object
-from moemerge.artifacts.manifest import NONSENSE
-from moemerge.artifacts.stage import RECIPE_COPY, Draft, expect_stage, stage, write_json
+from moemerge.artifacts.json_file import read_object, write_json
+from moemerge.artifacts.manifest import NONSENSE, expect_stage
+from moemerge.artifacts.stage import RECIPE_COPY, Draft, stage
 from moemerge.errors import ArtifactError, unknown
 from moemerge.evaluation import verdict
 from moemerge.evaluation.report import FORMAT, SeedComparison, SeedGroup, SeedNumbers, read_report

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moemerge.artifacts.stage import Draft, stage, write_json
+from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.pairs import CandidateSet, Pair, prompt_key
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.rows import SHOWN, Row, RowReport, write_rows

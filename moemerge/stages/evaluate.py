@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.environment import hardware, versions
-from moemerge.artifacts.stage import Draft, stage, write_json
+from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import OptionError, unknown
 from moemerge.evaluation import gold, protocol
 from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores

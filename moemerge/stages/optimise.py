@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.disk import write_whole
-from moemerge.artifacts.stage import Draft, stage, workspace, write_json
+from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.artifacts.workspace import workspace
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import Row, RowSummary, Text, write_rows

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.disk import write_whole
-from moemerge.artifacts.stage import Draft, stage, workspace
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.artifacts.workspace import workspace
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import write_rows

@@ -27,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from moemerge.artifacts.disk import flush_and_forget, flush_tree, size_of, write_whole
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
-from moemerge.artifacts.stage import Draft, stage, workspace
+from moemerge.artifacts.stage import Draft, stage
+from moemerge.artifacts.workspace import workspace
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.errors import OptionError, UnsupportedError

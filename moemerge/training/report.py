@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moemerge.artifacts.stage import write_json
+from moemerge.artifacts.json_file import write_json
 from moemerge.options.train import Train
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.plotting import panels

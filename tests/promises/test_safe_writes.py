@@ -21,8 +21,10 @@ from moemerge.artifacts import stage as artifacts
 from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.artifacts.stage import Draft, Stage, workspace
+from moemerge.artifacts.stage import Draft, Stage
+from moemerge.artifacts.staleness import why_stale
 from moemerge.artifacts.verify import verify_folder
+from moemerge.artifacts.workspace import workspace
 from moemerge.errors import ArtifactError
 from moemerge.options.base import Run, Source
 from moemerge.run import signals as stopping
@@ -388,7 +390,7 @@ def test_no_secret_gets_into_a_manifest(tmp_path: Path, during: Any, monkeypatch
     found = (out / "manifest.json").read_text()
     assert not [one for one in (token, "pass@", "s3cr3t", "from-the-environment") if one in found]
     assert json.loads(found)["results"]["url"] == "https://***@hub/x?sig=***&n=1"
-    assert artifacts.why_stale("write", Write(**read_manifest(out)["options"])) is None
+    assert why_stale("write", Write(**read_manifest(out)["options"])) is None
 
 
 # Signals

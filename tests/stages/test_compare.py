@@ -12,8 +12,9 @@ import pytest
 from scipy import stats
 from small_reports import report_of
 
+from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.artifacts.stage import artifact, write_json
+from moemerge.artifacts.stage import artifact
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.evaluation.report import FORMAT, read_comparison
 from moemerge.evaluation.verdict import standing_over_seeds, verdict_over_seeds

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from small_chain import make_chain
 from tiny_models import save_dense
 
+from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.manifest import own_digest, read_manifest, stated_licence
-from moemerge.artifacts.stage import artifact, write_json
+from moemerge.artifacts.stage import artifact
 from moemerge.errors import ArtifactError, OptionError
 from moemerge.evaluation import report as report_file
 from moemerge.options.publish import Publish

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moemerge.artifacts.stage import write_json
+from moemerge.artifacts.json_file import write_json
 from moemerge.merging.experts.diversity import Disagreement, Updates
 from moemerge.merging.experts.speculation import Ratio, Speculation
 from moemerge.reports import plotting
