@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moemerge.errors import ArtifactError, MoemergeError, first_line
@@ -98,6 +98,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def parents(output: Path) -> Iterator[None]:
+    """Make the folders that `output` is to lie in; those still empty at the end are removed again."""
+    made = [folder for folder in output.absolute().parents if not folder.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):  # the first that holds something, or was not made
+            for folder in made:
+                folder.rmdir()
 
 
 def put_in_place(folder: Path, output: Path) -> None:

@@ -20,6 +20,7 @@ from moemerge.artifacts.disk import (
     exists,
     flush,
     flush_tree,
+    parents,
     put_in_place,
     recover,
     remove,
@@ -117,22 +118,20 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
             yield Draft(Path(folder), output)
         return
     clock = time.perf_counter()
-    with disk_faults(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with hold(lock_of(output), output):
-            recover(output)
-            _refuse_existing(output, options.overwrite)
-            draft = Draft(
-                Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent)), output
-            )
-            try:
-                with draft.disk_faults():
-                    draft.provenance = _beginning(name, options)
-                    yield draft
-                    _seal(draft, options)
-                    put_in_place(draft.folder, output)
-            finally:
-                remove(draft.folder)
+    with disk_faults(output), parents(output), hold(lock_of(output), output):
+        recover(output)
+        _refuse_existing(output, options.overwrite)
+        draft = Draft(
+            Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent)), output
+        )
+        try:
+            with draft.disk_faults():
+                draft.provenance = _beginning(name, options)
+                yield draft
+                _seal(draft, options)
+                put_in_place(draft.folder, output)
+        finally:
+            remove(draft.folder)
     log.info("%s: wrote %s in %.1f s", name, output, time.perf_counter() - clock)
 
 

@@ -22,7 +22,6 @@ def workspace(options: Run) -> Iterator[Path]:
     It is removed when the work ends well; leftovers of other options are removed at the start.
     """
     output = options.output
-    output.parent.mkdir(parents=True, exist_ok=True)
     inputs = {name: digests(fingerprints(value)) for name, value in input_fields(options).items()}
     text = json.dumps([deciding_options(options), inputs], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

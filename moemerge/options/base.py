@@ -27,8 +27,20 @@ class _Input:
     """Marks a field whose value names something read from disk or the hub."""
 
 
+def _as_text(path: str | Path) -> str:
+    """A path as text, `~` in front as the home folder that it stands for."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def _path_as_text(value: Any) -> Any:
+    return _as_text(value) if isinstance(value, str | Path) else value
+
+
 def _nameable(value: str | Path) -> str | Path:
-    """A path or hub name that the file system can be asked about."""
+    """A path or hub name that the file system can be asked about.
+
+    Variables are not put in: a recipe of somebody else could write a secret of the environment into a path.
+    """
     text = str(value)
     try:
         longest = max(len(part.encode()) for part in text.split("/"))
@@ -36,6 +48,8 @@ def _nameable(value: str | Path) -> str | Path:
         raise ValueError("a name that can be written as UTF-8") from None
     if "\0" in text or longest > MAX_NAME or len(text) > MAX_PATH:
         raise ValueError(f"a path without NUL, of at most {MAX_PATH} characters and {MAX_NAME} bytes a part")
+    if SHORTHAND.search(text):
+        raise ValueError("a path written out: no variables, and ~ only for a home folder that is there")
     return value
 
 
@@ -54,24 +68,26 @@ def name_of(source: str) -> str:
 
 def _by_name(sources: Any) -> Any:
     """A list of sources, or a single one, by their own names."""
-    listed = [sources] if isinstance(sources, str) else sources
-    if not isinstance(listed, list) or not all(isinstance(source, str) for source in listed):
+    listed = [sources] if isinstance(sources, str | Path) else sources
+    if not isinstance(listed, list) or not all(isinstance(source, str | Path) for source in listed):
         return sources
-    names = [name_of(source) for source in listed]
+    paths = [_as_text(source) for source in listed]
+    names = [name_of(path) for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"names, as name=source: {twice[0]} would be the name of two")
-    return dict(zip(names, listed, strict=True))
+    return dict(zip(names, paths, strict=True))
 
 
 MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+SHORTHAND = re.compile(r"^~|(^|/)\$[{A-Za-z_]")  # what a shell would have replaced
 INPUT = _Input()
-Named = Annotated[str, AfterValidator(_nameable)]
-Source = Annotated[str, INPUT, AfterValidator(_nameable)]
+Named = Annotated[str, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
+Source = Annotated[str, INPUT, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 Name = Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)]
 Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name)]
 SourceList = Annotated[list[Named], INPUT]
-Output = Annotated[Path, AfterValidator(_nameable)]
+Output = Annotated[Path, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers
 OURS = "routing_normalized_average"  # the name of our own merge method
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")

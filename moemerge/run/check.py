@@ -26,11 +26,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | P
     Relative inputs are looked for beside the recipe first, then in the working directory; `output` is
     relative to the working directory. Raises OptionError, or Faults with everything that is wrong at once.
     """
-    tree = read_yaml(Path(path))
+    path = Path(path).expanduser()
+    tree = read_yaml(path)
     apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
     faults, recipe, dropped = _faults_of_form(tree)
     if recipe is not None:
-        recipe = _resolve_inputs(recipe, Path(path).parent)
+        recipe = _resolve_inputs(recipe, path.parent)
         faults = [*faults, *find_faults(recipe, dropped)]
     if faults:
         raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)

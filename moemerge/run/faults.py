@@ -90,7 +90,7 @@ def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
                 {f"{key}.{name}": source for name, source in value.items()} if is_mapping else {key: value}
             )
     for key, source in sources.items():
-        if not Path(source).expanduser().exists() and _reads_like_path(source):
+        if not Path(source).exists() and _reads_like_path(source):
             fix = f"correct {key}, or override it: --set {key}=PATH"
             yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.checksums import MANIFEST
-from moemerge.artifacts.disk import disk_faults, leftovers, recover, write_whole
+from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, write_whole
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, read_manifest
@@ -149,10 +149,8 @@ def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Hold the run's folder; a full or broken disk becomes an ArtifactError."""
-    with disk_faults(output):
-        output.mkdir(parents=True, exist_ok=True)
-        with hold(output / LOCK, output):
-            yield
+    with disk_faults(output), parents(output / LOCK), hold(output / LOCK, output):
+        yield
 
 
 def _recover(steps: Iterable[Step]) -> None:

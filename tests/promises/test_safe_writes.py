@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,19 @@ def test_overwrite_replaces_results_only(tmp_path: Path) -> None:
         write(output=tmp_path / "photos", overwrite=True)
     (tmp_path / "empty").mkdir()
     assert text(write(output=tmp_path / "empty", overwrite=True)) == "new"
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_folders_around_an_output_are_left_only_with_it(tmp_path: Path, during: Any, fails: bool) -> None:
+    def fail(draft: Draft) -> None:
+        raise RuntimeError
+
+    (tmp_path / "mine").mkdir()
+    during(fail if fails else nothing)
+    with suppress(RuntimeError):
+        write(output=tmp_path / "mine/new/newer/out")
+    there = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*")) if path.is_dir()]
+    assert there == (["mine"] if fails else ["mine", "mine/new", "mine/new/newer", "mine/new/newer/out"])
 
 
 # Inputs

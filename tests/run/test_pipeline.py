@@ -492,6 +492,48 @@ def test_inputs_lie_beside_the_recipe_or_in_the_working_directory(folder: Path) 
     assert recipe.model == "model" and recipe.output == Path("out")
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(folder: Path, home: Path) -> None:
+    home.mkdir()
+    for name in ("model", "pairs.jsonl"):
+        (folder / name).rename(home / name)
+    data = {"train": "~/pairs.jsonl", "tests": {"b": "~/pairs.jsonl"}, "candidates": ["~/pairs.jsonl"]}
+    assert faults(folder, output="~/out", model="~/model", data=data | {"candidates": {}}) == []
+    recipe = load_recipe(write(folder, output="~/out", model="~/model", data=data))
+    assert recipe.output == home / "out" and recipe.model == str(home / "model") and recipe.data
+    assert {*recipe.data.tests.values(), *recipe.data.candidates.values(), recipe.data.train} == {
+        str(home / "pairs.jsonl")
+    }
+    assert load_recipe("recipe.yml", output="~/other").output == home / "other"
+    merge = OPTIONS.get("merge")(models=["~/a", "~/b"], output="~/m")
+    assert input_fields(merge) == {"models": [str(home / "a"), str(home / "b")]}
+    assert merge.output == home / "m"
+
+
+@pytest.mark.parametrize("path", ["$HOME/model", "${HOME}/model", "x/$USER/model", "~nobody-of-that-name/m"])
+def test_what_a_shell_would_have_replaced_is_refused(folder: Path, path: str) -> None:
+    """A variable of a stranger's recipe could hold a token, and would then stand in a path."""
+    for sections in ({"model": path}, {"output": path}, {"data": {"train": path, "test_share": 0.2}}):
+        (fault,) = check_recipe(write(folder, **GOOD | sections))
+        assert fault.given == repr(path) and "a path written out" in fault.expected
+
+
+def test_paths_go_from_one_stage_into_the_next(folder: Path) -> None:
+    merge = OPTIONS.get("merge")(models=[folder / "a", folder / "b"], base=folder / "c", output="m")
+    assert input_fields(merge) == {
+        "models": [str(folder / "a"), str(folder / "b")],
+        "base": str(folder / "c"),
+    }
+    for models in (folder / "a", [folder / "a"], {"a": folder / "a"}):
+        evaluate = OPTIONS.get("evaluate")(models=models, output="e")
+        assert input_fields(evaluate) == {"models": {"a": str(folder / "a")}}
+
+
 # The last word
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from moemerge.artifacts.disk import parents
 from moemerge.errors import ArtifactError, CheckpointError, OptionError
 from moemerge.models.checkpoint import Checkpoint, copy_side_files
 from moemerge.models.folder import ModelFolder
@@ -56,15 +57,15 @@ def whole(output: Path) -> Iterator[Path]:
             expected="a folder that does not exist yet, or an empty one",
             fix="choose another output, or remove this one",
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    home = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    try:
-        yield home / output.name
-        if output.exists():
-            output.rmdir()
-        (home / output.name).rename(output)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    with parents(output):
+        home = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+        try:
+            yield home / output.name
+            if output.exists():
+                output.rmdir()
+            (home / output.name).rename(output)
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def our_documents(file: Path, methods: tuple[str, ...]) -> list[dict[str, Any]]:
