@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 MANIFEST = "manifest.json"
 BY_TIME, BY_READING = "same size and time of change as in its own manifest", "read in full"
 THREADS = 4
+SMALL = 64_000_000  # bytes
 
 
 def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """sha256 over all files at `path` (a file or folder, without manifests and hidden files).
 
-    A file whose size and mtime equal those in `known` is taken to have the checksum recorded there.
+    A file whose size and mtime equal those in `known` is taken to have the checksum recorded there, unless
+    all files together are small: reading them takes no time, and a tool may set times back.
     """
     paths = artifact_files(path)
+    if sum(file.stat().st_size for file in paths.values()) <= SMALL:
+        known = None
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
         records = pool.map(lambda name: _file_record(paths[name], (known or {}).get(name)), paths)
         files = dict(zip(paths, records, strict=True))
@@ -31,10 +36,18 @@ def artifact_files(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         return {path.name: path}
     named = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
-    return {n: p for n, p in named.items() if n != MANIFEST and not _is_hidden(n)}
+    return {n: p for n, p in named.items() if n != MANIFEST and not is_hidden(n)}
 
 
-def _is_hidden(name: str) -> bool:
+def added(folder: Path, recorded: Iterable[str]) -> dict[str, Path]:
+    """What lies in `folder` besides the files `recorded`, by name: files, links and pipes, hidden or not."""
+    entries = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    known = {MANIFEST, *recorded}
+    return {name: path for path in entries if (name := str(path.relative_to(folder))) not in known}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file in an output is one of those that checksums leave out."""
     return any(part.startswith(".") for part in Path(name).parts)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.manifest import holds_manifest, read_manifest, stated_licence
 from moemerge.artifacts.redaction import redact, redacted
-from moemerge.options.base import Options, Run, input_fields
+from moemerge.options.base import Options, Run, functions, input_fields
 
 WITHOUT_EFFECT = {"output", "overwrite", "threads"}
 
@@ -21,14 +24,56 @@ def plain_options(options: Options) -> dict[str, Any]:
     return dict(redacted(json.loads(options.model_dump_json())))
 
 
-def deciding_options(options: Options) -> dict[str, Any]:
-    """The options, as JSON values, on which it depends what a stage writes."""
-    return {key: value for key, value in plain_options(options).items() if key not in WITHOUT_EFFECT}
+def deciding_options(options: Options, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The options, as JSON values, on which it depends what a stage writes, its inputs left out.
+
+    Inputs are compared by what they hold: the same file under another path is the same input.
+    recorded: those of a manifest, to be compared with those of `options`, and given in place of them.
+    """
+    left_out = WITHOUT_EFFECT | input_fields(options).keys()
+    named = functions(options)
+    values = plain_options(options) if recorded is None else recorded
+    plain = {key: value for key, value in values.items() if key not in left_out}
+    return {key: function_name(value) if key in named else value for key, value in plain.items()}
+
+
+def function_name(named: str) -> str:
+    """What a function FILE.py:NAME or MODULE:NAME is called in its file or module."""
+    return str(named).rpartition(":")[2]
+
+
+def inputs_of(options: Options) -> dict[str, Any]:
+    """All that a stage reads, by name: what input_fields gives, and the files of the user's functions."""
+    files = {f"{name}_file": _code_file(function) for name, function in functions(options).items()}
+    return input_fields(options) | {name: file for name, file in files.items() if file}
+
+
+def _code_file(function: Any) -> str | None:
+    """The file that holds a function, or the function of that name; None where there is none to be read.
+
+    A module of a package is not looked for, because that imports the package; moemerge's own are known by
+    its version.
+    """
+    if callable(function):
+        home = sys.modules.get(function.__module__)
+        return None if _is_ours(function.__module__) else getattr(home, "__file__", None)
+    home, _, _ = function.rpartition(":")
+    if home.endswith(".py"):
+        return str(home)
+    if not home.isidentifier() or _is_ours(home):
+        return None
+    with suppress(ImportError, ValueError):
+        return getattr(find_spec(home), "origin", None)
+    return None
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "moemerge"
 
 
 def local_inputs(options: Run) -> Iterator[tuple[str, Path]]:
     """Option and path of every input that is a file or folder here."""
-    for name, value in input_fields(options).items():
+    for name, value in inputs_of(options).items():
         sources = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
         yield from ((name, Path(source)) for source in sources if Path(source).exists())
 

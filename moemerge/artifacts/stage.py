@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from moemerge.artifacts.checksums import MANIFEST, fingerprint
+from moemerge.artifacts.checksums import MANIFEST, added, fingerprint, is_hidden
 from moemerge.artifacts.disk import (
     disk_faults,
     exists,
@@ -27,7 +27,7 @@ from moemerge.artifacts.disk import (
     require_space,
 )
 from moemerge.artifacts.environment import hardware, versions
-from moemerge.artifacts.inputs import digests, fingerprints, local_inputs, plain_options
+from moemerge.artifacts.inputs import digests, fingerprints, inputs_of, local_inputs, plain_options
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import (
@@ -40,8 +40,8 @@ from moemerge.artifacts.manifest import (
 )
 from moemerge.artifacts.redaction import redacted
 from moemerge.artifacts.weight_files import weight_faults
-from moemerge.errors import ArtifactError
-from moemerge.options.base import Run, input_fields
+from moemerge.errors import ArtifactError, few
+from moemerge.options.base import Run
 from moemerge.options.parse import parse_options
 
 RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
@@ -155,6 +155,28 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
             expected="a folder that does not exist yet, or one that moemerge wrote",
             fix="choose another output, or move away what is there",
         )
+    refuse_added(output, hidden=True)
+
+
+def refuse_added(output: Path, hidden: bool = False) -> None:
+    """Raise ArtifactError if a file in `output` was put there by no stage: to replace that would delete it.
+
+    hidden: look at hidden files, too. A manifest that cannot be read does not tell them apart.
+    """
+    if not holds_manifest(output):
+        return
+    try:
+        recorded = read_manifest(output)["files"]
+    except ArtifactError:
+        return
+    names = [name for name in added(output, recorded) if hidden or not is_hidden(name)]
+    if names:
+        raise ArtifactError(
+            f"{output} holds what no stage put there",
+            given=few(names),
+            expected="only what the stage wrote, because its folder is replaced as a whole",
+            fix="move this out of the folder, or choose another output",
+        )
 
 
 def _is_empty(folder: Path) -> bool:
@@ -177,7 +199,7 @@ def _refuse_overlap(options: Run) -> None:
 
 def _beginning(name: str, options: Run) -> dict[str, Any]:
     """What a manifest holds before the work begins."""
-    inputs = {key: fingerprints(value) for key, value in input_fields(options).items()}
+    inputs = {key: fingerprints(value) for key, value in inputs_of(options).items()}
     return {
         "schema": SCHEMA,
         "stage": name,
@@ -195,7 +217,7 @@ def _seal(draft: Draft, options: Run) -> None:
     files = fingerprint(draft.folder)["files"]
     for fault in weight_faults(draft.folder, list(files)):
         raise _damaged(draft, f"{fault.file} {fault.what}: {fault.found}")
-    for name, value in input_fields(options).items():
+    for name, value in inputs_of(options).items():
         if digests(fingerprints(value, manifest["inputs"][name])) != digests(manifest["inputs"][name]):
             raise _changed_input(name, value)
     begun = datetime.fromisoformat(manifest["started"])

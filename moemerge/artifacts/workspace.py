@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moemerge.artifacts.disk import remove
-from moemerge.artifacts.inputs import deciding_options, digests, fingerprints
-from moemerge.options.base import Run, input_fields
+from moemerge.artifacts.disk import in_words, size_of
+from moemerge.artifacts.inputs import deciding_options, digests, fingerprints, inputs_of
+from moemerge.options.base import Run
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def workspace(options: Run) -> Iterator[Path]:
     """A folder for long work that survives a kill: found again by equal options and inputs.
 
-    It is removed when the work ends well; leftovers of other options are removed at the start.
+    It is removed when the work ends well. What work with other options has left is kept, with a warning: that
+    may be days of training.
     """
     output = options.output
-    inputs = {name: digests(fingerprints(value)) for name, value in input_fields(options).items()}
+    inputs = {name: digests(fingerprints(value)) for name, value in inputs_of(options).items()}
     text = json.dumps([deciding_options(options), inputs], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     folder = output.parent / f".{output.name}.{key}.work"
     work = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{16}}\.work")
     for other in output.parent.iterdir():
         if work.fullmatch(other.name) and other != folder:
-            remove(other)
+            size = in_words(size_of(other))
+            log.warning("%s keeps what work with other options has left (%s): remove it to free", other, size)
     folder.mkdir(exist_ok=True)
     try:
         yield folder

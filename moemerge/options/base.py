@@ -27,6 +27,10 @@ class _Input:
     """Marks a field whose value names something read from disk or the hub."""
 
 
+class _Code:
+    """Marks a field whose value names a function, as FILE.py:NAME or MODULE:NAME, or is one."""
+
+
 def _as_text(path: str | Path) -> str:
     """A path as text, `~` in front as the home folder that it stands for."""
     return os.path.expanduser(os.fspath(path))
@@ -81,7 +85,7 @@ def _by_name(sources: Any) -> Any:
 MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 SHORTHAND = re.compile(r"^~|(^|/)\$[{A-Za-z_]")  # what a shell would have replaced
-INPUT = _Input()
+INPUT, CODE = _Input(), _Code()
 Named = Annotated[str, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 Source = Annotated[str, INPUT, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 Name = Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)]
@@ -164,9 +168,17 @@ class Members(Options):
 
 def input_fields(options: Options) -> dict[str, Any]:
     """The options that name something to read, by field name, without the unset ones."""
-    fields = {name for name, field in type(options).model_fields.items() if INPUT in _marks(field)}
-    values = {name: getattr(options, name) for name in type(options).model_fields if name in fields}
-    return {name: value for name, value in values.items() if value}
+    return _marked(options, INPUT)
+
+
+def functions(options: Options) -> dict[str, Any]:
+    """The options that name a function of the user's, or are one, by field name, without the unset ones."""
+    return _marked(options, CODE)
+
+
+def _marked(options: Options, mark: object) -> dict[str, Any]:
+    fields = [name for name, field in type(options).model_fields.items() if mark in _marks(field)]
+    return {name: value for name in fields if (value := getattr(options, name))}
 
 
 def _marks(field: Any) -> list[object]:

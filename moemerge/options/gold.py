@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, SerializationInfo, WrapValidator, model_validator
 
-from moemerge.options.base import Options, Source
+from moemerge.options.base import CODE, Options, Source
 
 
 def _or_callable(value: Any, validate: Any) -> Any:
-    return value if callable(value) else validate(value)
+    """A function as it is; its name with `~` in front written out."""
+    return value if callable(value) else validate(os.path.expanduser(value) if value else value)
 
 
 def _by_name(value: Any, info: SerializationInfo) -> Any:
@@ -18,7 +20,7 @@ def _by_name(value: Any, info: SerializationInfo) -> Any:
 
 
 # In Python a function too; manifests then hold its name.
-Function = Annotated[str | None, WrapValidator(_or_callable), PlainSerializer(_by_name)]
+Function = Annotated[str | None, CODE, WrapValidator(_or_callable), PlainSerializer(_by_name)]
 
 
 class GoldSource(Options):

@@ -19,8 +19,6 @@ from moemerge.reports.provenance import provenance_section
 from moemerge.reports.table import Table
 from moemerge.run.headlines import headline
 
-PAGE = "report.html"
-
 
 def write_run_page(run: Path, steps: Sequence[str], learned: str) -> Path:
     """Write report.html and report.md into the folder of a finished run.

@@ -16,8 +16,8 @@ from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, wr
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, read_manifest
-from moemerge.artifacts.stage import RECIPE_COPY
-from moemerge.artifacts.staleness import why_stale
+from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
+from moemerge.artifacts.staleness import other_versions, why_stale
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.report import outdated, read_comparison, read_report
@@ -29,7 +29,7 @@ from moemerge.run.plan import Step, by_seed, plan
 from moemerge.stages import STAGES
 
 LOCK = ".lock"
-SUMMARY = "summary.md"
+SUMMARY, PAGE = "summary.md", "report.html"
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def run_recipe(
             reports.append(_run_step(step))
             if tell is not None:
                 tell(reports[-1])
+        _tell_versions(reports)
         return _finish(recipe, reports)
 
 
@@ -104,6 +105,14 @@ def _run_step(step: Step) -> StepReport:
         STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
     manifest = read_manifest(step.options.output)
     return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest)
+
+
+def _tell_versions(reports: Iterable[StepReport]) -> None:
+    """One line for all steps that other versions of other packages made."""
+    kept = [report for report in reports if report.reason is None]
+    changes = dict.fromkeys(change for report in kept for change in other_versions(report.manifest))
+    if changes:
+        log.warning("steps are kept that other versions made: %s", ", ".join(changes))
 
 
 def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
@@ -131,19 +140,23 @@ def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     table, words = summary.table(report), verdict(report, learned)
     write_whole(recipe.output / SUMMARY, f"# Results\n\n{table}\n\n{words}\n")
     pictures = [recipe.output / "evaluate" / name for name in report["plots"]]
-    page = _page(recipe.output, [step.name for step in plan(recipe)], learned)
+    steps = [step.name for step in plan(recipe)]
+    page = recipe.output / PAGE
+    if any(report.reason is not None for report in reports) or not _is_current(page, steps):
+        page = _page(recipe.output, steps, learned)
     return RunReport(recipe.output, reports, table, words, pictures, page, recipe.output / learned)
 
 
 def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
-    """The run's page, written again when it is older than a step."""
-    from moemerge.run.page import PAGE, write_run_page
+    from moemerge.run.page import write_run_page
 
-    page = run / PAGE
-    newest = max((run / step / MANIFEST).stat().st_mtime_ns for step in steps)
-    if page.exists() and page.stat().st_mtime_ns > newest:
-        return page
     return write_run_page(run, steps, learned)
+
+
+def _is_current(page: Path, steps: Sequence[str]) -> bool:
+    """Whether the run's page was written after all of its steps."""
+    newest = max((page.parent / step / MANIFEST).stat().st_mtime_ns for step in steps)
+    return page.exists() and page.stat().st_mtime_ns > newest
 
 
 @contextmanager
@@ -154,8 +167,12 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _recover(steps: Iterable[Step]) -> None:
-    """Clear away what a killed run left of steps, and refuse to run while another process makes one."""
+    """Clear away what a killed run left of steps.
+
+    Refuses to run while another process makes a step, and if a step's folder holds a file of the user's.
+    """
     for output in (step.options.output for step in steps):
         if leftovers(output):
             with hold(lock_of(output), output):
                 recover(output)
+        refuse_added(output)

@@ -18,6 +18,7 @@ from moemerge.artifacts.disk import link_or_copy
 from moemerge.artifacts.redaction import HIDDEN, redact
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.verify import verify_folder
+from moemerge.artifacts.weight_files import WEIGHTS
 from moemerge.errors import ArtifactError, MoemergeError, OptionError
 from moemerge.evaluation.model_card import find_evaluation, home_of, make_card
 from moemerge.options.publish import Publish
@@ -54,7 +55,7 @@ class HubError(MoemergeError):
 
 @stage("publish", Publish)
 def publish(options: Publish, draft: Draft) -> None:
-    """Write the repository: model files (linked, not copied, where the disk allows), card and plots.
+    """Write the repository: model files (weights linked, not copied, where the disk allows), card and plots.
 
     Without `push` nothing is sent: results say what would be. With `push` and `yes` the repository is made if
     there is none, private unless `public`, and the files go up in one commit; with `push` alone nothing is
@@ -154,7 +155,9 @@ def _stage_model(model: Path, folder: Path) -> None:
         name = path.relative_to(model).as_posix()
         if path.is_file() and any(fnmatch(name, pattern) for pattern in MODEL_FILES):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path, folder / name)
+            # Whoever edits a small file here must not change the one that it was published from.
+            put = link_or_copy if path.suffix == WEIGHTS else shutil.copyfile
+            put(path, folder / name)
 
 
 def _stage_plots(model: Path, evaluation: str, folder: Path) -> None:

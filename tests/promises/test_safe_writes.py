@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from moemerge.artifacts import disk
+from moemerge.artifacts import checksums, disk
 from moemerge.artifacts import stage as artifacts
 from moemerge.artifacts.checksums import fingerprint
+from moemerge.artifacts.inputs import inputs_of
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.stage import Draft, Stage
@@ -27,6 +28,7 @@ from moemerge.artifacts.verify import verify_folder
 from moemerge.artifacts.workspace import workspace
 from moemerge.errors import ArtifactError
 from moemerge.options.base import Run, Source
+from moemerge.options.gold import GoldSource
 from moemerge.run import signals as stopping
 from moemerge.run.signals import Stopped, stoppable
 
@@ -53,6 +55,13 @@ def nothing(draft: Draft) -> None:
 
 HOOK: Callable[[Draft], object] = nothing
 write = Stage("write", Write, body)
+
+
+class Grade(GoldSource, Run):
+    """Options of a stage that calls a function of the user's."""
+
+
+grade = Stage("grade", Grade, lambda options, draft: None)
 
 
 @pytest.fixture
@@ -245,7 +254,11 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, during: Any)
     assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
 
 
-def test_inputs_trusted_by_size_and_time_are_recorded_as_such(tmp_path: Path) -> None:
+def test_inputs_trusted_by_size_and_time_are_recorded_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large files, that is: small ones are read anyway."""
+    monkeypatch.setattr(checksums, "SMALL", -1)
     made = write(output=tmp_path / "in")
     (tmp_path / "plain").write_text("x")
     for source, how in ((made, "same size and time of change"), (tmp_path / "plain", "read in full")):
@@ -253,6 +266,64 @@ def test_inputs_trusted_by_size_and_time_are_recorded_as_such(tmp_path: Path) ->
         (record,) = read_manifest(out)["inputs"]["source"]["files"].values()
         assert record["checked"].startswith(how)
     assert read_manifest(made)["files"]["text"]["checked"] == "read in full"
+
+
+def test_small_inputs_are_read_again(tmp_path: Path) -> None:
+    made = write(output=tmp_path / "in")
+    out = write(source=made, output=tmp_path / "out")
+    (record,) = read_manifest(out)["inputs"]["source"]["files"].values()
+    assert record["checked"] == "read in full"
+
+
+def test_a_function_is_an_input_and_its_name_an_option(tmp_path: Path) -> None:
+    (tmp_path / "gold.py").write_text("def one(prompt, answer): return 1")
+    named = {"gold_function": f"{tmp_path}/gold.py:one", "output": tmp_path / "out"}
+    given = Grade(**named)
+    out = grade(given)
+    assert read_manifest(out)["options"]["gold_function"] == named["gold_function"]
+    assert why_stale("grade", given) is None
+    (tmp_path / "gold.py").rename(tmp_path / "moved.py")
+    moved = Grade(**named | {"gold_function": f"{tmp_path}/moved.py:one"})
+    assert why_stale("grade", moved) == "changed input: gold_function_file"  # its file has another name
+    (tmp_path / "moved.py").rename(tmp_path / "gold.py")
+    other = Grade(**named | {"gold_function": f"{tmp_path}/gold.py:other"})
+    assert why_stale("grade", other) == "changed: gold_function"
+    (tmp_path / "gold.py").write_text("def one(prompt, answer): return 2")
+    assert why_stale("grade", given) == "changed input: gold_function_file"
+    assert inputs_of(Grade(gold_function=text, output=out)) == {"gold_function_file": __file__}
+
+
+@pytest.mark.parametrize("hidden", ["notes", ".notes", "deep/notes"])
+def test_what_no_stage_put_into_an_output_is_not_replaced(tmp_path: Path, hidden: str) -> None:
+    out = write(output=tmp_path / "out", text="old")
+    (out / hidden).parent.mkdir(exist_ok=True)
+    (out / hidden).write_text("precious")
+    with pytest.raises(ArtifactError, match="no stage put there") as caught:
+        write(output=out, overwrite=True)
+    assert caught.value.given == hidden and (out / hidden).read_text() == "precious" and text(out) == "old"
+
+
+def test_work_of_other_options_is_kept_and_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with suppress(KeyboardInterrupt), workspace(Write(output=tmp_path / "out", text="a")) as before:
+        (before / "checkpoint").write_text("days")
+        raise KeyboardInterrupt
+    with workspace(Write(output=tmp_path / "out", text="b")):
+        pass
+    assert (before / "checkpoint").read_text() == "days" and str(before) in caplog.text
+    with workspace(Write(output=tmp_path / "out", text="a")) as again:
+        assert again == before
+
+
+def test_work_is_found_again_however_its_input_is_spelt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").write_text("1")
+    folders = []
+    for source in ("pairs", tmp_path / "pairs"):
+        with workspace(Write(source=source, output=tmp_path / "out")) as folder:
+            folders.append(folder)
+    assert folders[0] == folders[1]
 
 
 # Locks

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_reports import REPORT
 
+from moemerge.artifacts import staleness
 from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.lock import hold, lock_of
@@ -206,6 +208,73 @@ def test_a_step_whose_files_changed_is_run_again(folder: Path, stages: FakeStage
     (folder / "out/route/digest").write_text("other")
     pipeline.run_recipe("recipe.yml")
     assert stages.calls == ["route"]
+
+
+@pytest.mark.parametrize("more", [(), ("train.epochs=7",)])
+def test_a_file_of_the_users_in_a_step_is_kept(
+    folder: Path, stages: FakeStages, more: tuple[str, ...]
+) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    note = folder / "out/train/notes.txt"
+    note.write_text("precious")
+    with pytest.raises(ArtifactError, match="no stage put there") as caught:
+        pipeline.run_recipe("recipe.yml", more)
+    assert "notes.txt" in caught.value.given and str(note.parent) in caught.value.what
+    assert stages.calls == [] and note.read_text() == "precious"
+    note.unlink()
+    pipeline.run_recipe("recipe.yml")
+    assert stages.calls == []
+
+
+def test_the_spelling_of_a_path_makes_nothing_stale(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml", output="out")
+    stages.calls.clear()
+    pipeline.run_recipe(folder / "recipe.yml", [f"model={folder}/model"], output=folder / "out")
+    assert stages.calls == []
+
+
+def test_another_version_of_moemerge_makes_all_again_and_others_are_told_of(
+    folder: Path, stages: FakeStages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    now = staleness.versions()
+    monkeypatch.setattr(staleness, "versions", lambda: now | {"torch": "99"})
+    pipeline.run_recipe("recipe.yml")
+    (line,) = [record.message for record in caplog.records if "other versions" in record.message]
+    assert stages.calls == [] and line.endswith(f"torch {now['torch']} (now 99)")
+    monkeypatch.setattr(staleness, "versions", lambda: now | {"moemerge": "99"})
+    again = pipeline.run_recipe("recipe.yml")
+    assert stages.calls == STEPS and "this is 99" in str(again.steps[0].reason)
+
+
+def test_data_that_change_with_size_and_time_kept_are_read(folder: Path, stages: FakeStages) -> None:
+    pipeline.run_recipe("recipe.yml")
+    stages.calls.clear()
+    pairs = folder / "pairs.jsonl"
+    before = pairs.stat()
+    pairs.write_text("[]")
+    os.utime(pairs, ns=(before.st_atime_ns, before.st_mtime_ns))
+    pipeline.run_recipe("recipe.yml")
+    assert stages.calls[0] == "data"
+
+
+def test_the_page_is_written_whenever_a_step_ran(
+    folder: Path, stages: FakeStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def write_page(run: Path, steps: Any, learned: str) -> Path:
+        written.append(learned)
+        (run / "report.html").write_text("")
+        os.utime(run / "report.html", (2e9, 2e9))  # a clock that was wrong
+        return run / "report.html"
+
+    monkeypatch.setattr(pipeline, "_page", write_page)
+    for more, count in (((), 1), ((), 1), (("evaluate.confidence=0.9",), 2)):
+        pipeline.run_recipe("recipe.yml", more)
+        assert len(written) == count
 
 
 def test_a_run_is_refused_while_a_stage_makes_one_of_its_steps(folder: Path, stages: FakeStages) -> None:

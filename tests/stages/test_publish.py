@@ -41,6 +41,8 @@ def test_staged_folder_is_a_model_with_a_card(run: dict[str, Path], tmp_path: Pa
     assert "plots/accuracy.png" in plots and staged == model | plots | {"README.md", "manifest.json"}
     assert (out / "model.safetensors").read_bytes() == (run["merged"] / "model.safetensors").read_bytes()
     assert (out / "model.safetensors").stat().st_nlink > 1
+    copied = [path for path in out.iterdir() if path.is_file() and path.suffix != ".safetensors"]
+    assert all(path.stat().st_nlink == 1 for path in copied)
     results = read_manifest(out)["results"]
     assert set(results["files"]) == staged - {"manifest.json"}
     assert (results["pushed"], results["visibility"], results["repo"]) == (False, "private", None)
