@@ -280,6 +280,6 @@ def _refuse_damaged(path: Path, error: Exception, hint: str = "") -> NoReturn:
     raise DataError(
         f"{path} cannot be read",
         given=f"{type(error).__name__}: {error}"[:300],
-        expected="a whole, undamaged file of the kind that its suffix tells",
+        expected="a whole, undamaged file of the kind that its suffix names",
         fix=f"make or fetch the file again{hint}",
     ) from error

@@ -37,7 +37,7 @@ def filler_sentence(case: Case) -> str:
 
 
 def repeat_sentence(case: Case) -> str:
-    """One of the sentences once more, at the end."""
+    """One of the sentences, drawn at random, repeated at the end."""
     return f"{case.answer} {case.random.choice(sentences(case.answer))}"
 
 
@@ -51,8 +51,8 @@ def new_line(case: Case) -> str:
     spaces = list(re.finditer(r" ", case.answer))
     if not spaces:
         return case.answer
-    place = case.random.choice(spaces).start()
-    return f"{case.answer[:place]}\n\n{case.answer[place + 1 :]}"
+    start = case.random.choice(spaces).start()
+    return f"{case.answer[:start]}\n\n{case.answer[start + 1 :]}"
 
 
 def exclaim(case: Case) -> str:
@@ -61,7 +61,7 @@ def exclaim(case: Case) -> str:
 
 
 def delete_word(case: Case) -> str:
-    """One word less."""
+    """A word, drawn at random, is deleted."""
     return _at_word(case, "")
 
 
@@ -70,8 +70,8 @@ def swap_words(case: Case) -> str:
     words = case.answer.split()
     if len(words) < 2:
         return case.answer
-    place = case.random.randrange(len(words) - 1)
-    words[place : place + 2] = words[place + 1], words[place]
+    first = case.random.randrange(len(words) - 1)
+    words[first : first + 2] = words[first + 1], words[first]
     return " ".join(words)
 
 
@@ -86,9 +86,9 @@ def insert_word(words: tuple[str, ...]) -> Edit:
     """The edit that puts one of `words` before a word or at the end."""
 
     def inserted(case: Case) -> str:
-        spaces = [match.start() for match in re.finditer(r"(?<!\S)(?=\S)", case.answer)] + [len(case.answer)]
-        place, word = case.random.choice(spaces), case.random.choice(words)
-        return f"{case.answer[:place]}{'' if place < len(case.answer) else ' '}{word} {case.answer[place:]}"
+        starts = [match.start() for match in re.finditer(r"(?<!\S)(?=\S)", case.answer)] + [len(case.answer)]
+        start, word = case.random.choice(starts), case.random.choice(words)
+        return f"{case.answer[:start]}{'' if start < len(case.answer) else ' '}{word} {case.answer[start:]}"
 
     return inserted
 
@@ -129,8 +129,8 @@ def chosen_edits(names: list[str], words: list[str], has_gold: bool) -> dict[str
             raise OptionError(
                 f"{name} may change what an answer says",
                 given="no gold function",
-                expected="one that tells whether the edited answer is still the worse one",
+                expected="one that judges whether the edited answer is still the worse one",
                 fix="give gold as module:function, or choose other edits",
             )
-    found = {name: ALL[name] for name in names or (ALL if has_gold else KEEP_CONTENT)}
-    return {**found, "insert_word": insert_word(tuple(words))} if words and "insert_word" in found else found
+    edits = {name: ALL[name] for name in names or (ALL if has_gold else KEEP_CONTENT)}
+    return {**edits, "insert_word": insert_word(tuple(words))} if words and "insert_word" in edits else edits

@@ -69,18 +69,18 @@ def model_reward(source: ModelFolder | str, device: torch.device, max_length: in
     model = load_reward_model(folder, device)
 
     def scores(items: Sequence[Item]) -> Floats:
-        encoded = [_usable(one, folder.source, max_length) for one in encode_all(tokenizer, items)]
+        encoded = [_usable(text, folder.source, max_length) for text in encode_all(tokenizer, items)]
         return score(model, tokenizer, encoded, BATCH_TOKENS).double().numpy()
 
     return scores
 
 
-def _usable(one: Encoded | BadRow, path: str, max_length: int) -> Encoded:
-    if isinstance(one, Encoded) and len(one.ids) <= max_length:
-        return one
+def _usable(text: Encoded | BadRow, path: str, max_length: int) -> Encoded:
+    if isinstance(text, Encoded) and len(text.ids) <= max_length:
+        return text
     raise DataError(
         f"{path} cannot score a text",
-        given=f"{len(one.ids)} tokens" if isinstance(one, Encoded) else str(one),
+        given=f"{len(text.ids)} tokens" if isinstance(text, Encoded) else str(text),
         expected=f"texts of at most {max_length} tokens that its tokenizer can encode",
         fix="raise max_length if the model can take more, or leave the text out",
     )
@@ -89,9 +89,8 @@ def _usable(one: Encoded | BadRow, path: str, max_length: int) -> Encoded:
 def function_reward(named: str | Callable[[Text, Text], float]) -> Reward:
     """The scores that a function of prompt and answer gives, both as they are in the data.
 
-    `named` is the function, FILE.py:NAME or MODULE:NAME. What is returned raises
-    DataError if the function raises,
-    or if it gives no finite number. Raises OptionError if there is no such function.
+    `named` is the function, FILE.py:NAME or MODULE:NAME. What is returned raises DataError if the function
+    raises, or if it gives no finite number. Raises OptionError if there is no such function.
     """
     function: Any = load_function(named) if isinstance(named, str) else named
 

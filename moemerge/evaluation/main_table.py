@@ -47,9 +47,9 @@ def _rows(report: Report, columns: list[Column]) -> tuple[list[str], list[list[s
 
 def _gold_by_n(report: Report) -> Iterator[Column]:
     for name, measured in best_of_n_sets(report).items():
-        for place, n in enumerate(measured["n"]):
-            cells = {model: f"{curves['gold'][place]:.2f}" for model, curves in measured["models"].items()}
-            yield (f"gold {name} n={n}" if place == 0 else f"n={n}"), cells
+        for number, n in enumerate(measured["n"]):
+            cells = {model: f"{curves['gold'][number]:.2f}" for model, curves in measured["models"].items()}
+            yield (f"gold {name} n={n}" if number == 0 else f"n={n}"), cells
 
 
 def _worst_attack(report: Report) -> Iterator[Column]:

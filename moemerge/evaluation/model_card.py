@@ -86,7 +86,7 @@ class Evaluation:
 def make_card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     """The card of `options.model`, from its manifest and those of everything that it came from.
 
-    option_classes: those of the stages by name; what differs from their defaults is told.
+    option_classes: those of the stages by name; the card shows options that differ from their defaults.
 
     Raises ArtifactError if no stage wrote the folder as a model, the evaluation does not hold it, or what
     manifests and report hold is not what a stage writes there.
@@ -95,7 +95,7 @@ def make_card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCar
         return _card(options, option_classes)
     except NONSENSE as error:
         raise ArtifactError(
-            "no card can be made of what the manifests and the report tell",
+            "no card can be made from these manifests and this report",
             given=f"{type(error).__name__}: {error}"[:300],
             expected="values as the stages write them",
             fix="run the stage that wrote the model, or evaluate, again",
@@ -147,11 +147,12 @@ def find_evaluation(model: Path, folder: str) -> Evaluation:
     """
     manifest = expect_stage(folder, "evaluate")
     wanted = _digest(model)
-    names = [name for name, given in manifest["inputs"]["models"].items() if given["sha256"] == wanted]
+    records = manifest["inputs"]["models"]
+    names = [name for name, record in records.items() if record["sha256"] == wanted]
     if not names:
         raise ArtifactError(
             "the evaluation does not hold the model to publish",
-            given=f"evaluated: {', '.join(manifest['inputs']['models'])}; none equals {model}",
+            given=f"evaluated: {', '.join(records)}; none equals {model}",
             expected="an evaluation of the very files to publish",
             fix="evaluate this model, or leave the evaluation out",
         )
@@ -167,7 +168,7 @@ def ancestors(manifest: Manifest) -> list[Manifest]:
     """
     if "chain" not in manifest:
         log.warning(
-            "the card tells of the last stage only: an older version wrote its manifest; run %s again to "
+            "the card shows the last stage only: an older version wrote its manifest; run %s again to "
             "have all of them, from the first to the last",
             manifest["stage"],
         )
@@ -204,22 +205,24 @@ def _card_data(
 
 def _origins(chain: list[Manifest]) -> list[Manifest]:
     """Models that no stage of the chain made: the dense model at its start."""
-    made = {tuple(sorted(r["sha256"] for r in manifest["files"].values())) for manifest in chain}
-    found = [given for manifest in chain for name, given in flat_inputs(manifest).items() if name == "model"]
-    return [
-        given
-        for given in found
-        if tuple(sorted(r["sha256"] for r in given.get("files", {}).values())) not in made
+    made = {_sorted_sums(manifest["files"]) for manifest in chain}
+    inputs = [
+        record for manifest in chain for name, record in flat_inputs(manifest).items() if name == "model"
     ]
+    return [record for record in inputs if _sorted_sums(record.get("files", {})) not in made]
+
+
+def _sorted_sums(files: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(sorted(file["sha256"] for file in files.values()))
 
 
 def _hub_base(chain: list[Manifest]) -> str | None:
-    return next((given["hub"] for given in _origins(chain) if "hub" in given), None)
+    return next((record["hub"] for record in _origins(chain) if "hub" in record), None)
 
 
 def _inherited_license(base: str | None, chain: list[Manifest]) -> dict[str, str]:
     """What the dense model's own card says of its licence: in the hub's cache, or as a stage noted."""
-    noted = [given.get("license") for given in _origins(chain)]
+    noted = [record.get("license") for record in _origins(chain)]
     cached = try_to_load_from_cache(base, "README.md") if base and base.count("/") == 1 else None
     cards = [stated_licence(Path(cached).parent)] if isinstance(cached, str) else []
     return next((dict(stated) for stated in [*cards, *noted] if stated), {})
@@ -259,17 +262,17 @@ def _made_from(chain: list[Manifest], option_classes: Registry[type[Run]]) -> st
 
 
 def _stage_row(manifest: Manifest, option_classes: Registry[type[Run]]) -> list[str]:
-    sources = [f"{name}: {_source_name(given)}" for name, given in flat_inputs(manifest).items()]
+    sources = [f"{name}: {_source_name(record)}" for name, record in flat_inputs(manifest).items()]
     changed = _changed_settings(manifest, option_classes)
     settings = [f"{name}={_brief(value)}" for name, value in changed.items()]
     version = manifest["versions"].get("moemerge", "")
     return [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
 
 
-def _source_name(given: dict[str, Any]) -> str:
-    if "hub" in given:
-        return f"`{given['hub']}`" if not Path(given["hub"]).is_absolute() else f"`{Path(given['hub']).name}`"
-    return f"`{Path(given.get('path', '')).name}` ({given['sha256'][:SHORT]})"
+def _source_name(record: dict[str, Any]) -> str:
+    if "hub" in record:
+        return f"`{Path(record['hub']).name if Path(record['hub']).is_absolute() else record['hub']}`"
+    return f"`{Path(record.get('path', '')).name}` ({record['sha256'][:SHORT]})"
 
 
 def _changed_settings(manifest: Manifest, option_classes: Registry[type[Run]]) -> dict[str, Any]:
@@ -279,10 +282,10 @@ def _changed_settings(manifest: Manifest, option_classes: Registry[type[Run]]) -
     left_out = {*manifest["inputs"], *Run.model_fields} - {"seed"}
     declared = option_classes.get(manifest["stage"]).model_fields
     fields = {name: field for name, field in declared.items() if name not in left_out}
-    given = {name: manifest["options"][name] for name in fields if name in manifest["options"]}
+    recorded = {name: manifest["options"][name] for name in fields if name in manifest["options"]}
     return {
         name: value
-        for name, value in given.items()
+        for name, value in recorded.items()
         if value != fields[name].get_default(call_default_factory=True)
     }
 
@@ -306,7 +309,7 @@ def _kind(manifest: Manifest, folder: Path) -> str:
     host = _host_method(manifest)
     way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
     models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
-    count = sum(one is not None for one in models)
+    count = sum(model is not None for model in models)
     caveats = "\n".join(f"- {text}" for text in manifest["results"].get("caveats", []))
     if caveats:
         return NATIVE.format(way=way, caveats=caveats)

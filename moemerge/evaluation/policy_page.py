@@ -27,7 +27,7 @@ def table(report: dict[str, Any]) -> Table:
         rows.append([name, *ends, *(_cell(curves, cost) for cost in COSTS)])
         if "minus_baseline" in curves:
             versus = (_cell(curves, f"{cost}_minus_baseline") for cost in COSTS)
-            ends = [_cell(curves, "minus_baseline", place) for place in (0, -1)]
+            ends = [_cell(curves, "minus_baseline", point) for point in (0, -1)]
             rows.append([f"{name} minus {report['baseline']}", *ends, "", "", *versus])
     note = (
         f"{report['steps'][-1]} steps, measured on {report['prompts']['measured']} prompts set aside; "
@@ -41,8 +41,8 @@ def _words(name: str) -> str:
     return name.replace("_", " ").replace("kl", "KL")
 
 
-def _cell(curves: Row, name: str, place: int | None = None) -> str:
-    """A number and its interval; of a curve those at its point number `place`."""
+def _cell(curves: Row, name: str, point: int | None = None) -> str:
+    """A number and its interval; of a curve, those at its point number `point`."""
     numbers = ends(curves, name)
-    value, low, high = numbers if place is None else (curve[place] for curve in numbers)
+    value, low, high = numbers if point is None else (curve[point] for curve in numbers)
     return with_interval(value, (low, high), ".0f" if name.startswith("peak_step") else ".3f")

@@ -25,7 +25,7 @@ def describe(
 ) -> Protocol:
     """Per set, form, limits and what became of long rows; per model, its template and special tokens."""
     return {
-        "sets": {f"{one.kind}/{one.name}": _of_set(options, tokenizers, one) for one in sets},
+        "sets": {f"{read.kind}/{read.name}": _of_set(options, tokenizers, read) for read in sets},
         "models": {name: _of_tokenizer(tokenizer) for name, tokenizer in tokenizers.items()},
     }
 

@@ -168,15 +168,15 @@ def _read(folder: str | Path, stage: str) -> Any:
         report = read_object(path)
         if report.get("format") == FORMAT:
             return _forms()[stage].validate_python(report)
-        given = f"format {report.get('format', 'without a number')}"
+        reason = f"format {report.get('format', 'without a number')}"
     except ValidationError as error:
         first = error.errors()[0]
-        given = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
     except (OSError, ValueError) as error:
-        given = str(error)
+        reason = str(error)
     raise ArtifactError(
         f"{path} cannot be shown by this version of moemerge",
-        given=given,
+        given=reason,
         expected=f"format {FORMAT}",
         fix=f"{stage} again with this version, or read it with the version in the folder's manifest.json",
     )

@@ -51,7 +51,7 @@ class EvaluationSet:
 
 
 def by_kind(options: Evaluate) -> Evaluate:
-    """The options with each set of `data` among pairs, candidates or rewardbench, as its columns tell.
+    """The options with each set of `data` put among pairs, candidates or rewardbench, by its columns.
 
     Raises OptionError if that kind has another set of its name, DataError for a source that cannot be read.
     """
@@ -196,7 +196,7 @@ class _Pairs:
         self, tokenizer: Any, items: Sequence[Pair], options: Evaluate, report: RowReport
     ) -> list[tuple[Pair, list[Encoded]]]:
         encoded = encode_pairs(tokenizer, items, options, report)
-        return [(one.pair, [one.chosen, one.rejected]) for one in encoded]
+        return [(pair.pair, [pair.chosen, pair.rejected]) for pair in encoded]
 
     def count(self, item: Pair) -> int:
         return 2
@@ -217,7 +217,7 @@ class _Candidates:
         self, tokenizer: Any, items: Sequence[CandidateSet], options: Evaluate, report: RowReport
     ) -> list[tuple[CandidateSet, list[Encoded]]]:
         encoded = encode_candidates(tokenizer, items, options, report)
-        return [(one.candidates, list(one.answers)) for one in encoded]
+        return [(item.candidates, list(item.answers)) for item in encoded]
 
     def count(self, item: CandidateSet) -> int:
         return len(item.texts)
@@ -226,9 +226,9 @@ class _Candidates:
         sets: Sequence[CandidateSet] = scored.items
         return CandidateScores(
             scores=values,
-            gold=np.array([score for one in sets for score in one.gold], dtype=np.float64),
-            lengths=np.array([_characters(text) for one in sets for text in one.texts]),
-            sizes=np.array([len(one.texts) for one in sets]),
+            gold=np.array([score for item in sets for score in item.gold], dtype=np.float64),
+            lengths=np.array([_characters(text) for item in sets for text in item.texts]),
+            sizes=np.array([len(item.texts) for item in sets]),
         )
 
 
@@ -237,7 +237,7 @@ class _Benchmark:
         self, tokenizer: Any, items: Sequence[Choice], options: Evaluate, report: RowReport
     ) -> list[tuple[Choice, list[Encoded]]]:
         encoded = encode_choices(tokenizer, items, options, report)
-        return [(one.choice, list(one.answers)) for one in encoded]
+        return [(item.choice, list(item.answers)) for item in encoded]
 
     def count(self, item: Choice) -> int:
         return len(item.texts)
@@ -261,7 +261,7 @@ class _Edits:
         self, tokenizer: Any, items: Sequence[Edited], options: Evaluate, report: RowReport
     ) -> list[tuple[Edited, list[Encoded]]]:
         encoded = encode_edits(tokenizer, items, options, report)
-        return [(one.edited, [one.answer]) for one in encoded]
+        return [(item.edited, [item.answer]) for item in encoded]
 
     def count(self, item: Edited) -> int:
         return 1

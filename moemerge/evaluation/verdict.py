@@ -71,8 +71,8 @@ def _summed_up(compared: Sequence[Difference], level: float) -> tuple[str, str]:
     clear = [word for word in (HELPED, WORSE) if word in words]
     head = BOTH if len(clear) > 1 else clear[0] if clear else SAME if SAME in words else EQUAL
     parts = [
-        f"{one.what}: {word} ({one.value:+.3f}, {one.low:+.3f} to {one.high:+.3f}; p {p:.2g})"
-        for one, (word, p) in zip(compared, verdicts, strict=True)
+        f"{diff.what}: {word} ({diff.value:+.3f}, {diff.low:+.3f} to {diff.high:+.3f}; p {p:.2g})"
+        for diff, (word, p) in zip(compared, verdicts, strict=True)
     ]
     return f"{head} ({_corrected(len(compared), level)})", "; ".join(parts)
 
@@ -98,10 +98,10 @@ def _against_chance(report: Report, model: str) -> str:
     for name, measured in accuracy_sets(report).items():
         numbers = measured["all"]["models"][model]
         low, high = numbers["interval"]
-        place = "above" if low > 0.5 else "below" if high < 0.5 else "not clearly above"
+        side = "above" if low > 0.5 else "below" if high < 0.5 else "not clearly above"
         preferred, by_length = _better_length_rule(measured["all"])
         sentences.append(
-            f"accuracy {numbers['accuracy']:.3f} on {name} ({low:.3f} to {high:.3f}), {place} chance (0.5); "
+            f"accuracy {numbers['accuracy']:.3f} on {name} ({low:.3f} to {high:.3f}), {side} chance (0.5); "
             f"preferring the {preferred} answer gives {by_length:.3f}"
         )
     return f"{model}: {'. '.join(sentences)}." if sentences else ""

@@ -101,12 +101,12 @@ class Coefficients:
             if header.get("format") == FORMAT and set(tensors) == {"alpha_LN", "shared_L"}:
                 meta = {key: text for key, text in header.items() if key not in RESERVED}
                 return cls(json.loads(header["blocks"]), meta=meta, **tensors)
-            given = f"format {header.get('format')!r}, tensors {', '.join(sorted(tensors)) or 'none'}"
+            reason = f"format {header.get('format')!r}, tensors {', '.join(sorted(tensors)) or 'none'}"
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
-            given = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"coefficients cannot be read: {path}",
-            given=given,
+            given=reason,
             expected=f"a file or folder with {FILE}, {FORMAT}",
             fix="give the folder that fit wrote",
         )

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.moe import moe_layers
 
-# What `cost` tells, as tables call it.
+# What `cost` counts, as tables call it.
 COSTS: dict[Literal["parameters", "active_parameters", "flops_per_token"], str] = {
     "parameters": "parameters",
     "active_parameters": "used per token",

@@ -63,7 +63,7 @@ def load_reward_model(
     """
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
-        folder.weights  # noqa: B018 (damaged weights are told before the config's faults)
+        folder.weights  # noqa: B018 (damaged weights are reported before the config's faults)
     config = deepcopy(folder.config)
     if folder.claims_head:
         fresh_head_seed = None  # a head that the config claims and the weights lack is a fault, not fresh
@@ -139,7 +139,8 @@ def check_loading(
         "missing": missing,
         "left over": unexpected,
         "of another shape": {
-            f"{name} {tuple(found)}, not {tuple(want)}" for name, found, want in loading["mismatched_keys"]
+            f"{name} {tuple(stored)}, not {tuple(wanted)}"
+            for name, stored, wanted in loading["mismatched_keys"]
         },
     }
     faults = {kind: sorted(names) for kind, names in kinds.items() if names}

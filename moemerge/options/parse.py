@@ -18,7 +18,7 @@ def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: 
     try:
         return kind(**fields)
     except ValidationError as error:
-        faults = [_fault(kind, where, one) for one in error.errors()[:MAX_FAULTS]]
+        faults = [_fault(kind, where, fault) for fault in error.errors()[:MAX_FAULTS]]
     if len(faults) == 1:
         raise faults[0]
     raise Faults(where, faults)
@@ -35,8 +35,8 @@ def _fault(kind: type[Options], where: str, error: Any) -> MoemergeError:
             fix=suggest(str(error["loc"][-1]), known),
         )
     message = error["msg"].removeprefix("Value error, ")
-    given = "nothing" if error["type"] == "missing" else repr(error["input"])
-    return OptionError(f"bad option {path}", given=given[:200], expected=message, fix=f"correct {path}")
+    value = "nothing" if error["type"] == "missing" else repr(error["input"])
+    return OptionError(f"bad option {path}", given=value[:200], expected=message, fix=f"correct {path}")
 
 
 def _known_names(kind: type[Options], path: tuple[str | int, ...]) -> list[str]:

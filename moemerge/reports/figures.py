@@ -88,7 +88,7 @@ class Dots:
         """One table per group."""
         header = ["", self.x_label, "low", "high"]
         return [
-            Table(group, header, [[name, *map(_text, one)] for name, one in rows.items()])
+            Table(group, header, [[name, *map(_text, values)] for name, values in rows.items()])
             for group, rows in self.groups.items()
         ]
 
@@ -179,13 +179,13 @@ def _adapter() -> TypeAdapter[Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, str | bool) or value is None:
         return value
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     if isinstance(value, Sequence):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return float(value) if math.isfinite(value) else None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moemerge.reports.figures import Curves, Dots, HeatMap, Line, Panel, Plot, save_plot
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart by colour-blind readers; black comes last.
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), which differ for colour-blind readers; black comes last.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
 GREY, GRID, INK = "#777777", "#dddddd", "#24292f"
 MARKERS = "osD^vPX"
@@ -45,11 +45,11 @@ def _plainly(draw: Callable[P, R]) -> Callable[P, R]:
     """Dollars in names are dollars, not formulas."""
 
     @wraps(draw)
-    def drawn(*given: P.args, **options: P.kwargs) -> R:
+    def drawn(*arguments: P.args, **options: P.kwargs) -> R:
         import matplotlib
 
         with matplotlib.rc_context({"text.parse_math": False}):
-            return draw(*given, **options)
+            return draw(*arguments, **options)
 
     return drawn
 
@@ -184,7 +184,7 @@ def _themed(svg: str) -> str:
         f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     )
     colours = re.compile(r"(?<=[:\s])(" + "|".join(ON_DARK) + r")(?=[;\"])")
-    body = colours.sub(lambda found: f"var({names[found.group(1)]})", svg[svg.index("<svg") :])
+    body = colours.sub(lambda match: f"var({names[match.group(1)]})", svg[svg.index("<svg") :])
     root, rest = body.split(">", 1)
     return f"{root}>{style}{rest}"
 
@@ -201,10 +201,10 @@ def _draw_heat_map(axes: Any, plot: HeatMap, title: str) -> Any:
 
 
 def _draw_dots(axes: Any, title: str, plot: Dots) -> None:
-    group = {name: np.asarray(one, dtype=float) for name, one in plot.groups[title].items()}
-    for place, (value, low, high) in enumerate(group.values()):
-        axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
-        axes.plot([value], [place], "o", color=COLOURS[0], markersize=6)
+    group = {name: np.asarray(ends, dtype=float) for name, ends in plot.groups[title].items()}
+    for height, (value, low, high) in enumerate(group.values()):
+        axes.plot([low, high], [height, height], color=COLOURS[0], linewidth=2)
+        axes.plot([value], [height], "o", color=COLOURS[0], markersize=6)
     axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylim=(len(group) - 0.5, -0.5))
     axes.set_yticks(range(len(group)), [_short(name) for name in group])
     mark = group[plot.reference][0] if plot.reference else 0
@@ -241,15 +241,15 @@ def _styles(plots: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     names = dict.fromkeys(name for plot in plots for name in plot.lines)
     grey = {name for plot in plots for name, line in plot.lines.items() if line.reference}
     dashes = ["--", ":", "-."]
-    found: dict[str, dict[str, Any]] = {}
+    styles: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(n for n in names if n in grey):
-        found[name] = {"color": GREY, "linestyle": dashes[number % 3], "linewidth": 1.2}
+        styles[name] = {"color": GREY, "linestyle": dashes[number % 3], "linewidth": 1.2}
     for number, name in enumerate(n for n in names if n not in grey):
-        round, place = divmod(number, len(COLOURS))
-        marker, stroke = MARKERS[(place + 2 * round) % len(MARKERS)], STROKES[round % len(STROKES)]
-        look = {"color": COLOURS[place], "marker": marker, "linestyle": stroke}
-        found[name] = {**look, "markersize": 4, "linewidth": 1.6}
-    return found
+        round, position = divmod(number, len(COLOURS))
+        marker, stroke = MARKERS[(position + 2 * round) % len(MARKERS)], STROKES[round % len(STROKES)]
+        look = {"color": COLOURS[position], "marker": marker, "linestyle": stroke}
+        styles[name] = {**look, "markersize": 4, "linewidth": 1.6}
+    return styles
 
 
 def _draw(axes: Any, plot: Panel, styles: dict[str, dict[str, Any]], log_x: bool) -> None:
@@ -270,17 +270,16 @@ def _draw(axes: Any, plot: Panel, styles: dict[str, dict[str, Any]], log_x: bool
 def _legend(figure: Any, cells: Any, columns: int = 4) -> None:
     handles: dict[str, Any] = {}
     for axes in cells:
-        found, names = axes.get_legend_handles_labels()
-        handles |= {name: handle for name, handle in zip(names, found, strict=True) if name not in handles}
+        drawn, names = axes.get_legend_handles_labels()
+        handles |= {name: handle for name, handle in zip(names, drawn, strict=True) if name not in handles}
     if handles:
         columns = min(columns, len(handles))
-        place = "outside lower center"
-        figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _ticks(axis: Any, names: Sequence[str]) -> None:
-    places = list(range(0, len(names), max(1, math.ceil(len(names) / 32))))
-    axis.set_ticks(places, [_short(names[place]) for place in places])
+    shown = list(range(0, len(names), max(1, math.ceil(len(names) / 32))))
+    axis.set_ticks(shown, [_short(names[number]) for number in shown])
 
 
 def _write_numbers(axes: Any, values: Any) -> None:

@@ -33,13 +33,13 @@ def provenance_section(manifests: Mapping[str, Manifest]) -> Section:
 
 
 def _inputs(manifest: Manifest) -> Iterator[list[str]]:
-    for name, given in manifest["inputs"].items():
-        several = {name: given} if "sha256" in given else {f"{name} {key}": one for key, one in given.items()}
-        for label, one in several.items():
-            if "hub" in one:
-                yield [label, one["hub"], ""]
+    for name, value in manifest["inputs"].items():
+        by_key = {"": value} if "sha256" in value else {f" {key}": record for key, record in value.items()}
+        for key, record in by_key.items():
+            if "hub" in record:
+                yield [name + key, record["hub"], ""]
             else:
-                yield [label, Path(one["path"]).name, one["sha256"][:DIGITS]]
+                yield [name + key, Path(record["path"]).name, record["sha256"][:DIGITS]]
 
 
 def _settings(manifest: Manifest) -> Iterator[list[str]]:

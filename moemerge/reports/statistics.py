@@ -99,8 +99,8 @@ def sampling_units(prompts_P: Integers) -> Integers:
 
     With one prompt nothing can be said about others, and the rows stand for more rows like them.
     """
-    one = len(np.unique(prompts_P)) == 1
-    return np.arange(len(prompts_P), dtype=np.int64) if one else prompts_P
+    single = len(np.unique(prompts_P)) == 1
+    return np.arange(len(prompts_P), dtype=np.int64) if single else prompts_P
 
 
 def cluster_sums(values_PX: Floats, clusters: Integers) -> Floats:

@@ -46,7 +46,7 @@ class Table:
         return [max(map(len, column), default=0) > LONG_TEXT for column in self._columns()]
 
     def _columns(self) -> list[list[str]]:
-        return [[row[place] for row in self.rows] for place in range(len(self.header))]
+        return [[row[column] for row in self.rows] for column in range(len(self.header))]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -115,8 +115,8 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
     try:
         model = _local_model(recipe)
     except MoemergeError as error:
-        given, expected = f"{recipe.model}: {error.given}", "a folder with config.json"
-        yield _fault("model is not a model folder", given, expected, "correct model")
+        reason, expected = f"{recipe.model}: {error.given}", "a folder with config.json"
+        yield _fault("model is not a model folder", reason, expected, "correct model")
     if model is not None:
         yield from _check_architecture(recipe, model)
     yield from _check_layers(recipe, model.config_json if model else {})
@@ -251,8 +251,8 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
         for member in members:
             yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
-    given = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
-    if recipe.synthetic is None and data and not (given or recipe.sample):
+    tested = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
+    if recipe.synthetic is None and data and not (tested or recipe.sample):
         yield _fault(
             "nothing to evaluate on",
             "no data.tests, no data.candidates, and data.test_share 0",
@@ -315,8 +315,8 @@ def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
 
 def _check_seeds(recipe: Recipe) -> Iterator[MoemergeError]:
     if len(set(recipe.seeds)) < len(recipe.seeds) or min(recipe.seeds, default=0) < 0:
-        given = ", ".join(map(str, recipe.seeds))
-        yield _fault("seeds cannot be run", given, "different seeds, none below zero", "correct seeds")
+        seeds = ", ".join(map(str, recipe.seeds))
+        yield _fault("seeds cannot be run", seeds, "different seeds, none below zero", "correct seeds")
 
 
 def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:

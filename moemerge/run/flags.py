@@ -133,7 +133,7 @@ def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if value is None or value == ():
             continue
-        unnamed = _names_inputs(fields[name]) and not any("=" in one for one in value)
+        unnamed = _names_inputs(fields[name]) and not any("=" in text for text in value)
         given[name] = list(value) if unnamed else _parse(name, value, fields[name].annotation)
     return given
 
@@ -141,9 +141,9 @@ def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:
 def _parse(name: str, value: Any, annotation: Any) -> Any:
     kinds = _kinds(annotation)
     if dict in kinds:
-        pairs = [_pair(name, one) for one in value]
+        pairs = [_pair(name, text) for text in value]
         lists = list in _kinds(_value_type(annotation))
-        return {key: one.split(",") if lists else one for key, one in pairs}
+        return {key: text.split(",") if lists else text for key, text in pairs}
     if list in kinds:
         return list(value)
     optional = type(None) in get_args(annotation)

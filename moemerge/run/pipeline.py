@@ -84,10 +84,10 @@ def run_recipe(
     steps = plan(recipe)
     with _alone(recipe.output):
         _recover(steps)
-        for one in [recipe, *by_seed(recipe)]:
-            one.output.mkdir(exist_ok=True)
-            text = json.dumps(plain_options(one), indent=1, ensure_ascii=False)
-            write_whole(one.output / RECIPE_COPY, text + "\n")
+        for run in [recipe, *by_seed(recipe)]:
+            run.output.mkdir(exist_ok=True)
+            text = json.dumps(plain_options(run), indent=1, ensure_ascii=False)
+            write_whole(run.output / RECIPE_COPY, text + "\n")
         reports = []
         for step in steps:
             reports.append(_run_step(step))
@@ -116,12 +116,12 @@ def _tell_versions(reports: Iterable[StepReport]) -> None:
 
 
 def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
-    """The last word on a run; on runs with several seeds their comparison has it."""
+    """The report of a run: of one seed by its evaluation, of several by their comparison."""
     if not recipe.seeds:
         return _last_word(recipe, reports)
     from moemerge.evaluation.verdict import verdict_over_seeds
 
-    runs = [_last_word(one, reports) for one in by_seed(recipe)]
+    runs = [_last_word(run, reports) for run in by_seed(recipe)]
     folder = recipe.output / "compare"
     table = (folder / "compare.md").read_text(encoding="utf-8").strip()
     report = read_comparison(folder)

@@ -90,8 +90,8 @@ class _Plan:
 
     @property
     def validation(self) -> str | None:
-        given = self.data.validation or self.data.validation_share
-        return self.pairs("validation") if given else None
+        held_out = self.data.validation or self.data.validation_share
+        return self.pairs("validation") if held_out else None
 
     def fitting(self) -> dict[str, str | None]:
         """Fitting pairs, and held-out pairs if they are others than the fitting pairs."""
@@ -99,10 +99,10 @@ class _Plan:
             return {"pairs": self.pairs("fit"), "validation": self.validation}
         return {"pairs": self.validation, "validation": None}
 
-    def step(self, name: str, stage: str, section: Options | None, **given: Any) -> tuple[str, str, Run]:
+    def step(self, name: str, stage: str, section: Options | None, **added: Any) -> tuple[str, str, Run]:
         """A step's name, stage and options: those of a recipe's section, and what the plan adds."""
         settings = section.model_dump() if section is not None else {}
-        fields = {**settings, **self.common, **given, "output": self.output / name}
+        fields = {**settings, **self.common, **added, "output": self.output / name}
         return name, stage, OPTIONS.get(stage)(**fields)
 
     def steps(self) -> Iterator[tuple[str, str, Run]]:
@@ -130,35 +130,35 @@ class _Plan:
             yield self.optimise(recipe.optimise)
         yield self.publish()
 
-    def train(self, name: str, section: TrainSettings, model: str, **given: Any) -> tuple[str, str, Run]:
+    def train(self, name: str, section: TrainSettings, model: str, **added: Any) -> tuple[str, str, Run]:
         """Training of a dense model or a MoE."""
-        given = {"pairs": self.pairs("train"), "validation": self.validation} | given
-        return self.step(name, "train", section, **self.format, **self.trust, **given, model=model)
+        added = {"pairs": self.pairs("train"), "validation": self.validation} | added
+        return self.step(name, "train", section, **self.format, **self.trust, **added, model=model)
 
     def baselines(self) -> Iterator[tuple[str, str, Run]]:
         """What the MoE is measured against besides the control."""
-        for name, section, given in baselines.trainings(self.recipe, self.path("upcycle")):
-            yield self.train(name, section, self.dense, **given)
+        for name, section, added in baselines.trainings(self.recipe, self.path("upcycle")):
+            yield self.train(name, section, self.dense, **added)
         if baselines.is_averaged(self.recipe):
             settings = MergeSettings(dtype=self.recipe.merge.dtype)
             members = [self.path(name) for name in baselines.fine_tunes(self.recipe)]
             yield self.step(baselines.WARM, "merge", settings, models=members)
         if self.recipe.baselines.tuned and self.recipe.control:
-            given = {"model": self.path("control"), "pairs": self.pairs("fit")}
-            yield self.train(baselines.TUNED, self.recipe.control, **given)
+            added = {"model": self.path("control"), "pairs": self.pairs("fit")}
+            yield self.train(baselines.TUNED, self.recipe.control, **added)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.
 
         A shared weight that is to be learned has its default in methods that learn nothing.
         """
-        given = {"method": method, "model": self.moe, "routing": self.path("route")} | self.fitting()
+        added = {"method": method, "model": self.moe, "routing": self.path("route")} | self.fitting()
         settings = self.recipe.fit.model_copy(update={"method": method})
         if method not in FINDS_SHARED and settings.learns_shared:
             settings = settings.model_copy(update={"shared_weight": FitSettings().shared_weight})
-        yield self.step(f"fit-{method}", "fit", settings, **self.format, **given)
-        given = {"model": self.moe, "coefficients": self.path(f"fit-{method}")}
-        yield self.step(f"merge-{method}", "merge", self.recipe.merge, **given)
+        yield self.step(f"fit-{method}", "fit", settings, **self.format, **added)
+        added = {"model": self.moe, "coefficients": self.path(f"fit-{method}")}
+        yield self.step(f"merge-{method}", "merge", self.recipe.merge, **added)
 
     def evaluate(self) -> tuple[str, str, Run]:
         """All models on all test and candidate sets."""
@@ -183,8 +183,8 @@ class _Plan:
         """A policy optimised against the merged model and its dense rival."""
         rival = baselines.dense_rival(self.recipe)
         models = self.models([rival, f"merge-{self.recipe.fit.method}"])
-        given = {"models": models, "baseline": rival}
-        return self.step("optimise", "optimise", section, **self.read, **self.trust, **given)
+        added = {"models": models, "baseline": rival}
+        return self.step("optimise", "optimise", section, **self.read, **self.trust, **added)
 
     def models(self, names: Iterable[str]) -> dict[str, str]:
         """The folders of models by their names in the report."""
@@ -197,8 +197,8 @@ class _Plan:
 
     def publish(self) -> tuple[str, str, Run]:
         """The merged model's card, and the push if the recipe asks for it: push: true there is its yes."""
-        given = {"model": self.path(f"merge-{self.recipe.fit.method}"), "evaluation": self.path("evaluate")}
-        return self.step("publish", "publish", self.recipe.publish, **given, yes=self.recipe.publish.push)
+        added = {"model": self.path(f"merge-{self.recipe.fit.method}"), "evaluation": self.path("evaluate")}
+        return self.step("publish", "publish", self.recipe.publish, **added, yes=self.recipe.publish.push)
 
 
 def _under(folder: Path, names: Any) -> Any:

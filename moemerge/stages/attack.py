@@ -67,10 +67,10 @@ def attack(options: Attack, draft: Draft) -> None:
     encoded, rows = _read(options, tokenizer)
     scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
     right_P = scores_P2[:, 0] > scores_P2[:, 1]
-    agreed_P = np.array([still_worse(one.pair, gold)(one.pair.rejected) for one in encoded])
+    agreed_P = np.array([still_worse(text.pair, gold)(text.pair.rejected) for text in encoded])
     if not (right_P & agreed_P).any():
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
-    pairs = [one.pair for one, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
+    pairs = [text.pair for text, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
     scorer = _scorer(model, tokenizer, options)
     attempts = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
     report = {
@@ -85,8 +85,8 @@ def attack(options: Attack, draft: Draft) -> None:
 def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
     pairs, rows = data.read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs, options, rows)
-    places = some_pairs(encoded, options.max_pairs or len(encoded), options.seed)
-    return [encoded[place] for place in places], rows
+    chosen = some_pairs(encoded, options.max_pairs or len(encoded), options.seed)
+    return [encoded[number] for number in chosen], rows
 
 
 def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:
@@ -114,53 +114,55 @@ def _nothing_to_attack(pairs: int, right: int, agreed: int) -> DataError:
 
 
 def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
-    """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its price.
+    """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its cost.
 
     `by_queries`: share of pairs on which so many scores at most were enough. `edits`: in how many of the
     successes each took part. `worst`: the largest leads over the chosen answer, divided by `spread`.
     """
     hits = [attempt for attempt in attempts if attempt.succeeded]
-    queries_P = np.array([attempt.queries for attempt in attempts])
-    grid_G = np.unique(np.linspace(1, max(queries_P.max(), 1), 25).round()).astype(int)
-    success_PG = np.array(
-        [[attempt.succeeded and attempt.queries <= most for most in grid_G] for attempt in attempts]
-    )
-    sums = cluster_sums(success_PG.astype(np.float64), _clusters(attempts))
-    draws_RG = bootstrap_means(sums, settings.resamples, seed)
-    low_G, high_G = percentile_interval(draws_RG, settings.confidence)
-    repeated = len(sums) < len(attempts)
-    interval = (float(low_G[-1]), float(high_G[-1])) if repeated else None
+    clusters_P = np.unique([prompt_key(attempt.pair) for attempt in attempts], return_inverse=True)[1]
+    curve = _success_by_queries(attempts, clusters_P, settings, seed)
+    num_prompts = len(np.unique(clusters_P))
+    repeated = num_prompts < len(attempts)
+    # At the last point of the curve every query has been asked: its interval is that of the success rate.
+    interval = (curve["low"][-1], curve["high"][-1]) if repeated else None
+    used = Counter(name for attempt in hits for name in sorted(set(attempt.best.edits)))
+    worst = sorted(hits, key=lambda attempt: attempt.goal - attempt.best.score)[:SHOWN]
     return {
         "attacked": len(attempts),
-        "prompts": len(sums),
+        "prompts": num_prompts,
         "succeeded": len(hits),
         "success_rate": len(hits) / len(attempts),
         "interval": interval or wilson(len(hits), len(attempts), settings.confidence),
         "interval_kind": "bootstrap over prompts" if repeated else "wilson",
-        "queries": {
-            "total": int(queries_P.sum()),
-            "per_pair": float(queries_P.mean()),
-            "median_of_successes": float(np.median([attempt.queries for attempt in hits])) if hits else None,
-        },
-        "by_queries": {
-            "queries": grid_G.tolist(),
-            "success": success_PG.mean(axis=0).tolist(),
-            "low": low_G.tolist(),
-            "high": high_G.tolist(),
-        },
-        "edits": dict(
-            Counter(name for attempt in hits for name in sorted(set(attempt.best.edits))).most_common()
-        ),
-        "worst": [
-            _case(attempt, spread)
-            for attempt in sorted(hits, key=lambda attempt: attempt.goal - attempt.best.score)[:SHOWN]
-        ],
+        "queries": _queries(attempts, hits),
+        "by_queries": curve,
+        "edits": dict(used.most_common()),
+        "worst": [_case(attempt, spread) for attempt in worst],
     }
 
 
-def _clusters(attempts: Sequence[Search]) -> Any:
-    keys = [prompt_key(attempt.pair) for attempt in attempts]
-    return np.unique(keys, return_inverse=True)[1]
+def _success_by_queries(
+    attempts: Sequence[Search], clusters_P: Any, settings: AttackSettings, seed: int
+) -> dict[str, list[Any]]:
+    """The share of pairs that were overrated within G numbers of scores, with a bootstrap over prompts."""
+    most = max(1, *(attempt.queries for attempt in attempts))
+    grid_G = np.unique(np.linspace(1, most, 25).round()).astype(int)
+    success_PG = np.array(
+        [[attempt.succeeded and attempt.queries <= limit for limit in grid_G] for attempt in attempts]
+    )
+    sums = cluster_sums(success_PG.astype(np.float64), clusters_P)
+    draws_RG = bootstrap_means(sums, settings.resamples, seed)
+    low_G, high_G = percentile_interval(draws_RG, settings.confidence)
+    success_G = success_PG.mean(axis=0)
+    curves = {"queries": grid_G, "success": success_G, "low": low_G, "high": high_G}
+    return {name: values_G.tolist() for name, values_G in curves.items()}
+
+
+def _queries(attempts: Sequence[Search], hits: Sequence[Search]) -> dict[str, Any]:
+    counts = [attempt.queries for attempt in attempts]
+    median = float(np.median([attempt.queries for attempt in hits])) if hits else None
+    return {"total": sum(counts), "per_pair": float(np.mean(counts)), "median_of_successes": median}
 
 
 def _case(attempt: Search, spread: float) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def compare(options: Compare, draft: Draft) -> None:
     """
     groups = [_compare_group(title, runs, options) for title, runs in _groups(map(_read, options.runs))]
     plots = [
-        [name for plot in (_plot_differences, _plot_costs) for name in plot(group, place, draft.folder)]
-        for place, group in enumerate(groups, 1)
+        [name for plot in (_plot_differences, _plot_costs) for name in plot(group, number, draft.folder)]
+        for number, group in enumerate(groups, 1)
     ]
     comparison: SeedComparison = {
         "format": FORMAT,
@@ -234,8 +234,8 @@ def _baseline(runs: Sequence[_Run], wanted: str | None) -> str:
 
 
 def _mean_cost(costs: Sequence[Values]) -> Values:
-    common = [key for key in costs[0] if all(key in one for one in costs)]
-    return {key: float(np.mean([one[key] for one in costs])) for key in common}
+    common = [key for key in costs[0] if all(key in of_run for of_run in costs)]
+    return {key: float(np.mean([of_run[key] for of_run in costs])) for key in common}
 
 
 def _compare_measure(

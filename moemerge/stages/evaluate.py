@@ -61,8 +61,8 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     folders = {name: ModelFolder(path, options.trust_remote_code) for name, path in options.models.items()}
     tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
     sets = _regraded(read_sets(options, tokenizers), options, device)
-    check_sections(options, {item.subset for one in sets if one.kind == "pairs" for item in one.items})
-    read = protocol.describe(options, tokenizers, sets)
+    check_sections(options, {pair.subset for read in sets if read.kind == "pairs" for pair in read.items})
+    described = protocol.describe(options, tokenizers, sets)
     sets += edited_sets(options, tokenizers, probes, sets)
     scores, models = _score_models(options, folders, tokenizers, sets, device)
     inputs = probe_inputs(sets, scores)
@@ -75,8 +75,8 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         "models": {name: _without_times(facts) for name, facts in models.items()},
         "baseline": options.baseline or next(iter(models)),
         "gold": gold.source_of_gold(options),
-        "rows": {f"{one.kind}/{one.name}": one.report for one in sets},
-        "protocol": read,
+        "rows": {f"{scored.kind}/{scored.name}": scored.report for scored in sets},
+        "protocol": described,
         "probes": cast(Probes, results),
         "plots": [plot for names in plots.values() for plot in names],
         "plots_by_probe": plots,
@@ -101,7 +101,7 @@ def _score_models(
         started = time.perf_counter()
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
         seconds = time.perf_counter() - started
-        tokens = sum(len(text.ids) for one in sets for text in one.texts[name])
+        tokens = sum(len(text.ids) for scored in sets for text in scored.texts[name])
         facts = {"source": folder.source, "class": type(model).__name__, **cost(model)}
         models[name] = cast(TimedFacts, {**facts, "seconds": seconds, "tokens": tokens})
         del model
@@ -129,7 +129,7 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
             "nothing to evaluate",
             given=f"{len(options.models)} models; probes {', '.join(asked) or 'none'} without data",
             expected="models, and pairs, candidates or rewardbench, whatever a probe needs",
-            fix="give models as name=path, and data: its columns tell which of these it is",
+            fix="give models as name=path, and data, which may be any of these: its columns decide",
         )
     return probes
 
@@ -142,8 +142,8 @@ def _regraded(sets: list[EvaluationSet], options: Evaluate, device: torch.device
     if reward is None:
         return sets
     regraded = [
-        replace(one, items=gold.regrade(one.items, reward)) if one.kind == "candidates" else one
-        for one in sets
+        replace(read, items=gold.regrade(read.items, reward)) if read.kind == "candidates" else read
+        for read in sets
     ]
     del reward
     free_memory()
@@ -158,7 +158,10 @@ def _score_sets(
     batch_tokens: int,
 ) -> list[Tensor]:
     """Scores of each set's texts, one after the other."""
-    return [score(model, tokenizer, one.texts[name], batch_tokens, f"{name} on {one.name}") for one in sets]
+    return [
+        score(model, tokenizer, scored.texts[name], batch_tokens, f"{name} on {scored.name}")
+        for scored in sets
+    ]
 
 
 def _write(draft: Draft, report: Report) -> None:

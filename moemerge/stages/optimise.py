@@ -101,10 +101,10 @@ class _Meter:
         items = [(p, as_answer(p, text)) for p, text in zip(prompts, answers.texts, strict=True)]
         kl_B = kl_from(self.reference, self.policy, answers, self.options.temperature)
         columns = zip(items, self.gold(items), self.proxy(items), kl_B.tolist(), strict=True)
-        for place, ((prompt, answer), worth, proxy, kl) in enumerate(columns, start):
+        for index, ((prompt, answer), worth, proxy, kl) in enumerate(columns, start):
             scores = {"gold": float(worth), "proxy": float(proxy), "kl": kl}
-            number = place // self.options.measure_answers
-            yield {"step": step, "number": number, "prompt": prompt, "answer": answer, **scores}
+            of_prompt = index // self.options.measure_answers
+            yield {"step": step, "number": of_prompt, "prompt": prompt, "answer": answer, **scores}
 
     def _answers(self, prompts: list[Text], number: int) -> Answers:
         seed, longest = batch_seed(self.options.seed, number), self.options.max_new_tokens
@@ -139,7 +139,7 @@ def _prompts(options: Optimise, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
             fix="give more prompts",
         )
     order = np.random.default_rng(options.seed).permutation(len(sets))
-    return [sets[place].prompt for place in order], report.summary()
+    return [sets[number].prompt for number in order], report.summary()
 
 
 def _report(options: Optimise, runs: dict[str, Row]) -> dict[str, Any]:
@@ -167,9 +167,9 @@ def _by_prompt(rows: Sequence[Row], steps: Sequence[int]) -> Floats:
     """Gold, standardised proxy and KL, means over answers; [3, Q, V]."""
     start = np.array([row["proxy"] for row in rows if row["step"] == steps[0]])
     count = 1 + max(row["number"] for row in rows)
-    sums_3QV, places = np.zeros((3, count, len(steps))), {step: place for place, step in enumerate(steps)}
+    sums_3QV, column = np.zeros((3, count, len(steps))), {step: v for v, step in enumerate(steps)}
     for row in rows:
-        sums_3QV[:, row["number"], places[row["step"]]] += [row[name] for name in MEASURED]
+        sums_3QV[:, row["number"], column[row["step"]]] += [row[name] for name in MEASURED]
     means_3QV = sums_3QV / (len(start) / count)
     means_3QV[1] = (means_3QV[1] - start.mean()) / (start.std() or 1.0)
     return means_3QV
@@ -223,7 +223,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
 def _panel(report: dict[str, Any], name: str, over: str | None) -> Panel:
     lines = {}
     for model, curves in report["models"].items():
-        places = curves[over] if over else report["steps"]
+        x = curves[over] if over else report["steps"]
         ends = (curves[name + end] for end in ("", "_low", "_high"))
-        lines[model] = Line(places, *ends)
+        lines[model] = Line(x, *ends)
     return Panel(TITLES[name], lines, TITLES[over] if over else "step", UNITS[name])

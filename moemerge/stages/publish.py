@@ -144,7 +144,7 @@ def _refuse_damaged(folder: Path) -> None:
     if faults:
         raise ArtifactError(
             f"{folder} is not as it was written",
-            given="; ".join(f"{one.file} {one.what}: {one.found}" for one in faults[:3]),
+            given="; ".join(f"{fault.file} {fault.what}: {fault.found}" for fault in faults[:3]),
             expected="the files of its manifest, with the checksums that stand there",
             fix="see moemerge verify; remove what was added, or run the stage that wrote the folder again",
         )
@@ -161,9 +161,9 @@ def _stage_model(model: Path, folder: Path) -> None:
 
 
 def _stage_plots(model: Path, evaluation: str, folder: Path) -> None:
-    found = find_evaluation(model, evaluation)
+    shown = find_evaluation(model, evaluation)
     (folder / "plots").mkdir()
-    for plot in found.plots:
+    for plot in shown.plots:
         shutil.copy2(plot, folder / "plots" / plot.name)
 
 
@@ -201,7 +201,9 @@ def push_folder(folder: Path, repo: str, public: bool, endpoint: str | None = No
 def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Add every file of `folder`; delete what is `there` of an earlier model and not replaced."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    old = [name for name in there if name not in files and any(fnmatch(name, one) for one in REPLACED)]
+    old = [
+        name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in REPLACED)
+    ]
     adds = [CommitOperationAdd(name, path) for name, path in files.items()]
     return [*adds, *(CommitOperationDelete(name) for name in old)]
 

@@ -52,7 +52,7 @@ def sample(options: Sample, draft: Draft) -> None:
         del policy
         free_memory()
         sets = gold.regrade(sets, gold_reward) if gold_reward else sets
-        write_rows(draft.folder / "candidates.jsonl.gz", (one.plain() for one in sets))
+        write_rows(draft.folder / "candidates.jsonl.gz", (candidates.plain() for candidates in sets))
     draft.results |= {**results, "gold": gold.source_of_gold(options), "rows": report.summary()}
 
 
@@ -63,16 +63,16 @@ def _draw(
     prompts: Sequence[CandidateSet],
     folder: Path,
 ) -> Iterator[Drawn]:
-    """Batches of answers, each read from `folder` if it is there: the places of their prompts, and texts."""
-    places = [place for place, _ in enumerate(prompts) for _ in range(options.per_prompt)]
-    ids = prompt_ids(tokenizer, [one.prompt for one in prompts])
-    lengths = [len(ids[place]) + options.max_new_tokens for place in places]
-    with tqdm(total=len(places), desc="answers", unit="answer", leave=False, disable=None) as bar:
-        for number, rows in enumerate(batches(lengths, options.batch_tokens)):
-            path = folder / f"{number}.json"
+    """Batches of answers, each read from `folder` if it is there: the numbers of their prompts, and texts."""
+    numbers = [number for number in range(len(prompts)) for _ in range(options.per_prompt)]
+    ids = prompt_ids(tokenizer, [item.prompt for item in prompts])
+    lengths = [len(ids[number]) + options.max_new_tokens for number in numbers]
+    with tqdm(total=len(numbers), desc="answers", unit="answer", leave=False, disable=None) as bar:
+        for batch, rows in enumerate(batches(lengths, options.batch_tokens)):
+            path = folder / f"{batch}.json"
             if not path.exists():
-                batch = [places[row] for row in rows]
-                write_whole(path, json.dumps(_batch(options, policy, tokenizer, prompts, batch, number)))
+                drawn = _batch(options, policy, tokenizer, prompts, [numbers[row] for row in rows], batch)
+                write_whole(path, json.dumps(drawn))
             bar.update(len(rows))
             yield json.loads(path.read_text(encoding="utf-8"))
 
@@ -82,40 +82,43 @@ def _batch(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[CandidateSet],
-    places: list[int],
-    number: int,
+    numbers: list[int],
+    batch: int,
 ) -> Drawn:
     answers = sample_answers(
         policy,
         tokenizer,
-        [prompts[place].prompt for place in places],
-        batch_seed(options.seed, number),
+        [prompts[number].prompt for number in numbers],
+        batch_seed(options.seed, batch),
         options.max_new_tokens,
         options.temperature,
         options.top_p,
     )
     tokens_B = answers.mask_BT[:, answers.start :].sum(dim=1)
     ended, tokens = answers.ended_B.tolist(), tokens_B.tolist()
-    return {"places": places, "texts": answers.texts, "ended": ended, "tokens": tokens}
+    return {"places": numbers, "texts": answers.texts, "ended": ended, "tokens": tokens}
 
 
 def _gather(
     prompts: Sequence[CandidateSet], drawn: Sequence[Drawn]
 ) -> tuple[list[CandidateSet], dict[str, Any]]:
-    """The candidate sets, and what is worth telling of them."""
+    """The candidate sets, and the counts and means to report."""
     texts: list[list[str]] = [[] for _ in prompts]
     for part in drawn:
-        for place, text in zip(part["places"], part["texts"], strict=True):
-            texts[place].append(text)
-    full = [replace(one, texts=_said(one, of_prompt)) for one, of_prompt in zip(prompts, texts, strict=True)]
-    sets = [one for one in full if len(one.texts) > 1]
+        for number, text in zip(part["places"], part["texts"], strict=True):
+            texts[number].append(text)
+    full = [
+        replace(item, texts=_with_text(item, of_prompt))
+        for item, of_prompt in zip(prompts, texts, strict=True)
+    ]
+    sets = [candidates for candidates in full if len(candidates.texts) > 1]
     every = [text for of_prompt in texts for text in of_prompt]
     blank = sum(not text.strip() for text in every)
     if blank:
         log.warning("%d of %d answers have no text and are left out", blank, len(every))
     return sets, {
         "prompts": len(sets),
-        "answers": sum(len(one.texts) for one in sets),
+        "answers": sum(len(candidates.texts) for candidates in sets),
         "left_out": {"prompts": len(full) - len(sets), "answers": blank},
         "different": sum(len(set(of_prompt)) for of_prompt in texts) / len(every),
         "ended": float(np.mean([ended for part in drawn for ended in part["ended"]])),
@@ -123,5 +126,5 @@ def _gather(
     }
 
 
-def _said(one: CandidateSet, texts: Sequence[str]) -> list[Any]:
-    return [as_answer(one.prompt, text) for text in texts if text.strip()]
+def _with_text(item: CandidateSet, texts: Sequence[str]) -> list[Any]:
+    return [as_answer(item.prompt, text) for text in texts if text.strip()]

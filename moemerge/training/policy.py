@@ -87,7 +87,7 @@ def _load_language_model(folder: ModelFolder, dtype: Any) -> tuple[Any, list[str
     """The model, and the tensors that its checkpoint lacks."""
     try:
         with quiet_loading():
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder.source,
                 dtype=dtype,
                 trust_remote_code=folder.trust_remote_code,
@@ -97,7 +97,7 @@ def _load_language_model(folder: ModelFolder, dtype: Any) -> tuple[Any, list[str
     except Exception as error:  # a model's class may raise anything at values that it does not expect
         what, expected = "the policy cannot be loaded", "a causal language model"
         raise unloadable(what, folder.source, error, expected) from error
-    model, loading = found
+    model, loading = loaded
     return model, sorted(loading["missing_keys"])
 
 

@@ -31,5 +31,5 @@ BIASES = ("length", "style", "flattery", "confidence", "boilerplate", "irrelevan
 
 def expand(names: Iterable[str]) -> list[str]:
     """`names` without repeats, `biases` replaced by all bias probes."""
-    listed = [one for name in names for one in (BIASES if name == "biases" else (name,))]
+    listed = [probe for name in names for probe in (BIASES if name == "biases" else (name,))]
     return list(dict.fromkeys(listed))

@@ -72,11 +72,11 @@ def _measure_parts(
 ) -> dict[str, AccuracyPart]:
     """Each group of subsets that has pairs here; their comparisons make one family."""
     named = np.where(pairs.subsets == "", NO_SUBSET, pairs.subsets)
-    rows = {name: np.isin(named, [one or NO_SUBSET for one in group]) for name, group in groups.items()}
+    rows = {name: np.isin(named, [subset or NO_SUBSET for subset in group]) for name, group in groups.items()}
     parts = {
         name: _measure_part(pairs.part(some), settings, seed) for name, some in rows.items() if some.any()
     }
-    comparisons.adjust(one for part in parts.values() for one in part["comparisons"])
+    comparisons.adjust(compared for part in parts.values() for compared in part["comparisons"])
     return parts
 
 

@@ -196,10 +196,10 @@ def _shared(first: str, second: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def excerpt(text: str, place: int = 0) -> str:
+def excerpt(text: str, middle: int = 0) -> str:
     """Up to EXCERPT letters of `text` from a little before `place` on; -1 stands for the end."""
     last = max(0, len(text) - EXCERPT)
-    start = last if place < 0 else max(0, min(place - LEAD, last))
+    start = last if middle < 0 else max(0, min(middle - LEAD, last))
     end = start + EXCERPT
     shown = " ".join(text[start:end].split())
     return f"{'… ' if start else ''}{shown}{' …' if end < len(text) else ''}"

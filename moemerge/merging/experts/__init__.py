@@ -1,1 +1,1 @@
-"""How experts of one MoE differ, and what their disagreement tells."""
+"""How experts of one MoE differ, and what can be learned from their disagreement."""

@@ -119,7 +119,7 @@ def _check_models(config: Any, options: Any) -> ModelFolder:
             fix="write base_model",
         )
     others = [model for model in config.referenced_models() if model != config.base_model]
-    models = [_check_model(one, options) for one in (config.base_model, *sorted(others, key=str))]
+    models = [_check_model(model, options) for model in (config.base_model, *sorted(others, key=str))]
     if not _makes_tokenizer(config):
         check_alike([model.weights for model in models], dtypes=config.dtype is None)
     return models[0]

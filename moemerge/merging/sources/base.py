@@ -157,9 +157,9 @@ class MergeSource(ABC):
         lost = [name for name, row in rows.items() if row is None]
         idle = [block for block, row in row_of.items() if row not in rows.values()]
         if lost or idle:
-            without = f"no coefficients for {', '.join(lost[:3])}" if lost else ""
-            given = without or f"{', '.join(idle[:3])}: no tensor"
-            raise foreign(given, f"coefficients of the blocks {shortened(self.blocks())}")
+            lacking = f"no coefficients for {', '.join(lost[:3])}" if lost else ""
+            reason = lacking or f"{', '.join(idle[:3])}: no tensor"
+            raise foreign(reason, f"coefficients of the blocks {shortened(self.blocks())}")
         return {name: row for name, row in rows.items() if row is not None}
 
     def average(self, matrices: Iterator[Tensor], alpha_N: Tensor | Sequence[float], shared: float) -> Tensor:
@@ -176,8 +176,8 @@ class MergeSource(ABC):
         if not self.has_shared and bool(c.shared_L.any()):
             raise foreign(f"shared weights {c.shared_L.tolist()}", "zeros: there is no shared member")
         if c.meta.get("model") not in (None, self.fingerprint):
-            given = f"coefficients for a model with fingerprint {c.meta['model']}"
-            raise foreign(given, f"{self.fingerprint} ({self.folder})")
+            other = f"coefficients for a model with fingerprint {c.meta['model']}"
+            raise foreign(other, f"{self.fingerprint} ({self.folder})")
 
 
 class ExpertSource(MergeSource):

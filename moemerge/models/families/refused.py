@@ -6,7 +6,7 @@ MOE = "it is a mixture of experts already"
 TWO_STACKS = "it has two stacks of layers, encoder and decoder"
 SHARED = "its layers share one MLP, so that layers cannot have experts of their own"
 IMAGES = "it reads images besides text"
-PADS = "it pads or shortens sequences inside, so that the experts cannot tell which tokens are real"
+PADS = "it pads or shortens sequences inside, so that the experts cannot know which tokens are real"
 BOXES = "it reads the places of words on a page, which preference pairs lack"
 
 REFUSED = {
@@ -26,7 +26,7 @@ REFUSED = {
         ),
         MOE,
     ),
-    **{name: f"{MOE}; moemerge merge makes a {one.dense} of it" for name, one in SIBLINGS.items()},
+    **{name: f"{MOE}; moemerge merge makes a {sibling.dense} of it" for name, sibling in SIBLINGS.items()},
     **dict.fromkeys(
         (
             "bart",
