@@ -80,7 +80,7 @@ class Dots:
         last = f" {self.reference} is the reference." if self.reference else ""
         return [
             f"{self.x_label} on {group}, with intervals: "
-            f"{_listed([f'{name} {_interval(*one)}' for name, one in rows.items()])}.{last}"
+            f"{_listed([f'{name} {_interval(*ends)}' for name, ends in rows.items()])}.{last}"
             for group, rows in self.groups.items()
         ]
 

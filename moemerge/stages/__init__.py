@@ -1,6 +1,7 @@
 """The stages, a row each, in pipeline order: commands, flags, the Python door and headlines follow from here.
 
-To add one: its file beside this one, its options in options/, and a row. Importing this loads no stage.
+To add one: its file beside this one, its options in options/, a row, and two lines in moemerge/__init__.py
+(docs/extending.md). Importing this loads no stage.
 """
 
 from __future__ import annotations
