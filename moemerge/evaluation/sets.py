@@ -101,10 +101,10 @@ def edited_sets(
     """The edited answers that the probes ask for, one set per test set, probe and edit."""
     made_sets = []
     for tested in sets:
-        places = some_pairs(tested.items, options.bias_pairs, options.seed)
+        numbers = some_pairs(tested.items, options.bias_pairs, options.seed)
         for name, probe in probes.items():
             if tested.kind == "pairs" and probe.edits is not None:
-                made = make_edits(tested.items, places, probe.edits, tested.name, options.seed)
+                made = make_edits(tested.items, numbers, probe.edits, tested.name, options.seed)
                 for edit, (items, report) in made.items():
                     kept, texts = _encode("edits", items, report, tokenizers, options)
                     key = f"{tested.name}/{name}/{edit}"

@@ -211,8 +211,8 @@ def _points(line: Line) -> list[tuple[float, float]]:
 
 
 def _panel_words(panel: Panel) -> str:
-    places = [x for line in panel.lines.values() for x, _ in _points(line)]
-    span = f" from {_text(min(places))} to {_text(max(places))}" if places else ""
+    all_x = [x for line in panel.lines.values() for x, _ in _points(line)]
+    span = f" from {_text(min(all_x))} to {_text(max(all_x))}" if all_x else ""
     name = panel.title or panel.y_label
     what = name if panel.y_label.lower() in name.lower() else f"{name}: {panel.y_label}"
     lines = [_line_words(name, _points(line)) for name, line in panel.lines.items()]
@@ -236,9 +236,9 @@ def _line_words(name: str, points: Sequence[tuple[float, float]]) -> str:
 
 
 def _panel_table(panel: Panel) -> Table:
-    places = sorted({x for line in panel.lines.values() for x, _ in _points(line)})
+    all_x = sorted({x for line in panel.lines.values() for x, _ in _points(line)})
     columns = [dict(_cells(line)) for line in panel.lines.values()]
-    rows = [[_text(x), *(column.get(x, "") for column in columns)] for x in places]
+    rows = [[_text(x), *(column.get(x, "") for column in columns)] for x in all_x]
     return Table(panel.title or panel.y_label, [panel.x_label, *panel.lines], rows)
 
 

@@ -188,8 +188,8 @@ class _Plan:
 
     def models(self, names: Iterable[str]) -> dict[str, str]:
         """The folders of models by their names in the report."""
-        places = {"dense": self.dense, "moe": self.moe}
-        return {name: places.get(name, self.path(name)) for name in names}
+        folders = {"dense": self.dense, "moe": self.moe}
+        return {name: folders.get(name, self.path(name)) for name in names}
 
     def baseline(self) -> str:
         """The model that the others are compared with."""

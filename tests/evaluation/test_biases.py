@@ -243,7 +243,7 @@ def test_edits_are_the_same_each_time_and_keep_chats_chats(name: str) -> None:
         for edit, (items, report) in first.items():
             assert len(items) == report.kept and len(items) > 30
             if edit != "other_prompt":
-                assert [i.text for i in items if i.place in (3, 5)] == [i.text for i in fewer[edit][0]]
+                assert [i.text for i in items if i.number in (3, 5)] == [i.text for i in fewer[edit][0]]
             for item in items:
                 before = getattr(item.pair, edits.side)
                 assert type(item.text) is type(before) and item.text != before

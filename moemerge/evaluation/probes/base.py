@@ -50,10 +50,10 @@ class Edits:
 
 @dataclass(frozen=True)
 class Edited:
-    """An answer after an edit; `place` is its pair's among the pairs of its set."""
+    """An answer after an edit; `number` is its pair's among the pairs of its set, counted from 0."""
 
     pair: Pair
-    place: int
+    number: int
     text: Text
 
     @property

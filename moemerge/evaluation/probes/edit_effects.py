@@ -78,9 +78,9 @@ def _measure_edit(
     if not edit.items:
         return {"pairs": 0, "prompts": 0, "left_out": edit.left_out, "models": {}}
     models = list(pairs.scores)
-    places_E = np.array([item.place for item in edit.items])
+    numbers_E = np.array([item.number for item in edit.items])
     values_EM3 = np.stack([_values(pairs, edit, model, side) for model in models], axis=1)
-    sums_KX = cluster_sums(values_EM3.reshape(len(places_E), -1), pairs.prompts[places_E])
+    sums_KX = cluster_sums(values_EM3.reshape(len(numbers_E), -1), pairs.prompts[numbers_E])
     draws_RM3 = bootstrap_means(sums_KX, settings.resamples, seed).reshape(-1, len(models), 3)
     baseline = models.index(settings.baseline or models[0])
     effects = [
@@ -107,7 +107,7 @@ def _measure_edit(
 
 def _values(pairs: PairScores, edit: EditScores, model: str, side: str) -> Floats:
     """Shift, right before, flipped; [E, 3]."""
-    scores_E2 = pairs.scores[model][[item.place for item in edit.items]]
+    scores_E2 = pairs.scores[model][[item.number for item in edit.items]]
     shift_E = (edit.scores[model] - scores_E2[:, SIDES[side]]) / _spread(pairs, model)
     right_E = np.ones(len(shift_E), dtype=bool) if side == "chosen" else scores_E2[:, 0] > scores_E2[:, 1]
     return np.column_stack([shift_E, right_E, right_E & (edit.scores[model] > scores_E2[:, 0])])
@@ -171,7 +171,7 @@ def _difference(
 
 def _worst(pairs: PairScores, edit: EditScores, model: str, right_E: NDArray[np.bool_]) -> WorstCase:
     """The pair, of those judged rightly if there are any, whose edited answer leads by most."""
-    chosen_E = pairs.scores[model][[item.place for item in edit.items], 0]
+    chosen_E = pairs.scores[model][[item.number for item in edit.items], 0]
     lead_E = (edit.scores[model] - chosen_E) / _spread(pairs, model)
     worst = int(np.where(right_E | ~right_E.any(), lead_E, -np.inf).argmax())
     pair, text = edit.items[worst].pair, edit.items[worst].text
@@ -196,10 +196,10 @@ def _shared(first: str, second: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def excerpt(text: str, middle: int = 0) -> str:
-    """Up to EXCERPT letters of `text` from a little before `place` on; -1 stands for the end."""
+def excerpt(text: str, around: int = 0) -> str:
+    """Up to EXCERPT letters of `text`, from a little before number `around`; -1 stands for the last ones."""
     last = max(0, len(text) - EXCERPT)
-    start = last if middle < 0 else max(0, min(middle - LEAD, last))
+    start = last if around < 0 else max(0, min(around - LEAD, last))
     end = start + EXCERPT
     shown = " ".join(text[start:end].split())
     return f"{'… ' if start else ''}{shown}{' …' if end < len(text) else ''}"

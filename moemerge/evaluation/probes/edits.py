@@ -52,17 +52,17 @@ def some_pairs(pairs: Sequence[Any], most: int, seed: int) -> list[int]:
 
 
 def make_edits(
-    pairs: Sequence[Pair], places: Sequence[int], edits: Edits, source: str, seed: int
+    pairs: Sequence[Pair], numbers: Sequence[int], edits: Edits, source: str, seed: int
 ) -> dict[str, tuple[list[Edited], RowReport]]:
-    """Per edit, the answers it makes of the pairs at `places`, and a report on those it cannot change.
+    """Per edit, its answers for the pairs of these `numbers`, and a report on those it cannot change.
 
     An edit's random draws depend on `seed`, its name and the pair's row only.
     """
-    strangers = _strangers(pairs, places, seed)
+    strangers = _strangers(pairs, numbers, seed)
     made = {}
     for name, edit in edits.functions.items():
-        report, items = RowReport(source, total=len(places)), []
-        for number, stranger in zip(places, strangers, strict=True):
+        report, items = RowReport(source, total=len(numbers)), []
+        for number, stranger in zip(numbers, strangers, strict=True):
             pair, random = pairs[number], Random(f"{seed} {name} {pairs[number].row}")
             text = apply(edit, pair.prompt, getattr(pair, edits.side), stranger, random)
             if text is None:
@@ -87,16 +87,16 @@ def apply(edit: Edit, prompt: Text, answer: Text, stranger: str, random: Random)
     return replace_last_message(answer, whole[:start] + edited + whole[start + len(core) :])
 
 
-def _strangers(pairs: Sequence[Pair], places: Sequence[int], seed: int) -> list[str]:
+def _strangers(pairs: Sequence[Pair], numbers: Sequence[int], seed: int) -> list[str]:
     """For each pair the chosen answer to another prompt, the next in a random order; "" if there is none."""
-    prompts = {number: prompt_key(pairs[number]) for number in places}
-    order = [places[i] for i in np.random.default_rng(seed).permutation(len(places))]
+    prompts = {number: prompt_key(pairs[number]) for number in numbers}
+    order = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
     strangers = {}
     for i, number in enumerate(order):
         rest = (*order[i + 1 :], *order[:i])
         other = next((later for later in rest if prompts[later] != prompts[number]), None)
         strangers[number] = "" if other is None else last_message(pairs[other].chosen).strip()
-    return [strangers[number] for number in places]
+    return [strangers[number] for number in numbers]
 
 
 def encode_edits(
