@@ -6,7 +6,9 @@ import ctypes
 import errno
 import os
 import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,7 +18,7 @@ from moemerge.errors import ArtifactError, MoemergeError, first_line
 
 THREADS = 8
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-DRAFT = r"\.{name}\.[a-z0-9_]{{8}}\.tmp"  # as tempfile.mkdtemp makes them
+DRAFT = r"\.{name}\.[a-z0-9_]{{8}}\.tmp"
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of disk space is used up",
@@ -28,6 +30,10 @@ REASONS = {
     errno.ENOTDIR: "a file is where a folder should be",
     errno.EEXIST: "a file is where a folder should be",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "a link is where a file should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
 }
 WRAPPED_BY_LIBRARIES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # torch's writer has no number, and says the same whatever is wrong with the disk.
@@ -100,6 +106,34 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def new_draft(output: Path) -> Path:
+    """A new folder beside `output`, to be put in its place when it is whole."""
+    # Not by tempfile, whose folders are closed to all others, whatever the umask says.
+    draft = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
+    draft.mkdir()
+    return draft
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode that the umask gives to a new file in `folder`."""
+    probe = folder / f".{secrets.token_hex(4)}.mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
+def obey_umask(folder: Path) -> None:
+    """Give the files in `folder` the usual mode: safetensors and others close theirs to all but the owner.
+
+    Files that have other names too are left as they are: they may be someone else's.
+    """
+    mode = usual_mode(folder)
+    for path in folder.rglob("*"):
+        if stat.S_ISREG(path.lstat().st_mode) and path.stat().st_nlink == 1:
+            path.chmod(mode)
+
+
 @contextmanager
 def parents(output: Path) -> Iterator[None]:
     """Make the folders that `output` is to lie in; those still empty at the end are removed again."""
@@ -119,7 +153,6 @@ def put_in_place(folder: Path, output: Path) -> None:
     The two are exchanged in one step where the system can. Elsewhere the old one steps aside first; if the
     process dies between, `recover` puts it back.
     """
-    folder.chmod(0o755)
     aside = _aside(output)
     if not exists(output):
         folder.rename(output)

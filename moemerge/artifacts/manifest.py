@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from moemerge.artifacts.checksums import MANIFEST, fingerprint, sums
-from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.json_file import MAX_BYTES, read_object
 from moemerge.errors import ArtifactError
 
 SCHEMA = 1
@@ -115,7 +115,10 @@ def _no_artifact(folder: str | Path, given: str) -> ArtifactError:
 def holds_manifest(folder: Path) -> bool:
     """Whether the folder has a manifest of moemerge, damaged or not: other tools use the file name too."""
     path = folder / MANIFEST
-    return path.is_file() and b'"stage"' in path.read_bytes()
+    if not path.is_file():
+        return False
+    with path.open("rb") as handle:
+        return b'"stage"' in handle.read(MAX_BYTES)
 
 
 def own_digest(manifest: Manifest) -> str:

@@ -20,6 +20,8 @@ from moemerge.artifacts.disk import (
     exists,
     flush,
     flush_tree,
+    new_draft,
+    obey_umask,
     parents,
     put_in_place,
     recover,
@@ -40,7 +42,7 @@ from moemerge.artifacts.manifest import (
 )
 from moemerge.artifacts.redaction import redacted
 from moemerge.artifacts.weight_files import weight_faults
-from moemerge.errors import ArtifactError, few
+from moemerge.errors import ArtifactError, OptionError, few
 from moemerge.options.base import Run
 from moemerge.options.parse import parse_options
 
@@ -84,19 +86,27 @@ class Stage(Generic[O]):
     name: str
     options: type[O]
     body: Callable[[O, Draft], None]
+    shares_work: bool = False
 
     def __call__(self, options: O | None = None, /, **fields: Any) -> Path:
         options = options if options is not None else parse_options(self.options, fields)
+        if not self.shares_work:
+            refuse_several(self.name)
         with artifact(self.name, options) as draft:
             self.body(options, draft)
         return options.output
 
 
-def stage(name: str, options: type[O]) -> Callable[[Callable[[O, Draft], None]], Stage[O]]:
-    """Turn `body(options, draft)` into a Stage; its docstring stays."""
+def stage(
+    name: str, options: type[O], shares_work: bool = False
+) -> Callable[[Callable[[O, Draft], None]], Stage[O]]:
+    """Turn `body(options, draft)` into a Stage; its docstring stays.
+
+    shares_work: whether several processes, as torchrun starts them, do it together.
+    """
 
     def make(body: Callable[[O, Draft], None]) -> Stage[O]:
-        made = Stage(name, options, body)
+        made = Stage(name, options, body, shares_work)
         object.__setattr__(made, "__doc__", body.__doc__)
         return made
 
@@ -121,9 +131,7 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
     with disk_faults(output), parents(output), hold(lock_of(output), output):
         recover(output)
         _refuse_existing(output, options.overwrite)
-        draft = Draft(
-            Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent)), output
-        )
+        draft = Draft(new_draft(output), output)
         try:
             with draft.disk_faults():
                 draft.provenance = _beginning(name, options)
@@ -133,6 +141,18 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
         finally:
             remove(draft.folder)
     log.info("%s: wrote %s in %.1f s", name, output, time.perf_counter() - clock)
+
+
+def refuse_several(command: str) -> None:
+    """Raise OptionError in each of the processes that torchrun started, if several: all would do the same."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count != "1":
+        raise OptionError(
+            f"{command} does not share its work among processes",
+            given=f"{count} processes, this one of rank {os.environ['RANK']}, as torchrun starts them",
+            expected="one process; of all commands only fit takes several",
+            fix=f"start it without torchrun: moemerge {command} ...",
+        )
 
 
 def leads() -> bool:
@@ -213,6 +233,7 @@ def _beginning(name: str, options: Run) -> dict[str, Any]:
 def _seal(draft: Draft, options: Run) -> None:
     """Flush the draft, read it back from the disk, check it, and write the manifest of what was read."""
     manifest = draft.provenance
+    obey_umask(draft.folder)
     flush_tree(draft.folder)
     files = fingerprint(draft.folder)["files"]
     for fault in weight_faults(draft.folder, list(files)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from moemerge.artifacts.checksums import MANIFEST, artifact_files, file_digest
+from moemerge.artifacts.checksums import MANIFEST, added, artifact_files, file_digest, is_hidden
 from moemerge.artifacts.manifest import flat_inputs, holds_manifest, load_manifest, own_digest, read_manifest
 from moemerge.artifacts.weight_files import Fault, weight_faults
 from moemerge.errors import ArtifactError
@@ -125,14 +126,22 @@ def _file_faults(path: Path, recorded: dict[str, Any], digests: dict[Path, str])
     present = artifact_files(path)
     for name in sorted(recorded.keys() - present.keys()):
         yield Fault(name, "is missing", f"{recorded[name]['size']} bytes", "no file")
-    for name in sorted(present.keys() - recorded.keys()):
-        yield Fault(name, "was added", "no file", f"{present[name].stat().st_size} bytes")
+    for name, stray in added(path, recorded).items() if path.is_dir() else ():
+        if not is_hidden(name):
+            yield Fault(name, "was added", "no file", _kind(stray))
     both = sorted(present.keys() & recorded.keys())
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
         checked = pool.map(lambda name: _changed(name, present[name], recorded[name], digests), both)
         for fault in tqdm(checked, desc="verify", total=len(both), leave=False, disable=None):
             if fault is not None:
                 yield fault
+
+
+def _kind(path: Path) -> str:
+    status = path.lstat()
+    if stat.S_ISREG(status.st_mode):
+        return f"{status.st_size} bytes"
+    return "a link" if stat.S_ISLNK(status.st_mode) else "neither file nor folder"
 
 
 def _changed(name: str, path: Path, record: dict[str, Any], digests: dict[Path, str]) -> Fault | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from moemerge.artifacts.json_file import read_object
 from moemerge.errors import first_line
 
 WEIGHTS, INDEX_END = ".safetensors", ".safetensors.index.json"
@@ -52,7 +53,7 @@ def tensor_names(path: Path) -> set[str]:
 
 def _index_faults(path: Path, name: str) -> Iterator[Fault]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_object(path)["weight_map"]
         files = {str(tensor): str(file) for tensor, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield Fault(name, "cannot be read", "an index with a weight_map", first_line(error))

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moemerge.artifacts.disk import flush_and_forget, link_or_copy
+from moemerge.artifacts.disk import flush_and_forget, link_or_copy, usual_mode
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.errors import CheckpointError, few
@@ -231,7 +231,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], 
             paths.append(folder / f"model-{len(paths) + 1}.safetensors")
             digests = pool.map(tensor_digest, shard.values())  # hashing leaves the interpreter free
             save_file(shard, paths[-1], metadata={"format": "pt"})
-            paths[-1].chmod(0o644)
+            paths[-1].chmod(usual_mode(folder))
             flushed.append(disk.submit(flush_and_forget, paths[-1]))
             meant |= zip(shard, digests, strict=True)
             shard.clear()

@@ -16,7 +16,7 @@ from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, wr
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, read_manifest
-from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
+from moemerge.artifacts.stage import RECIPE_COPY, refuse_added, refuse_several
 from moemerge.artifacts.staleness import other_versions, why_stale
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
@@ -75,6 +75,7 @@ def run_recipe(
     faulty, ArtifactError if another run is at work in the same folder, and whatever a stage raises.
     A run that was killed goes on where it was when it is started again.
     """
+    refuse_several("run")
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides, output)
     elif faults := find_faults(recipe):

@@ -40,7 +40,7 @@ from moemerge.options.fit import Fit
 log = logging.getLogger(__name__)
 
 
-@stage("fit", Fit)
+@stage("fit", Fit, shares_work=True)
 def fit(options: Fit, draft: Draft) -> None:
     """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def test_an_untouched_artifact_verifies(made: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], set[tuple[str, str]]]] = {
     "missing": (lambda f: (f / "config.json").unlink(), {("config.json", "is missing")}),
     "extra": (lambda f: (f / "more.txt").write_text("x"), {("more.txt", "was added")}),
+    "added pipe": (lambda f: os.mkfifo(f / "more"), {("more", "was added")}),
+    "added link": (lambda f: (f / "more").symlink_to("/dev/zero"), {("more", "was added")}),
+    "link to a folder": (lambda f: (f / "more").symlink_to("/"), {("more", "was added")}),
+    "a pipe for a file": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        {("config.json", "is missing")},
+    ),
+    "huge": (lambda f: os.truncate(f / INDEX, 10**12), {(INDEX, "changed"), (INDEX, "cannot be read")}),
     "one bit": (lambda f: flip(f / ONE), {(ONE, "changed")}),
     "truncated": (
         lambda f: (f / ONE).write_bytes((f / ONE).read_bytes()[:-4]),

@@ -14,7 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from moemerge.artifacts import checksums, disk
 from moemerge.artifacts import stage as artifacts
@@ -26,7 +28,7 @@ from moemerge.artifacts.stage import Draft, Stage
 from moemerge.artifacts.staleness import why_stale
 from moemerge.artifacts.verify import verify_folder
 from moemerge.artifacts.workspace import workspace
-from moemerge.errors import ArtifactError
+from moemerge.errors import ArtifactError, OptionError
 from moemerge.options.base import Run, Source
 from moemerge.options.gold import GoldSource
 from moemerge.run import signals as stopping
@@ -326,7 +328,49 @@ def test_work_is_found_again_however_its_input_is_spelt(
     assert folders[0] == folders[1]
 
 
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_the_umask_is_obeyed(tmp_path: Path, during: Any, mask: int) -> None:
+    def save(draft: Draft) -> None:
+        (draft.folder / "deep").mkdir()
+        save_file({"a": np.zeros(1)}, draft.folder / "deep/a.safetensors")
+
+    during(save)
+    before = os.umask(mask)
+    try:
+        out = write(output=tmp_path / "new/out")
+    finally:
+        os.umask(before)
+    for path in (out.parent, out, *out.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_several_processes_are_refused_in_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moemerge.run.pipeline import run_recipe
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(OptionError, match="does not share its work") as caught:
+            write(output=tmp_path / "new/out")
+        assert f"rank {rank}" in caught.value.given
+        with pytest.raises(OptionError, match="does not share its work"):
+            run_recipe(tmp_path / "recipe.yml")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Locks
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_that_is_no_file_is_a_fault_of_four_parts(tmp_path: Path, kind: str) -> None:
+    lock = lock_of(tmp_path / "out")
+    if kind == "link":
+        lock.symlink_to(tmp_path / "elsewhere")
+    else:
+        lock.mkdir()
+    with pytest.raises(ArtifactError, match=f"a {kind} is where a file should be"):
+        write(output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [lock]
 
 
 def test_two_stages_on_one_output_are_refused(tmp_path: Path, during: Any) -> None:
