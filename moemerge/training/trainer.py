@@ -31,8 +31,9 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from moemerge.artifacts.disk import flush, flush_tree, write_whole
+from moemerge.data.rows import SHOWN
 from moemerge.data.tokenise import EncodedPair, texts_of
-from moemerge.errors import CheckpointError, OptionError
+from moemerge.errors import CheckpointError, DataError, OptionError
 from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, score_pairs
@@ -238,12 +239,26 @@ def _dataset(pairs: Sequence[EncodedPair], gated: bool, steered: bool = False) -
     }
     columns["length"] = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
     if any(pair.pair.margin is not None for pair in pairs):
-        columns["margin"] = [pair.pair.margin or 0.0 for pair in pairs]
+        columns["margin"] = _margins(pairs)
     if gated:
         columns["prompt_lengths"] = [[p.chosen.prompt_length, p.rejected.prompt_length] for p in pairs]
     if steered:
         columns["places"] = list(range(len(pairs)))
     return Dataset.from_dict(columns)
+
+
+def _margins(pairs: Sequence[EncodedPair]) -> list[float]:
+    """The margins of pairs of which some have one. A missing one is not 0: DataError names its row."""
+    lacking = [pair.pair.row for pair in pairs if pair.pair.margin is None]
+    if lacking:
+        more = ", ..." if len(lacking) > SHOWN else ""
+        raise DataError(
+            f"{len(lacking)} of {len(pairs)} pairs have no margin",
+            given=f"none in rows {', '.join(map(str, lacking[:SHOWN]))}{more}",
+            expected="a margin in every pair, or in none",
+            fix="give these rows a margin, or leave the column out with fields margin=none",
+        )
+    return [pair.pair.margin for pair in pairs if pair.pair.margin is not None]
 
 
 def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> list[dict[str, Any]]:

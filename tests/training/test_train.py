@@ -523,12 +523,22 @@ def test_diverged_training_is_refused_or_falls_back(world: Path, tmp_path: Path)
     assert results["best_step"] == 0 and not moved(world / "dense", tmp_path / "held")
 
 
-def test_encoded_pairs_with_and_without_margin_mix(world: Path) -> None:
+def test_a_missing_margin_is_never_zero(world: Path, tmp_path: Path) -> None:
+    """All pairs have one, or none has; where some lack it their rows are named, and nothing is trained."""
     from moemerge.training.trainer import _dataset
 
-    side, one = Encoded([3, 4], 1), Pair("w1", "w2", "w3", margin=0.25)
-    pairs = [EncodedPair(side, side, one), EncodedPair(side, side, Pair("w1", "w2", "w3"))]
-    assert _dataset(pairs, False)["margin"] == [0.25, 0.0]
+    side, missing = Encoded([3, 4], 1), Pair("w1", "w2", "w3", row=7)
+    with_margin = EncodedPair(side, side, Pair("w1", "w2", "w3", margin=0.25, row=6))
+    without = EncodedPair(side, side, missing)
+    assert _dataset([with_margin] * 2, False)["margin"] == [0.25, 0.25]
+    assert "margin" not in _dataset([without] * 2, False).column_names
+    with pytest.raises(DataError, match=r"(?s)1 of 2 pairs have no margin.*none in rows 7\n"):
+        _dataset([with_margin, without], False)
+    some = [*rows(8, 4, margin=True)[:7], *rows(8, 5)[:1]]
+    write(tmp_path / "some.jsonl", some)
+    with pytest.raises(DataError, match=r"(?s)1 of 8 pairs have no margin.*none in rows 8\n"):
+        run(world, tmp_path / "out", "dense", pairs=str(tmp_path / "some.jsonl"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_last_checkpoint_skips_torn_ones_and_follows_a_moved_folder(tmp_path: Path) -> None:
