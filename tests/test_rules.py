@@ -332,7 +332,8 @@ def _furnish(folder: Path) -> None:
     save_dense(folder / "reward-model")
     words = [f"w{i}" for i in range(40)]
     rows = [
-        {"prompt": words[i], "chosen": f"{words[i]} w50", "rejected": f"{words[i]} w51"} for i in range(40)
+        {"prompt": f"{words[i]} ", "chosen": f"w50 {words[i]}", "rejected": f"w51 {words[i]}"}
+        for i in range(40)
     ]
     for name in ("pairs", "held_out", "test"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moemerge.data.rows import BadRow, Row, Text
+from moemerge.data.texts import encodable, is_blank, parse_text, repeats
 from moemerge.options.base import TextFormat
 
 LARGEST = 1e100  # its square is a number still
 UNSUPPORTED = ("tools", "chat_template_kwargs")
+REPEATED = "answers begin with their prompt"
+TAKE_OFF = "take the prompt off these answers"
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,19 @@ def value_of(row: Row, name: str, format: TextFormat) -> Any:
 def parse_pair(row: Row, number: int, format: TextFormat, has_prompt: bool) -> Pair:
     """The pair that `row` holds, with a prompt of its own or one shared by its chats. Raises BadRow."""
     _refuse_unsupported(row)
-    chosen, rejected = (_text(value_of(row, name, format), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (parse_text(value_of(row, name, format), name) for name in ("chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise BadRow("chosen and rejected are of different kinds")
-    prompt = _text(value_of(row, "prompt", format), "prompt") if has_prompt else None
+    prompt = parse_text(value_of(row, "prompt", format), "prompt") if has_prompt else None
     prompt, chosen, rejected = _divide(prompt, chosen, rejected)
-    if _blank(chosen) or _blank(rejected):
+    if is_blank(chosen) or is_blank(rejected):
         raise BadRow("empty answer")
     if chosen == rejected:
         raise BadRow("identical answers")
+    # One answer alone may quote its prompt; both do so only where they hold it, and it would be read twice.
+    if repeats(prompt, chosen) and repeats(prompt, rejected):
+        way_out = "or, where every row is so, read them as they are with fields prompt=none"
+        raise BadRow(REPEATED, f"{TAKE_OFF}, {way_out}")
     margin = value_of(row, "margin", format)
     margin = None if margin is None else _number(margin, "margin")
     return Pair(prompt, chosen, rejected, _subset(row, format), margin, number, row)
@@ -119,8 +126,8 @@ def as_answer(prompt: Text, answer: Text) -> Text:
 def parse_prompt(row: Row, number: int, format: TextFormat) -> CandidateSet:
     """The prompt that `row` holds, without answers. Raises BadRow."""
     _refuse_unsupported(row)
-    prompt = _text(value_of(row, "prompt", format), "prompt")
-    if _blank(prompt):
+    prompt = parse_text(value_of(row, "prompt", format), "prompt")
+    if is_blank(prompt):
         raise BadRow("empty prompt")
     return CandidateSet(prompt, [], [], _subset(row, format), number)
 
@@ -128,7 +135,7 @@ def parse_prompt(row: Row, number: int, format: TextFormat) -> CandidateSet:
 def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = True) -> CandidateSet:
     """The candidate set that `row` holds; unless `scored`, answers may lack scores. Raises BadRow."""
     _refuse_unsupported(row)
-    prompt = _text(value_of(row, "prompt", format), "prompt")
+    prompt = parse_text(value_of(row, "prompt", format), "prompt")
     answers = value_of(row, "candidates", format)
     if answers is None:
         raise BadRow("missing candidates")
@@ -136,11 +143,13 @@ def parse_candidates(row: Row, number: int, format: TextFormat, scored: bool = T
         raise BadRow("candidates is not a list of objects")
     if len(answers) < 2:
         raise BadRow("fewer than 2 candidates")
-    texts = [as_answer(prompt, _text(value_of(answer, "text", format), "text")) for answer in answers]
+    texts = [as_answer(prompt, parse_text(value_of(answer, "text", format), "text")) for answer in answers]
     if any(type(text) is not type(prompt) for text in texts):
         raise BadRow("prompt and text are of different kinds")
-    if any(map(_blank, texts)):
+    if any(map(is_blank, texts)):
         raise BadRow("empty answer")
+    if all(repeats(prompt, text) for text in texts):
+        raise BadRow(REPEATED, TAKE_OFF)
     scores = [value_of(answer, "score", format) for answer in answers]
     gold = [_number(score, "score") for score in scores] if scored or None not in scores else []
     return CandidateSet(prompt, texts, gold, _subset(row, format), number)
@@ -150,35 +159,6 @@ def _refuse_unsupported(row: Row) -> None:
     for name in UNSUPPORTED:
         if row.get(name):
             raise BadRow(f"has {name}, which cannot be honoured")
-
-
-def _text(value: Any, name: str) -> Text:
-    if value is None:
-        raise BadRow(f"missing {name}")
-    if isinstance(value, str):
-        return _encodable(value)
-    if isinstance(value, list) and all(map(_is_message, value)):
-        return [{k: _encodable(v) for k, v in message.items() if v is not None} for message in value]
-    raise BadRow(f"{name} is neither text nor messages")
-
-
-def _is_message(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    strings = all(isinstance(v, str) for v in value.values() if v is not None)
-    return strings and value.get("role") is not None and value.get("content") is not None
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow("not UTF-8") from None
-    return text
-
-
-def _blank(text: Text) -> bool:
-    return not (text if isinstance(text, str) else "".join(m["content"] for m in text)).strip()
 
 
 def _number(value: Any, name: str) -> float:
@@ -196,4 +176,4 @@ def _subset(row: Row, format: TextFormat) -> str:
     value = value_of(row, "subset", format)
     if value is not None and not isinstance(value, (str, int, float)):
         raise BadRow("subset is not text")
-    return "" if value is None else _encodable(str(value))
+    return "" if value is None else encodable(str(value))

@@ -1,7 +1,7 @@
 """Reading and checking preference data: pairs, sets of candidates, prompts.
 
 Formats are TRL's: prompt/chosen/rejected, or chosen/rejected that hold their prompt, each as plain text or
-as chat messages; for best-of-n, a prompt with candidates[{text, score}].
+as chat messages (see texts.parse_text); for best-of-n, a prompt with candidates[{text, score}].
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from moemerge.data.pairs import CandidateSet, Pair, parse_candidates, parse_pair, parse_prompt, value_of
 from moemerge.data.rows import BadRow, Row, RowReport, read_rows
+from moemerge.data.shards import tell_lone_shard
 from moemerge.errors import DataError
 from moemerge.options.base import TextFormat
 
@@ -82,6 +83,7 @@ def collect(
 
     Raises DataError as read_pairs does; `expected` is the part of its message that says what rows must hold.
     """
+    tell_lone_shard(source)
     report, kept = RowReport(source, total=len(rows)), []
     for number, row in rows:
         try:
@@ -89,7 +91,7 @@ def collect(
                 raise row
             kept.append(parse(row, number, format))
         except BadRow as bad:
-            report.add(str(bad), number)
+            report.add(str(bad), number, bad.fix)
     names = next((list(row) for _, row in rows if isinstance(row, dict)), None)
     report.check(format.bad_rows, expected + (f"; found fields: {', '.join(names)}" if names else ""))
     return kept, report

@@ -134,7 +134,8 @@ def encode_choices(
         if len(good) == len(answers):
             encoded.append(EncodedChoice(good, choice))
         else:
-            report.add("chat template refuses the messages", choice.row)
+            bad = next(answer for answer in answers if isinstance(answer, BadRow))
+            report.add(str(bad), choice.row, bad.fix)
     report.check(options.bad_rows, "rows that the chat template can render")
     return encoded
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedIOBase
@@ -14,11 +16,12 @@ from typing import Any, NoReturn
 
 from typing_extensions import TypedDict
 
+from moemerge.data.shards import all_shards, refuse_part_of_saved
 from moemerge.errors import DataError, suggest
 
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
-SHOWN = 10
+SHOWN, MOST_REASONS = 10, 40
 CORRECT = "correct these rows, or name the file's own fields in `fields`"
 SHORTEN = "raise max_length, or shorten these rows"
 MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
@@ -27,7 +30,14 @@ PARQUET_ROWS = 1000
 
 
 class BadRow(Exception):
-    """A row that cannot be used; the message is the reason, worded so that equal faults count together."""
+    """A row that cannot be used; the message is the reason, worded so that equal faults count together.
+
+    `fix` is what to do about it.
+    """
+
+    def __init__(self, reason: str, fix: str = CORRECT) -> None:
+        super().__init__(reason)
+        self.fix = fix
 
 
 Row = dict[str, Any]
@@ -54,12 +64,15 @@ class RowSummary(TypedDict):
 class RowReport:
     """What became of the rows of one source: how many there were, and which were bad for what reason.
 
-    Row numbers count from 1 (line numbers in JSON lines). A row is listed under one reason only.
+    Row numbers count from 1 (line numbers in JSON lines). A row is listed under one reason only. `fixes` says
+    what to do about each reason; `told_plain`, that a warning was given on plain text for a chat model.
     """
 
     source: str
     total: int = 0
     reasons: dict[str, list[int]] = field(default_factory=dict)
+    fixes: dict[str, str] = field(default_factory=dict, repr=False)
+    told_plain: bool = field(default=False, repr=False)
 
     @property
     def bad(self) -> int:
@@ -71,9 +84,10 @@ class RowReport:
         """Number of rows that can be used."""
         return self.total - self.bad
 
-    def add(self, reason: str, row: int) -> None:
-        """Count row number `row` as bad for `reason`."""
+    def add(self, reason: str, row: int, fix: str = CORRECT) -> None:
+        """Count row number `row` as bad for `reason`, about which `fix` can be done."""
         self.reasons.setdefault(reason, []).append(row)
+        self.fixes[reason] = fix
 
     def summary(self, shown: int | None = SHOWN) -> RowSummary:
         """Counts and the first `shown` row numbers (None: all) per reason, as JSON values."""
@@ -82,37 +96,43 @@ class RowReport:
         }
         return {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
 
-    def check(self, bad_rows: str, expected: str, fix: str = CORRECT) -> None:
-        """Raise DataError with `fix` if no row is left, or if any is bad and `bad_rows` is "refuse"."""
+    def check(self, bad_rows: str, expected: str) -> None:
+        """Raise DataError if no row is left, or if any is bad and `bad_rows` is "refuse"."""
         if self.kept and (bad_rows == "skip" or not self.bad):
             return
         raise DataError(
             f"{self.bad} of {self.total} rows of {self.source} cannot be used",
             given="; ".join(self._lines()) or "no rows at all",
             expected=expected,
-            fix=self._all_fixes(fix),
+            fix=self._all_fixes(),
         )
 
     def _lines(self) -> Iterator[str]:
-        for reason, rows in self.reasons.items():
+        for reason, rows in itertools.islice(self.reasons.items(), MOST_REASONS):
             more = ", ..." if len(rows) > SHOWN else ""
             yield f"{reason}: {len(rows)} (row {', '.join(map(str, rows[:SHOWN]))}{more})"
+        if len(self.reasons) > MOST_REASONS:
+            yield f"{len(self.reasons) - MOST_REASONS} other reasons"
 
-    def _all_fixes(self, fix: str) -> str:
+    def _all_fixes(self) -> str:
         if not self.total:
             return "give a file that has rows"
-        return f"{fix}, or set bad_rows to skip to go on without them" if self.kept else fix
+        fixes = "; ".join(dict.fromkeys(self.fixes.values()))
+        return f"{fixes}, or set bad_rows to skip to go on without them" if self.kept else fixes
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row | BadRow]]:
     """Number (from 1) and content of each row of `source`; a BadRow stands for a row that cannot be read.
 
-    `source` is a .jsonl, .json (a list) or .parquet file, the first two also gzip'd, or a dataset on the
-    hub, owner/name:split or owner/name:configuration:split. Raises DataError if it cannot be opened.
+    `source` is a .jsonl, .json (a list) or .parquet file, the first two also gzip'd; a folder with the shards
+    of one dataset in such files, whose rows are numbered through; or a dataset on the hub, owner/name:split
+    or owner/name:configuration:split. Raises DataError if it cannot be opened.
     """
     path = Path(source)
     if path.is_file():
         return _file_rows(path)
+    if path.is_dir():
+        return _rows_in_turn(all_shards(path, KINDS))
     hub = HUB.fullmatch(source)
     if hub and not path.exists():
         return _numbered(_hub_rows(source, **hub.groupdict()))
@@ -127,7 +147,17 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     return len(lines)
 
 
+def _rows_in_turn(files: Iterable[Path]) -> Iterator[tuple[int, Row | BadRow]]:
+    before = 0
+    for file in files:
+        number = 0
+        for number, row in _file_rows(file):
+            yield before + number, row
+        before += number
+
+
 def _file_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    refuse_part_of_saved(path)
     name = path.name.lower().removesuffix(".gz")
     packed = path.name.lower().endswith(".gz")
     if name.endswith(".jsonl"):
@@ -146,7 +176,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Row | BadRow]]:
     for number, row in enumerate(rows, 1):
-        yield number, row if isinstance(row, dict) else BadRow("not an object")
+        yield number, row if isinstance(row, (dict, BadRow)) else BadRow("not an object")
 
 
 def _lines(path: Path, packed: bool) -> Iterator[tuple[int, Row | BadRow]]:
@@ -154,7 +184,7 @@ def _lines(path: Path, packed: bool) -> Iterator[tuple[int, Row | BadRow]]:
     try:
         with gzip.open(path) if packed else path.open("rb") as handle:
             for number, line in enumerate(_short_lines(handle, budget), 1):
-                if line is None or line.strip():
+                if line is None or line.removeprefix(BOM_UTF8).strip():
                     yield number, BadRow("longer than 16 MB") if line is None else _parse(line)
     except (OSError, EOFError, zlib.error) as error:
         _refuse_damaged(path, error)
@@ -193,22 +223,32 @@ class _Budget:
 
 def _parse(line: bytes) -> Row | BadRow:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_once)
+        row = _json(line)
     except UnicodeDecodeError:
         return BadRow("not UTF-8")
     except (ValueError, RecursionError):
         return BadRow("broken JSON")
-    except BadRow as bad:
-        return bad
-    return row if isinstance(row, dict) else BadRow("not an object")
+    return row if isinstance(row, (dict, BadRow)) else BadRow("not an object")
 
 
-def _once(fields: list[tuple[str, Any]]) -> Row:
-    """An object of `fields`; BadRow if two have one name, as no one can say which is meant."""
+def _json(text: bytes) -> Any:
+    """The value of a JSON text; a BadRow stands for each object in which a field is given twice.
+
+    A byte order mark before it, which Windows' tools write, is left out.
+    """
+    return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_once)
+
+
+def _once(fields: list[tuple[str, Any]]) -> Row | BadRow:
+    """An object of `fields`; a BadRow if two in it have one name, as no one can say which is meant."""
     row = dict(fields)
-    if len(row) < len(fields):
-        raise BadRow("a field is given twice")
+    if len(row) < len(fields) or any(map(_holds_bad, row.values())):
+        return BadRow("a field is given twice")
     return row
+
+
+def _holds_bad(value: Any) -> bool:
+    return isinstance(value, BadRow) or (isinstance(value, list) and any(map(_holds_bad, value)))
 
 
 def _json_list(path: Path, packed: bool) -> list[Any]:
@@ -217,14 +257,14 @@ def _json_list(path: Path, packed: bool) -> list[Any]:
         with gzip.open(path) if packed else path.open("rb") as handle:
             text = handle.read(budget.left + 1)
         budget.spend(len(text))
-        rows = json.loads(text.decode("utf-8"))
+        rows = _json(text)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         _refuse_damaged(path, error, "; JSON lines need the suffix .jsonl")
     if isinstance(rows, list):
         return rows
     raise DataError(
         f"{path} holds no list",
-        given=f"JSON {type(rows).__name__}",
+        given="a JSON object" if isinstance(rows, (dict, BadRow)) else f"JSON {type(rows).__name__}",
         expected="a list of objects",
         fix="write the rows as one JSON list, or as JSON lines with the suffix .jsonl",
     )
@@ -258,14 +298,6 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterabl
 
 
 def _refuse(path: Path) -> NoReturn:
-    if path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.name.endswith(KINDS))
-        raise DataError(
-            f"{path} is a folder",
-            given=f"a folder with {', '.join(files[:SHOWN]) or 'no data file'}",
-            expected=f"one file ({', '.join(KINDS)}) or owner/name:split",
-            fix=f"give {path / files[0]}" if files else "give a file",
-        )
     folder = path.parent.iterdir() if path.parent.is_dir() else ()
     near = [p.name for p in folder if p.name.endswith(KINDS)]
     raise DataError(

@@ -1,9 +1,10 @@
-"""Preference texts as tokens, exactly as TRL's RewardTrainer makes them, and the rows that are too long."""
+"""Preference texts as tokens, as TRL's RewardTrainer makes them, and the rows that cannot be encoded."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,13 @@ from moemerge.options.base import TextFormat
 
 Item = tuple[Text, Text]
 SHORT_ROWS = "rows of at most max_length tokens that the tokenizer can encode"
+RENDERED_ROWS = "rows that the tokenizer and its chat template can encode"
+SYSTEM_FIX = "fold the system message into the first message of the user"
+ROLES_FIX = "let user and assistant take turns, the user first, or use a model that takes such chats"
+BOS_FIX = "take the BOS token off the answers: the prompt begins the text"
+LONGEST_WORDS = 200  # of a chat template, quoted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,15 @@ class EncodedCandidates:
 
 
 def encode(tokenizer: Any, prompt: Text, answer: Text) -> Encoded:
-    """Tokens of prompt + answer exactly as TRL's RewardTrainer makes them (trl 1.16, _prepare_dataset).
+    """Tokens of prompt + answer as TRL's RewardTrainer makes them (trl 1.16, _prepare_dataset), with one BOS.
 
     Plain text is joined first, and the EOS token's text is appended unless the answer ends with it (a
     tokenizer without EOS appends nothing); messages go through the chat template. Nothing is truncated.
+    Plain text that begins with the BOS token's text was rendered before: it gets no special tokens again,
+    where TRL would give it a second BOS.
     The prompt's tokens are those with which both the prompt alone and the whole begin; none where the
     template cannot render the prompt alone. Raises DataError if there is no chat template, BadRow if the
-    template refuses the messages.
+    template refuses the messages, or if an answer begins with BOS, behind its prompt.
     """
     encoded = encode_all(tokenizer, [(prompt, answer)])[0]
     if isinstance(encoded, BadRow):
@@ -68,7 +78,7 @@ def encode(tokenizer: Any, prompt: Text, answer: Text) -> Encoded:
 
 def encode_all(tokenizer: Any, items: Sequence[Item]) -> list[Encoded | BadRow]:
     """`encode` for many (prompt, answer) at once; returns the BadRow that encode would raise."""
-    whole = _tokens(tokenizer, [_whole(prompt, answer, tokenizer.eos_token) for prompt, answer in items])
+    whole = _tokens(tokenizer, [_whole(prompt, answer, tokenizer) for prompt, answer in items])
     # Both answers of a pair have one prompt: each is encoded once.
     keys = [json.dumps(prompt) for prompt, _ in items]
     unique = {key: prompt for key, (prompt, _) in zip(keys, items, strict=True)}
@@ -79,8 +89,12 @@ def encode_all(tokenizer: Any, items: Sequence[Item]) -> list[Encoded | BadRow]:
     ]
 
 
-def _whole(prompt: Text, answer: Text, eos: str | None) -> Text:
+def _whole(prompt: Text, answer: Text, tokenizer: Any) -> Text | BadRow:
     if isinstance(prompt, str) and isinstance(answer, str):
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        # Where BOS is EOS, as GPT-2 has it, one within a text may stand between its parts.
+        if prompt.strip() and bos and bos != eos and answer.startswith(bos):
+            return BadRow("answer begins with the BOS token, behind its prompt", BOS_FIX)
         return f"{prompt}{answer}" + (eos if eos and not answer.endswith(eos) else "")
     if isinstance(answer, str):
         raise TypeError("prompt and answer must both be text or both be messages")
@@ -95,22 +109,30 @@ def shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
     return next(differ, min(len(prompt), len(ids)))
 
 
-def _tokens(tokenizer: Any, texts: list[Text]) -> list[list[int] | BadRow]:
-    """Ids of each text: plain text with the tokenizer's special tokens, rendered chats without."""
-    ready = [text if isinstance(text, str) else render(tokenizer, text) for text in texts]
+def _tokens(tokenizer: Any, texts: Sequence[Text | BadRow]) -> list[list[int] | BadRow]:
+    """Ids of each text: plain text with the tokenizer's special tokens, what is rendered without."""
+    ready = [render(tokenizer, text) if isinstance(text, list) else text for text in texts]
     tokens: list[list[int] | BadRow] = [text if isinstance(text, BadRow) else [] for text in ready]
-    # Chat templates write their special tokens themselves; plain text gets the tokenizer's.
-    for is_plain in (True, False):
-        group = {i: t for i, t in enumerate(ready) if isinstance(t, str) and (t is texts[i]) == is_plain}
+    bare = [isinstance(text, list) or begins_with_bos(tokenizer, text) for text in texts]
+    for is_bare in (False, True):
+        group = {i: text for i, text in enumerate(ready) if isinstance(text, str) and bare[i] == is_bare}
         if group:
-            ids = tokenizer(list(group.values()), add_special_tokens=is_plain, verbose=False)["input_ids"]
+            ids = tokenizer(list(group.values()), add_special_tokens=not is_bare, verbose=False)["input_ids"]
             for i, text_ids in zip(group, ids, strict=True):
                 tokens[i] = list(text_ids)
     return tokens
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
-    """Messages as the chat template writes them; a BadRow if it refuses. DataError without a template."""
+def begins_with_bos(tokenizer: Any, text: Any) -> bool:
+    """Whether a text was rendered beforehand: it has a BOS of its own, and is to get no other."""
+    return isinstance(text, str) and bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]], **more: Any) -> str | BadRow:
+    """Messages as the chat template writes them, `more` given to it; a BadRow with its words if it refuses.
+
+    Raises DataError without a template.
+    """
     from jinja2 import TemplateError
 
     if not messages:
@@ -123,9 +145,38 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str | BadRow:
             fix="use the chat model's tokenizer, or give prompt, chosen and rejected as text",
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
-        return BadRow("chat template refuses the messages")
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        return _refused(messages, error)
+
+
+def _refused(messages: list[dict[str, str]], error: Exception) -> BadRow:
+    """The BadRow of messages that the chat template refuses, in its own words, kept to one printable line."""
+    words = " ".join(str(error).split())[:LONGEST_WORDS]
+    words = "".join(letter if letter.isprintable() else "?" for letter in words)
+    has_system = any(message["role"] == "system" for message in messages)
+    return BadRow(f"chat template refuses the messages: {words}", SYSTEM_FIX if has_system else ROLES_FIX)
+
+
+def tell_untemplated(tokenizer: Any, texts: Sequence[Text], report: RowReport) -> None:
+    """Warn, once per file, of plain texts for a chat model, unless the first begins with a special token.
+
+    A chat template is not applied to plain text. A text that was rendered beforehand begins with BOS or with
+    the token that opens a message.
+    """
+    plain = next((text for text in texts if isinstance(text, str) and text.strip()), None)
+    if report.told_plain or plain is None or tokenizer.chat_template is None:
+        return
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = [*tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
+    if not plain.lstrip().startswith(tuple(special)):
+        report.told_plain = True
+        log.warning(
+            "%s is plain text, to which the chat template of %s is not applied: a model trained on chats "
+            "wants messages {role, content}",
+            report.source,
+            tokenizer.name_or_path or "the model",
+        )
 
 
 def encode_pairs(
@@ -159,13 +210,17 @@ def _fitting(
     report: RowReport,
 ) -> list[list[Encoded]]:
     """The encoded items of each row, or an empty list where the row turned out to be bad."""
-    stream, groups = iter(encode_all(tokenizer, items)), []
+    tell_untemplated(tokenizer, [prompt or answer for prompt, answer in items[:1]], report)
+    stream, groups, expected = iter(encode_all(tokenizer, items)), [], RENDERED_ROWS
     for size, row in zip(sizes, rows, strict=True):
         group = list(itertools.islice(stream, size))
         good = [item for item in group if isinstance(item, Encoded) and len(item.ids) <= format.max_length]
-        if len(good) < size:
-            bad = next((str(item) for item in group if isinstance(item, BadRow)), None)
-            report.add(bad or f"longer than {format.max_length} tokens", row)
+        bad = next((item for item in group if isinstance(item, BadRow)), None)
+        if bad is not None:
+            report.add(str(bad), row, bad.fix)
+        elif len(good) < size:
+            expected = SHORT_ROWS
+            report.add(f"longer than {format.max_length} tokens", row, SHORTEN)
         groups.append(good if len(good) == size else [])
-    report.check(format.bad_rows, SHORT_ROWS, SHORTEN)
+    report.check(format.bad_rows, expected)
     return groups

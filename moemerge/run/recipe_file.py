@@ -21,7 +21,7 @@ def read_yaml(path: Path) -> Tree:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _unreadable(path, f"{path.stat().st_size} bytes", f"at most {MAX_BYTES} bytes of YAML")
-        tree = _yaml(path.read_text(encoding="utf-8"))
+        tree = _yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "a recipe file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

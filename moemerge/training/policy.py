@@ -18,14 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.pairs import CandidateSet
-from moemerge.data.rows import SHORTEN, RowReport, Text
+from moemerge.data.rows import SHORTEN, BadRow, RowReport, Text
+from moemerge.data.tokenise import begins_with_bos, render, tell_untemplated
 from moemerge.errors import CheckpointError, DataError, UnsupportedError, few
 from moemerge.models.folder import ModelFolder, opened, unloadable
 from moemerge.models.loading import load_tokenizer, quiet_loading
 from moemerge.options.optimise import Optimise
 from moemerge.options.sample import Sample
 
-SHORT_PROMPTS = "prompts that leave room for max_new_tokens within max_length"
+SHORT_PROMPTS = "prompts that the policy takes, with room for max_new_tokens within max_length"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> l
     """Each prompt as tokens after which an answer begins: chats by the template, with its generation prompt.
 
     Raises DataError for chats without a template and for prompts without tokens, UnsupportedError for a
-    tokenizer that puts its end token behind a prompt.
+    tokenizer that puts its end token behind a prompt, BadRow for a chat that the template refuses.
     """
     ids_by_prompt = [_ids(tokenizer, prompt) for prompt in prompts]
     for ids, prompt in zip(ids_by_prompt, prompts, strict=True):
@@ -128,7 +129,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> l
 
 def _ids(tokenizer: Any, prompt: Text) -> list[int]:
     if isinstance(prompt, str):
-        return list(tokenizer(prompt, verbose=False)["input_ids"])
+        bare = begins_with_bos(tokenizer, prompt)  # rendered beforehand
+        return list(tokenizer(prompt, add_special_tokens=not bare, verbose=False)["input_ids"])
     if tokenizer.chat_template is None:
         raise DataError(
             "chat prompts cannot be encoded",
@@ -136,7 +138,9 @@ def _ids(tokenizer: Any, prompt: Text) -> list[int]:
             expected="a policy with a chat template, or prompts as text",
             fix="use a chat model as policy, or give prompts as text",
         )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, prompt, add_generation_prompt=True)
+    if isinstance(text, BadRow):
+        raise text
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -151,12 +155,19 @@ def short_prompts(
     Raises DataError if bad rows are refused, or if none is left; else as prompt_ids does.
     """
     room = options.max_length - options.max_new_tokens
-    lengths = map(len, prompt_ids(tokenizer, [item.prompt for item in prompts]))
-    fits = {item.row: length <= room for item, length in zip(prompts, lengths, strict=True)}
-    for row in (row for row, fit in fits.items() if not fit):
-        report.add(f"longer than {room} tokens, which is max_length - max_new_tokens", row)
-    report.check(options.bad_rows, SHORT_PROMPTS, SHORTEN)
-    return [item for item in prompts if fits[item.row]]
+    tell_untemplated(tokenizer, [item.prompt for item in prompts[:1]], report)
+    kept = []
+    for item in prompts:
+        try:
+            if len(prompt_ids(tokenizer, [item.prompt])[0]) <= room:
+                kept.append(item)
+            else:
+                reason = f"longer than {room} tokens, which is max_length - max_new_tokens"
+                report.add(reason, item.row, SHORTEN)
+        except BadRow as bad:
+            report.add(str(bad), item.row, bad.fix)
+    report.check(options.bad_rows, SHORT_PROMPTS)
+    return kept
 
 
 def sample_answers(
@@ -225,7 +236,7 @@ def answer_text(tokenizer: Any, prompt: Text, ids: Sequence[int]) -> str:
     alone = str(tokenizer.decode(ids, skip_special_tokens=True))
     if not isinstance(prompt, str):
         return alone
-    before = tokenizer(prompt, verbose=False)["input_ids"]
+    before = _ids(tokenizer, prompt)
     start = str(tokenizer.decode(before, skip_special_tokens=True))
     whole = str(tokenizer.decode([*before, *ids], skip_special_tokens=True))
     if not whole.startswith(start):

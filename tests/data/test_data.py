@@ -344,7 +344,7 @@ def test_templates_that_are_missing_or_refuse() -> None:
     pairs = [Pair([system], [GOOD], [BAD], row=1), Pair([USER], [GOOD], [BAD], row=2)]
     report = RowReport("x", total=2)
     assert [one.pair.row for one in encode_pairs(chat_tokenizer(), pairs, SKIP, report)] == [2]
-    assert report.reasons == {"chat template refuses the messages": [1]}
+    assert report.reasons == {"chat template refuses the messages: no system": [1]}
 
 
 def test_too_long_is_a_bad_row_and_never_cut() -> None:

@@ -92,7 +92,7 @@ def pad_of(folder: Path) -> int | None:
 def jsonl(path: Path) -> str:
     dice = random.Random(1)
     rows: Any = [
-        {"prompt": f"w{n} ", "chosen": f"w{n} w{dice.randint(10, 60)} <eos>", "rejected": f"w{n} w5"}
+        {"prompt": f"w{n + 30} ", "chosen": f"w{n} w{dice.randint(10, 60)} <eos>", "rejected": f"w{n} w5"}
         for n in range(24)
     ]
     return str(write_rows(path, rows))

@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, dense_folder: Path) -> Path:
     upcycle(model=str(dense_folder), output=root / "moe", num_routed_experts=3, num_experts_per_tok=2)
     upcycle(model=str(dense_folder), output=root / "topk", num_experts_per_tok=2, gate="topk")
     fit(model=str(root / "moe"), method="uniform", output=root / "c")
-    rows = [{"prompt": f"w{i}", "chosen": f"w{i} w50", "rejected": f"w{i} w51"} for i in range(8)]
+    rows = [{"prompt": f"w{i}", "chosen": f" w50 w{i}", "rejected": f" w51 w{i}"} for i in range(8)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

@@ -107,7 +107,7 @@ def encode_edits(
     encoded = encode_all(tokenizer, [(item.pair.prompt, item.text) for item in items])
     for item, answer in zip(items, encoded, strict=True):
         if isinstance(answer, BadRow):
-            report.add(str(answer), item.row)
+            report.add(str(answer), item.row, answer.fix)
         elif len(answer.ids) > format.max_length:
             report.add(f"longer than {format.max_length} tokens", item.row)
         else:
