@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -19,18 +19,24 @@ from moemerge.data.rows import Text
 from moemerge.data.tokenise import Item
 from moemerge.options.optimise import Optimise
 from moemerge.reports.statistics import Floats
-from moemerge.training.policy import answer_text
+from moemerge.training.policy import answer_text, prompt_ids
 from moemerge.training.trainer import autocasts, make_config
 
 
 class PolicyTrainer(RLOOTrainer):
-    """An RLOOTrainer that sends no telemetry and writes no model card."""
+    """An RLOOTrainer that encodes text as sampling does, sends no telemetry and writes no model card."""
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: the policy is a means here."""
 
     def _send_telemetry(self) -> None:
         pass
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        # TRL gives text that was rendered beforehand a second BOS.
+        if isinstance(prompts[0], str):
+            return prompt_ids(cast(PreTrainedTokenizerBase, self.processing_class), prompts), None, {}
+        return super()._tokenize_prompts(prompts)
 
 
 class Visits(TrainerCallback):

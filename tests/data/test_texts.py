@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,18 @@ def test_rendered_text_has_one_bos(adds: str) -> None:
     assert encode(tokenizer, "w1 ", "w2").ids == tokenizer("w1 w2<eos>")["input_ids"]
     opened = f"{prompt} w52"
     assert prompt_ids(tokenizer, [opened]) == [tokenizer(opened, add_special_tokens=False).input_ids]
+
+
+def test_a_policy_is_trained_on_the_tokens_that_it_is_sampled_with() -> None:
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    from moemerge.training.policy_gradient import PolicyTrainer
+
+    assert hasattr(RLOOTrainer, "_tokenize_prompts"), "what PolicyTrainer overrides"
+    tokenizer, texts = tokenizer_of(), ["w60 w50 w1 w52", "w1 w2"]
+    ids, _, _ = PolicyTrainer._tokenize_prompts(SimpleNamespace(processing_class=tokenizer), texts)
+    alone = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    assert ids == prompt_ids(tokenizer, texts) == [alone, tokenizer(texts[1])["input_ids"]]
 
 
 def test_scores_of_rendered_text_are_those_of_the_chat(tmp_path: Path) -> None:
