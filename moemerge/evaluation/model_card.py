@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from moemerge.options.base import Run
 from moemerge.options.merge import MergeSettings
 from moemerge.options.publish import Publish
 from moemerge.registry import Registry
-from moemerge.reports.table import Table
+from moemerge.reports.table import Table, inert_markdown
 
 SHORT = 12
+PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "export")
 MIXTURES = (PREFIX, "qwen2_moe")
 LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
@@ -111,7 +113,7 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     chain = ancestors(manifest)
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
-    parts = [f"# {title}", _kind(manifest, folder), _loading(title, folder)]
+    parts = [f"# {inert_markdown(title)}", _kind(manifest, folder), _loading(title, folder)]
     parts += ["## Made from", _made_from(chain, option_classes), *_coefficients(manifest)]
     parts += _evaluation(evaluation) if evaluation else []
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -310,7 +312,7 @@ def _kind(manifest: Manifest, folder: Path) -> str:
     way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
     models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
     count = sum(model is not None for model in models)
-    caveats = "\n".join(f"- {text}" for text in manifest["results"].get("caveats", []))
+    caveats = "\n".join(f"- {inert_markdown(text)}" for text in manifest["results"].get("caveats", []))
     if caveats:
         return NATIVE.format(way=way, caveats=caveats)
     return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
@@ -340,7 +342,9 @@ def _evaluation(evaluation: Evaluation) -> list[str]:
     tables = [numbers_to_see_first(evaluation.report)]
     for name, result in evaluation.report["probes"].items():
         tables += PROBES.get(name).tables(result) if name in PROBES else []
-    plots = [f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots]
-    intro = f"In the tables and plots this model is called **{evaluation.model}**."
-    words = [text for text in [standing(evaluation.report)] if text]
+    plots = [
+        f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots if PLAIN_NAME.fullmatch(plot.name)
+    ]
+    intro = f"In the tables and plots this model is called **{inert_markdown(evaluation.model)}**."
+    words = [inert_markdown(text) for text in [standing(evaluation.report)] if text]
     return ["## Evaluation", intro, *words, *(table.markdown().rstrip() for table in tables), *plots]

@@ -19,7 +19,7 @@ from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.environment import package_version
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure
-from moemerge.reports.table import Table, inert_markdown
+from moemerge.reports.table import Table, inert_markdown, visible
 
 TEMPLATE = "page.html.jinja"
 SVG_SIZE = re.compile(r'width="([\d.]+)pt" height="([\d.]+)pt"')
@@ -67,7 +67,12 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     """Write one self-contained HTML file; the first section is what is seen first."""
     loader = PackageLoader("moemerge.reports", "")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=loader,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     page = environment.get_template(TEMPLATE).render(
         title=title, sections=sections, version=package_version(), images=lambda f: list(_images(f))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 LONG_TEXT = 60  # letters of a cell that make its column prose
+HIDDEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)"
+)
+ADDRESS = re.compile(r"(https?|ftp):(?=//)|(www)\.", re.IGNORECASE)  # GitHub makes links of these
 
 Interval = tuple[float, float]
 
@@ -30,9 +35,10 @@ class Table:
 
     def aligned(self) -> str:
         """Header and rows alone, padded: as readable in a terminal as on a page."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        shown = [[one_line(cell) for cell in row] for row in [self.header, *self.rows]]
+        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        rows = [self.header, rule, *self.rows]
+        rows = [shown[0], rule, *shown[1:]]
         return "\n".join(
             _line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
         )
@@ -53,13 +59,29 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def visible(text: str) -> str:
+    """`text` with control characters, bare CR and marks that turn its direction as escapes.
+
+    A terminal would obey them, markdown begins a line at a bare CR, and text that is turned round reads as
+    what it is not. Tabs and line ends stay.
+    """
+    return HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """`text`, such as a name in data, on one line, with what is hidden in it shown."""
+    return visible(text.replace("\r\n", " ").replace("\n", " "))
+
+
 def inert_markdown(text: str) -> str:
-    """`text` so that markdown finds no HTML, image or link in it."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(").replace("![", "!\\[")
+    """`text` on one line so that markdown finds no HTML, image, link or heading in it."""
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    text = text.replace("](", "]\\(").replace("![", "!\\[")
+    return ADDRESS.sub(lambda match: f"{match[1]}&#58;" if match[1] else f"{match[2]}&#46;", text)
 
 
 def _markdown_cell(text: str) -> str:
-    return inert_markdown(text).replace("|", "\\|").replace("\n", " ")
+    return inert_markdown(text).replace("|", "\\|")
 
 
 def _is_number(cell: str) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +19,7 @@ import click
 
 from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, suggest
-from moemerge.reports.table import Table
+from moemerge.reports.table import Table, visible
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
 from moemerge.run.signals import Stopped, stoppable
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from moemerge.run.pipeline import StepReport
 
 FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
+# Of the machine, not of moemerge: a full device that is printed to, a reader that went away, too many files.
+NO_WAY_ON = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE, errno.EMFILE, errno.ENFILE}
 
 
 class Program(click.Group):
@@ -44,10 +49,15 @@ class Program(click.Group):
 
 
 class _Discreet(logging.Formatter):
-    """Log lines without passwords and tokens."""
+    """Log lines without passwords, tokens and what a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return visible(redact(super().format(record)))
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Print, on one's own lines only: names in data and models must not steer the terminal."""
+    click.echo(visible(text), err=err)
 
 
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | None) -> None:
@@ -81,7 +91,7 @@ def run_stage(stage: str, **values: Any) -> None:
 
     output = STAGES.get(stage)(**given_options(stage, values))
     if leads():
-        click.echo(f"{output}  {headline(read_manifest(output))}")
+        _say(f"{output}  {headline(read_manifest(output))}")
         if stage == "evaluate":
             _tell_evaluation(output)
 
@@ -93,7 +103,7 @@ def _tell_evaluation(folder: Path) -> None:
 
     report = read_report(folder)
     parts = [table(report), standing(report), f"Report: {folder / 'report.html'}"]
-    click.echo("\n" + "\n\n".join(part for part in parts if part))
+    _say("\n" + "\n\n".join(part for part in parts if part))
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -130,7 +140,7 @@ def init(path: Path, template: str) -> None:
     """Write a commented recipe to PATH."""
     from moemerge.run.templates import write_template
 
-    click.echo(f"wrote {write_template(path, template)}; run it: moemerge run {path}")
+    _say(f"wrote {write_template(path, template)}; run it: moemerge run {path}")
 
 
 @_command
@@ -144,11 +154,11 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
 
     loaded = load_recipe(recipe, overrides)
     steps = plan(loaded)
-    click.echo("ok")
+    _say("ok")
     for shortfall in shortfalls(loaded):
-        click.echo(f"warning: {shortfall}")
+        _say(f"warning: {shortfall}")
     for step in steps:
-        click.echo(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
+        _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
 
 
 @_command
@@ -163,8 +173,8 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
 
     report = run_recipe(recipe, overrides, output, tell=_tell_step)
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
-    click.echo(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
-    click.echo(f"Load the merged model:\n{_loading_lines(report.merged)}")
+    _say(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
+    _say(f"Load the merged model:\n{_loading_lines(report.merged)}")
 
 
 @_command
@@ -184,13 +194,13 @@ def verify(folder: Path, inputs: bool) -> int:
     verification = verify_artifact(folder, inputs)
     faults = verification.faults
     for source in verification.gone:
-        click.echo(f"not there to be verified: {source}")
+        _say(f"not there to be verified: {source}")
     if faults:
-        click.echo(fault_table(faults))
+        _say(fault_table(faults))
     old = sum(fault.what == UNCHECKED for fault in faults)
-    click.echo(f"{len(verification.folders)} folder(s) verified: {len(faults) - old or 'no'} fault(s)")
+    _say(f"{len(verification.folders)} folder(s) verified: {len(faults) - old or 'no'} fault(s)")
     if old:
-        click.echo(
+        _say(
             f"{old} manifest(s) cannot be checked: an older version wrote them, without their own checksum. "
             "To have one, run the same command with --overwrite, or the recipe again without the folder."
         )
@@ -199,7 +209,7 @@ def verify(folder: Path, inputs: bool) -> int:
 
 def _tell_step(step: StepReport) -> None:
     what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
-    click.echo(f"{step.name:<14} {what:>8}  {headline(step.manifest)}")
+    _say(f"{step.name:<14} {what:>8}  {headline(step.manifest)}")
 
 
 def _loading_lines(folder: Path) -> str:
@@ -250,10 +260,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             code = cli.main(args=arguments, prog_name="moemerge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        _say(shown.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
     except MoemergeError as error:
-        click.echo(redact(str(error)), err=True)
+        _say(redact(str(error)), err=True)
+        sys.exit(USAGE_ERROR)
+    except OSError as error:
+        if error.errno not in NO_WAY_ON:
+            raise
+        with suppress(OSError):  # what could not be printed is not tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _say(redact(f"moemerge cannot go on: {error}"), err=True)
         sys.exit(USAGE_ERROR)
     except Stopped as stopped:
         _say_how_to_go_on(stopped.number, arguments)
@@ -265,7 +284,7 @@ def _say_how_to_go_on(number: int, arguments: Sequence[str]) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         command = redact(shlex.join(["moemerge", *arguments]))
         name = signal.Signals(number).name
-        click.echo(f"stopped by {name}, nothing is left half-written; to go on: {command}", err=True)
+        _say(f"stopped by {name}, nothing is left half-written; to go on: {command}", err=True)
     sys.exit(BY_SIGNAL + number)
 
 

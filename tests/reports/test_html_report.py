@@ -12,7 +12,7 @@ from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line
 from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
-from moemerge.reports.table import Table
+from moemerge.reports.table import HIDDEN, Table, visible
 
 EVIL = '</td></table><script>alert("1")</script><img src=x onerror=alert(1)> & "\' {{ 7 * 7 }}'
 
@@ -45,6 +45,21 @@ def test_hostile_text_is_text_in_markdown(report: Path) -> None:
     assert "<" not in re.sub(r"\]\(<a b\.png>\)", "", text)
     assert re.findall(r"(?<!\\)!\[", text) == ["!["] * 2, "the two figures"
     assert re.findall(r"\]\(([^)]*)\)", text) == ["own.png", "<a b.png>"]
+
+
+TURNED = "a\u202eb\x1b[2J\rc\x9b\u2066d\n# Heading\r\r[x]: http://outside"
+
+
+def test_hidden_characters_are_shown_as_escapes(tmp_path: Path) -> None:
+    shown = "a\\u202eb\\x1b[2J\\rc\\x9b\\u2066d"
+    assert visible(TURNED).startswith(shown + "\n") and visible("ä\tb\r\nc\n") == "ä\tb\r\nc\n"
+    table = Table(TURNED, [TURNED, "n"], [[TURNED, "1"]], TURNED)
+    assert len(table.aligned().splitlines()) == 3 and shown in table.aligned()
+    page = write_report(tmp_path, TURNED, [Section(TURNED, [TURNED], [table], lead=TURNED)])
+    for text in (page.read_bytes().decode(), page.with_suffix(".md").read_bytes().decode()):
+        assert shown in text and not HIDDEN.search(text)
+    markdown = page.with_suffix(".md").read_text()
+    assert "\n# Heading" not in markdown and "http://" not in markdown and "http&#58;//" in markdown
 
 
 def test_the_page_holds_tables_and_figures_as_given(tmp_path: Path) -> None:

@@ -222,6 +222,23 @@ def test_no_secret_gets_into_logs_and_messages(main: Main, stages: FakeStages, t
     assert token not in told and "pass" not in told
 
 
+def test_what_a_terminal_would_obey_is_shown(main: Main, stages: FakeStages, tmp_path: Path) -> None:
+    stages.fault = DataError("no such data", given="a\x1b[2Jb\u202e", expected="x", fix="y")
+    _, out, err = main("route", "--model", "m", "--pairs", "p", "--output", tmp_path / "out")
+    logging.getLogger("moemerge").warning("reading %s", "c\x1b[2Jd")
+    unknown = main("rou\x1bte")[2]
+    assert "a\\x1b[2Jb\\u202e" in err and "\x1b" not in out + err + unknown
+
+
+def test_a_full_device_ends_with_one_line() -> None:
+    command = [sys.executable, "-m", "moemerge", "--help"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("moemerge cannot go on: [Errno 28]")
+
+
 # Recipes
 
 
