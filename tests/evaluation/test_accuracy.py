@@ -264,7 +264,7 @@ def test_known_cases() -> None:
 
 def test_bins_close_at_their_lower_end_and_the_last_at_both() -> None:
     edge = np.log(0.55 / 0.45)
-    assert Binned.of(np.array([0.0, edge + 1e-9, -edge - 1e-9, 800.0])).place.tolist() == [0, 1, 1, BINS - 1]
+    assert Binned.of(np.array([0.0, edge + 1e-9, -edge - 1e-9, 800.0])).bins.tolist() == [0, 1, 1, BINS - 1]
 
 
 def test_slope_is_the_best_scale_and_its_interval_the_usual_one() -> None:

@@ -22,7 +22,7 @@ from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary
 from moemerge.models.checkpoint import copy_side_files
-from moemerge.models.families import family_of
+from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.dense import dense_config, skeleton
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
@@ -212,7 +212,8 @@ class ModelList(MergeSource):
 
     def _check_pooling(self) -> None:
         """All reward models must read scores at one token, or the merged head is given foreign states."""
-        if not family_of(self.config).causal:
+        family = FAMILIES.get(self.config.model_type)
+        if family is not None and not family.causal:  # encoders read the first token
             return
         judges = [model.opened for model in self.models if not model.lacks]
         before = {reads_before_the_end(model) for model in judges}
