@@ -52,6 +52,7 @@ class _Link(BaseModel):
     files: dict[str, _File]
     versions: dict[str, str]
     started: str
+    fresh_head: bool = False
 
 
 class _Whole(_Link):
@@ -161,7 +162,8 @@ def _chain_to(record: dict[str, Any]) -> list[Manifest]:
         held = {str(within / name): digest for name, digest in sums(record["files"]).items()}
         if known.keys() & held.keys():
             if all(known.get(name, digest) == digest for name, digest in held.items()):
-                return [*manifest.get("chain", []), {key: manifest[key] for key in CARRIED}]
+                fresh = {"fresh_head": True} if manifest["results"].get("fresh_head") else {}
+                return [*manifest.get("chain", []), {key: manifest[key] for key in CARRIED} | fresh]
             log.warning("%s was changed since it was made: where it came from is not carried on", path)
     return []
 

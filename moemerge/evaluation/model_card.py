@@ -114,7 +114,8 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
     parts = [f"# {inert_markdown(title)}", _kind(manifest, folder), _loading(title, folder)]
-    parts += ["## Made from", _made_from(chain, option_classes), *_coefficients(manifest)]
+    parts += ["## Made from", _made_from(chain, option_classes), *_fresh_heads(chain)]
+    parts += _coefficients(manifest)
     parts += _evaluation(evaluation) if evaluation else []
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -261,6 +262,15 @@ def _made_from(chain: list[Manifest], option_classes: Registry[type[Run]]) -> st
         "Stages, in order", ["stage", "from", "settings other than the defaults", "moemerge", "when"], rows
     )
     return table.markdown().rstrip()
+
+
+def _fresh_heads(chain: list[Manifest]) -> list[str]:
+    """A line for each stage that drew a reward head: what a score means was learned after that, or never."""
+    drew = [m["stage"] for m in chain if m.get("fresh_head") or m.get("results", {}).get("fresh_head")]
+    return [
+        f"Stage {stage} drew a new reward head at random: it found none in the model that it was given."
+        for stage in drew
+    ]
 
 
 def _stage_row(manifest: Manifest, option_classes: Registry[type[Run]]) -> list[str]:

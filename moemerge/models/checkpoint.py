@@ -53,6 +53,13 @@ DTYPES = {
 }
 
 
+# What bitsandbytes, GPTQ, AWQ, FP8 and compressed-tensors store in place of a weight, or beside it.
+PACKED = (
+    ".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".quant_map",
+    ".weight_packed", ".weight_scale", ".weight_scale_inv",
+)  # fmt: skip
+
+
 class Checkpoint:
     """A local folder with model.safetensors or its shards; tensors are read when asked for.
 
@@ -80,14 +87,25 @@ class Checkpoint:
         """dtype of the tensor `name`, from the header. CheckpointError for kinds that no merge can use."""
         kind = self._slice(name).get_dtype()
         if kind not in DTYPES:
-            raise self._fault("a tensor is quantised", f"{name} in {kind}", ", ".join(DTYPES))
+            raise self._quantised(f"{name} in {kind}", ", ".join(DTYPES))
         return DTYPES[kind]
 
+    @property
+    def quantised(self) -> str | None:
+        """The first tensor that a quantiser wrote: by its name, or a weight of whole numbers or of 8 bits."""
+        floats = {kind for kind, dtype in DTYPES.items() if dtype.is_floating_point}
+        kinds = ((name, self._slice(name).get_dtype()) for name in self.names)
+        return next(
+            (n for n, k in kinds if n.endswith(PACKED) or (n.endswith(".weight") and k not in floats)), None
+        )
+
     def refuse_quantised(self, names: Iterable[str]) -> None:
-        """Raise CheckpointError unless all these tensors hold floating-point numbers that a merge can use."""
+        """Raise CheckpointError for quantised weights, or if one of these tensors is not floating point."""
         for name in names:
             if not self.dtype(name).is_floating_point:
-                raise self._fault("a tensor is quantised", f"{name} in {self.dtype(name)}", "floating point")
+                raise self._quantised(f"{name} in {self.dtype(name)}", "floating point")
+        if self.quantised is not None:
+            raise self._quantised(self.quantised, "weights in floating point")
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU, as stored."""
@@ -189,6 +207,15 @@ class Checkpoint:
             names = sorted(name for name, _ in held ^ set(files.items()))
             raise self._fault("index and shards disagree", ", ".join(names[:5]), "the same tensors in both")
         return files
+
+    def _quantised(self, given: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: a tensor is quantised",
+            given=given,
+            expected=expected,
+            fix="give the model as it was before, or load it with transformers, dequantize() and "
+            "save_pretrained() it",
+        )
 
     def _fault(self, what: str, given: str, expected: str) -> CheckpointError:
         fix = "copy or download the model again, as safetensors"

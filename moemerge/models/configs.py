@@ -35,6 +35,7 @@ def read_model_config(model: ModelFolder) -> PreTrainedConfig:
             import_module("moemerge.models.modelling").register()
         config = AutoConfig.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
         _settle_pad(config, model.source)
+        _leave_out_quantisation(config, model)
         _check_layers(config)
     except MoemergeError:
         raise
@@ -80,6 +81,17 @@ def _settle_pad(config: PreTrainedConfig, source: str) -> None:
             expected="a token of the vocabulary" + ", which this family needs" * (pad == NO_PAD),
             fix="set pad_token_id in its config.json to the one that its tokenizer pads with",
         )
+
+
+def _leave_out_quantisation(config: PreTrainedConfig, model: ModelFolder) -> None:
+    """Float weights under a quantization_config were quantised once, for QLoRA say, and are no longer.
+
+    transformers would quantise them again. Where they are quantised indeed, the config stays: Checkpoint
+    refuses them by name.
+    """
+    if getattr(config, "quantization_config", None) is not None and model.weights.quantised is None:
+        log.warning("%s: its quantization_config is left out, as its weights are not quantised", model.source)
+        del config.quantization_config
 
 
 def _check_layers(config: PreTrainedConfig) -> None:

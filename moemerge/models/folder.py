@@ -6,6 +6,7 @@ and importing transformers takes longer than merging a gigabyte.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,10 @@ ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What older versions saved, and transformers replaces by what lies in the folder.
 REPLACED = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+# Where LLaMA-Factory and ms-swift put the head of a reward model, whose config.json then names a causal LM.
+HEAD_FILES = ("value_head.safetensors", "value_head.bin")
+# The classes of models that never had a reward head.
+BASE_CLASS = re.compile(r"For(CausalLM|MaskedLM|PreTraining)$|LMHeadModel$|^((?!For).)*Model$")
 ON_HUB = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 
 
@@ -37,15 +42,17 @@ class ModelFolder:
     When it is opened, everything that transformers would read beside the weights is looked at: it must not
     name or link to anything elsewhere, nor be an adapter, whose base may be anywhere. The rest is read when
     first asked for, and kept. Code that comes with the model runs only with `trust_remote_code`, and that is
-    logged.
+    logged. With `fresh_head` the reward head may be missing, or be under another name, of any model; without
+    it, of plain base models only.
 
     Raises ArtifactError for links and names that lead out of the folder, CheckpointError for an adapter, a
     name that cannot be found, and files that cannot be read.
     """
 
-    def __init__(self, source: str | Path, trust_remote_code: bool = False) -> None:
-        self.source, self.trust_remote_code = str(source), trust_remote_code
+    def __init__(self, source: str | Path, trust_remote_code: bool = False, fresh_head: bool = False) -> None:
+        self.source, self.trust_remote_code, self.fresh_head = str(source), trust_remote_code, fresh_head
         self.is_local = Path(source).is_dir()
+        self.drawn_head: list[str] = []  # tensors of the head that load_reward_model drew, not read
         if Path(source).exists():
             refuse_foreign(Path(source))
         self._refuse_adapter()
@@ -91,6 +98,16 @@ class ModelFolder:
     def claims_head(self) -> bool:
         """Whether config.json says that the model has a reward head."""
         return any("SequenceClassification" in name for name in self.architectures)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether config.json says that it is a language model or bare encoder, which has no reward head."""
+        return bool(self.architectures) and all(map(BASE_CLASS.search, self.architectures))
+
+    @property
+    def head_files(self) -> list[str]:
+        """The files beside the weights that hold a reward head."""
+        return [name for name in HEAD_FILES if self._file(name) is not None]
 
     @property
     def trusts_own_class(self) -> bool:

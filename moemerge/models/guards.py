@@ -19,10 +19,15 @@ from moemerge.models.families.dense import dense_class, skeleton
 from moemerge.models.families.refused import REFUSED
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
-from moemerge.models.heads import in_head, spare_head
+from moemerge.models.heads import foreign_head, in_head, refuse_lost_head, spare_head
 
 SPARE = 10_000_000  # numbers that a config may ask for beyond twice those in the weights: buffers, a head
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
+# Causal masks, which are constants. transformers leaves them out when it loads one of these.
+MASKED = ("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj")
+MASKS = re.compile(r"(^|\.)attn(\.attention)?\.(masked_)?bias$")
+# LayerNorm's parameters as TensorFlow calls them, and the first BERTs after it.
+OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 def check_reward_model(source: ModelFolder | str | Path) -> ModelFolder:
@@ -38,7 +43,7 @@ def check_reward_model(source: ModelFolder | str | Path) -> ModelFolder:
     model.config  # noqa: B018 (refuses classes of their own)
     _refuse_other_kinds(model)
     model.require_one_output()
-    check_tensors(model.weights, model.config)
+    check_tensors(model)
     return model
 
 
@@ -54,19 +59,23 @@ def _refuse_other_kinds(model: ModelFolder) -> None:
         )
 
 
-def check_tensors(weights: Checkpoint, config: PretrainedConfig) -> None:
-    """Raise CheckpointError unless `weights` has exactly the dense reward model's tensors in their shapes.
+def check_tensors(source: ModelFolder) -> None:
+    """Raise CheckpointError unless `source` has exactly the dense reward model's tensors in their shapes.
 
     A tied copy may be left out.
     """
-    model = skeleton(config)
+    weights, model = source.weights, skeleton(source.config)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    weights.refuse_quantised(wanted.keys() & set(weights.names))
     faults = weights.differences(wanted, tied, lambda name: old_buffer(model, name))
+    lost = [name for name in faults.get("missing", []) if in_head(model, name)]
+    refuse_lost_head(source, lost, faults.get("left over", []), needed=True)
     if faults:
+        old = any(name.endswith(tuple(OLD_NAMES.values())) for name in weights.names)
+        remedy = "load it with transformers and save_pretrained() it: mergekit does not know its old names"
         expected = f"exactly the tensors of {type(model).__name__}"
-        fix = "copy the model again whole; if the head is missing, train it first"
-        raise misfit(weights.folder, faults, expected, fix)
+        raise misfit(weights.folder, faults, expected, remedy if old else "copy the model again whole")
 
 
 def refuse_larger(weights: Checkpoint, config: PretrainedConfig) -> None:
@@ -96,7 +105,8 @@ def refuse_larger(weights: Checkpoint, config: PretrainedConfig) -> None:
 
 def old_buffer(model: PreTrainedModel, name: str) -> bool:
     """Whether the tensor `name` is a buffer that older versions of transformers saved: it holds nothing."""
-    old = model._keys_to_ignore_on_load_unexpected or []
+    old = list(model._keys_to_ignore_on_load_unexpected or [])
+    old += [MASKS.pattern] if model.config.model_type in MASKED else []
     return name.endswith(BUFFERS) or any(re.search(pattern, name) for pattern in old)
 
 
@@ -128,17 +138,20 @@ def source_names(source: ModelFolder) -> dict[str, str | None]:
     """For each tensor of the dense reward model its name in `source`; None for a head that it lacks.
 
     Base language models and encoders name tensors without the reward model's prefix, and have heads of their
-    own, which are left out. Raises CheckpointError for tensors that are missing, left over or misshapen, and
-    for a reward model that has lost its head.
+    own, which are left out; the names of old versions are known. Raises CheckpointError for quantised
+    weights, for tensors that are missing, left over or misshapen, and for a reward model that has lost its
+    head.
     """
     weights, model = source.weights, skeleton(source.config)
     on_disk, prefix = set(weights.names), f"{model.base_model_prefix}."
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    spellings = {name: (name, name.removeprefix(prefix)) for name in shapes}
-    names = {name: next((s for s in spelt if s in on_disk), None) for name, spelt in spellings.items()}
+    names = {name: next((s for s in _spellings(name, prefix) if s in on_disk), None) for name in shapes}
+    weights.refuse_quantised(held for held in names.values() if held)
+    others = sorted(on_disk - set(names.values()))
+    refuse_lost_head(source, [n for n, held in names.items() if held is None and in_head(model, n)], others)
     kinds = {
         "missing": [name for name, held in names.items() if held is None and not in_head(model, name)],
-        "left over": [name for name in sorted(on_disk - set(names.values())) if not _needless(model, name)],
+        "left over": [name for name in others if not needless(source, model, name)],
         "misshapen": [n for n, held in names.items() if held and weights.shape(held) != shapes[n]],
     }
     faults = {kind: wrong for kind, wrong in kinds.items() if wrong}
@@ -148,21 +161,20 @@ def source_names(source: ModelFolder) -> dict[str, str | None]:
         fix += f" ({source.model_type}: {reason})" if reason else ""
         expected = f"the tensors of {dense_class(source.config).__name__}"
         raise misfit(source.folder, faults, expected, fix)
-    weights.refuse_quantised(held for held in names.values() if held)
-    _refuse_lost_head(source, [name for name, held in names.items() if held is None])
     return names
 
 
-def _refuse_lost_head(source: ModelFolder, lost: list[str]) -> None:
-    if lost and source.claims_head:
-        raise CheckpointError(
-            f"{source.folder} has no reward head",
-            given=f"{', '.join(source.architectures)} without {', '.join(lost)}",
-            expected="every tensor of the reward model",
-            fix="copy the model again whole; the tool that wrote it may have dropped the head",
-        )
+def _spellings(name: str, prefix: str) -> list[str]:
+    """What a checkpoint may call the tensor `name`: with and without the prefix, by new names and old."""
+    old = name
+    for new, before in OLD_NAMES.items():
+        old = old.replace(new, before)
+    return [name, name.removeprefix(prefix), old, old.removeprefix(prefix)]
 
 
-def _needless(model: PreTrainedModel, name: str) -> bool:
-    """Whether a reward model may lack the tensor: a language model's head, or a buffer of older versions."""
-    return spare_head(name) or old_buffer(model, name)
+def needless(source: ModelFolder, model: PreTrainedModel, name: str) -> bool:
+    """Whether a reward model may leave the tensor out when its head is drawn.
+
+    A language model's head, a buffer of older versions, a head under another name that is drawn anew.
+    """
+    return spare_head(name) or old_buffer(model, name) or (source.fresh_head and foreign_head(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,14 +18,11 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from moemerge.errors import CheckpointError, few
 from moemerge.models.configs import log_own_code
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
-from moemerge.models.guards import refuse_larger
-from moemerge.models.heads import in_head, spare_head
+from moemerge.models.guards import needless, old_buffer, refuse_larger
+from moemerge.models.heads import in_head, refuse_lost_head, warn_of_fresh_head
 from moemerge.models.pooling import name_pad_of_fresh_head
-
-log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
@@ -57,15 +53,16 @@ def load_reward_model(
 
     `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. With `fresh_head_seed` a base LM or
     encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
-    if it names none. A reward model's config stays as it is. Raises CheckpointError for missing, left-over or
-    misshapen tensors, pickled weights, adapters, a reward model without its head, and any other number of
-    outputs; UnsupportedError for a class of its own, unless its code comes along and is trusted.
+    if it names none; so is, where the folder is opened with `fresh_head`, any model without its head. A
+    reward model's config stays as it is. Raises CheckpointError for missing, left-over or misshapen tensors,
+    quantised or pickled weights, adapters, a reward model without its head, and any other number of outputs;
+    UnsupportedError for a class of its own, unless its code comes along and is trusted.
     """
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
         folder.weights  # noqa: B018 (damaged weights are reported before the config's faults)
     config = deepcopy(folder.config)
-    if folder.claims_head:
+    if folder.claims_head and not folder.fresh_head:
         fresh_head_seed = None  # a head that the config claims and the weights lack is a fault, not fresh
     if fresh_head_seed is not None:
         config.num_labels = 1
@@ -78,8 +75,11 @@ def load_reward_model(
     if fresh_head_seed is None:
         folder.require_one_output()
     elif loading["missing_keys"]:
-        _draw_head(loaded, sorted(loading["missing_keys"]), fresh_head_seed)
+        folder.drawn_head = sorted(loading["missing_keys"])
+        _draw_head(loaded, folder.drawn_head, fresh_head_seed)
         name_pad_of_fresh_head(loaded.config, folder)
+    if fresh_head_seed is not None and (folder.drawn_head or folder.fresh_head):
+        warn_of_fresh_head(folder.source, tuple(folder.drawn_head))
     return loaded.to(device).eval()  # type: ignore[arg-type, no-any-return]
 
 
@@ -128,13 +128,16 @@ def check_loading(
 ) -> None:
     """Raise CheckpointError unless a model's weights are exactly those of its folder.
 
-    With `seed`, a head may be missing, which is then drawn, and a base model's own head be left over.
+    With `seed`, a head may be missing, which is then drawn, and the head that it replaces be left over.
     """
-    missing, unexpected = set(loading["missing_keys"]), set(loading["unexpected_keys"])
+    missing = set(loading["missing_keys"])
+    unexpected = {name for name in loading["unexpected_keys"] if not old_buffer(model, name)}
     head = {name for name in missing if in_head(model, name)}
-    if seed is not None and head == missing:
-        unexpected = {name for name in unexpected if not spare_head(name)}
-        missing = set()
+    if head == missing:
+        refuse_lost_head(folder, sorted(head), sorted(unexpected), needed=seed is None)
+        if seed is not None:
+            unexpected = {name for name in unexpected if not needless(folder, model, name)}
+            missing = set()
     kinds = {
         "missing": missing,
         "left over": unexpected,
@@ -144,20 +147,13 @@ def check_loading(
         },
     }
     faults = {kind: sorted(names) for kind, names in kinds.items() if names}
-    if missing and head == missing:
-        raise CheckpointError(
-            f"{folder.source} has no reward head",
-            given="; ".join(f"{kind}: {few(names)}" for kind, names in faults.items()),
-            expected="every tensor of the reward model and no other",
-            fix="train it first: training gives a base model a fresh head",
-        )
     if faults:
         fix = "copy the checkpoint again, or save it again with the code that made it"
         raise misfit(folder.source, faults, "every tensor of the reward model and no other", fix)
 
 
 def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
-    """Draw the head's tensors as transformers does, but from `seed` and in one order."""
+    """Draw the head's tensors as transformers does, but from `seed` and in the order of `names`."""
     generator = torch.Generator().manual_seed(seed)
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     with torch.no_grad():
@@ -167,4 +163,3 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
             else:
                 tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-    log.info("drew a fresh reward head (%s) from seed %d", ", ".join(names), seed)

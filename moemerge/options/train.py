@@ -78,6 +78,11 @@ class TrainSettings(Options):
         default_factory=list,
         description="subsets of expert 0, 1, ..., and round again (default: all, by name)",
     )
+    fresh_head: bool = Field(
+        False,
+        description="draw a new reward head where the model's own is missing or under another name (a plain "
+        "base model always gets one)",
+    )
     search: dict[str, list[float]] = Field(
         default_factory=dict,
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses",

@@ -34,6 +34,11 @@ class UpcycleSettings(Options):
         0.01, ge=0, description="weight of the balance loss, kept in the config"
     )
     balance_loss: Literal["cv", "switch"] = Field("cv", description="cv: cv^2 of importance and load; switch")
+    fresh_head: bool = Field(
+        False,
+        description="draw a new reward head where the model's own is missing or under another name (a plain "
+        "base model always gets one)",
+    )
     shard_size: int = Field(5_000_000_000, ge=1, description="largest shard in bytes")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 

@@ -137,7 +137,7 @@ def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[Moemerge
             "gate xft or topk, because in an encoder the prompt's states see the answer",
             "set upcycle.gate to xft",
         )
-    if recipe.base is None and not model.claims_head:
+    if recipe.base is None and not (model.claims_head or recipe.upcycle.fresh_head):
         yield _fault(
             "model has no reward head",
             f"{', '.join(model.architectures) or 'no architecture'}, and no section base",

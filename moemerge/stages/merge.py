@@ -49,6 +49,8 @@ def merge(options: Merge, draft: Draft) -> None:
     device = use_device(options)
     source = open_source(options)
     dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
+    if options.models and options.dtype == "keep":
+        _tell_of_rounding(source, dtype)
     way = _way(options, source, dtype, device)
     draft.reserve(source.size(dtype))
     write_checkpoint(draft.folder, _dense_tensors(source, way, dtype), options.shard_size)
@@ -128,7 +130,17 @@ def _way(options: Merge, source: MergeSource, dtype: torch.dtype, device: torch.
     method = HostMethod(options.method, options.parameters, coefficients, options.seed)
     if coefficients is not None and not method.weighs:
         log.warning("merge: %s takes no weights, so the coefficients are not used", options.method)
+    if (sum_told := method.about_the_sum(len(source.member_names), source.has_shared)) is not None:
+        log.warning("merge: %s", sum_told)
     return _Hosted(source, method, coefficients if method.weighs else None, dtype, device)
+
+
+def _tell_of_rounding(source: MergeSource, dtype: torch.dtype) -> None:
+    """A line where the result, in the first model's dtype, cannot hold what another model has in its own."""
+    if torch.promote_types(source.dtype, dtype) != dtype:
+        names = [str(kind).removeprefix("torch.") for kind in (source.dtype, dtype)]
+        log.warning("merge: the models together need %s, and the result is %s, as the first is: "
+                    "it loses bits of the others; dtype: %s keeps them", *names, names[0])  # fmt: skip
 
 
 def _rows(source: MergeSource, coefficients: Coefficients | None) -> dict[str, int]:

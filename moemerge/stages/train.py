@@ -73,6 +73,7 @@ def train(options: Train, draft: Draft) -> None:
         _read_back(model, draft.folder, options.trust_remote_code)
     write_history(reports[best]["history"], draft.folder)
     draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
+    draft.results |= {"fresh_head": bench.model.drawn_head} if bench.model.drawn_head else {}
 
 
 def _budgeted(options: Train) -> tuple[Train, float | None]:
@@ -99,7 +100,7 @@ class _Bench:
 
 def _bench(options: Train, draft: Draft) -> _Bench:
     device = use_training_device(options)
-    model = ModelFolder(options.model, options.trust_remote_code)
+    model = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)
     tokenizer = load_tokenizer(model)
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, model, tokenizer, name, draft) for name, source in sides.items()}

@@ -24,6 +24,7 @@ from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import skeleton
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder
+from moemerge.models.heads import warn_of_fresh_head
 from moemerge.models.layout import write_layout
 from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import install_shim, layout_of, load_moe, moe_config
@@ -40,16 +41,18 @@ log = logging.getLogger(__name__)
 def upcycle(options: Upcycle, draft: Draft) -> None:
     """Write the MoE of `options.model`, and check on a probe batch that it equals the dense model.
 
-    A base language model or encoder gets a fresh head drawn from `seed`. Weights are read and written
+    A base language model or encoder, or with `fresh_head` any model that lacks its head, gets a fresh one
+    drawn from `seed`. Weights are read and written
     tensor by tensor, so no more than one shard is held. Raises UnsupportedError for an unknown
     architecture and CheckpointError for a damaged model or when the functions differ.
     """
     device = use_device(options)
-    source = ModelFolder(options.model, options.trust_remote_code)
+    source = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)
     config = _dense_config(source)
     settings = _settings(options, config)
     moe = moe_config(config, settings)
-    fresh_head = source.missing_head
+    if source.missing_head or options.fresh_head:
+        warn_of_fresh_head(source.source, tuple(source.missing_head))
     layout = layout_of(moe)
     draft.reserve(sum(map(math.prod, layout.moe.values())) * _dtype(source).itemsize)
     write_checkpoint(draft.folder, _moe_tensors(source, moe, options), options.shard_size)
@@ -57,7 +60,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     install_shim(draft.folder, config.model_type)
     write_layout(draft.folder, layout)
     copy_side_files(source.folder, draft.folder)
-    draft.results.update(settings.to_dict(), fresh_head=fresh_head)
+    draft.results.update(settings.to_dict(), fresh_head=source.missing_head)
     _compare(options, source, draft, device)
 
 
@@ -66,7 +69,7 @@ def _dense_config(source: ModelFolder) -> PretrainedConfig:
     source.require_dense()
     config = deepcopy(source.config)
     family_of(config)
-    if source.claims_head:
+    if not source.missing_head and source.claims_head:
         source.require_one_output()
     config.num_labels = 1
     config.dtype = _dtype(source)
@@ -76,7 +79,9 @@ def _dense_config(source: ModelFolder) -> PretrainedConfig:
 
 
 def _dtype(source: ModelFolder) -> torch.dtype:
-    return source.weights.dtype(source.weights.names[0])
+    """dtype of the first tensor that is the reward model's: before it there may be an old buffer."""
+    own = set(source.dense_names.values())
+    return source.weights.dtype(next(name for name in source.weights.names if name in own))
 
 
 def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:

@@ -132,7 +132,15 @@ def _check_model(reference: Any, options: Any) -> ModelFolder:
     folder = reference.local_path(cache_dir=options.transformers_cache, ignore_lora=True)
     model = ModelFolder(folder)
     family_called(model.dense_type)
-    return check_reward_model(model)
+    check_reward_model(model)
+    if model.config_json.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{folder}: a quantization_config over weights that are not quantised",
+            given="quantization_config in config.json, which mergekit would put into the result",
+            expected="a config.json of floating-point weights",
+            fix="remove quantization_config from its config.json",
+        )
+    return model
 
 
 def _makes_tokenizer(config: Any) -> bool:

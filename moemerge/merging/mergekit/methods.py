@@ -19,6 +19,7 @@ from moemerge.merging.coefficients import Coefficients
 from moemerge.options.base import OURS
 
 SHARED, WEIGHT = "shared", "weight"
+SUM_TOLERANCE = 1e-6
 
 
 class HostMethod:
@@ -52,6 +53,29 @@ class HostMethod:
     def weighs(self) -> bool:
         """Whether the method takes a weight per expert."""
         return self._scope in (ParameterScope.INPUT, ParameterScope.NON_BASE)
+
+    def about_the_sum(self, count: int, has_shared: bool) -> str | None:
+        """What becomes of a parameter `weight`, which is that of each of `count` members, in a few words.
+
+        None if there is none, if the weights sum to one, or if the method has no parameter `normalize`.
+        """
+        normalize = next((p for p in self.method.spec.parameters if p.name == "normalize"), None)
+        weight = self.parameters.get(WEIGHT)
+        if normalize is None or not self.weighs or isinstance(weight, str) or weight is None:
+            return None
+        weighed = count - (has_shared and self._scope == ParameterScope.NON_BASE)
+        total = weight * weighed
+        if abs(total - 1) < SUM_TOLERANCE:
+            return None
+        if self.parameters.get("normalize", normalize.default):
+            return (
+                f"weight={weight} is that of each member, and {self.method.spec.name} divides by their sum: "
+                "all count alike"
+            )
+        return (
+            f"the weights of {weighed} members sum to {total:g}, and {self.method.spec.name} does not divide "
+            f"by that: weight={1 / weighed:.6g} or normalize=true makes an average"
+        )
 
     def merge(self, name: str, row: int | None, copies: Iterable[Tensor], has_shared: bool) -> Tensor:
         """The merge of `copies` (the shared one first, if there is one) of the dense tensor `name`.

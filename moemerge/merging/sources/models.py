@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import MergedTensor, MergeSource
-from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary
+from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary, differences
 from moemerge.models.checkpoint import copy_side_files
 from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.dense import dense_config, skeleton
@@ -98,7 +98,9 @@ class ModelList(MergeSource):
         self._check_pooling()
         merged = self._in_scope()
         self.embeddings = self._embeddings()
-        self.vocabulary = self._vocabulary()
+        tokenizers = [load_tokenizer(model.opened) for model in self.models]
+        self._compare_tokenizers(tokenizers)
+        self.vocabulary = self._vocabulary(tokenizers)
         self.tensors = [ModelTensor(name, self._shape(name)) for name in merged]
         self.backbone = [name for name in self.donor.names if name not in merged]
         self._check_shapes()
@@ -186,11 +188,11 @@ class ModelList(MergeSource):
         table = model.get_input_embeddings().weight
         return next(name for name, weight in model.named_parameters() if weight is table)
 
-    def _vocabulary(self) -> Vocabulary | None:
+    def _vocabulary(self, tokenizers: list[PreTrainedTokenizerBase]) -> Vocabulary | None:
         if self.scope == "mlp":
             return None
         sizes = [model.shape(self.embeddings)[0] for model in self.models]
-        return common_vocabulary([model.opened for model in self.models], sizes)
+        return common_vocabulary([model.opened for model in self.models], tokenizers, sizes)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self.donor.shape(name)
@@ -209,6 +211,12 @@ class ModelList(MergeSource):
             if differing:
                 log.warning("%s differs from %s in %s; %s's are kept", model.folder, self.folder,
                             ", ".join(differing), self.folder)  # fmt: skip
+
+    def _compare_tokenizers(self, tokenizers: list[PreTrainedTokenizerBase]) -> None:
+        for model, tokenizer in zip(self.models[1:], tokenizers[1:], strict=True):
+            if differing := differences(tokenizers[0], tokenizer):
+                log.warning("the tokenizer of %s differs from that of %s in %s; the latter's is kept",
+                            model.folder, self.folder, ", ".join(differing))  # fmt: skip
 
     def _check_pooling(self) -> None:
         """All reward models must read scores at one token, or the merged head is given foreign states."""

@@ -119,6 +119,7 @@ class MoeCheckpoint(ExpertSource):
 
     def _check_tensors(self) -> None:
         """The checkpoint holds exactly what the MoE class has; a tied copy may be left out."""
+        self.weights.refuse_quantised(self.layout.moe.keys() & set(self.weights.names))
         faults = self.weights.differences(self.layout.moe, set(self.layout.tied))
         if faults:
             expected = f"exactly the tensors of {self.layout.class_name}"

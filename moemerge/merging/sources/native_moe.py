@@ -30,7 +30,7 @@ from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import dense_class, shared_values, skeleton
 from moemerge.models.families.siblings import SIBLINGS, Sibling
 from moemerge.models.folder import ModelFolder, misfit, opened
-from moemerge.models.heads import spare_head
+from moemerge.models.heads import in_head, refuse_lost_head, spare_head
 
 # Where checkpoints keep an expert's matrices, one tensor each: module of the experts, names of the matrices.
 LAYOUTS = (
@@ -166,6 +166,11 @@ class NativeMoe(ExpertSource):
     def _check_tensors(self) -> None:
         """The checkpoint holds the backbone, every expert, routers and nothing else, in the right shapes."""
         faults = self.weights.differences(dict(self._wanted()), may_add=self._needless)
+        held = set(self.weights.names)
+        self.weights.refuse_quantised(name for name, _ in self._wanted() if name in held)
+        model = skeleton(self.dense_config())
+        lost = [name for name in faults.get("missing", []) if in_head(model, name)]
+        refuse_lost_head(self.opened, lost, faults.get("left over", []), needed=True)
         if faults:
             expected = f"the tensors of a reward model of type {self.config.model_type}"
             raise misfit(self.folder, faults, expected, "give a whole reward model, as safetensors")

@@ -15,7 +15,8 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from moemerge.errors import UnsupportedError
 from moemerge.models.folder import ModelFolder
-from moemerge.models.loading import load_tokenizer
+
+ROLES = ("chat_template", "bos_token", "eos_token", "pad_token")
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,20 @@ class Vocabulary:
         return tokenizer
 
 
-def common_vocabulary(models: Sequence[ModelFolder], sizes: Sequence[int]) -> Vocabulary | None:
+def differences(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
+    """What two tokenizers make another text of, apart from their tokens: templates, and roles of tokens."""
+    differing = [name for name in ROLES if getattr(first, name, None) != getattr(other, name, None)]
+    around = [tokenizer.convert_ids_to_tokens(tokenizer("").input_ids) for tokenizer in (first, other)]
+    return differing + ["the tokens put around a text"] * (around[0] != around[1])
+
+
+def common_vocabulary(
+    models: Sequence[ModelFolder], tokenizers: Sequence[PreTrainedTokenizerBase], sizes: Sequence[int]
+) -> Vocabulary | None:
     """The vocabulary of `models`, whose embedding tables have `sizes` rows; None if all agree.
 
     Raises UnsupportedError if they differ in more than added tokens: the models have no common base then.
     """
-    tokenizers = [load_tokenizer(model) for model in models]
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     added = [{str(t): t for t in tokenizer.added_tokens_decoder.values()} for tokenizer in tokenizers]
     _check_base([model.folder for model in models], vocabularies, added)
