@@ -317,7 +317,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "auto_map_is_a_number": {"auto_map": 5, "model_type": "evil"},
     "kernel_from_the_hub": {"attn_implementation": "evil/kernel"},
     "weights_elsewhere": {"transformers_weights": "../dense/model.safetensors"},
-    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
     "type_is_a_number": {"model_type": 5},
     "type_leads_out": {"model_type": "../../x"},
     "own_class": {"architectures": ["EvilForSequenceClassification"]},
