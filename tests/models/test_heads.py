@@ -37,7 +37,7 @@ def rewrite(folder: Path, rename: dict[str, str | None], classes: list[str] | No
 
 
 def rows(tmp_path: Path) -> str:
-    values: Any = [{"prompt": f"w{n} ", "chosen": f"w{n} w3", "rejected": f"w{n} w5"} for n in range(8)]
+    values: Any = [{"prompt": f"w{n} ", "chosen": f"w{n + 20} w3", "rejected": "w5"} for n in range(8)]
     return str(write_rows(tmp_path / "rows.jsonl", values))
 
 
