@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import TypedDict
 
+from moemerge.artifacts.hub import bounded_hub, words_of
 from moemerge.data.shards import all_shards, refuse_part_of_saved
 from moemerge.errors import DataError, suggest
 
@@ -287,14 +288,15 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterabl
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+        with bounded_hub():
+            return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # an answer that makes no sense can raise anything
         raise DataError(
             f"dataset {name} cannot be loaded",
-            given=f"{source} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            given=f"{source} ({type(error).__name__}: {words_of(error)})",
             expected="a dataset that the hub has and this account may read, as owner/name:split",
             fix="check name, configuration, split, network and token, or give a file",
-        ) from error
+        ) from None
 
 
 def _refuse(path: Path) -> NoReturn:

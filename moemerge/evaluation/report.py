@@ -106,7 +106,10 @@ Probes.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]
 
 
 class Report(TypedDict):
-    """report.json of evaluate: the models, one `baseline` among them, measured on the same rows."""
+    """report.json of evaluate: the models, one `baseline` among them, measured on the same rows.
+
+    equal_models: groups of models with the same weights, where there are any.
+    """
 
     format: int
     models: dict[str, ModelFacts]
@@ -117,6 +120,7 @@ class Report(TypedDict):
     probes: Probes
     plots: list[str]
     plots_by_probe: dict[str, list[str]]
+    equal_models: NotRequired[list[list[str]]]
 
 
 class SeedNumbers(TypedDict):

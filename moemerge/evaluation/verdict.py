@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from moemerge.evaluation.cautions import ALL_TIES, cautions, judges_nothing
 from moemerge.evaluation.measures import Difference, differences
 from moemerge.evaluation.report import Report, SeedGroup, accuracy_sets, confidence
 from moemerge.evaluation.results import AccuracyPart
@@ -50,7 +51,8 @@ def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
     if not compared:
         return f"Did merging help here? Nothing was measured that compares {model} with {baseline}.", ""
     head, parts = _summed_up(compared, _level(report))
-    return f"Did merging help here? {model} against {baseline}: {head}.", f"{parts}."
+    sentences = [f"Did merging help here? {model} against {baseline}: {head}."]
+    return " ".join(sentences + cautions(report, {model, baseline})), f"{parts}."
 
 
 def verdict_over_seeds(group: SeedGroup, model: str, confidence: float) -> str:
@@ -89,20 +91,27 @@ def standing(report: Report) -> str:
     if len(report["models"]) == 1:
         return _against_chance(report, report["baseline"])
     compared = {m: differences(report, m) for m in report["models"] if m != report["baseline"]}
-    return _standing(compared, report["baseline"], _level(report)) if any(compared.values()) else ""
+    if not any(compared.values()):
+        return ""
+    stands = _standing(compared, report["baseline"], _level(report))
+    return " ".join([stands, *cautions(report, report["models"])])
 
 
 def _against_chance(report: Report, model: str) -> str:
     """Accuracy of the only model beside what guessing and the answers' lengths give, test set by test set."""
     sentences = []
     for name, measured in accuracy_sets(report).items():
-        numbers = measured["all"]["models"][model]
+        numbers, pairs = measured["all"]["models"][model], measured["all"]["pairs"]
+        if judges_nothing(numbers, pairs):
+            sentences.append(f"{ALL_TIES} of {name}: it judges nothing")
+            continue
         low, high = numbers["interval"]
         side = "above" if low > 0.5 else "below" if high < 0.5 else "not clearly above"
         preferred, by_length = _better_length_rule(measured["all"])
+        ties = f", {numbers['ties']} of {pairs} pairs tied and counted as errors" if numbers["ties"] else ""
         sentences.append(
-            f"accuracy {numbers['accuracy']:.3f} on {name} ({low:.3f} to {high:.3f}), {side} chance (0.5); "
-            f"preferring the {preferred} answer gives {by_length:.3f}"
+            f"accuracy {numbers['accuracy']:.3f} on {name} ({low:.3f} to {high:.3f}), {side} chance (0.5)"
+            f"{ties}; preferring the {preferred} answer gives {by_length:.3f}"
         )
     return f"{model}: {'. '.join(sentences)}." if sentences else ""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moemerge.artifacts.foreign import refuse_foreign, refuse_paths
+from moemerge.artifacts.hub import bounded_hub, words_of
 from moemerge.artifacts.json_file import read_object
 from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.config_file import read_config
@@ -124,12 +125,12 @@ class ModelFolder:
         if self.is_local:
             return Path(self.source)
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(self.source, allow_patterns=ON_HUB))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise _not_found(self.source, error) from error
+            with bounded_hub():
+                folder = Path(snapshot_download(self.source, allow_patterns=ON_HUB))
+        except Exception as error:  # an answer that makes no sense can raise anything
+            raise _not_found(self.source, error) from None
         refuse_foreign(folder)
         return folder
 
@@ -235,9 +236,10 @@ class ModelFolder:
         from transformers.utils.hub import cached_file
 
         try:
-            cached = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError) as error:
-            raise _not_found(self.source, error) from error
+            with bounded_hub():
+                cached = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
+        except Exception as error:
+            raise _not_found(self.source, error) from None
         return None if cached is None else Path(cached)
 
 
@@ -274,5 +276,5 @@ def _not_found(source: str, error: Exception) -> CheckpointError:
         f"the model cannot be found: {source}",
         given=source,
         expected="a folder, or a name on the hub that can be reached",
-        fix=f"correct the name ({str(error).splitlines()[0]})",
+        fix=f"correct the name ({words_of(error) or type(error).__name__})",
     )

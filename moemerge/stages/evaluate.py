@@ -18,6 +18,7 @@ from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import OptionError, unknown
 from moemerge.evaluation import gold, protocol
+from moemerge.evaluation.cautions import equal_models
 from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores
 from moemerge.evaluation.measures import main_numbers
 from moemerge.evaluation.page import evaluation_sections
@@ -81,6 +82,8 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         "plots": [plot for names in plots.values() for plot in names],
         "plots_by_probe": plots,
     }
+    if alike := equal_models(draft.provenance["inputs"]["models"]):
+        report["equal_models"] = alike
     _write(draft, report)
     save_file(score_tensors(sets, scores), draft.folder / "scores.safetensors")
     draft.results |= {"models": models, "rows": report["rows"], "main": main_numbers(report)}

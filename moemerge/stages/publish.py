@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moemerge.artifacts.disk import link_or_copy
-from moemerge.artifacts.redaction import HIDDEN, redact
+from moemerge.artifacts.hub import bounded_hub, words_of
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.verify import verify_folder
 from moemerge.artifacts.weight_files import WEIGHTS
@@ -211,24 +211,18 @@ def _operations(folder: Path, there: list[str]) -> list[CommitOperationAdd | Com
 def _ask(repo: str, endpoint: str, request: Callable[[], T]) -> T:
     """Make one request; whatever goes wrong becomes a HubError with a remedy."""
     try:
-        return request()
-    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+        with bounded_hub():
+            return request()
+    except Exception as error:  # an answer that makes no sense can raise anything
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
         reason = f"HTTP status {status}" if status else type(cause).__name__
         raise HubError(
             f"the push to {repo} failed",
-            given=f"{reason}: {_without_secrets(str(cause))}",
+            given=f"{reason}: {words_of(cause)}",
             expected=f"the hub at {endpoint} to take it",
             fix=_remedy(status),
         ) from None
-
-
-def _without_secrets(text: str) -> str:
-    """A server's message on one line, cut to 300 characters, without the token, however it is spelt."""
-    token = get_token()
-    text = text.replace(token, HIDDEN) if token else text
-    return " ".join(redact(text).split())[:300]
 
 
 def _remedy(status: Any) -> str:

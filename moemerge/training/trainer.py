@@ -311,6 +311,8 @@ def _arguments(
         "metric_for_best_model": f"eval_{options.choose_by}",
         "greater_is_better": options.choose_by == "accuracy",
         "logging_steps": logged,
+        # By default transformers leaves a loss that is not finite out of the sum, and tells 0.0 in its place.
+        "logging_nan_inf_filter": False,
     }
     return make_config(RewardConfig, settings | _quiet(device))
 

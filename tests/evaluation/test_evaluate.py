@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,15 @@ def test_the_command_line_tells_of_a_plain_model(
     assert lines[5] == f"Report: {tmp_path / 'e/report.html'}"
     page = (tmp_path / "e/report.md").read_text()
     assert f"**{lines[4]}**" in page and "aseline" not in page.split("## Provenance")[0]
+
+
+def test_models_with_the_same_weights_are_told(world: dict[str, Any], tmp_path: Path) -> None:
+    copy = shutil.copytree(world["models"]["dense"], tmp_path / "copy")
+    (copy / "README.md").write_text("a copy")
+    models = {"rm": world["models"]["dense"], "copy": str(copy), "moe": world["models"]["moe"]}
+    folder = evaluate(**{**world, "models": models, "candidates": {}}, output=tmp_path / "e")
+    assert read_report(folder)["equal_models"] == [["rm", "copy"]]
+    assert "rm, copy: the same weights, byte for byte." in (folder / "report.md").read_text()
 
 
 def test_data_whose_columns_tell_what_it_is(world: dict[str, Any], evaluated: Path, tmp_path: Path) -> None:

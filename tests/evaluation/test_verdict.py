@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from small_reports import REPORT, choice_scores
+from small_reports import REPORT, accuracy_part, choice_scores, report_of
 
 from moemerge.errors import ArtifactError
 from moemerge.evaluation import main_table as summary
@@ -104,6 +104,43 @@ def test_a_single_model_stands_against_chance_and_length() -> None:
     assert summary.main_table(report)[0] == ["model", "accuracy test", "parameters used"]
     (table,) = PROBES.get("accuracy").tables(found)
     assert table.header[-1] == "loss" and "McNemar" not in table.note
+
+
+def with_ties(report: dict[str, Any], model: str, ties: int) -> dict[str, Any]:
+    numbers = report["probes"]["accuracy"]["sets"]["test"]["all"]["models"][model]
+    report["probes"]["accuracy"]["sets"]["test"]["all"]["models"][model] = {**numbers, "ties": ties}
+    return report
+
+
+@pytest.mark.parametrize("model", ["merge-learned", "control"])
+def test_a_model_that_ties_on_every_pair_is_said_to_judge_nothing(model: str) -> None:
+    said = f"{model} gives the same score for both answers of every pair of test: it judges nothing."
+    report = with_ties(report_with(-0.3, -0.1), model, 100)
+    assert said in verdict(report, "merge-learned") and said in standing(report)
+    nearly = with_ties(report, model, 99)
+    assert "judges nothing" not in verdict(nearly, "merge-learned") + standing(nearly)
+
+
+@pytest.mark.parametrize(
+    ("ties", "text"),
+    [
+        (100, "rm: the same score for both answers of every pair of test: it judges nothing."),
+        (60, "below chance (0.5), 60 of 100 pairs tied and counted as errors; preferring"),
+        (0, "below chance (0.5); preferring"),
+    ],
+)
+def test_ties_of_a_single_model_are_told(ties: int, text: str) -> None:
+    part = accuracy_part()
+    part["models"] = {"rm": {"accuracy": 0.2, "ties": ties, "loss": 0.7, "interval": [0.1, 0.3]}}
+    sets = {"test": {"all": part, "sections": {}, "subsets": {}}}
+    assert text in standing(report_of(["rm"], "rm", accuracy={"confidence": 0.95, "sets": sets}))
+
+
+def test_equal_models_are_told_as_equal() -> None:
+    report = {**report_with(0, 0, 1.0), "equal_models": [["dense", "merge-learned", "control"], ["moe", "x"]]}
+    assert "dense, merge-learned, control: the same weights, byte for byte." in standing(report)
+    assert "merge-learned, control: the same weights" in verdict(report, "merge-learned")
+    assert "moe" not in verdict(report, "merge-learned")
 
 
 # Simulated families

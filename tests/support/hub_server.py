@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,13 +44,16 @@ class Trouble:
     """What becomes of calls "METHOD /path" that match `calls`: a status, or a connection cut midway (None).
 
     The first `after` of them go well, the next `times` do not. The message repeats the caller's token, as a
-    careless server might.
+    careless server might; or it is `answer`, with `headers`, after `pause` seconds.
     """
 
     calls: str
     status: int | None = None
     times: int = 1_000_000
     after: int = 0
+    answer: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
 
     def strikes(self, call: str) -> bool:
         if not re.fullmatch(self.calls, call):
@@ -92,9 +95,14 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         length = int(self.headers.get("Content-Length") or 0)
         trouble = self.hub.trouble(f"{self.command} {path}")
-        if trouble and trouble.status is None:
+        if trouble and trouble.status is None and trouble.answer is None:
             return self._cut(length)
         body = self.rfile.read(length)
+        if trouble and trouble.answer is not None:
+            threading.Event().wait(trouble.pause)
+            with suppress(OSError):  # the caller may have gone
+                self._send(trouble.answer, trouble.status or 200, **trouble.headers)
+            return None
         if trouble:
             text = (
                 f"refused: {self.headers.get('Authorization')} for http://store/x?signature={self.hub.token}"

@@ -521,6 +521,9 @@ def test_diverged_training_is_refused_or_falls_back(world: Path, tmp_path: Path)
         run(world, tmp_path / "out", "dense", **wild)
     results = run(world, tmp_path / "held", "dense", held=True, eval_steps=3, **wild)
     assert results["best_step"] == 0 and not moved(world / "dense", tmp_path / "held")
+    history = json.loads((tmp_path / "held" / "history.json").read_text())
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] is None and results["train_loss"] is None, "a loss that is not finite is told as none"
 
 
 def test_a_missing_margin_is_never_zero(world: Path, tmp_path: Path) -> None:
