@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.tokenise import Encoded
 
@@ -78,15 +78,10 @@ def name_pad_of_fresh_head(config: PreTrainedConfig, source: ModelFolder) -> Non
     set_pad(config, next((token for token in candidates if token is not None and token < size), None))
 
 
-def end_tokens(source: ModelFolder) -> set[int]:
-    """The tokens that end a sequence, by config and tokenizer."""
-    from moemerge.models.loading import load_tokenizer
-
-    named = (source.config.get_text_config().eos_token_id, load_tokenizer(source).eos_token_id)
-    lists = (ids if isinstance(ids, list) else [ids] for ids in named)
-    return {token for ids in lists for token in ids if token is not None}
-
-
-def reads_before_the_end(source: ModelFolder) -> bool:
+def reads_before_the_end(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text's end token is its pad token too, so that a decoder's score is read before it."""
-    return named_pad(source.config) in end_tokens(source)
+    lists = (
+        ids if isinstance(ids, list) else [ids]
+        for ids in (config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    )
+    return named_pad(config) in {token for ids in lists for token in ids if token is not None}

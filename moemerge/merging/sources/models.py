@@ -95,10 +95,10 @@ class ModelList(MergeSource):
         self.head = set(self.donor.opened.head_names)
         self._check_architecture()
         self._check_heads()
-        self._check_pooling()
+        tokenizers = [load_tokenizer(model.opened) for model in self.models]
+        self._check_pooling(tokenizers)
         merged = self._in_scope()
         self.embeddings = self._embeddings()
-        tokenizers = [load_tokenizer(model.opened) for model in self.models]
         self._compare_tokenizers(tokenizers)
         self.vocabulary = self._vocabulary(tokenizers)
         self.tensors = [ModelTensor(name, self._shape(name)) for name in merged]
@@ -218,15 +218,16 @@ class ModelList(MergeSource):
                 log.warning("the tokenizer of %s differs from that of %s in %s; the latter's is kept",
                             model.folder, self.folder, ", ".join(differing))  # fmt: skip
 
-    def _check_pooling(self) -> None:
+    def _check_pooling(self, tokenizers: list[PreTrainedTokenizerBase]) -> None:
         """All reward models must read scores at one token, or the merged head is given foreign states."""
         family = FAMILIES.get(self.config.model_type)
         if family is not None and not family.causal:  # encoders read the first token
             return
-        judges = [model.opened for model in self.models if not model.lacks]
-        before = {reads_before_the_end(model) for model in judges}
-        if len(before) > 1:
-            pads = ", ".join(f"{model.source}: {named_pad(model.config)}" for model in judges)
+        judges = [
+            (m.opened, tokenizer) for m, tokenizer in zip(self.models, tokenizers, strict=True) if not m.lacks
+        ]
+        if len({reads_before_the_end(model.config, tokenizer) for model, tokenizer in judges}) > 1:
+            pads = ", ".join(f"{model.source}: {named_pad(model.config)}" for model, _ in judges)
             raise UnsupportedError(
                 "the models read their scores at different tokens",
                 given=f"pad_token_id in config.json: {pads}; one of them is an end token too",
