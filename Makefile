@@ -28,9 +28,9 @@ torture: $(VENV)/.test-installed
 	$(BIN)/python tests/promises/torture.py --trials 600
 	$(MAKE) fuzz
 
-# 10,000 broken inputs; prints how many were read and refused.
+# 20,000 broken inputs; prints how many were read and refused.
 fuzz: $(VENV)/.test-installed
-	$(BIN)/python tests/promises/fuzz.py --count 10000
+	$(BIN)/python tests/promises/fuzz.py --count 20000
 
 # Builds wheel and sdist, installs each into an empty environment, and makes a first small run there.
 wheel: $(VENV)/.test-installed

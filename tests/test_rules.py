@@ -45,7 +45,7 @@ HOMES = {
     "matplotlib": {"reports"},
     "cma": {"fitting.optimisers"},
     "wrapt": {"__init__"},
-    "jinja2": {"reports", "data"},  # pages; the faults of chat templates
+    "jinja2": {"reports"},
 }
 
 

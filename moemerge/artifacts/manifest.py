@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from moemerge.artifacts.checksums import MANIFEST, fingerprint, sums
 from moemerge.artifacts.json_file import MAX_BYTES, read_object
-from moemerge.errors import ArtifactError
+from moemerge.errors import ArtifactError, first_line
 
 SCHEMA = 1
-# What values of any kind, where a stage would write others, can raise.
-NONSENSE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
+# What values of any kind, where a stage would write others, can raise; files that they name are not there.
+NONSENSE = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError,
+    FileNotFoundError, IsADirectoryError, NotADirectoryError,
+)  # fmt: skip
 CARRIED = ("stage", "options", "inputs", "files", "versions", "started")
 MAX_HEAD = 100_000  # bytes of a README.md that are looked at
 MAX_LINE = 300  # characters of a line of its head
@@ -102,6 +105,23 @@ def expect_stage(folder: str | Path, *stages: str) -> dict[str, Any]:
             fix="give the folder that this stage wrote",
         )
     return manifest
+
+
+@contextmanager
+def written_by_stages(what: str, fix: str) -> Iterator[None]:
+    """Raise ArtifactError, saying `what` failed, where values that stages should have written make no sense.
+
+    Forms hold the values to their types; whether numbers, names and lists go together is seen in their use.
+    """
+    try:
+        yield
+    except NONSENSE as error:
+        raise ArtifactError(
+            what,
+            given=f"{type(error).__name__}: {first_line(error)}",
+            expected="manifests, reports and plots as the stages write them",
+            fix=fix,
+        ) from error
 
 
 def _no_artifact(folder: str | Path, given: str) -> ArtifactError:

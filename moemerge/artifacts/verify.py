@@ -87,10 +87,14 @@ class _Chain:
                 self._report([_under(folder, _broken_manifest(error))])
 
     def _input(self, name: str, record: dict[str, Any]) -> None:
-        path = Path(record.get("path", ""))
-        if "path" not in record or not path.exists():
-            self.verification.gone.append(f"{name}: {record.get('path') or record.get('hub')}")
+        named = record.get("path")
+        path = Path(named or "")
+        if not named or not path.exists():
+            self.verification.gone.append(f"{name}: {named or record.get('hub')}")
             return
+        if not path.is_absolute() or not (path.is_dir() or path.is_file()):
+            # no stage writes such a path; a device, read for its checksum, might never end
+            raise ValueError(f"input {name} is at {named[:100]!r}, no file or folder by its whole path")
         root = path if path.is_dir() else path.parent
         self._report(_under(root, fault) for fault in _file_faults(path, record["files"], self.digests))
         home = next((p for p in (root, root.parent) if holds_manifest(p)), None)

@@ -7,12 +7,16 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from moemerge.artifacts.disk import in_words, size_of
+from moemerge.artifacts.disk import in_words, size_of, write_whole
 from moemerge.artifacts.inputs import deciding_options, digests, fingerprints, inputs_of
+from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.manifest import own_digest
 from moemerge.options.base import Run
 
 log = logging.getLogger(__name__)
@@ -43,3 +47,22 @@ def workspace(options: Run) -> Iterator[Path]:
             shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON values: made once, and kept in the file `path` with its checksum.
+
+    What is kept there is trusted with the days that it took, so it has to be the very same: a file that has
+    changed is made again.
+    """
+    if path.exists():
+        try:
+            kept = read_object(path, sys.maxsize)
+            if kept.get("sha256") == own_digest(kept):
+                return kept["value"]
+        except (OSError, ValueError):
+            pass
+        log.warning("%s is not as it was written, and is made again", path)
+    value = {"value": json.loads(json.dumps(make()))}
+    write_whole(path, json.dumps(value | {"sha256": own_digest(value)}))
+    return value["value"]

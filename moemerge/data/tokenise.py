@@ -11,6 +11,7 @@ from typing import Any
 
 from moemerge.data.pairs import CandidateSet, Pair
 from moemerge.data.rows import SHORTEN, BadRow, RowReport, Text
+from moemerge.data.texts import encodable
 from moemerge.errors import DataError
 from moemerge.options.base import TextFormat
 
@@ -133,8 +134,6 @@ def render(tokenizer: Any, messages: list[dict[str, str]], **more: Any) -> str |
 
     Raises DataError without a template.
     """
-    from jinja2 import TemplateError
-
     if not messages:
         return ""
     if tokenizer.chat_template is None:
@@ -145,8 +144,10 @@ def render(tokenizer: Any, messages: list[dict[str, str]], **more: Any) -> str |
             fix="use the chat model's tokenizer, or give prompt, chosen and rejected as text",
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        return encodable(str(tokenizer.apply_chat_template(messages, tokenize=False, **more)))
+    except BadRow as fault:
+        return fault
+    except Exception as error:  # a template is a program, and may raise anything
         return _refused(messages, error)
 
 

@@ -17,12 +17,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from moemerge.artifacts.checksums import MANIFEST, fingerprint
 from moemerge.artifacts.manifest import (
-    NONSENSE,
     Manifest,
     expect_stage,
     flat_inputs,
     read_manifest,
     stated_licence,
+    written_by_stages,
 )
 from moemerge.errors import ArtifactError
 from moemerge.evaluation.measures import main_measures
@@ -93,15 +93,11 @@ def make_card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCar
     Raises ArtifactError if no stage wrote the folder as a model, the evaluation does not hold it, or what
     manifests and report hold is not what a stage writes there.
     """
-    try:
+    with written_by_stages(
+        "no card can be made from these manifests and this report",
+        "run the stage that wrote the model, or evaluate, again",
+    ):
         return _card(options, option_classes)
-    except NONSENSE as error:
-        raise ArtifactError(
-            "no card can be made from these manifests and this report",
-            given=f"{type(error).__name__}: {error}"[:300],
-            expected="values as the stages write them",
-            fix="run the stage that wrote the model, or evaluate, again",
-        ) from error
 
 
 def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:

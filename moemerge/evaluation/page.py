@@ -24,11 +24,12 @@ def evaluation_sections(report: Report, folder: Path) -> list[Section]:
     `report` is its report.json, `folder` where the plots are. A table with a column of prose is one to read.
     """
     sections, to_read = [_summary(report)], []
+    held = {path.name: path for path in folder.iterdir()}  # a report may name files elsewhere
     for name, result in report["probes"].items():
         tables = PROBES.get(name).tables(result)
         to_read += [table for table in tables if any(table.prose()[1:])]
         numbers = [table for table in tables if not any(table.prose()[1:])]
-        figures = [Figure.load(folder / plot) for plot in report["plots_by_probe"].get(name, [])]
+        figures = [Figure.load(held[plot]) for plot in report["plots_by_probe"].get(name, []) if plot in held]
         sections.append(Section(_title(name), tables=numbers, figures=figures))
     if to_read:
         sections.append(Section("Worst cases to read", tables=to_read))

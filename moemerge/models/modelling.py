@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from moemerge.errors import UnsupportedError
 from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.base import PREFIX, Family
-from moemerge.models.families.dense import dense_class, dense_config, skeleton
+from moemerge.models.families.dense import dense_class, dense_config, describes_model, skeleton
 from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.layout import Layout, write_layout
 from moemerge.models.loading import check_loading, load_weights
@@ -188,18 +188,22 @@ def moe_config(dense: PretrainedConfig, settings: MoeSettings) -> PretrainedConf
 
 
 def layout_of(config: PretrainedConfig) -> Layout:
-    """The layout that follows from a MoE's config; builds both models without weights."""
+    """The layout that follows from a MoE's config; builds both models without weights.
+
+    CheckpointError for a config that describes no model.
+    """
     family = family_of(config)
-    with torch.device("meta"):
-        model = model_class(family.model_type)(config)
-    return Layout(
-        class_name=type(model).__name__,
-        moe={name: tuple(value.shape) for name, value in model.state_dict().items()},
-        tied=list(getattr(model, "all_tied_weights_keys", None) or {}),
-        dense=list(skeleton(config).state_dict()),
-        experts=family.expert_tensors(config),
-        dense_config=json.loads(dense_config(config).to_json_string()),
-    )
+    with describes_model(config.model_type):
+        with torch.device("meta"):
+            model = model_class(family.model_type)(config)
+        return Layout(
+            class_name=type(model).__name__,
+            moe={name: tuple(value.shape) for name, value in model.state_dict().items()},
+            tied=list(getattr(model, "all_tied_weights_keys", None) or {}),
+            dense=list(skeleton(config).state_dict()),
+            experts=family.expert_tensors(config),
+            dense_config=json.loads(dense_config(config).to_json_string()),
+        )
 
 
 def install_experts(model: PreTrainedModel) -> None:

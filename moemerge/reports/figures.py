@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from moemerge.artifacts.json_file import read_object
 from moemerge.reports.table import Table
 
 Number = float | None  # None stands for a value that there is not
@@ -140,11 +141,13 @@ class Figure:
 
     @classmethod
     def load(cls, file: Path) -> Figure:
-        """The picture `file` and what lies beside it."""
+        """The picture `file` and what lies beside it. ValueError for links and what is no plot."""
         beside = file.with_suffix(SUFFIX)
+        if file.is_symlink() or beside.is_symlink():
+            raise ValueError(f"{file.name} is a link: a page would show what is elsewhere")
         if not beside.is_file():
             return cls(file)
-        return cls(file, _adapter().validate_python(json.loads(beside.read_text(encoding="utf-8"))))
+        return cls(file, _adapter().validate_python(read_object(beside)))
 
     def renamed(self, name: str) -> Figure:
         """The same under another title."""

@@ -17,10 +17,13 @@ def headline(manifest: Manifest) -> str:
     """What the stage that wrote `manifest` came to.
 
     Another version of moemerge may have given its results other names: of those, single values as they stand.
+    Raises ArtifactError for results that the stage does not write.
     """
     from moemerge.artifacts.environment import package_version
+    from moemerge.artifacts.manifest import written_by_stages
 
-    results = manifest["results"]
+    stage, results = manifest["stage"], manifest["results"]
     if manifest["versions"].get("moemerge", "unknown") != package_version():
         return plain(results)
-    return HEADLINES[manifest["stage"]](results)
+    with written_by_stages(f"the results of stage {stage} cannot be shown", "run the stage again"):
+        return HEADLINES[stage](results)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.evaluation import verdict
 from moemerge.evaluation.page import evaluation_sections, row_table
@@ -69,7 +69,7 @@ def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section
 
 
 def _optimised(folder: Path) -> Table:
-    return table(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    return table(read_object(folder / "report.json"))
 
 
 def _figures(folder: Path, named: bool) -> Iterator[Figure]:

@@ -15,7 +15,7 @@ from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, write_whole
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
-from moemerge.artifacts.manifest import Manifest, read_manifest
+from moemerge.artifacts.manifest import Manifest, read_manifest, written_by_stages
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added, refuse_several
 from moemerge.artifacts.staleness import other_versions, why_stale
 from moemerge.errors import Faults
@@ -95,7 +95,7 @@ def run_recipe(
             if tell is not None:
                 tell(reports[-1])
         _tell_versions(reports)
-        return _finish(recipe, reports)
+        return finish(recipe, reports)
 
 
 def _run_step(step: Step) -> StepReport:
@@ -116,7 +116,17 @@ def _tell_versions(reports: Iterable[StepReport]) -> None:
         log.warning("steps are kept that other versions made: %s", ", ".join(changes))
 
 
-def _finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+def finish(recipe: Recipe, reports: list[StepReport]) -> RunReport:
+    """The report of a run whose steps are done, and its summary and page.
+
+    Raises ArtifactError for manifests, reports and plots that no stage wrote.
+    """
+    fix = "remove the folders of the steps that you have not made yourself, then run the recipe again"
+    with written_by_stages(f"what the steps of {recipe.output} wrote cannot be shown", fix):
+        return _report(recipe, reports)
+
+
+def _report(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     """The report of a run: of one seed by its evaluation, of several by their comparison."""
     if not recipe.seeds:
         return _last_word(recipe, reports)

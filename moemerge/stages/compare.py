@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moemerge.artifacts.json_file import read_object, write_json
-from moemerge.artifacts.manifest import NONSENSE, expect_stage
+from moemerge.artifacts.manifest import expect_stage, written_by_stages
 from moemerge.artifacts.stage import RECIPE_COPY, Draft, stage
 from moemerge.errors import ArtifactError, unknown
 from moemerge.evaluation import verdict
@@ -45,7 +45,7 @@ def compare(options: Compare, draft: Draft) -> None:
     itself. Raises ArtifactError if a folder is no evaluation, a seed occurs twice in a group, or a model or
     measure lacks a seed; OptionError if the baseline is no model.
     """
-    groups = [_compare_group(title, runs, options) for title, runs in _groups(map(_read, options.runs))]
+    groups = compared(options)
     plots = [
         [name for plot in (_plot_differences, _plot_costs) for name in plot(group, number, draft.folder)]
         for number, group in enumerate(groups, 1)
@@ -74,6 +74,12 @@ def compare(options: Compare, draft: Draft) -> None:
     draft.results |= {"models": len(models), "seeds": len(seeds), "groups": groups}
 
 
+def compared(options: Compare) -> list[SeedGroup]:
+    """The groups of runs of one recipe each, and what came of them. Raises as `compare`."""
+    with written_by_stages("the evaluations cannot be compared", "evaluate again, or leave one out of runs"):
+        return [_compare_group(title, runs, options) for title, runs in _groups(map(_read, options.runs))]
+
+
 @dataclass(frozen=True)
 class _Run:
     """One evaluation: measures hold a value per model, costs what evaluate reported of each model.
@@ -100,15 +106,8 @@ def _read(folder: str) -> _Run:
             fix="evaluate first, or correct runs",
         )
     manifest = expect_stage(folder, "evaluate")
-    try:
+    with written_by_stages(f"the evaluation {folder} cannot be read", "evaluate again"):
         return _run(folder, manifest)
-    except NONSENSE as error:
-        raise ArtifactError(
-            f"the evaluation {folder} cannot be read",
-            given=f"{type(error).__name__}: {error}"[:300],
-            expected="report and manifest as evaluate writes them",
-            fix="evaluate again",
-        ) from error
 
 
 def _run(folder: str, manifest: Mapping[str, Any]) -> _Run:

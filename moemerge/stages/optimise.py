@@ -6,9 +6,9 @@ Q prompts that are measured on, V measurements (at step 0 and then every so many
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
-from moemerge.artifacts.workspace import workspace
+from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import Row, RowSummary, Text, write_rows
@@ -60,10 +59,8 @@ def optimise(options: Optimise, draft: Draft) -> None:
     with workspace(options) as folder:
         runs = {}
         for number, name in enumerate(options.models):
-            path = folder / f"{number}.json"
-            if not path.exists():
-                write_whole(path, json.dumps(_run(options, name, gold_reward, device, folder)))
-            runs[name] = json.loads(path.read_text(encoding="utf-8"))
+            run = partial(_run, options, name, gold_reward, device, folder)
+            runs[name] = once(folder / f"{number}.json", run)
             free_memory()
     report = _report(options, runs)
     _write(draft, report, runs)

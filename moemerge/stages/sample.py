@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.stage import Draft, stage
-from moemerge.artifacts.workspace import workspace
+from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import write_rows
@@ -69,12 +68,11 @@ def _draw(
     lengths = [len(ids[number]) + options.max_new_tokens for number in numbers]
     with tqdm(total=len(numbers), desc="answers", unit="answer", leave=False, disable=None) as bar:
         for batch, rows in enumerate(batches(lengths, options.batch_tokens)):
-            path = folder / f"{batch}.json"
-            if not path.exists():
-                drawn = _batch(options, policy, tokenizer, prompts, [numbers[row] for row in rows], batch)
-                write_whole(path, json.dumps(drawn))
+            of_rows = [numbers[row] for row in rows]
+            draw = partial(_batch, options, policy, tokenizer, prompts, of_rows, batch)
+            drawn = once(folder / f"{batch}.json", draw)
             bar.update(len(rows))
-            yield json.loads(path.read_text(encoding="utf-8"))
+            yield drawn
 
 
 def _batch(

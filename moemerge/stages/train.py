@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import logging
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from moemerge.artifacts.disk import flush_and_forget, flush_tree, size_of, write_whole
+from moemerge.artifacts.disk import flush_and_forget, flush_tree, size_of
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
-from moemerge.artifacts.workspace import workspace
+from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.errors import OptionError, UnsupportedError
@@ -139,19 +137,13 @@ def _compete(bench: _Bench, trials: list[Train], folder: Path) -> list[dict[str,
     for number, options in enumerate(trials):
         home = folder / f"trial-{number}"
         home.mkdir(exist_ok=True)
-        reports.append(_once(home / DONE, partial(_trial, bench, options, home)))
+        reports.append(once(home / DONE, partial(_trial, bench, options, home)))
         if len(trials) > 1:
             gc.collect()  # the last trial's model, which a cycle in the trainer holds
         best = _winner(reports, options.choose_by)
         for other in range(number + 1):
             _keep_only(folder / f"trial-{other}", reports[best]["best_step"] if other == best else None)
     return reports
-
-
-def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not path.exists():
-        write_whole(path, json.dumps(make()))
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _keep_only(home: Path, step: int | None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from moemerge.artifacts.manifest import own_digest
 from moemerge.artifacts.stage import Draft, Stage
 from moemerge.artifacts.verify import verify, verify_folder
 from moemerge.artifacts.weight_files import Fault
@@ -185,6 +186,26 @@ def test_inputs_that_are_gone_are_told_and_no_fault(made: Path, tmp_path: Path) 
     found = verify(second, inputs=True)
     assert found.faults == [] and found.gone == [f"source: {made}"]
     assert verify(third, inputs=True).gone == ["source: owner/name"]
+
+
+@pytest.mark.parametrize("named", ["/dev/zero", "..", ".", "made", "{root}/pipe"])
+def test_an_input_that_is_no_file_by_its_whole_path_is_a_fault(
+    named: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that is read for its checksum might never end; no stage writes such a path."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    second = copy(source=str(made), output=tmp_path / "second")
+    manifest = json.loads((second / "manifest.json").read_text())
+    source = manifest["inputs"]["source"] | {"path": named.format(root=tmp_path)}
+    source["files"] = {
+        "zero": {"size": 0, "mtime_ns": 0, "sha256": "0"},
+        "pipe": {"size": 0, "mtime_ns": 0, "sha256": "0"},
+    }
+    manifest["inputs"]["source"] = source
+    (second / "manifest.json").write_text(json.dumps(manifest | {"sha256": own_digest(manifest)}))
+    (fault,) = verify(second, inputs=True).faults
+    assert "no file or folder by its whole path" in fault.found
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

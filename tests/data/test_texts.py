@@ -307,6 +307,28 @@ def test_the_words_of_a_hostile_template_are_one_short_line() -> None:
     assert len(error.value.given) < 40 * 300 and error.value.given.isprintable()
 
 
+HOSTILE = {
+    "nested loops": "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,  # more than Python's compiler takes
+    "nested brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "a call of itself": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "half a letter": "{{ '\\ud800' }}",
+    "no file to be included": "{% include 'x' %}",
+    "no such attribute": "{{ messages.x.y }}",
+    "a format that does not fit": "{{ '%d' % 'a' }}",
+    "no syntax": "{% for %}",
+    "what the sandbox refuses": "{{ ''.__class__.__mro__ }}",
+    "memory for nothing": "{{ 'a' * 10 ** 18 }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_a_template_raises_makes_bad_rows(name: str) -> None:
+    pairs = [Pair([USER], [GOOD], [BAD], row=1)]
+    with pytest.raises(DataError, match="cannot be used") as error:
+        encode_pairs(tokenizer_of(HOSTILE[name]), pairs, SKIP, RowReport("x", total=1))
+    assert len(error.value.given) < 300 and error.value.given.isprintable()
+
+
 def test_prompts_that_the_policys_template_refuses_are_bad_rows(tmp_path: Path) -> None:
     rows = [{"prompt": [SYSTEM, USER]}, {"prompt": [USER]}]
     options = {"model": "x", "prompts": source_of(tmp_path, rows), "output": tmp_path / "out"}

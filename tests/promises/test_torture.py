@@ -13,11 +13,12 @@ import pytest
 from tiny_models import save_dense
 from torture import Known, digests, look
 from torture_forks import Ending
-from torture_scenarios import Scenario
+from torture_scenarios import Scenario, scenarios
 
 import moemerge
 from moemerge.artifacts.stage import artifact
 from moemerge.options.upcycle import Upcycle
+from moemerge.stages import ROWS
 
 HERE = Path(__file__).parent
 GOOD = Ending(0, "done", 1.0)
@@ -41,6 +42,11 @@ def test_twenty_kills_and_bad_disks_break_no_promise() -> None:
     assert done.returncode == 0 and re.search(r"killed at a time: exit codes .*-9: \d", done.stdout)
     strikes = re.findall(r"(\d+) of (\d+) struck before", done.stdout)
     assert strikes and all(struck == tried != "0" for struck, tried in strikes), done.stdout
+
+
+def test_every_stage_is_tortured(tmp_path: Path) -> None:
+    named = [scenario.name for scenario in scenarios(tmp_path, tmp_path, tmp_path)]
+    assert sorted(named) == sorted([*(row.name for row in ROWS), "overwrite", "run"])
 
 
 @pytest.fixture

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from small_moe import make_moe, random_pairs, write_rows
+from small_policy import save_policy
 from tiny_models import save_dense
 
-SLOW = {"train", "route", "fit", "evaluate"}
+from moemerge.stages.evaluate import evaluate
+
+SLOW = {"train", "route", "fit", "evaluate", "optimise"}
 # What other scenarios read.
 NEEDED = {"upcycle", "route", "fit", "merge"}
 COMMON = ["--threads", "1", "--seed", "3", "--device", "cpu"]
@@ -38,12 +41,17 @@ class Scenario:
 
 
 def make_inputs(folder: Path) -> None:
-    """Models, data and a recipe in `folder`; nothing in it may change afterwards."""
+    """Models, data, evaluations and a recipe in `folder`; nothing in it may change afterwards."""
     save_dense(folder / "dense")
     make_moe(folder / "moe", gate="topk")
     rows = random_pairs(48)
     write_rows(folder / "pairs.jsonl", rows[:32])
     write_rows(folder / "validation.jsonl", rows[32:])
+    save_policy(folder / "policy")
+    models = {"a": str(folder / "dense"), "b": str(folder / "moe")}
+    for seed in (1, 2):
+        tests, output = {"t": str(folder / "validation.jsonl")}, folder / f"evaluated-{seed}"
+        evaluate(models=models, pairs=tests, resamples=100, seed=seed, device="cpu", output=output)
     training = {"max_steps": 6, "batch_size": 4, "eval_steps": 2, "learning_rate": 1e-3}
     recipe = {
         "seed": 3,
@@ -67,16 +75,21 @@ def make_inputs(folder: Path) -> None:
 
 
 def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
-    """Every stage that writes models or numbers, `run` over all of them, and merge over an old output.
+    """Every stage, `run` over most of them, and merge over an old output.
 
     `made` holds the references, in order: what a later stage reads was made by an earlier one.
     """
-    moe, dense = str(inputs / "moe"), str(inputs / "dense")
+    moe, dense, policy = str(inputs / "moe"), str(inputs / "dense"), str(inputs / "policy")
     pairs, held_out = str(inputs / "pairs.jsonl"), str(inputs / "validation.jsonl")
     routing, fitted = str(made / "route"), str(made / "fit")
     upcycle = ["--num-routed-experts", "3", "--num-experts-per-tok", "2"]
     train = ["--max-steps", "6", "--eval-steps", "2", "--batch-size", "4", "--learning-rate", "1e-3"]
+    world = ["--train-pairs", "12", "--validation-pairs", "10", "--test-pairs", "10", "--prompts", "2"]
+    answers = ["--prompts", pairs, "--max-new-tokens", "2", "--max-length", "64", "--gold-model", dense]
+    steps = ["--steps", "2", "--batch-size", "4", "--answers-per-prompt", "2", "--learning-rate", "1e-3"]
+    measured = ["--measure-prompts", "2", "--measure-answers", "2", "--resamples", "100"]
     commands = {
+        "synthetic": [*world, "--candidates", "3", "--hidden-size", "8", "--num-layers", "1"],
         "data": ["--train", pairs, "--tests", f"t={held_out}", "--validation-share", "0.2"],
         "upcycle": ["--model", dense, *upcycle],
         "train": ["--model", moe, "--pairs", pairs, "--validation", held_out, *train],
@@ -84,8 +97,12 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
         "merge": ["--model", moe, "--coefficients", fitted],
         "export": ["--model", moe, "--coefficients", fitted],
+        "sample": ["--model", policy, *answers, "--per-prompt", "3", "--batch-tokens", "64"],
+        "optimise": ["--policy", policy, "--models", f"a={dense}", f"b={moe}", *answers, *steps, *measured],
         "evaluate": ["--models", f"a={dense}", f"b={moe}", "--pairs", f"t={held_out}", "--resamples", "100"],
+        "attack": ["--model", dense, "--pairs", held_out, "--steps", "2", "--proposals", "3"],
         "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],
+        "compare": ["--runs", str(inputs / "evaluated-1"), str(inputs / "evaluated-2")],
     }
     found = [
         Scenario(

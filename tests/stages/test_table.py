@@ -10,6 +10,7 @@ import pytest
 import moemerge
 from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.stage import Stage
+from moemerge.errors import ArtifactError
 from moemerge.options.base import Run
 from moemerge.run import cli
 from moemerge.run.headlines import headline
@@ -53,7 +54,7 @@ def manifest(stage: str, results: dict[str, object], version: str) -> dict[str, 
 
 def test_a_result_that_changed_its_name_is_not_passed_over() -> None:
     for row in ROWS:
-        with pytest.raises(KeyError):
+        with pytest.raises(ArtifactError, match="cannot be shown"):
             headline(manifest(row.name, {"renamed": 1}, package_version()))
 
 

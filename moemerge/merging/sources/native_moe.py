@@ -27,7 +27,7 @@ from moemerge.errors import ArtifactError, CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import ExpertSource, MergedTensor
 from moemerge.models.families import family_called
 from moemerge.models.families.base import ExpertTensor
-from moemerge.models.families.dense import dense_class, shared_values, skeleton
+from moemerge.models.families.dense import dense_class, describes_model, shared_values, skeleton
 from moemerge.models.families.siblings import SIBLINGS, Sibling
 from moemerge.models.folder import ModelFolder, misfit, opened
 from moemerge.models.heads import in_head, refuse_lost_head, spare_head
@@ -39,6 +39,7 @@ LAYOUTS = (
     ("mlp.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
 )
 ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.(gate(\.wg)?|shared_expert_gate)\.weight$")
+MOST_EXPERTS = 10_000  # of a layer; their names are listed
 BASIN = (
     "experts that were trained from scratch share no basin, so their average may be no better than chance; "
     "measure the merged model before you use it"
@@ -70,12 +71,13 @@ class NativeMoe(ExpertSource):
         self.weights, self.folder = self.opened.weights, self.opened.folder
         self.config = self.opened.config
         self.sibling: Sibling = SIBLINGS[self.config.model_type]
-        self._refuse_inexpressible()
-        self.num_members = int(getattr(self.config, self.sibling.experts))
-        self.has_shared = bool(self.sibling.shared) and self._shared_width == self._width
-        dense, with_experts = self.dense_config(), set(layers_with_experts(self.config))
-        mlps = family_called(self.sibling.dense).expert_tensors(dense)
-        self.tensors: list[ExpertTensor] = [t for t in mlps if t.layer in with_experts]
+        with describes_model(self.config.model_type):
+            self._refuse_inexpressible()
+            self.num_members = int(getattr(self.config, self.sibling.experts))
+            self.has_shared = bool(self.sibling.shared) and self._shared_width == self._width
+            dense, with_experts = self.dense_config(), set(layers_with_experts(self.config))
+            mlps = family_called(self.sibling.dense).expert_tensors(dense)
+            self.tensors: list[ExpertTensor] = [t for t in mlps if t.layer in with_experts]
         merged = {tensor.dense for tensor in self.tensors}
         self._shapes = {name: tuple(value.shape) for name, value in skeleton(dense).state_dict().items()}
         self.backbone = [name for name in self._shapes if name not in merged]
@@ -208,7 +210,7 @@ class NativeMoe(ExpertSource):
             return "its down_proj are scaled, as moemerge export does", "written by moemerge export", fix
         if not isinstance(number, int):
             return "its layers have unlike numbers of experts", f"{self.sibling.experts} {number}", other
-        if not layers or not number:
+        if not layers or not 0 < number <= MOST_EXPERTS:
             return "no layer has experts", f"{number} experts in {len(layers)} layers", "use it as it is"
         if len(layers) < c.num_hidden_layers and c.intermediate_size != self._width:
             widths = f"dense layers of width {c.intermediate_size}, experts of width {self._width}"

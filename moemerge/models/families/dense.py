@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, cast
@@ -12,11 +14,27 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, MoemergeError
 from moemerge.models.families.base import PREFIX
 
 # Keys of config.json that say what wrote it, not what the architecture computes.
 NOT_CARRIED = ("moemerge", "auto_map", "model_type", "architectures", "transformers_version")
+
+
+@contextmanager
+def describes_model(kind: str) -> Iterator[None]:
+    """Raise CheckpointError for whatever the classes of a model_type raise at a config without sense."""
+    try:
+        yield
+    except MoemergeError:
+        raise
+    except Exception as error:  # sizes and names that the classes do not expect may make them raise anything
+        raise CheckpointError(
+            "the config describes no model that can be made",
+            given=f"{kind}: {type(error).__name__}: {error}"[:500],
+            expected="sizes and names that the architecture knows",
+            fix="correct config.json, or copy the model again whole",
+        ) from error
 
 
 def is_moe(config: PretrainedConfig) -> bool:
@@ -25,12 +43,16 @@ def is_moe(config: PretrainedConfig) -> bool:
 
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the dense reward model of the same architecture; a new object."""
+    """The config of the dense reward model of the same architecture; a new object.
+
+    CheckpointError if there is none.
+    """
     values = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED}
-    kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
-    dense = kind.from_dict({**values, "model_type": kind.model_type})
-    dense.architectures = [dense_class(dense).__name__]
-    return dense
+    with describes_model(config.model_type):
+        kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+        dense = kind.from_dict({**values, "model_type": kind.model_type})
+        dense.architectures = [dense_class(dense).__name__]
+        return dense
 
 
 def shared_values(config: PretrainedConfig, kind: type[PretrainedConfig]) -> dict[str, Any]:
@@ -53,14 +75,6 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 @lru_cache(maxsize=8)
 def _skeleton(text: str) -> PreTrainedModel:
     values: dict[str, Any] = json.loads(text)
-    try:
+    with describes_model(values["model_type"]), torch.device("meta"):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-        with torch.device("meta"):
-            return cast(PreTrainedModel, AutoModelForSequenceClassification.from_config(config))
-    except Exception as error:  # a model's class may raise anything at sizes that make no sense
-        raise CheckpointError(
-            "the config describes no model that can be made",
-            given=f"{values['model_type']}: {type(error).__name__}: {error}"[:500],
-            expected="sizes and names that the architecture knows",
-            fix="correct config.json, or copy the model again whole",
-        ) from error
+        return cast(PreTrainedModel, AutoModelForSequenceClassification.from_config(config))
