@@ -6,6 +6,7 @@ ever, obeys any Retry-After, and reads an answer as long as it comes.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,16 +28,24 @@ class EndlessAnswer(ValueError):
 
 @contextmanager
 def bounded_hub() -> Iterator[None]:
-    """Within, every request to the hub is bounded in time and every answer but files in size."""
+    """Within, every request to the hub is bounded in time and every answer but files in size.
+
+    Where the program has handlers of log lines, such as our command line, huggingface_hub's own one rests: it
+    would say everything twice, and tokens with it.
+    """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
     # The user's own factory, with its proxies and certificates, makes the clients here too.
     factory = _http._GLOBAL_CLIENT_FACTORY
     set_client_factory(lambda: _bounded(factory()))
+    log = logging.getLogger("huggingface_hub")
+    handlers = log.handlers
+    log.handlers = [] if log.propagate and logging.root.handlers else handlers
     try:
         yield
     finally:
+        log.handlers = handlers
         set_client_factory(factory)
 
 

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 from typing_extensions import TypedDict
 
 from moemerge.artifacts.hub import bounded_hub, words_of
+from moemerge.artifacts.paths import DATA_SUFFIXES, near_path
 from moemerge.data.shards import all_shards, refuse_part_of_saved
-from moemerge.errors import DataError, suggest
+from moemerge.errors import DataError
 
-KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN, MOST_REASONS = 10, 40
 CORRECT = "correct these rows, or name the file's own fields in `fields`"
@@ -133,7 +133,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Row | BadRow]]:
     if path.is_file():
         return _file_rows(path)
     if path.is_dir():
-        return _rows_in_turn(all_shards(path, KINDS))
+        return _rows_in_turn(all_shards(path, DATA_SUFFIXES))
     hub = HUB.fullmatch(source)
     if hub and not path.exists():
         return _numbered(_hub_rows(source, **hub.groupdict()))
@@ -168,10 +168,10 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     if name.endswith(".parquet") and not packed:
         return _numbered(_parquet_rows(path))
     raise DataError(
-        f"{path} is of no kind that can be read",
+        f"{path}: files of this kind cannot be read",
         given=path.suffix or "no suffix",
-        expected=", ".join(KINDS),
-        fix="convert the file, or give it the suffix of its kind",
+        expected=", ".join(DATA_SUFFIXES),
+        fix="convert the file; if it is of such a kind, rename it to end so",
     )
 
 
@@ -300,13 +300,11 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterabl
 
 
 def _refuse(path: Path) -> NoReturn:
-    folder = path.parent.iterdir() if path.parent.is_dir() else ()
-    near = [p.name for p in folder if p.name.endswith(KINDS)]
     raise DataError(
         f"{path} does not exist",
         given=str(path),
-        expected=f"a file ({', '.join(KINDS)}), or a dataset on the hub as owner/name:split",
-        fix=suggest(path.name, near) if near else "correct the path, or add the split: owner/name:train",
+        expected=f"a file ({', '.join(DATA_SUFFIXES)}), or a dataset on the hub as owner/name:split",
+        fix=f"{near_path(path)}correct the path, or add the split: owner/name:train",
     )
 
 

@@ -6,6 +6,8 @@ and importing transformers takes longer than merging a gigabyte.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moemerge.artifacts.foreign import refuse_foreign, refuse_paths
 from moemerge.artifacts.hub import bounded_hub, words_of
 from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.paths import near_path, reads_like_path
 from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.config_file import read_config
 from moemerge.models.families.base import PREFIX
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from moemerge.models.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 # transformers takes what these hold for arguments of the tokenizer's class.
@@ -56,6 +61,8 @@ class ModelFolder:
         self.drawn_head: list[str] = []  # tensors of the head that load_reward_model drew, not read
         if Path(source).exists():
             refuse_foreign(Path(source))
+        if not self.is_local:
+            self._require_hub_name()
         self._refuse_adapter()
         if self._file("config.json") is not None:
             self.config_json  # noqa: B018 (transformers' tokenizers read it too)
@@ -130,7 +137,7 @@ class ModelFolder:
             with bounded_hub():
                 folder = Path(snapshot_download(self.source, allow_patterns=ON_HUB))
         except Exception as error:  # an answer that makes no sense can raise anything
-            raise _not_found(self.source, error) from None
+            raise _not_on_hub(self.source, error) from None
         refuse_foreign(folder)
         return folder
 
@@ -209,6 +216,16 @@ class ModelFolder:
                 fix="give a sequence classifier with num_labels = 1",
             )
 
+    def _require_hub_name(self) -> None:
+        """Raise CheckpointError, after one question at most, for what is neither a folder nor on the hub."""
+        if Path(self.source).exists():
+            fix = f"give the folder that it lies in: {Path(self.source).parent}"
+            raise _not_found(self.source, "a file", fix)
+        if reads_like_path(self.source):
+            raise _not_found(self.source, "no such folder", "correct the path")
+        log.info("%s is no folder here: looking for it on the hub", self.source)
+        self._from_hub("config.json", _raise_exceptions_for_missing_entries=True)
+
     def _refuse_adapter(self) -> None:
         if self._file(ADAPTER) is not None:
             # transformers would load the model that this file names, from wherever that is
@@ -233,13 +250,16 @@ class ModelFolder:
         if self.is_local:
             path = Path(self.source) / name
             return path if path.exists() else None
+        return self._from_hub(name, _raise_exceptions_for_missing_entries=False)
+
+    def _from_hub(self, name: str, **how: bool) -> Path | None:
         from transformers.utils.hub import cached_file
 
         try:
             with bounded_hub():
-                cached = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
-        except Exception as error:
-            raise _not_found(self.source, error) from None
+                cached = cached_file(self.source, name, **how)
+        except Exception as error:  # an answer that makes no sense can raise anything
+            raise _not_on_hub(self.source, error) from None
         return None if cached is None else Path(cached)
 
 
@@ -271,10 +291,17 @@ def misfit(
     )
 
 
-def _not_found(source: str, error: Exception) -> CheckpointError:
+def _not_found(source: str, given: str, fix: str) -> CheckpointError:
     return CheckpointError(
         f"the model cannot be found: {source}",
-        given=source,
-        expected="a folder, or a name on the hub that can be reached",
-        fix=f"correct the name ({words_of(error) or type(error).__name__})",
+        given=given,
+        expected="a folder with a model, or a name on the hub that can be reached",
+        fix=near_path(source, folders_only=True) + fix,
     )
+
+
+def _not_on_hub(source: str, error: Exception) -> CheckpointError:
+    given = f"no folder of this name here; on the hub: {words_of(error) or type(error).__name__}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return _not_found(source, given, "correct the path, or unset HF_HUB_OFFLINE to load it from the hub")
+    return _not_found(source, given, "correct the path or the name on the hub; check network and token")

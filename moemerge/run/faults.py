@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from moemerge.artifacts.paths import near_path, reads_like_path
 from moemerge.artifacts.stage import RECIPE_COPY
 from moemerge.errors import MoemergeError, OptionError, UnsupportedError, unknown
 from moemerge.models.config_file import LAYERS
@@ -18,7 +19,6 @@ from moemerge.options.sample import SAMPLED
 from moemerge.run.baselines import model_names, scored_names
 from moemerge.run.recipe_file import Tree
 
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 Check = Callable[[Recipe], Iterator[MoemergeError]]
@@ -90,15 +90,9 @@ def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
                 {f"{key}.{name}": source for name, source in value.items()} if is_mapping else {key: value}
             )
     for key, source in sources.items():
-        if not Path(source).exists() and _reads_like_path(source):
-            fix = f"correct {key}, or override it: --set {key}=PATH"
+        if not Path(source).exists() and reads_like_path(source):
+            fix = f"{near_path(source)}correct {key}, or override it: --set {key}=PATH"
             yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
-
-
-def _reads_like_path(source: str) -> bool:
-    return (
-        source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES) or source.count("/") > 1
-    )
 
 
 def _local_model(recipe: Recipe) -> ModelFolder | None:

@@ -221,7 +221,7 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_bytes(b"a,b")
     hints = {
         tmp_path: "cut.jsonl.gz",
-        tmp_path / "pair.jsonl": "did you mean 'pairs.jsonl'",
+        tmp_path / "pair.jsonl": f"did you mean '{tmp_path}/pairs.jsonl'",
         tmp_path / "cut.jsonl.gz": "again",
         tmp_path / "no.parquet": "again",
         tmp_path / "object.json": "list",

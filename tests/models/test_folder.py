@@ -86,3 +86,42 @@ def test_a_tokenizer_needs_no_model_beside_it(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="config cannot be read"):
         ModelFolder(tmp_path).config  # noqa: B018 (reading it is the test)
+
+
+@pytest.mark.parametrize("source", ["./rm-aa", "no/such/folder", "rm-a/config.json", "/nowhere/rm"])
+def test_what_cannot_be_on_the_hub_is_not_asked_for_there(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_dense(tmp_path / "rm-a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(CheckpointError, match="model cannot be found") as caught:
+        ModelFolder(source)
+    assert ("did you mean 'rm-a'?" in caught.value.fix) == (source == "./rm-aa")
+    assert ("it lies in: rm-a" in caught.value.fix) == (source == "rm-a/config.json")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetch(source: str, name: str, **how: Any) -> None:
+        asked.append(name)
+        raise OSError("We couldn't connect to the hub")
+
+    save_dense(tmp_path / "reward-model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("transformers.utils.hub.cached_file", fetch)
+    with pytest.raises(CheckpointError, match="cannot be found: reward-modl") as caught:
+        ModelFolder("reward-modl")
+    assert asked == ["config.json"] and "couldn't connect" in caught.value.given
+    assert "'reward-model'" in caught.value.fix and "network" in caught.value.fix
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="unset HF_HUB_OFFLINE"):
+        ModelFolder("owner/reward-model")
+
+
+def test_a_name_that_is_not_cached_says_so_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="couldn't find them in the cached files"):
+        ModelFolder("owner/reward-model")

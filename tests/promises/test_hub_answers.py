@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -157,6 +158,23 @@ def test_the_users_own_client_is_used_and_left_as_it_was() -> None:
         assert len(get_session().event_hooks["request"]) == len(own().event_hooks["request"])
     finally:
         set_client_factory(default_client_factory)
+
+
+def test_what_the_hub_library_logs_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import logging as theirs
+
+    log, spoken = theirs.get_logger("huggingface_hub.test"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: spoken.append(record.getMessage())  # type: ignore[method-assign]
+    logging.root.addHandler(handler)
+    before = logging.getLogger("huggingface_hub").handlers
+    try:
+        with bounded_hub():
+            log.warning("Retrying in 1s")
+    finally:
+        logging.root.removeHandler(handler)
+    assert spoken == ["Retrying in 1s"] and capfd.readouterr().err == ""
+    assert logging.getLogger("huggingface_hub").handlers is before
 
 
 # The token in disguise
