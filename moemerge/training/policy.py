@@ -215,10 +215,13 @@ def _pad_left(rows: Sequence[list[int]], pad: int, device: torch.device) -> tupl
 
 
 def end_tokens(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the policy's generation config."""
-    own = policy.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *own] if isinstance(token, int)))
+    """The tokens that end an answer: the tokenizer's, and those of the policy's generation config.
+
+    What the policy's vocabulary lacks is never drawn, and ends nothing.
+    """
+    own, size = policy.generation_config.eos_token_id, policy.config.get_text_config().vocab_size
+    named = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in named if type(token) is int and 0 <= token < size))
 
 
 def _until_end(answer_BT: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fuzz_library import FAMILIES, library
@@ -58,7 +60,7 @@ TEMPLATES = (
     "{{ strftime_now('%Y') if strftime_now is defined else '' }}{% if add_generation_prompt %}x{% endif %}",
 )  # fmt: skip
 PIECES = [
-    "{{ ''.__class__ }}", "{{ 'a' * 10**6 }}", "{{ 1 / 0 }}", "{{ [] | first }}", "{{ x.y.z }}",
+    "{{ ''.__class__ }}", "{{ 'a' * 10**4 }}", "{{ 1 / 0 }}", "{{ [] | first }}", "{{ x.y.z }}",
     "{% for i in range(9) %}", "{{ '\\ud800' }}", "{{ messages | tojson }}", "{{ messages[9] }}",
     "{% break %}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "{% set x = 10 ** 10 ** 2 %}", "{{ '%d' % 'a' }}",
@@ -159,13 +161,17 @@ def read_tokenizer(folder: Path) -> None:
     """Tokens of a short text and of a short chat."""
     tokenizer = load_tokenizer(folder / "model")
     all_of(
-        lambda: _few(encode(tokenizer, "w1 w2 ", "w3 Ärger\u0301 🙂").ids),
-        lambda: _few(encode(tokenizer, MESSAGES[1:2], MESSAGES[2:]).ids),
+        lambda: _tokens(tokenizer, "w1 w2 ", "w3 Ärger\u0301 🙂"),
+        lambda: _tokens(tokenizer, MESSAGES[1:2], MESSAGES[2:]),
     )
 
 
-def _few(ids: list[int]) -> None:
-    assert len(ids) < MOST_TOKENS and all(type(token) is int for token in ids)
+def _tokens(tokenizer: Any, *texts: Any) -> None:
+    """Tokens of prompt and answer; DataError for a bad row."""
+    (text,) = encode_all(tokenizer, [texts])
+    if isinstance(text, BadRow):
+        raise DataError(str(text), given="", expected="", fix="")
+    assert len(text.ids) < MOST_TOKENS and all(type(token) is int for token in text.ids)
 
 
 def make_template(folder: Path, draw: Dice) -> None:
@@ -184,6 +190,4 @@ def read_template(folder: Path) -> None:
     """Tokens of a chat, with and without a system message, and of one that waits for an answer."""
     tokenizer = load_tokenizer(folder / "model")
     chats = [(MESSAGES[:2], MESSAGES[2:]), (MESSAGES[1:2], MESSAGES[2:]), ([], deepcopy(MESSAGES))]
-    encoded = encode_all(tokenizer, chats)  # type: ignore[arg-type]
-    if any(isinstance(text, BadRow) for text in encoded):
-        raise DataError("refused", given="", expected="", fix="")
+    all_of(*(partial(_tokens, tokenizer, *chat) for chat in chats))

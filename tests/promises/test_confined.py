@@ -182,6 +182,7 @@ GENERATION: dict[str, Any] = {
     "penalty": {"repetition_penalty": 5.0, "min_new_tokens": 6, "typical_p": 0.2, "min_p": 0.5},
     "beams": {"num_beams": 4, "penalty_alpha": 0.5, "stop_strings": ["w"], "max_length": 10**9},
     "code": {"custom_generate": "{secret}", "assistant_model": "{secret}"},
+    "ends": {"eos_token_id": [2**63, 10**30, -1, 64, True, 1]},
 }
 
 
