@@ -68,6 +68,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def unexpected(error: BaseException) -> bool:
+    """Whether a library failed at a value: an exception, or what Rust's libraries raise when they give up.
+
+    That is no Exception, and its class stands in no module from which it could be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
     """The fault of a `name` that is none of the `known` ones of its kind, with a near name."""
     known = list(known)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 100_000_000
 
 
-def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+def read_object(path: Path, most: int = MAX_BYTES, once: bool = False) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
     Raises OSError if it cannot be read, ValueError if it is no plain file, has more than `most` bytes, is not
-    UTF-8, is nested too deep or holds anything but one object.
+    UTF-8, is nested too deep or holds anything but one object; with `once` also if an object in it has a key
+    twice, of which another program may take the other value.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -22,12 +24,20 @@ def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
     if status.st_size > most:
         raise ValueError(f"{path.name} has {status.st_size} bytes, more than {most}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds a {type(value).__name__}, not an object")
     return value
+
+
+def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(fields)
+    if len(values) < len(fields):
+        counts = Counter(name for name, _ in fields)
+        raise ValueError(f"key {counts.most_common(1)[0][0][:100]!r} is given twice")
+    return values
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,6 +40,7 @@ from moemerge.artifacts.manifest import (
     own_digest,
     read_manifest,
 )
+from moemerge.artifacts.memory import memory_faults
 from moemerge.artifacts.redaction import redacted
 from moemerge.artifacts.weight_files import weight_faults
 from moemerge.errors import ArtifactError, OptionError, few
@@ -128,7 +129,7 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
             yield Draft(Path(folder), output)
         return
     clock = time.perf_counter()
-    with disk_faults(output), parents(output), hold(lock_of(output), output):
+    with memory_faults(output), disk_faults(output), parents(output), hold(lock_of(output), output):
         recover(output)
         _refuse_existing(output, options.overwrite)
         draft = Draft(new_draft(output), output)

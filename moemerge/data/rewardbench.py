@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from moemerge.data.reading import collect
 from moemerge.data.rows import BadRow, Row, RowReport, read_rows
-from moemerge.data.tokenise import Encoded, render, shared_length
+from moemerge.data.tokenise import Encoded, ids_of, render, shared_length
 from moemerge.errors import DataError
 from moemerge.options.evaluate import Evaluate
 
@@ -181,8 +181,8 @@ def _encode_texts(
 def _ids(tokenizer: Any, texts: Sequence[str | BadRow], **truncation: Any) -> dict[str, list[int]]:
     """Token ids, with special tokens, of each text."""
     different = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
-    ids = tokenizer(different, verbose=False, **truncation)["input_ids"] if different else []
-    return {text: list(text_ids) for text, text_ids in zip(different, ids, strict=True)}
+    ids = ids_of(tokenizer, different, **truncation) if different else []
+    return dict(zip(different, ids, strict=True))
 
 
 def _one_bos(ids: list[int], bos: int | None) -> list[int]:

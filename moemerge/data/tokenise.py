@@ -12,7 +12,7 @@ from typing import Any
 from moemerge.data.pairs import CandidateSet, Pair
 from moemerge.data.rows import SHORTEN, BadRow, RowReport, Text
 from moemerge.data.texts import encodable
-from moemerge.errors import DataError
+from moemerge.errors import CheckpointError, DataError, first_line, unexpected
 from moemerge.options.base import TextFormat
 
 Item = tuple[Text, Text]
@@ -118,10 +118,25 @@ def _tokens(tokenizer: Any, texts: Sequence[Text | BadRow]) -> list[list[int] | 
     for is_bare in (False, True):
         group = {i: text for i, text in enumerate(ready) if isinstance(text, str) and bare[i] == is_bare}
         if group:
-            ids = tokenizer(list(group.values()), add_special_tokens=not is_bare, verbose=False)["input_ids"]
+            ids = ids_of(tokenizer, list(group.values()), add_special_tokens=not is_bare)
             for i, text_ids in zip(group, ids, strict=True):
-                tokens[i] = list(text_ids)
+                tokens[i] = text_ids
     return tokens
+
+
+def ids_of(tokenizer: Any, texts: list[str], **how: Any) -> list[list[int]]:
+    """Token ids of each text. CheckpointError if the tokenizer fails at one: a whole one takes any text."""
+    try:
+        return [list(ids) for ids in tokenizer(texts, verbose=False, **how)["input_ids"]]
+    except BaseException as error:  # of any kind, or a panic
+        if not unexpected(error):
+            raise
+        raise CheckpointError(
+            f"the tokenizer cannot encode a text: {tokenizer.name_or_path}",
+            given=f"{type(error).__name__}: {first_line(error)}",
+            expected="a tokenizer that makes tokens of any text",
+            fix="take the tokenizer that the model was trained with",
+        ) from error
 
 
 def begins_with_bos(tokenizer: Any, text: Any) -> bool:

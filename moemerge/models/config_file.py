@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.json_file import read_object
+from moemerge.models.config_values import MAX_LAYERS, check_values, entries
 
 MAX_CONFIG_BYTES = 10_000_000
-MAX_LAYERS = 1000
 # By these, transformers would fetch a kernel from the hub, or read other weights than the folder's own.
 ELSEWHERE = ("attn_implementation", "_attn_implementation", "experts_implementation", "transformers_weights")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -18,7 +17,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder, where what every model has is of its type. Raises as read_object."""
     config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
-    for name, value in _entries(config):
+    for name, value in entries(config):
         if name in ELSEWHERE and ("/" in str(value) or (name == "transformers_weights" and value)):
             raise ValueError(f"{name} {value!r} names code or weights that are not in the folder")
     heads = config.get("architectures")
@@ -31,16 +30,5 @@ def read_config(folder: Path) -> dict[str, Any]:
         number = config[name]
         if isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= MAX_LAYERS:
             raise ValueError(f"{name} {number!r} is no number from 1 to {MAX_LAYERS}")
+    check_values(config)
     return config
-
-
-def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values in a config and in the configs and lists within it."""
-    queue: list[Any] = [config]
-    while queue:
-        value = queue.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            queue += value.values()
-        elif isinstance(value, list):
-            queue += value

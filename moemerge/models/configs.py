@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moemerge.errors import CheckpointError, MoemergeError, UnsupportedError
+from moemerge.errors import CheckpointError, MoemergeError, UnsupportedError, suggest
+from moemerge.models.config_values import entries
 from moemerge.models.families.base import PREFIX
 from moemerge.models.folder import unloadable
 from moemerge.models.moe_settings import MoeSettings
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 NO_PAD = -1  # how the first conversions of Llama, and others after them, say that there is none
 # Families that count positions from the pad token, and one whose config must have one.
 NEEDS_PAD = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ def read_model_config(model: ModelFolder) -> PreTrainedConfig:
         _settle_pad(config, model.source)
         _leave_out_quantisation(config, model)
         _check_layers(config)
+        _check_names(config)
     except MoemergeError:
         raise
     except Exception as error:  # a config's class may raise anything at values that it does not expect
@@ -104,6 +109,14 @@ def _check_layers(config: PreTrainedConfig) -> None:
     layers, count = MoeSettings.read(values).layers, config.num_hidden_layers
     if max(layers) >= count:
         raise ValueError(f"experts in layer {max(layers)} of a model of {count} layers")
+
+
+def _check_names(config: PreTrainedConfig) -> None:
+    """Activations and kinds of positions are some that transformers has, which only says KeyError itself."""
+    known = {"rope_type": {"default", *ROPE_INIT_FUNCTIONS}} | dict.fromkeys(ACTIVATIONS, set(ACT2FN))
+    for name, value in entries(config.get_text_config().to_dict()):
+        if isinstance(value, str) and value not in known.get(name, {value}):
+            raise ValueError(f"{name} {value[:100]!r} is not known: {suggest(value[:100], known[name])}")
 
 
 @cache

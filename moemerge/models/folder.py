@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,8 @@ from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.config_file import read_config
 from moemerge.models.families.base import PREFIX
 from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
+from moemerge.models.tokenizer_file import FILE as TOKENIZER
+from moemerge.models.tokenizer_file import check_tokenizer_json, check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,12 +62,13 @@ class ModelFolder:
         self.source, self.trust_remote_code, self.fresh_head = str(source), trust_remote_code, fresh_head
         self.is_local = Path(source).is_dir()
         self.drawn_head: list[str] = []  # tensors of the head that load_reward_model drew, not read
+        self._tokenizer_configs: dict[str, dict[str, Any]] = {}
         if Path(source).exists():
             refuse_foreign(Path(source))
         if not self.is_local:
             self._require_hub_name()
         self._refuse_adapter()
-        if self._file("config.json") is not None:
+        if self.has_config:
             self.config_json  # noqa: B018 (transformers' tokenizers read it too)
         self._check_tokenizer_files()
 
@@ -79,6 +83,11 @@ class ModelFolder:
         except (OSError, ValueError, TypeError) as error:
             expected = "a model folder or hub name, its config.json a JSON object"
             raise unloadable("the model's config cannot be read", self.source, error, expected) from error
+
+    @property
+    def has_config(self) -> bool:
+        """Whether there is a config.json: a folder may hold a tokenizer only."""
+        return self._file("config.json") is not None
 
     @property
     def model_type(self) -> str:
@@ -216,6 +225,14 @@ class ModelFolder:
                 fix="give a sequence classifier with num_labels = 1",
             )
 
+    def check_tokenizer(self) -> None:
+        """Raise CheckpointError for a tokenizer that could make a text, or its vocabulary, without end."""
+        versions = self._tokenizer_configs.get(TOKENIZER_FILES[0], {}).get("fast_tokenizer_files")
+        names = [TOKENIZER, *(map(str, versions) if isinstance(versions, list | dict) else ())]
+        with self._tokenizer_faults("a whole tokenizer that hardly lengthens a text"):
+            added = [check_tokenizer_json(path) for path in map(self._file, names) if path is not None]
+            check_tokens(self._tokenizer_configs, set().union(*added))
+
     def _require_hub_name(self) -> None:
         """Raise CheckpointError, after one question at most, for what is neither a folder nor on the hub."""
         if Path(self.source).exists():
@@ -238,12 +255,18 @@ class ModelFolder:
 
     def _check_tokenizer_files(self) -> None:
         for path in filter(None, map(self._file, TOKENIZER_FILES)):
-            try:
+            with self._tokenizer_faults(f"a JSON object in {path.name}"):
                 values = read_object(path)
-            except (OSError, ValueError) as error:
-                expected = f"a JSON object in {path.name}"
-                raise unloadable("the tokenizer cannot be loaded", self.source, error, expected) from error
             refuse_paths({key: values[key] for key in values.keys() - REPLACED}, path.parent, path.name)
+            self._tokenizer_configs[path.name] = values
+
+    @contextmanager
+    def _tokenizer_faults(self, expected: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            fix = "take the tokenizer that the model was trained with"
+            raise unloadable("the tokenizer cannot be loaded", self.source, error, expected, fix) from error
 
     def _file(self, name: str) -> Path | None:
         """Where the file `name` is, fetched from the hub if need be; None if the model has none."""
@@ -268,14 +291,20 @@ def opened(source: ModelFolder | str | Path) -> ModelFolder:
     return source if isinstance(source, ModelFolder) else ModelFolder(source)
 
 
-def unloadable(what: str, source: str | Path, error: Exception, expected: str) -> CheckpointError:
+def unloadable(
+    what: str,
+    source: str | Path,
+    error: BaseException,
+    expected: str,
+    fix: str = "check the path and that every file of the model is there and whole",
+) -> CheckpointError:
     """The fault of a model of which transformers cannot make anything."""
     reason = " ".join(str(error).split())
     return CheckpointError(
         f"{what}: {source}",
         given=f"{type(error).__name__}: {reason[:500]}",
         expected=expected,
-        fix="check the path and that every file of the model is there and whole",
+        fix=fix,
     )
 
 

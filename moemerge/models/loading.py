@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from moemerge.errors import unexpected
 from moemerge.models.configs import log_own_code
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.guards import needless, old_buffer, refuse_larger
@@ -28,16 +29,22 @@ from moemerge.models.pooling import name_pad_of_fresh_head
 def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model, as it is there; a new object.
 
-    It may have no pad token: models.pooling says what pads. Raises CheckpointError if there is no tokenizer.
+    It may have no pad token: models.pooling says what pads. Raises CheckpointError if there is none, or one
+    that is broken or out of bounds.
     """
     model = opened(model)
+    model.check_tokenizer()
     try:
         if model.trust_remote_code:
             log_own_code(model.source)
         tokenizer = AutoTokenizer.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
         tokenizer(["a"])
         tokenizer.get_vocab(), tokenizer.pad_token, tokenizer.eos_token  # noqa: B018 (a few classes have none)
-    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+    except BaseException as error:  # a broken tokenizer.json raises a bare Exception, or panics
+        if not unexpected(error):
+            raise
+        if model.has_config:
+            model.config  # noqa: B018 (transformers' tokenizers read it too, and it may be what is wrong)
         expected = "a folder or hub name with one"
         raise unloadable("the tokenizer cannot be loaded", model.source, error, expected) from error
     return tokenizer

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from moemerge.artifacts.memory import shortage
 from moemerge.artifacts.redaction import redact
-from moemerge.errors import MoemergeError, suggest
+from moemerge.errors import MoemergeError, first_line, suggest
 from moemerge.reports.table import Table, visible
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
@@ -273,6 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with suppress(OSError):  # what could not be printed is not tried again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _say(redact(f"moemerge cannot go on: {error}"), err=True)
+        sys.exit(USAGE_ERROR)
+    except Exception as error:
+        short = shortage(error)
+        if short is None:
+            raise
+        _say(redact(f"moemerge cannot go on: too little memory ({first_line(short)})"), err=True)
         sys.exit(USAGE_ERROR)
     except Stopped as stopped:
         _say_how_to_go_on(stopped.number, arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moemerge.artifacts.paths import near_path, reads_like_path
 from moemerge.artifacts.stage import RECIPE_COPY
-from moemerge.errors import MoemergeError, OptionError, UnsupportedError, unknown
+from moemerge.errors import CheckpointError, MoemergeError, OptionError, UnsupportedError, unknown
 from moemerge.models.config_file import LAYERS
 from moemerge.models.families import FAMILIES, family_called
 from moemerge.models.folder import ModelFolder
@@ -108,11 +108,14 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
     model = None
     try:
         model = _local_model(recipe)
-    except MoemergeError as error:
-        reason, expected = f"{recipe.model}: {error.given}", "a folder with config.json"
-        yield _fault("model is not a model folder", reason, expected, "correct model")
+    except MoemergeError as fault:
+        yield fault
     if model is not None:
         yield from _check_architecture(recipe, model)
+        try:
+            model.check_tokenizer()
+        except CheckpointError as fault:
+            yield fault
     yield from _check_layers(recipe, model.config_json if model else {})
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.rows import SHORTEN, BadRow, RowReport, Text
-from moemerge.data.tokenise import begins_with_bos, render, tell_untemplated
+from moemerge.data.tokenise import begins_with_bos, ids_of, render, tell_untemplated
 from moemerge.errors import CheckpointError, DataError, UnsupportedError, few
 from moemerge.models.folder import ModelFolder, opened, unloadable
 from moemerge.models.loading import load_tokenizer, quiet_loading
@@ -130,7 +130,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> l
 def _ids(tokenizer: Any, prompt: Text) -> list[int]:
     if isinstance(prompt, str):
         bare = begins_with_bos(tokenizer, prompt)  # rendered beforehand
-        return list(tokenizer(prompt, add_special_tokens=not bare, verbose=False)["input_ids"])
+        return ids_of(tokenizer, [prompt], add_special_tokens=not bare)[0]
     if tokenizer.chat_template is None:
         raise DataError(
             "chat prompts cannot be encoded",
@@ -141,7 +141,7 @@ def _ids(tokenizer: Any, prompt: Text) -> list[int]:
     text = render(tokenizer, prompt, add_generation_prompt=True)
     if isinstance(text, BadRow):
         raise text
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids_of(tokenizer, [text], add_special_tokens=False)[0]
 
 
 def short_prompts(

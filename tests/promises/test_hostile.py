@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from hostile_files import (
     raw_safetensors,
     shard,
 )
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import save_dense
@@ -42,7 +42,6 @@ from moemerge.models.layout import FILE as LAYOUT
 from moemerge.models.layout import _key, read_layout
 from moemerge.run.cli import main
 
-SECONDS = 60  # of this process's own time, whatever else the machine does; a case takes one or two
 HEAD = "score.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 FORMAT = {"max_length": 64}
@@ -60,26 +59,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     routing = moemerge.route(model=str(moe), pairs=data, output=folder / "routing", **FORMAT)
     moemerge.fit(model=str(moe), routing=str(routing), method="usage", output=folder / "coefficients")
     return folder
-
-
-def tree(folder: Path) -> dict[str, int]:
-    """Every file, with its time of change."""
-    return {str(path): path.lstat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-
-
-def refused(arguments: list[Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run the command line; what it said, if it refused as it should and left no trace in `folder`."""
-    before, clock = tree(folder), time.process_time()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2, said
-    assert all(part in said for part in ("given:", "expected:", "to fix:")), said
-    assert "Traceback" not in said
-    assert tree(folder) == before
-    assert time.process_time() - clock < SECONDS
-    return said
 
 
 def upcycle(model: Path, out: Path, world: Path) -> list[Any]:
@@ -199,7 +178,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "nested_json": ("data.json", lambda path: path.write_text(deep(100_000)), "cannot be read"),
     "json_object": ("data.json", lambda path: path.write_text("{}"), "holds no list"),
     "parquet": ("data.parquet", lambda path: path.write_bytes(b"PAR1xxxxPAR1"), "cannot be read"),
-    "pickle": ("data.pkl", lambda path: path.write_bytes(b"\x80\x04."), "of no kind"),
+    "pickle": ("data.pkl", lambda path: path.write_bytes(b"\x80\x04."), "of this kind cannot be read"),
     "pipe": ("data.jsonl", lambda path: os.mkfifo(path), "neither file nor folder"),
 }
 

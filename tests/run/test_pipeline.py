@@ -478,7 +478,7 @@ def test_faults_of_the_model_are_found_without_its_weights(folder: Path) -> None
     ]
     assert faults(folder, **GOOD, base={}) == []
     (folder / "model/config.json").unlink()
-    assert faults(folder, **GOOD) == ["model is not a model folder"]
+    assert faults(folder, **GOOD) == [f"the model's config cannot be read: {folder / 'model'}"]
 
 
 def test_sound_recipe_with_hub_names(folder: Path) -> None:
