@@ -1,6 +1,7 @@
 """Kills, full disks and failing writes, hundreds of times, against every stage; are the promises kept?
 
     python tests/promises/torture.py [--trials 600] [--minutes 240] [--seed 0] [--stages merge train ...]
+        [--ways "killed at a time" ...]
 
 What is promised, whatever happens to a command: an output that exists is whole (its manifest's files, nothing
 else, and the bytes of an undisturbed run); inputs do not change; no traceback is printed, and a failure that
@@ -291,8 +292,10 @@ def references(all_scenarios: list[Scenario], made: Path, only: list[str]) -> It
         yield Known(scenario, ending.seconds, ending.calls, size, found)
 
 
-def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float) -> Tally:
-    """`trials` trials over the stages named in `only` (all if empty), spread over stages and ways.
+def torture(
+    root: Path, trials: int, seed: int, only: list[str], minutes: float, wanted_ways: list[str] | None = None
+) -> Tally:
+    """`trials` trials over the stages named in `only` and the `wanted_ways` (all if empty), spread over both.
 
     After `minutes` no more of them are begun.
     """
@@ -307,7 +310,7 @@ def torture(root: Path, trials: int, seed: int, only: list[str], minutes: float)
     known = [one for one in references(wanted, made, only) if not only or one.scenario.name in only]
     for one in known:
         say(f"{one.scenario.name:<10} {one.seconds:6.2f} s, {one.calls} calls that write, {one.bytes} bytes")
-    ways = [way for way in WAYS if _possible(way, root)]
+    ways = [way for way in wanted_ways or WAYS if _possible(way, root)]
     tally, dice = Tally(), random.Random(seed)
 
     def read() -> Digests:
@@ -371,13 +374,14 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=[])
     parser.add_argument("--minutes", type=float, default=240.0)
     given = parser.parse_args()
     preload_and_restart()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         started = time.perf_counter()
-        tally = torture(root, given.trials, given.seed, given.stages, given.minutes)
+        tally = torture(root, given.trials, given.seed, given.stages, given.minutes, given.ways)
         say(table(tally))
         say(f"{time.perf_counter() - started:.0f} s, seed {given.seed}")
     return int(bool(tally.faults))
