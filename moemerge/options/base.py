@@ -78,7 +78,7 @@ def _by_name(sources: Any) -> Any:
     paths = [_as_text(source) for source in listed]
     names = [name_of(path) for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"names, as name=source: {twice[0]} would be the name of two")
+        raise ValueError(f"a name for each, as name=source: {twice[0]} would be the name of two")
     return dict(zip(names, paths, strict=True))
 
 
@@ -134,7 +134,7 @@ class TextFormat(Options):
     def _columns_known(cls, fields: dict[str, str]) -> dict[str, str]:
         for name in fields:
             if name not in COLUMNS:
-                raise ValueError(f"{name!r} is no field to rename: {suggest(name, COLUMNS)}")
+                raise ValueError(f"only fields that rows have, not {name!r}: {suggest(name, COLUMNS)}")
         return fields
 
 
@@ -158,11 +158,11 @@ class Members(Options):
     @model_validator(mode="after")
     def _one_kind_of_members(self) -> Members:
         if (self.model is None) != bool(self.models):
-            raise ValueError("give a MoE as model, or several models, and not both")
+            raise ValueError("what is merged is either a MoE, named by model, or models, and not both")
         if self.model and (self.base or self.scope != "all"):
             raise ValueError("base and scope go with models, not with a MoE")
         if self.models and len(self.models) + bool(self.base) < 2:
-            raise ValueError("models: one model alone cannot be merged")
+            raise ValueError("one model alone cannot be merged: give two models, or one and base")
         return self
 
 

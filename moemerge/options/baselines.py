@@ -36,5 +36,5 @@ class BaselineSettings(Options):
     @model_validator(mode="after")
     def _more_than_one(self) -> BaselineSettings:
         if self.fine_tunes == 1:
-            raise ValueError("fine_tunes: one alone is no ensemble")
+            raise ValueError("fine_tunes is 0, or 2 and more: one alone is no ensemble")
         return self

@@ -84,11 +84,11 @@ class FitSettings(Options):
         if isinstance(self.shared_weight, float) and not 0 <= self.shared_weight <= 1:
             raise ValueError("shared_weight is outside [0, 1]")
         if not self.grid or not all(0 <= value <= 1 for value in self.grid):
-            raise ValueError("grid needs values, all in [0, 1]")
+            raise ValueError("grid needs one value or more, all in [0, 1]")
         if not self.objectives or not all(value > 0 for value in self.objectives.values()):
-            raise ValueError("objectives needs at least one, all with weights above 0")
+            raise ValueError("objectives needs one or more, all with weights above 0")
         if self.folds == 1:
-            raise ValueError("folds: 0, or 2 and more")
+            raise ValueError("folds is 0, or 2 and more")
         return self
 
     @property
@@ -115,9 +115,9 @@ class Fit(FitSettings, Members, TextFormat, Run):
     @model_validator(mode="after")
     def _inputs_fit(self) -> Fit:
         if self.start and self.initial != "auto":
-            raise ValueError("start and initial say two things: give one of them")
+            raise ValueError("start and initial exclude each other: give one of them")
         if self.folds and self.validation:
-            raise ValueError("folds go over the fitting pairs: give no validation")
+            raise ValueError("folds are parts of the fitting pairs: give folds or validation, not both")
         if self.candidates and not self.robust_rounds:
             raise ValueError("candidates need robust_rounds")
         return self

@@ -35,7 +35,7 @@ class GoldSource(Options):
     @model_validator(mode="after")
     def _one_gold(self) -> GoldSource:
         if self.gold_model and self.gold_function:
-            raise ValueError("gold_model and gold_function say two things: give one of them")
+            raise ValueError("gold_model and gold_function exclude each other: give one of them")
         return self
 
     @property

@@ -25,7 +25,7 @@ class MergeSettings(Options):
     @model_validator(mode="after")
     def _parameters_have_a_method(self) -> MergeSettings:
         if self.method == OURS and self.parameters:
-            raise ValueError("routing_normalized_average takes coefficients, no parameters")
+            raise ValueError("parameters go with a method of mergekit; routing_normalized_average takes none")
         return self
 
 
@@ -44,7 +44,9 @@ class Merge(MergeSettings, Members, Run):
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
         if self.model and self.method == OURS and self.coefficients is None:
-            raise ValueError("routing_normalized_average needs coefficients, the folder written by fit")
+            raise ValueError(
+                "method routing_normalized_average needs coefficients, the folder written by fit"
+            )
         return self
 
     @model_validator(mode="after")
@@ -54,5 +56,5 @@ class Merge(MergeSettings, Members, Run):
         if self.weights and len(self.weights) != len(self.models) + bool(self.base):
             raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
         if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
-            raise ValueError("weights must be finite, none below zero and one above")
+            raise ValueError("weights must be finite, none below zero and at least one above")
         return self

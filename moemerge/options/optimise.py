@@ -39,7 +39,7 @@ class OptimiseSettings(GoldSource):
     @model_validator(mode="after")
     def _sizes_fit(self) -> OptimiseSettings:
         if not self.has_gold:
-            raise ValueError("give gold_model or gold_function")
+            raise ValueError("gold scores are needed: give gold_model or gold_function")
         if self.batch_size * self.gradient_accumulation % self.answers_per_prompt:
             raise ValueError("batch_size * gradient_accumulation must be a multiple of answers_per_prompt")
         return self

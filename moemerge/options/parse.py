@@ -1,7 +1,9 @@
-"""Validation of options: every fault at once, with near names for unknown keys."""
+"""Validation of options: every fault at once, in plain words, with near names for unknown keys and values."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -10,38 +12,90 @@ from moemerge.errors import Faults, MoemergeError, OptionError, suggest
 from moemerge.options.base import Options, Run
 
 MAX_FAULTS = 100
+STAGE = "options"  # where the options of a single stage are said to be: they need no section before them
 O = TypeVar("O", bound=Run)  # noqa: E741
+Location = tuple[str | int, ...]
+TAG = re.compile(r"(float|int|str|bool|literal\[.*\])$")  # how pydantic names the types of a union
 
 
-def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: str = "options") -> Any:
+def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: str = STAGE) -> Any:
     """Validate `fields` as `kind`; every fault at once, with near names for unknown keys."""
     try:
         return kind(**fields)
     except ValidationError as error:
-        faults = [_fault(kind, where, fault) for fault in error.errors()[:MAX_FAULTS]]
+        faults = [_fault(kind, where, *alike) for alike in _by_location(error.errors()[:MAX_FAULTS])]
     if len(faults) == 1:
         raise faults[0]
     raise Faults(where, faults)
 
 
-def _fault(kind: type[Options], where: str, error: Any) -> MoemergeError:
-    path = ".".join(str(part) for part in (where, *error["loc"]))
+def _by_location(errors: Sequence[Any]) -> list[tuple[Location, list[Any]]]:
+    """Errors by where they are: a value that may be of several types has one for each, told by a tag."""
+    grouped: dict[Location, list[Any]] = {}
+    for error in errors:
+        location = tuple(part for part in error["loc"] if not TAG.match(str(part)))
+        grouped.setdefault(location, []).append(error)
+    return list(grouped.items())
+
+
+def _fault(kind: type[Options], where: str, location: Location, errors: Sequence[Any]) -> MoemergeError:
+    error, value = errors[0], repr(errors[0]["input"])[:200]
+    path = ".".join(str(part) for part in (location if where == STAGE else (where, *location)))
+    whole, parent = _section(kind, location), _section(kind, location[:-1])
+    if error["type"] == "value_error" and whole is not None:
+        return _contradiction(whole, path, _plain(error["msg"]), error["input"])
+    name, known = (str(location[-1]) if location else ""), parent.model_fields if parent else {}
     if error["type"] == "extra_forbidden":
-        known = _known_names(kind, error["loc"][:-1])
+        fix = suggest(name, known)
         return OptionError(
-            f"unknown option {path}",
-            given=str(error["loc"][-1]),
-            expected="an option of this section",
-            fix=suggest(str(error["loc"][-1]), known),
+            f"unknown option {path}", given=name, expected="an option of this section", fix=fix
         )
-    message = error["msg"].removeprefix("Value error, ")
-    value = "nothing" if error["type"] == "missing" else repr(error["input"])
-    return OptionError(f"bad option {path}", given=value[:200], expected=message, fix=f"correct {path}")
+    itself = f"{path} ({_flag(path)} on the command line)" if where == STAGE else path
+    if error["type"] == "missing":
+        expected = (known[name].description if name in known else None) or "a value"
+        return OptionError(f"missing option {path}", given="nothing", expected=expected, fix=f"give {itself}")
+    expected = ", or ".join(_plain(other["msg"]) for other in errors)
+    choices = re.findall(r"'([^']*)'", expected) if errors[-1]["type"] == "literal_error" else []
+    fix = suggest(str(error["input"]), choices) if choices else f"correct {itself}"
+    return OptionError(f"bad option {path}", given=value, expected=expected, fix=fix)
 
 
-def _known_names(kind: type[Options], path: tuple[str | int, ...]) -> list[str]:
+def _contradiction(section: type[Options], path: str, message: str, values: Any) -> OptionError:
+    """The fault of options that are right by themselves; `message`, of a validator, says what is wrong."""
+    known, values = section.model_fields, values if isinstance(values, dict) else {}
+    names = list(dict.fromkeys(word for word in re.findall(r"\w+", message) if word in known))
+    named = {name: values.get(name, known[name].get_default(call_default_factory=True)) for name in names}
+    given = ", ".join(
+        f"{name} {'nothing' if value is None else repr(value)}" for name, value in named.items()
+    )
+    return OptionError(
+        f"{path}: {message}" if path else message,
+        given=(given or repr(values))[:200],
+        expected="options that go together",
+        fix=f"{'change' if names[1:] else 'correct'} {' or '.join(names) or 'these options'}",
+    )
+
+
+def _plain(message: str) -> str:
+    """What pydantic or a validator says, as the end of "expected: "."""
+    message = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.removeprefix("Input should have ").partition(", unable to ")[0]
+    return re.sub(
+        r"a valid dictionary or instance of \w+", "a section: names of options with values", message
+    )
+
+
+def _flag(path: str) -> str:
+    return "--" + path.partition(".")[0].replace("_", "-")
+
+
+def _section(kind: type[Options], path: Location) -> type[Options] | None:
+    """The class of the section at `path` within `kind`; None if a value stands there, and no section."""
     for part in path:
-        annotation = kind.model_fields[str(part)].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        kind = next(c for c in choices if isinstance(c, type) and issubclass(c, Options))
-    return list(kind.model_fields)
+        field = kind.model_fields.get(str(part))
+        choices = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        sections = [c for c in choices if isinstance(c, type) and issubclass(c, Options)]
+        if not sections:
+            return None
+        kind = sections[0]
+    return kind

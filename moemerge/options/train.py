@@ -95,11 +95,11 @@ class TrainSettings(Options):
     ) -> dict[str, list[float]]:
         unknown = sorted(set(search) - SEARCHABLE)
         if unknown:
-            raise ValueError(f"search takes {', '.join(sorted(SEARCHABLE))}; not {', '.join(unknown)}")
+            raise ValueError(f"only {', '.join(sorted(SEARCHABLE))}; not {', '.join(unknown)}")
         if not all(search.values()):
-            raise ValueError("search needs at least one value per option")
+            raise ValueError("at least one value per option")
         if "epochs" in search and info.data.get("max_steps"):
-            raise ValueError("search cannot try epochs while max_steps overrides them")
+            raise ValueError("other options than epochs while max_steps overrides these")
         return search
 
     @model_validator(mode="after")
@@ -142,9 +142,8 @@ class Train(TrainSettings, TextFormat, Run):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
-    @field_validator("validation")
-    @classmethod
-    def _search_needs_validation(cls, validation: str | None, info: ValidationInfo) -> str | None:
-        if info.data.get("search") and validation is None:
-            raise ValueError("search needs validation pairs to choose by")
-        return validation
+    @model_validator(mode="after")
+    def _search_needs_validation(self) -> Train:
+        if self.search and self.validation is None:
+            raise ValueError("search needs validation, held-out pairs to choose by")
+        return self

@@ -153,7 +153,7 @@ def test_dtypes(tmp_path: Path) -> None:
         ({"method": "linear", "parameters": {"weight": "heavy"}}, "heavy"),
         ({"method": "slerp", "parameters": {"t": 0.5}}, "exactly 2 inputs"),
         ({}, "needs coefficients"),
-        ({"parameters": {"weight": 1.0}, "coefficients": "x"}, "no parameters"),
+        ({"parameters": {"weight": 1.0}, "coefficients": "x"}, "parameters go with a method of mergekit"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], word: str, moe: Path, tmp_path: Path) -> None:

@@ -152,8 +152,14 @@ def test_all_bad_options_are_told_at_once_in_four_parts(main: Main) -> None:
     code, out, err = main("route", "--max-pairs", "0", "--batch-tokens", "many", "--fields", "prompt=b")
     assert (code, out) == (2, "")
     assert err.startswith("options: 5 fault(s)") and "Traceback" not in err
-    for option in ("output", "model", "pairs", "max_pairs", "batch_tokens"):
-        assert f"bad option options.{option}\n" in err
+    for option in ("output", "model", "pairs"):
+        assert (
+            f"missing option {option}\n" in err and f"give {option} (--{option} on the command line)" in err
+        )
+    for option, flag in {"max_pairs": "--max-pairs", "batch_tokens": "--batch-tokens"}.items():
+        assert f"bad option {option}\n" in err and f"correct {option} ({flag} on the command line)" in err
+    assert "given:    'many'\n  expected: a valid integer\n" in err
+    assert "expected: greater than or equal to 1\n" in err and "expected: folder to write;" in err
     assert err.count("to fix:") == err.count("given:") == err.count("expected:") == 5
 
 

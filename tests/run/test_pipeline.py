@@ -458,9 +458,12 @@ def test_all_faults_at_once(folder: Path) -> None:
             {"fit": {"method": "usage", "shared_weight": "learned"}},
             ["shared_weight learned contradicts fit.method"],
         ),
-        ({"upcycle": {"num_routed_experts": 2}}, ["bad option recipe.upcycle"]),
+        (
+            {"upcycle": {"num_routed_experts": 2}},
+            ["recipe.upcycle: num_experts_per_tok is larger than num_routed_experts"],
+        ),
         ({"data": 3}, ["bad option recipe.data"]),
-        ({"fit": {"shared_weight": 2.0}}, ["bad option recipe.fit"]),
+        ({"fit": {"shared_weight": 2.0}}, ["recipe.fit: shared_weight is outside [0, 1]"]),
         ({"output": "model"}, ["output is not the folder of a run"]),
     ],
 )

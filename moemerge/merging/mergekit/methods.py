@@ -109,11 +109,14 @@ class HostMethod:
         spec = self.method.spec
         known = ", ".join(f"{p.name}{' (needed)' * p.required}" for p in spec.parameters) or "none"
         base = "the shared one as base" if has_shared else "no shared one, so no base"
+        fix = "correct method or parameters; coefficients give the weight"
+        if not has_shared:
+            fix += "; where the method needs a base, give one as base (with a MoE it is the shared expert)"
         return OptionError(
-            f"mergekit's method {spec.name} refuses",
+            f"mergekit's method {spec.name} refuses this merge",
             given=f"{count} members, {base}, parameters {self.parameters}: {error}",
             expected=f"parameters: {known}",
-            fix="correct method or parameters; coefficients give the weight",
+            fix=fix,
         )
 
 
