@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from moemerge.errors import CheckpointError
 from moemerge.merging.blocks import BLOCK_NAME
 from moemerge.merging.coefficients import FORMAT, Coefficients
-from moemerge.models.config_file import read_config
 from moemerge.models.folder import ModelFolder
 from moemerge.models.layout import FILE as LAYOUT
 from moemerge.models.layout import _key, read_layout
@@ -138,6 +137,6 @@ def make_settings(folder: Path, draw: Dice) -> None:
 
 def read_settings(folder: Path) -> None:
     """The settings of a MoE."""
-    values = read_config(folder)["moemerge"]
+    values = ModelFolder(folder).config_json["moemerge"]
     if isinstance(values, dict):
         MoeSettings.read(values).to_dict()
