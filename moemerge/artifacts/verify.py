@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = ["UNCHECKED", "Fault", "Verification", "verify", "verify_folder"]
 
 UNCHECKED = "cannot be checked"  # said of a manifest without a checksum of its own
 THREADS = 4
+MOST_ADDED = 100_000  # files that an input may hold besides those recorded: each would be listed
 SHORT = 12
 # What can be raised where a manifest holds values of the wrong kind.
 BROKEN = (ArtifactError, KeyError, TypeError, AttributeError, ValueError, OSError)
@@ -95,6 +97,8 @@ class _Chain:
         if not path.is_absolute() or not (path.is_dir() or path.is_file()):
             # no stage writes such a path; a device, read for its checksum, might never end
             raise ValueError(f"input {name} is at {named[:100]!r}, no file or folder by its whole path")
+        if next(islice(path.rglob("*"), len(record["files"]) + MOST_ADDED, None), None) is not None:
+            raise ValueError(f"input {name} is at {named[:100]!r}, which holds far more files than it did")
         root = path if path.is_dir() else path.parent
         self._report(_under(root, fault) for fault in _file_faults(path, record["files"], self.digests))
         home = next((p for p in (root, root.parent) if holds_manifest(p)), None)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from moemerge.artifacts import verify as verify_module
 from moemerge.artifacts.manifest import own_digest
 from moemerge.artifacts.stage import Draft, Stage
 from moemerge.artifacts.verify import verify, verify_folder
@@ -206,6 +207,18 @@ def test_an_input_that_is_no_file_by_its_whole_path_is_a_fault(
     (second / "manifest.json").write_text(json.dumps(manifest | {"sha256": own_digest(manifest)}))
     (fault,) = verify(second, inputs=True).faults
     assert "no file or folder by its whole path" in fault.found
+
+
+def test_an_input_that_is_a_whole_disk_is_not_listed(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = copy(source=str(made), output=tmp_path / "second")
+    for number in range(4):
+        (made / f"more-{number}").touch()
+    assert len(verify(second, inputs=True).faults) == 4
+    monkeypatch.setattr(verify_module, "MOST_ADDED", 3)
+    (fault,) = verify(second, inputs=True).faults
+    assert "far more files" in fault.found
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
