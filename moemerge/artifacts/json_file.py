@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 100_000_000
+MAX_VALUES = 4_000_000  # each takes up to 250 bytes of memory, and may take three in the file
 
 
-def read_object(path: Path, most: int = MAX_BYTES, once: bool = False) -> dict[str, Any]:
+def read_object(
+    path: Path, most: int = MAX_BYTES, once: bool = False, values: int = MAX_VALUES
+) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
-    Raises OSError if it cannot be read, ValueError if it is no plain file, has more than `most` bytes, is not
-    UTF-8, is nested too deep or holds anything but one object; with `once` also if an object in it has a key
-    twice, of which another program may take the other value.
+    Raises OSError if it cannot be read, ValueError if it is no plain file, has more than `most` bytes or
+    `values` (or commas in texts), is not UTF-8, is nested too deep or holds anything but one object; with
+    `once` also if an object in it has a key twice, of which another program may take the other value.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -24,7 +27,10 @@ def read_object(path: Path, most: int = MAX_BYTES, once: bool = False) -> dict[s
     if status.st_size > most:
         raise ValueError(f"{path.name} has {status.st_size} bytes, more than {most}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
+        text = path.read_text(encoding="utf-8")
+        if text.count(",") > values:
+            raise ValueError(f"{path.name} holds more than {values} values")
+        value = json.loads(text, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deep") from None
     if not isinstance(value, dict):

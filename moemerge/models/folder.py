@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
 # transformers takes what these hold for arguments of the tokenizer's class.
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MAX_TOKENIZER_CONFIG_BYTES = 30_000_000
 # What older versions saved, and transformers replaces by what lies in the folder.
 REPLACED = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 # Where LLaMA-Factory and ms-swift put the head of a reward model, whose config.json then names a causal LM.
@@ -256,7 +257,7 @@ class ModelFolder:
     def _check_tokenizer_files(self) -> None:
         for path in filter(None, map(self._file, TOKENIZER_FILES)):
             with self._tokenizer_faults(f"a JSON object in {path.name}"):
-                values = read_object(path)
+                values = read_object(path, MAX_TOKENIZER_CONFIG_BYTES)
             refuse_paths({key: values[key] for key in values.keys() - REPLACED}, path.parent, path.name)
             self._tokenizer_configs[path.name] = values
 

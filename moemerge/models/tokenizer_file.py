@@ -17,7 +17,7 @@ from typing import Any
 from moemerge.artifacts.json_file import read_object
 
 FILE, ADDED = "tokenizer.json", "added_tokens.json"
-MAX_WORK = 500  # letters that all steps together may make of one; known tokenizers stay below 250
+MAX_WORK = 500  # letters that all steps together may make of one; known tokenizers stay below 300
 MAX_WORD = 1000  # letters of a word in WordPiece, whose time grows with their square
 MAX_AFFIX = 100  # letters that BPE and WordPiece put around each letter that they look up
 MAX_MADE = 10_000  # tokens that a class makes up by a number

@@ -157,6 +157,14 @@ def _configured(**values: Any) -> Callable[[Path], None]:
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "two_normalizers": (_twice, "given twice"),
     "another_version": (_of_a_version, "more than"),
+    "millions_of_lists": (
+        lambda model: (model / "tokenizer.json").write_text('{"x": [' + "[]," * 4_000_001 + "[]]}") and None,
+        "holds more than 4000000 values",
+    ),
+    "a_long_config": (
+        lambda model: (model / "tokenizer_config.json").write_text(" " * 31_000_000) and None,
+        "31000000 bytes",
+    ),
     "no_object": (lambda model: (model / "tokenizer.json").write_text("[]") and None, "holds a list"),
     "no_sense": (lambda model: edit_json(model / "tokenizer.json", normalizer="x"), "makes no sense"),
     "no_sense_beside_it": (_configured(added_tokens_decoder=[1]), "makes no sense"),
