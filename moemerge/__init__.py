@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moemerge.run.check import load_recipe as load_recipe
     from moemerge.run.pipeline import run_recipe as run_recipe
     from moemerge.stages.attack import attack as attack
+    from moemerge.stages.calibrate import calibrate as calibrate
     from moemerge.stages.compare import compare as compare
     from moemerge.stages.data import prepare as prepare
     from moemerge.stages.evaluate import evaluate as evaluate
@@ -53,6 +54,7 @@ _HOMES = {
     "upcycle": "stages.upcycle",
     "train": "stages.train",
     "route": "stages.route",
+    "calibrate": "stages.calibrate",
     "fit": "stages.fit",
     "merge": "stages.merge",
     "fit_models": "stages.fit",

@@ -57,6 +57,7 @@ moemerge. It has the architecture and the cost of one of them. Its one output is
 answer together."""
 AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
 [UMM-RM](https://arxiv.org/abs/2512.00724)"""
+SUM = """sum of the changes from their common start, [task arithmetic](https://arxiv.org/abs/2212.04089)"""
 MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
 Its one output is the reward of prompt and answer together."""
 STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
@@ -315,7 +316,8 @@ def _kind(manifest: Manifest, folder: Path) -> str:
     if manifest["stage"] != "merge":
         return UPCYCLED if manifest["stage"] == "upcycle" else TRAINED
     host = _host_method(manifest)
-    way = AVERAGE if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
+    ours = SUM if manifest["results"].get("coordinates") == "sum" else AVERAGE
+    way = ours if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
     models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
     count = sum(model is not None for model in models)
     caveats = "\n".join(f"- {inert_markdown(text)}" for text in manifest["results"].get("caveats", []))
@@ -340,8 +342,19 @@ def _coefficients(manifest: Manifest) -> list[str]:
     header = ["block", "shared", *(f"{member} {i}" for i in range(len(table[0][2])))]
     rows = [[str(block), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for block, shared, alpha_N in table]
     what = "merged tensor of the block" if member == "model" else "matrix of the layer's MLP"
-    note = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i, for every {what}."
+    average = f"W = shared · W_shared + (1 - shared) · Σ_i {member}_i · W_i"
+    added = f"W = W_shared + Σ_i {member}_i · (W_i - W_shared), so shared = 1 - Σ_i {member}_i"
+    formula = added if manifest["results"].get("coordinates") == "sum" else average
+    note = f"{formula}, for every {what}. {_scales(manifest)}".strip()
     return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]
+
+
+def _scales(manifest: Manifest) -> str:
+    """What the models' scores were divided by before they were merged; "" if by nothing."""
+    scales = manifest["results"].get("scales")
+    if not isinstance(scales, list):
+        return ""
+    return f"Reward heads were divided by {', '.join(f'{scale:.4g}' for scale in scales)} first."
 
 
 def _evaluation(evaluation: Evaluation) -> list[str]:

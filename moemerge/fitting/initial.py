@@ -13,6 +13,7 @@ from torch import Tensor
 from moemerge.errors import OptionError
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.problem import FitOutcome, FitProblem
+from moemerge.merging.blocks import HEAD
 
 START_SHARED = 0.5
 
@@ -25,7 +26,8 @@ def initial_coefficients(problem: FitProblem) -> FitOutcome:
     """
     settings, start = problem.settings, problem.start
     if start is not None:
-        shared_L = start.shared_L if settings.learns_shared else initial_shared_L(problem)
+        keeps = settings.learns_shared or settings.coordinates == "sum"
+        shared_L = start.shared_L if keeps else initial_shared_L(problem)
         return FitOutcome(problem.pooled(start.alpha_LN), problem.pooled(shared_L))
     if settings.learns_shared:
         settings = settings.model_copy(update={"shared_weight": START_SHARED})
@@ -37,10 +39,14 @@ def initial_coefficients(problem: FitProblem) -> FitOutcome:
 def initial_shared_L(problem: FitProblem) -> Tensor:
     """The shared member's weight per block without learning, float64.
 
-    0 without a shared member; a number is taken as it is; `match` is the mean shared weight seen in routing.
+    In a sum 1 - settings.scale, and 0 for the head. 0 without a shared member; a number is taken as it is;
+    `match` is the mean shared weight seen in routing.
     Raises OptionError for `learned`, which only a method that learns can do.
     """
     setting = problem.settings.shared_weight
+    if problem.settings.coordinates == "sum":
+        shared = [0.0 if block == HEAD else 1 - problem.settings.scale for block in problem.blocks]
+        return torch.tensor(shared, dtype=torch.float64)
     if not problem.has_shared:
         return torch.zeros(len(problem.blocks), dtype=torch.float64)
     if setting == "match":

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from moemerge.errors import OptionError
-from moemerge.merging.blocks import layer_of
+from moemerge.merging.blocks import HEAD, layer_of
 from moemerge.merging.merged_model import MergeGradient
 from moemerge.options.fit import FitSettings
 
@@ -99,11 +100,23 @@ class FitProblem:
         """For each block the position of its transformer layer in `layers`."""
         return [layers.index(layer_of(block)) for block in self.blocks]
 
+    @cached_property
+    def row_of_block(self) -> list[int]:
+        """The free row of coefficients that each block uses: its own, or one for all.
+
+        In a sum the head has a row of its own even then: its members add up to a scale, the body's do not.
+        """
+        if self.settings.granularity != "global":
+            return list(range(len(self.blocks)))
+        heads = [self.settings.coordinates == "sum" and block == HEAD for block in self.blocks]
+        return [int(head != heads[0]) for head in heads]
+
     def pooled(self, values: Tensor) -> Tensor:
-        """`values`, a row per block; where the settings want one row for all blocks, their mean in each."""
+        """`values`, a row per block; where blocks share a row, their mean in each."""
         if self.settings.granularity != "global":
             return values
-        return mean_of(values).expand_as(values).clone()
+        row_L = torch.tensor(self.row_of_block)
+        return torch.stack([mean_of(values[row_L == row]) for row in self.row_of_block])
 
     def data(self) -> Objective:
         """The objective; OptionError if there is none."""

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from moemerge.models.scoring import loss_and_accuracy
-from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, percentile_interval
+from moemerge.reports.statistics import (
+    Floats,
+    bootstrap_means,
+    cluster_sums,
+    likeliest_slope,
+    percentile_interval,
+)
 
 DRAWS = 4000
 CONFIDENCE = 0.95
@@ -25,6 +31,18 @@ def measures(margins_P: Tensor) -> dict[str, float]:
     """Mean Bradley-Terry loss in nats and accuracy (ties are errors) of score differences."""
     loss, accuracy = loss_and_accuracy(margins_P)
     return {"loss": loss, "accuracy": accuracy}
+
+
+def calibrated_losses(margins_P: Tensor) -> Tensor:
+    """Bradley-Terry loss of each pair after the factor on all margins that makes the mean lowest.
+
+    A model that says the same louder is not better by that. No factor is below 0: a model that is wrong more
+    often than right has log 2 throughout. Where no pair is wrong, right ones have 0.
+    """
+    slope = likeliest_slope(margins_P.numpy())
+    if math.isinf(slope) and slope > 0:
+        return torch.where(margins_P > 0, 0.0, math.log(2))
+    return -logsigmoid(margins_P * (slope if slope > 0 and math.isfinite(slope) else 0.0))
 
 
 def gain(before_P: Tensor, after_P: Tensor) -> dict[str, float]:

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from moemerge.fitting.optimisers import OPTIMISERS, choose
 from moemerge.fitting.problem import FitOutcome, FitProblem, Measured, Objective
-from moemerge.fitting.significance import measures
-from moemerge.fitting.space import Space
+from moemerge.fitting.significance import calibrated_losses, measures
+from moemerge.fitting.space import space_of
 from moemerge.options.fit import FitSettings
 
 # Where on the line from the start to the end the points `back` lie, as shares of it.
@@ -40,7 +40,9 @@ class Point:
 
 
 def judged(settings: FitSettings, measured: Measured) -> Tensor:
-    """The loss by which points are compared, per pair: plain Bradley-Terry, or what is fitted."""
+    """The loss that compares points, per pair: Bradley-Terry (calibrated or plain), or what is fitted."""
+    if settings.judge == "calibrated":
+        return calibrated_losses(measured.margins_P)
     return -logsigmoid(measured.margins_P) if settings.judge == "preferences" else measured.losses_P
 
 
@@ -56,7 +58,7 @@ class Trajectory:
 
     def __init__(self, problem: FitProblem, objective: Objective, start: FitOutcome) -> None:
         self.settings, self.seed, self.objective = problem.settings, problem.seed, objective
-        self.space, self.start = Space(problem, start), start
+        self.space, self.start = space_of(problem, start), start
         self.v_V, self.low_V, self.high_V = self.space.start_V, self.space.low_V, self.space.high_V
         self.weights_P: Tensor | None = None
         self.points: list[Point] = []

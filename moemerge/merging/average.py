@@ -5,14 +5,18 @@ Shapes: N routed experts. No model, file or device is known here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.options.base import Coordinates
 
 TOLERANCE = 1e-6
+SMALLEST_SUM = 1e-6
+ROUNDING = 1e-14
 # Elements: a chunk of every copy stays in a core's cache, and is worth the calls that it costs.
 CHUNK = 2**16
 
@@ -22,23 +26,28 @@ def routing_normalized_average(
     experts_N: Iterable[Tensor],
     alpha_N: Tensor | Sequence[float],
     shared_weight: float,
+    coordinates: Coordinates = "average",
 ) -> Tensor:
     """W = shared_weight * shared + (1 - shared_weight) * sum_i alpha_i expert_i.
 
-    `experts_N` may be a generator: one matrix is held at a time. Sums run in float32 (float64 for float64
-    experts), the result has the experts' dtype; nothing given is changed. `shared` may be None if its weight
-    is 0. Exact, bit for bit: equal matrices give that matrix for any weights, one-hot `alpha_N` with
-    `shared_weight` 0 gives that expert, `shared_weight` 1 gives `shared`.
+    With `coordinates` sum this is shared + sum_i c_i (expert_i - shared), c_i = (1 - shared_weight) alpha_i:
+    any finite weights, `alpha_N` still summing to one. `experts_N` may be a generator: one matrix is held at
+    a time. Sums run in float32 (float64 for float64 experts), the result has the experts' dtype; nothing
+    given is changed. `shared` may be None if its weight is 0. Exact, bit for bit: equal matrices give that
+    matrix for any weights, one-hot `alpha_N` with `shared_weight` 0 gives that expert, `shared_weight` 1
+    gives `shared`.
 
     Raises OptionError for weights that do not form an average, CheckpointError for matrices that do not fit.
-    Source: XFT (arXiv 2404.15247), step 4; its shared-expert rate in UMM-RM (arXiv 2512.00724).
+    Source: XFT (arXiv 2404.15247), step 4; its shared-expert rate in UMM-RM (arXiv 2512.00724); sums of
+    changes: task arithmetic (arXiv 2212.04089).
     """
-    alpha = check_weights(alpha_N, shared_weight, shared is not None)
+    alpha = check_weights(alpha_N, shared_weight, shared is not None, coordinates)
     total: Tensor | None = None
     reference = away = torch.empty(0)
     dtype = torch.float32
     # R - sum_i w_i (R - W_i), R being the first matrix of non-zero weight. The weights sum to one, so this
-    # is the average; and x - (+0) is x for every float, -0.0 included, which makes the identities exact.
+    # is the average, and the sum of changes as well; and x - (+0) is x for every float, -0.0 included, which
+    # makes the identities exact.
     for weight, matrix in _terms(shared, experts_N, alpha, shared_weight):
         if total is None:
             dtype, reference = matrix.dtype, _wide(matrix)
@@ -64,6 +73,18 @@ def as_average(weights_M: Tensor, has_shared: bool) -> tuple[Tensor, float]:
     return routed_N / routed_N.sum(), shared
 
 
+def as_changes(c_XN: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha_XN and 1 - shared_X of W = shared + sum_i c_i (W_i - shared): c over its sum, and that sum.
+
+    Gradients pass. No change at all is all weight on the shared one, exactly. Any other row that sums to zero
+    has no such form: it is moved by 1e-6.
+    """
+    near_X = c_XN.detach().sum(-1).abs() < SMALLEST_SUM / 2
+    moved_XN = c_XN + near_X[..., None] * (SMALLEST_SUM / c_XN.shape[-1])
+    total_X = moved_XN.sum(-1)
+    return moved_XN / total_X[..., None], total_X.where((c_XN != 0).any(-1), 0.0)
+
+
 def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Views of `matrix`, runs of its rows, of about 2**16 elements; equal shapes are cut at equal rows.
 
@@ -74,18 +95,30 @@ def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split(max(1, CHUNK * len(matrix) // max(1, matrix.numel())))
 
 
-def check_weights(alpha_N: Tensor | Sequence[float], shared_weight: float, has_shared: bool) -> list[float]:
-    """`alpha_N` as numbers; OptionError unless they and `shared_weight` form an average."""
+def check_weights(
+    alpha_N: Tensor | Sequence[float],
+    shared_weight: float,
+    has_shared: bool,
+    coordinates: Coordinates = "average",
+) -> list[float]:
+    """`alpha_N` as numbers; OptionError unless they and `shared_weight` are weights in `coordinates`."""
     values = torch.as_tensor(alpha_N, dtype=torch.float64)
     if values.ndim != 1 or not len(values) or not bool(values.isfinite().all()):
         raise _bad_weights("alpha is not a list of finite numbers", str(values.tolist()))
-    if bool((values < 0).any()) or abs(float(values.sum()) - 1) > TOLERANCE:
+    bounded = coordinates == "average"
+    if bool((values < 0).any()) and bounded or not sums_to_one(values, TOLERANCE):
         raise _bad_weights("alpha does not form an average", f"{values.tolist()}, sum {float(values.sum())}")
-    if not 0 <= shared_weight <= 1:
+    if not (0 <= shared_weight <= 1 if bounded else math.isfinite(shared_weight)):
         raise _bad_weights("shared weight is out of range", str(shared_weight))
     if shared_weight and not has_shared:
         raise _bad_weights("weight for a shared expert that is not there", str(shared_weight))
     return [float(v) for v in values.tolist()]
+
+
+def sums_to_one(values_XN: Tensor, tolerance: float) -> bool:
+    """Whether each row does, within `tolerance` and what large numbers of both signs round."""
+    away_X, size_X = (values_XN.sum(-1) - 1).abs(), values_XN.abs().sum(-1)
+    return bool((size_X.isfinite() & (away_X <= tolerance + ROUNDING * size_X)).all())
 
 
 def _bad_weights(what: str, given: str) -> OptionError:

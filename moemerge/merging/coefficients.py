@@ -6,9 +6,11 @@ Shapes: L blocks (of tensors that share a row of coefficients; by default a laye
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,30 +21,36 @@ from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.weight_files import order_metadata
 from moemerge.errors import CheckpointError
+from moemerge.merging.average import sums_to_one
 from moemerge.merging.blocks import BLOCK_NAME
+from moemerge.options.base import Coordinates
 
 FORMAT = "moemerge coefficients 2"
 FILE = "coefficients.safetensors"
 TABLE = "coefficients.json"
 TOLERANCE = 1e-9
-RESERVED = ("format", "blocks")
+RESERVED = ("format", "blocks", "coordinates", "scales")
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Weights of a routing-normalised average, one row per block.
+    """Weights of a routing-normalised average or of a sum of changes, one row per block.
 
     W_l = shared_L[l] * W_shared + (1 - shared_L[l]) * sum_i alpha_LN[l, i] W_i for the tensors of block
     blocks[l]: `layers.3` (a transformer layer), `layers.3.mlp.up_proj`, `outside` or `head` (see blocks.py).
-    Both tensors are float64, rows of alpha_LN are >= 0 and sum to one, shared_L is in [0, 1] (0 where there
-    is no shared expert). `meta` holds texts such as method and model (fingerprint of what they were made
-    for). Raises CheckpointError when any of this does not hold.
+    Both tensors are float64 and rows of alpha_LN sum to one. `coordinates` average: alpha_LN >= 0, shared_L
+    in [0, 1] (0 where there is no shared expert). sum: any finite values; W_l is then W_shared +
+    sum_i c_i (W_i - W_shared) with the c of `changes_LN`. `scales` are what members' reward heads are divided
+    by before all that, if anything. `meta` holds texts such as method and model (fingerprint of what they
+    were made for). Raises CheckpointError when any of this does not hold.
     """
 
     blocks: list[str]
     alpha_LN: Tensor
     shared_L: Tensor
     meta: dict[str, str] = field(default_factory=dict)
+    coordinates: Coordinates = "average"
+    scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         fault = _fault(self)
@@ -50,7 +58,8 @@ class Coefficients:
             raise CheckpointError(
                 "coefficients cannot be used",
                 given=fault,
-                expected="per block, named once, float64 alpha >= 0 with sum 1 and float64 shared in [0, 1]",
+                expected="per block, named once, float64 alpha with sum 1 and float64 shared; in an average, "
+                "alpha >= 0 and shared in [0, 1]; scales above 0, one per member, if there are any",
                 fix="fit them again, or normalise each row if they were made by hand",
             )
 
@@ -66,11 +75,22 @@ class Coefficients:
         """Number of routed experts, or of models besides the base, N."""
         return self.alpha_LN.shape[1]
 
+    @property
+    def changes_LN(self) -> Tensor:
+        """c of W = W_shared + sum_i c_i (W_i - W_shared): (1 - shared) alpha."""
+        return (1 - self.shared_L)[:, None] * self.alpha_LN
+
+    @property
+    def formula(self) -> dict[str, str]:
+        """What a file says of how its numbers are meant."""
+        scales = {} if self.scales is None else {"scales": json.dumps(self.scales)}
+        return {"format": FORMAT, "coordinates": self.coordinates, **scales}
+
     def save(self, folder: str | Path) -> Path:
         """Write coefficients.safetensors (exact, with a readable header) and coefficients.json (to read)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        header = {"format": FORMAT, "blocks": json.dumps(self.blocks), "version": package_version()}
+        header = {**self.formula, "blocks": json.dumps(self.blocks), "version": package_version()}
         tensors = {"alpha_LN": self.alpha_LN.contiguous(), "shared_L": self.shared_L.contiguous()}
         save_file(tensors, folder / FILE, metadata={**header, **self.meta})
         # safetensors writes the header's texts in an order that changes from run to run.
@@ -80,8 +100,9 @@ class Coefficients:
         return folder / FILE
 
     def table(self) -> Iterator[tuple[str, float, list[float]]]:
-        """Block, shared weight and alpha of each row."""
-        return zip(self.blocks, self.shared_L.tolist(), self.alpha_LN.tolist(), strict=True)
+        """Block, shared weight and members' weights of each row: alpha, or of a sum the c of changes_LN."""
+        values_LN = self.alpha_LN if self.coordinates == "average" else self.changes_LN
+        return zip(self.blocks, self.shared_L.tolist(), values_LN.tolist(), strict=True)
 
     def weights(self, row: int, has_shared: bool) -> list[float]:
         """The weight of each member in row number `row`, the shared one first if there is one; sum one."""
@@ -99,8 +120,7 @@ class Coefficients:
                 header = dict(handle.metadata() or {})
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}
             if header.get("format") == FORMAT and set(tensors) == {"alpha_LN", "shared_L"}:
-                meta = {key: text for key, text in header.items() if key not in RESERVED}
-                return cls(json.loads(header["blocks"]), meta=meta, **tensors)
+                return cls(**_stated(header), **tensors)
             reason = f"format {header.get('format')!r}, tensors {', '.join(sorted(tensors)) or 'none'}"
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -110,6 +130,17 @@ class Coefficients:
             expected=f"a file or folder with {FILE}, {FORMAT}",
             fix="give the folder that fit wrote",
         )
+
+
+def _stated(header: dict[str, str]) -> dict[str, Any]:
+    """What a file's header says; older files have averages of unscaled members."""
+    scales = header.get("scales")
+    return {
+        "blocks": json.loads(header["blocks"]),
+        "coordinates": header.get("coordinates", "average"),
+        "scales": None if scales is None else tuple(json.loads(scales)),
+        "meta": {key: text for key, text in header.items() if key not in RESERVED},
+    }
 
 
 def _fault(c: Coefficients) -> str | None:
@@ -125,8 +156,17 @@ def _fault(c: Coefficients) -> str | None:
         return f"dtypes {alpha_LN.dtype}, {shared_L.dtype}"
     if not bool(alpha_LN.isfinite().all() and shared_L.isfinite().all()):
         return "values that are not finite"
-    if bool((alpha_LN < 0).any()) or float((alpha_LN.sum(1) - 1).abs().max()) > TOLERANCE:
+    if c.coordinates not in get_args(Coordinates):
+        return f"coordinates {c.coordinates!r}"
+    bounded = c.coordinates == "average"
+    if (bounded and bool((alpha_LN < 0).any())) or not sums_to_one(alpha_LN, TOLERANCE):
         return f"smallest alpha {float(alpha_LN.min())}, sums {alpha_LN.sum(1).tolist()}"
-    if bool((shared_L < 0).any() or (shared_L > 1).any()):
+    if bounded and bool((shared_L < 0).any() or (shared_L > 1).any()):
         return f"shared {shared_L.tolist()}"
-    return None
+    return None if c.scales is None else _bad_scales(c.scales, c.num_experts)
+
+
+def _bad_scales(scales: tuple[float, ...], count: int) -> str | None:
+    numbers = len(scales) == count and all(type(scale) in (int, float) for scale in scales)
+    sound = numbers and all(0 < scale < math.inf for scale in scales)
+    return None if sound else f"scales {list(scales)}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from moemerge.errors import CheckpointError, few
@@ -52,6 +53,14 @@ def foreign_head(name: str) -> bool:
 def in_head(model: PreTrainedModel, name: str) -> bool:
     """Whether a tensor is the reward head's. A pooler is: checkpoints of masked language models lack it."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def output_names(model: PreTrainedModel) -> list[str]:
+    """Weight and bias of the head's last matrix, whose one output is the score."""
+    layers = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
+    ]
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == layers[-1]]
 
 
 def refuse_lost_head(

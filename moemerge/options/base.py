@@ -93,6 +93,12 @@ Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name)]
 SourceList = Annotated[list[Named], INPUT]
 Output = Annotated[Path, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers
+Coordinates = Literal["average", "sum"]
+COORDINATES: Any = Field(
+    "average",
+    description="average: weights that sum to one; sum: changes from the base (of a MoE: from the shared "
+    "expert) are added, W = base + sum_i c_i (W_i - base), with any c",
+)
 OURS = "routing_normalized_average"  # the name of our own merge method
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
 
@@ -154,6 +160,12 @@ class Members(Options):
     scope: Literal["all", "body", "mlp"] = Field(
         "all", description="with models: what is merged: all; body, which is all but the head; mlp"
     )
+    coordinates: Coordinates = COORDINATES
+    calibration: Source | None = Field(
+        None,
+        description="with models: folder written by calibrate; each model's scores are divided by its "
+        "scale first (saved coefficients know this of themselves)",
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_members(self) -> Members:
@@ -163,6 +175,10 @@ class Members(Options):
             raise ValueError("base and scope go with models, not with a MoE")
         if self.models and len(self.models) + bool(self.base) < 2:
             raise ValueError("one model alone cannot be merged: give two models, or one and base")
+        if self.models and self.coordinates == "sum" and self.base is None:
+            raise ValueError("coordinates sum needs base, the model that all others were trained from")
+        if self.calibration and (self.model or self.scope != "all"):
+            raise ValueError("calibration goes with models and scope all: it divides their heads")
         return self
 
 

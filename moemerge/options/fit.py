@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Members, Options, Run, Source, TextFormat
+from moemerge.options.base import COORDINATES, Coordinates, Members, Options, Run, Source, TextFormat
 
 
 class FitSettings(Options):
@@ -30,6 +30,10 @@ class FitSettings(Options):
         0.5,
         description="weight of the shared member: a number in [0, 1], match (as in routing), learned (per "
         "block, as granularity says) or learned_global (one for all)",
+    )
+    coordinates: Coordinates = COORDINATES
+    scale: float = Field(
+        2.0, gt=0, description="coordinates sum: what the c sum to at the start; the heads' sum to one"
     )
     objectives: dict[str, float] = Field(
         default_factory=lambda: {"bradley_terry": 1.0},
@@ -55,7 +59,9 @@ class FitSettings(Options):
     batch_size: int = Field(32, ge=1, description="pairs per step (Adam)")
     micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
     kl: float = Field(0.0, ge=0, description="pull towards the initial coefficients")
-    l2: float = Field(0.0, ge=0, description="pull of the logits towards their start, squared distance")
+    l2: float = Field(
+        0.0, ge=0, description="pull towards the start, squared distance: of logits, or of a sum's c"
+    )
     patience: int = Field(5, ge=1, description="evaluations without progress before stopping")
     evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch (Adam)")
     holdout: float = Field(
@@ -67,9 +73,11 @@ class FitSettings(Options):
     level: float = Field(
         0.05, gt=0, le=1, description="the initial coefficients are kept unless p on held-out pairs is below"
     )
-    judge: Literal["preferences", "objective"] = Field(
-        "preferences",
-        description="loss that decides on held-out pairs: plain Bradley-Terry, or what is fitted",
+    judge: Literal["calibrated", "preferences", "objective"] = Field(
+        "calibrated",
+        description="loss that decides on held-out pairs: calibrated, which is Bradley-Terry after the best "
+        "factor on each candidate's scores, so that no scale is rewarded; preferences, which is without; or "
+        "what is fitted",
     )
     robust_rounds: int = Field(
         0, ge=0, description="further rounds on pairs weighted by how badly the merged model ranks them"
@@ -89,7 +97,17 @@ class FitSettings(Options):
             raise ValueError("objectives needs one or more, all with weights above 0")
         if self.folds == 1:
             raise ValueError("folds is 0, or 2 and more")
+        if self.coordinates == "sum":
+            self._check_sum()
         return self
+
+    def _check_sum(self) -> None:
+        """What only averages have."""
+        if self.method in ("grid", "least_squares") or self.learns_shared or self.kl:
+            raise ValueError(
+                "coordinates sum has no weight of the shared member, and takes no kl: choose method learned, "
+                "uniform, usage or one_hot, leave shared_weight out, and use l2"
+            )
 
     @property
     def learns_shared(self) -> bool:

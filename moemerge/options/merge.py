@@ -38,7 +38,13 @@ class Merge(MergeSettings, Members, Run):
     weights: list[float] = Field(
         default_factory=list,
         description="with models: a weight for each, the base first if there is one; no coefficients then; "
-        "their sum does not matter (default: equal)",
+        "their sum does not matter (default: equal). With coordinates sum: the c of each but the base",
+    )
+    scale: float | None = Field(
+        None,
+        gt=0,
+        description="coordinates sum: what the c sum to, if no weights are given (default: 2, so 2/M "
+        "for each of M models)",
     )
 
     @model_validator(mode="after")
@@ -53,8 +59,15 @@ class Merge(MergeSettings, Members, Run):
     def _weights_fit(self) -> Merge:
         if self.weights and (self.model or self.coefficients):
             raise ValueError("weights go with models, in place of coefficients")
-        if self.weights and len(self.weights) != len(self.models) + bool(self.base):
-            raise ValueError(f"weights: {len(self.weights)} for {len(self.models) + bool(self.base)} models")
+        if self.scale is not None and (self.coordinates != "sum" or self.weights or self.coefficients):
+            raise ValueError("scale goes with coordinates sum, in place of weights or coefficients")
+        if self.coefficients and (self.coordinates != "average" or self.calibration):
+            raise ValueError("coefficients know their coordinates and scales: leave both out")
+        count = len(self.models) + (bool(self.base) and self.coordinates == "average")
+        if self.weights and len(self.weights) != count:
+            raise ValueError(f"weights: {len(self.weights)} for {count} models")
+        if self.coordinates == "sum":
+            return self
         if self.weights and (min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf):
             raise ValueError("weights must be finite, none below zero and at least one above")
         return self

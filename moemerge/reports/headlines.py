@@ -33,6 +33,11 @@ def sizes(results: Results) -> str:
     return written + (f"; bad rows in {bad} file(s), see report.json" if bad else "")
 
 
+def calibrate(results: Results) -> str:
+    """Each model's scale."""
+    return "scales: " + ", ".join(f"{name} {scale:.3g}" for name, scale in results["scales"].items())
+
+
 def upcycle(results: Results) -> str:
     """Experts, and how exactly the MoE computes what the dense model does."""
     experts = f"{results['num_routed_experts']} routed experts, {results['num_experts_per_tok']} per token"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import expit
 
 from moemerge.reports.table import Interval
 
@@ -171,3 +173,23 @@ def t_test(values_S: Sequence[float], confidence: float) -> tuple[Interval, floa
     test = stats.ttest_1samp(values_S, 0.0)
     low, high = test.confidence_interval(confidence)
     return (float(low), float(high)), float(test.pvalue)
+
+
+def likeliest_slope(differences_P: Floats) -> float:
+    """The b for which sigmoid(b d) gives chosen answers the highest likelihood: a Bradley-Terry temperature.
+
+    Infinite, with the sign of the differences, where all that are not 0 agree; not a number where all are 0.
+    """
+    if not differences_P.min() < 0 < differences_P.max():
+        extreme = float(differences_P.min() + differences_P.max())
+        return math.copysign(math.inf, extreme) if extreme else math.nan
+    scale = float(np.abs(differences_P).max())
+    scaled_P = differences_P / scale
+
+    def rise(b: float) -> float:
+        return float((scaled_P * expit(-b * scaled_P)).sum())
+
+    reach = 1.0
+    while rise(-reach) < 0 or rise(reach) > 0:
+        reach *= 2
+    return float(brentq(rise, -reach, reach, xtol=1e-12)) / scale

@@ -275,16 +275,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _say(redact(f"moemerge cannot go on: {error}"), err=True)
         sys.exit(USAGE_ERROR)
-    except Exception as error:
+    except Stopped as stopped:
+        _say_how_to_go_on(stopped.number, arguments)
+    except (KeyboardInterrupt, click.Abort):
+        _say_how_to_go_on(signal.SIGINT, arguments)
+    except Exception as error:  # last: click.Abort is one, too
         short = shortage(error)
         if short is None:
             raise
         _say(redact(f"moemerge cannot go on: too little memory ({first_line(short)})"), err=True)
         sys.exit(USAGE_ERROR)
-    except Stopped as stopped:
-        _say_how_to_go_on(stopped.number, arguments)
-    except (KeyboardInterrupt, click.Abort):
-        _say_how_to_go_on(signal.SIGINT, arguments)
 
 
 def _say_how_to_go_on(number: int, arguments: Sequence[str]) -> NoReturn:

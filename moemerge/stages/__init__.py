@@ -68,6 +68,13 @@ ROWS = (
         headlines.route,
     ),
     Row(
+        "calibrate",
+        "moemerge.stages.calibrate:calibrate",
+        "moemerge.options.calibrate:Calibrate",
+        "Measure how loud reward models are, to merge them on one scale.",
+        headlines.calibrate,
+    ),
+    Row(
         "fit",
         "moemerge.stages.fit:fit",
         "moemerge.options.fit:Fit",

@@ -52,8 +52,8 @@ def export(options: Export, draft: Draft) -> None:
 
 
 def _write_experts(options: Export, draft: Draft) -> None:
-    source = open_source(options)
     coefficients = Coefficients.load(options.coefficients) if options.coefficients else None
+    source = open_source(options, coefficients)
     if coefficients is not None:
         source.check_fit(coefficients)
     to_write = [member for member, folder in enumerate(_references(source)) if folder is None]

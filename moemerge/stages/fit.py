@@ -17,7 +17,7 @@ from torch import Tensor
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, OptionError
 from moemerge.fitting.gram import output_grams
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.objectives.base import mixture
@@ -35,6 +35,7 @@ from moemerge.merging.sources.open import open_source
 from moemerge.models.device import use_device
 from moemerge.models.routing import RoutingStatistics
 from moemerge.models.token_limits import check_config
+from moemerge.options.base import Coordinates
 from moemerge.options.fit import Fit
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def fit(options: Fit, draft: Draft) -> None:
     device = use_device(options)
     distributed.join()
     method = METHODS.get(options.method)
-    source = open_source(options)
+    source = _opened(options)
     blocks = source.blocks(per_matrix=options.granularity == "matrix")
     outcome = method(_problem(options, source, blocks, _Data(options, source, blocks, device, draft)))
     meta = {
@@ -62,7 +63,9 @@ def fit(options: Fit, draft: Draft) -> None:
         "granularity": options.granularity,
         **source.identity(),
     }
-    coefficients = Coefficients(blocks, outcome.alpha_LN, outcome.shared_L, meta)
+    coefficients = Coefficients(
+        blocks, outcome.alpha_LN, outcome.shared_L, meta, options.coordinates, source.scales
+    )
     coefficients.save(draft.folder)
     log.info("fit: %s", outcome.report["verdict"])
     write_report(draft, coefficients, outcome, source.member_names[source.has_shared :])
@@ -84,6 +87,18 @@ def fit_models(
     return fit(output=output, pairs=pairs and str(pairs), **members, **options)
 
 
+def _opened(options: Fit) -> MergeSource:
+    source = open_source(options)
+    if options.coordinates == "sum" and not source.has_shared:
+        raise OptionError(
+            "a sum of changes needs a member to change from",
+            given=f"{options.model}: no shared expert",
+            expected="a MoE with a shared expert, or models with a base",
+            fix="upcycle with shared_expert true, or set coordinates to average",
+        )
+    return source
+
+
 def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) -> FitProblem:
     if not source.has_shared and isinstance(options.shared_weight, str):
         log.warning("shared_weight %s is ignored: no member is shared", options.shared_weight)
@@ -95,17 +110,26 @@ def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) 
         seed=options.seed,
         statistics=_statistics(options.routing, source),
         objective=data.objective if options.pairs else None,
-        start=_start(options.start, source, blocks),
+        start=_start(options.start, source, blocks, options.coordinates),
         output_grams=data.output_grams if options.pairs else None,
     )
 
 
-def _start(folder: str | None, source: MergeSource, blocks: list[str]) -> FitOutcome | None:
+def _start(
+    folder: str | None, source: MergeSource, blocks: list[str], coordinates: Coordinates
+) -> FitOutcome | None:
     """Coefficients to start from, a row for each of `blocks`; rows of layers serve all their matrices."""
     if folder is None:
         return None
     saved = Coefficients.load(folder)
     source.check_fit(saved)
+    if saved.coordinates != coordinates and coordinates == "average":
+        raise OptionError(
+            "coefficients to start from are a sum",
+            given=f"{folder}, coordinates {saved.coordinates}",
+            expected="an average",
+            fix="set coordinates to sum",
+        )
     theirs, mine = source.rows(saved.blocks), source.rows(blocks)
     # Through the tensors: the saved row of each of our rows. If tensors of one row of ours have different
     # saved ones, the last of them stands here, and the others disagree with it.

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
-from moemerge.merging.average import as_average, row_chunks
+from moemerge.merging.average import as_average, as_changes, row_chunks
+from moemerge.merging.blocks import HEAD
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.sources.open import open_source
@@ -30,6 +31,8 @@ from moemerge.options.merge import Merge
 
 if TYPE_CHECKING:
     from moemerge.merging.mergekit.methods import HostMethod
+
+SCALE = 2.0  # what the c of a sum add up to: best or near it for three members (studies/LOG.md)
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +50,12 @@ def merge(options: Merge, draft: Draft) -> None:
     of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods: mergekit (arXiv 2403.13257).
     """
     device = use_device(options)
-    source = open_source(options)
+    saved = Coefficients.load(options.coefficients) if options.coefficients else None
+    source = open_source(options, saved)
     dtype: torch.dtype = source.dense_dtype if options.dtype == "keep" else getattr(torch, options.dtype)
     if options.models and options.dtype == "keep":
         _tell_of_rounding(source, dtype)
-    way = _way(options, source, dtype, device)
+    way = _way(options, source, _coefficients(options, source, saved), dtype, device)
     draft.reserve(source.size(dtype))
     write_checkpoint(draft.folder, _dense_tensors(source, way, dtype), options.shard_size)
     source.write_config(draft.folder, dtype)
@@ -65,6 +69,8 @@ def merge(options: Merge, draft: Draft) -> None:
         "other_tensors": len(source.backbone),
         "coefficients": way.coefficients.meta if way.coefficients else None,
         "table": list(way.coefficients.table()) if way.coefficients else None,
+        "coordinates": way.coefficients.coordinates if way.coefficients else None,
+        "scales": way.coefficients.scales if way.coefficients else None,
         "caveats": list(source.caveats),
     }
 
@@ -101,15 +107,32 @@ def merge_models(
     return merge(output=output, **members, **options)
 
 
-def _coefficients(options: Merge, source: MergeSource) -> Coefficients | None:
-    """Those that the options name; else equal ones for our own average, None for other methods."""
-    if options.coefficients:
-        saved = Coefficients.load(options.coefficients)
+def _coefficients(options: Merge, source: MergeSource, saved: Coefficients | None) -> Coefficients | None:
+    """The saved ones; else equal ones for our own method, None for others."""
+    if saved is not None:
         source.check_fit(saved)
         return saved
+    if options.coordinates == "sum" and (options.method == OURS or options.weights or options.scale):
+        count = source.num_members
+        return sum_of_changes(source, options.weights or [(options.scale or SCALE) / count] * count)
     if options.weights or options.method == OURS:
         return _constant(options.weights or [1.0] * len(source.member_names), source)
     return None
+
+
+def sum_of_changes(source: MergeSource, changes: Sequence[float]) -> Coefficients:
+    """W = base + sum_i c_i (W_i - base) in every block, c being `changes`; heads are averaged in proportion.
+
+    A head that had the c of the body would be as many times as large as they sum to, and so would scores.
+    """
+    blocks, c_N = source.blocks(), torch.tensor(changes, dtype=torch.float64)
+    alpha_N, total = as_changes(c_N)
+    shared_L = torch.tensor(
+        [0.0 if block == HEAD else 1 - float(total) for block in blocks], dtype=torch.float64
+    )
+    return Coefficients(
+        blocks, alpha_N.repeat(len(blocks), 1), shared_L, {"method": "given"}, "sum", source.scales
+    )
 
 
 def _constant(weights: Sequence[float], source: MergeSource) -> Coefficients:
@@ -117,11 +140,18 @@ def _constant(weights: Sequence[float], source: MergeSource) -> Coefficients:
     blocks, values = source.blocks(), torch.tensor(weights, dtype=torch.float64)
     alpha_N, shared = as_average(values, source.has_shared)
     shared_L = torch.full((len(blocks),), shared, dtype=torch.float64)
-    return Coefficients(blocks, alpha_N.repeat(len(blocks), 1), shared_L, {"method": "given"})
+    return Coefficients(
+        blocks, alpha_N.repeat(len(blocks), 1), shared_L, {"method": "given"}, scales=source.scales
+    )
 
 
-def _way(options: Merge, source: MergeSource, dtype: torch.dtype, device: torch.device) -> _Way:
-    coefficients = _coefficients(options, source)
+def _way(
+    options: Merge,
+    source: MergeSource,
+    coefficients: Coefficients | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Way:
     if options.method == OURS:
         assert coefficients is not None
         return _Average(source, coefficients, dtype)
@@ -171,15 +201,16 @@ class _Average:
         """Fill `chunk`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
         c, row = self.coefficients, self.rows[tensor.dense]
         wide = (_widened(part, chunk.dtype) for part in parts)
-        chunk.copy_(self.source.average(wide, c.alpha_LN[row], float(c.shared_L[row])))
-        difference = _difference(chunk, c.weights(row, self.source.has_shared), parts)
-        # An average is no larger than the largest copy: a difference within the rounding of `chunk` itself is
-        # within that of the copies, which then need not be looked at.
+        chunk.copy_(self.source.merged(wide, c, row))
+        weights = c.weights(row, self.source.has_shared)
+        difference = _difference(chunk, weights, parts)
+        # An average is no larger than the largest copy, and a sum no larger than its bound: a difference
+        # within the rounding of `chunk` itself is within that of the copies, which need no look.
         if not math.isfinite(difference) or difference > _rounding(chunk, [chunk]):
             for name, part in zip(self.source.member_names, parts, strict=True):
                 finite(part, f"{tensor.dense} of {name}")
             finite(chunk, f"{tensor.dense} as merged")
-            if difference > _rounding(chunk, parts):
+            if difference > _rounding(chunk, parts) * max(1.0, sum(map(abs, weights))):
                 raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
         self.largest_difference = max(self.largest_difference, difference)
 

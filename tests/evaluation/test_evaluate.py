@@ -191,9 +191,7 @@ def test_the_command_line_tells_of_a_plain_model(
     assert ended.value.code == 0 and lines[0] == f"{tmp_path / 'e'}  1 model"
     assert [line.split()[1] for line in lines[1:4:2]] == ["model", "rm"]
     assert (
-        lines[4].startswith("rm: accuracy 0.")
-        and " on test (0." in lines[4]
-        and " chance (0.5); " in lines[4]
+        lines[4].startswith("rm: accuracy 0.") and " on test (0." in lines[4] and " chance (0.5)" in lines[4]
     )
     assert lines[5] == f"Report: {tmp_path / 'e/report.html'}"
     page = (tmp_path / "e/report.md").read_text()

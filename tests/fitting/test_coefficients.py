@@ -61,8 +61,16 @@ class Bowl:
 
 
 def problem(objective: Bowl | None = None, seed: int = 0, **settings: Any) -> FitProblem:
+    # The bowl's scores grow as its loss falls: all that is learned of it is louder, so the plain loss judges.
     wanted = FitSettings(
-        **{"initial": "uniform", "optimizer": "adam", "batch_size": 8, "max_epochs": 40, **settings}
+        **{
+            "initial": "uniform",
+            "judge": "preferences",
+            "optimizer": "adam",
+            "batch_size": 8,
+            "max_epochs": 40,
+            **settings,
+        }
     )
     make = None if objective is None else lambda: objective
     return FitProblem(["layers.0", "layers.1", "layers.2"], N, True, wanted, seed, objective=make)

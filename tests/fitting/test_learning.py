@@ -37,7 +37,7 @@ from moemerge.fitting.objectives.base import Term
 from moemerge.fitting.pair_objective import PairObjective, overrated
 from moemerge.fitting.problem import FitOutcome, FitProblem, Measured
 from moemerge.fitting.significance import chance, paired
-from moemerge.fitting.space import Space
+from moemerge.fitting.space import space_of
 from moemerge.fitting.splits import fold
 from moemerge.fitting.targets import Targets, pair_gate_mass
 from moemerge.fitting.trajectory import BACK
@@ -141,7 +141,7 @@ def test_gradients_of_every_objective_and_granularity(
     pairs = with_margins(encode(moe, random_pairs(5, seed=5), tmp_path))
     wanted = FitSettings(granularity=granularity, shared_weight="learned", kl=0.01, l2=0.02, **settings)
     problem = FitProblem(source.blocks(granularity == "matrix"), N, True, wanted)
-    space = Space(problem, FitOutcome(merged.alpha_LN[:1].expand_as(merged.alpha_LN), merged.shared_L))
+    space = space_of(problem, FitOutcome(merged.alpha_LN[:1].expand_as(merged.alpha_LN), merged.shared_L))
     generator = torch.Generator().manual_seed(1)
     v_V = space.start_V + 0.3 * torch.randn(space.start_V.shape, generator=generator, dtype=torch.float64)
     assert len(v_V) == {"layer": L, "matrix": 3 * L, "global": 1}[granularity] * (N + 1)

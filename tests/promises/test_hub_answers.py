@@ -160,19 +160,18 @@ def test_the_users_own_client_is_used_and_left_as_it_was() -> None:
         set_client_factory(default_client_factory)
 
 
-def test_what_the_hub_library_logs_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_hub_library_logs_is_said_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub.utils import logging as theirs
 
     log, spoken = theirs.get_logger("huggingface_hub.test"), []
     handler = logging.Handler()
     handler.emit = lambda record: spoken.append(record.getMessage())  # type: ignore[method-assign]
-    logging.root.addHandler(handler)
+    monkeypatch.setattr(logging.root, "handlers", [handler])  # not what other tests have left there
     before = logging.getLogger("huggingface_hub").handlers
-    try:
-        with bounded_hub():
-            log.warning("Retrying in 1s")
-    finally:
-        logging.root.removeHandler(handler)
+    with bounded_hub():
+        log.warning("Retrying in 1s")
     assert spoken == ["Retrying in 1s"] and capfd.readouterr().err == ""
     assert logging.getLogger("huggingface_hub").handlers is before
 

@@ -110,13 +110,14 @@ def test_the_written_model_scores_as_the_fitted_one(moe: Path, tmp_path: Path) -
         initial="uniform",
         shared_weight="learned",
         max_epochs=2,
+        judge="preferences",
     )
     merged = load_reward_model(
         str(merge(model=str(moe), coefficients=str(fitted), output=tmp_path / "m")), "cpu"
     )
     found = Coefficients.load(fitted)
     ours = MergedModel(MoeCheckpoint(moe), found.alpha_LN, found.shared_L).model
-    assert float((scores(merged, moe) - scores(ours, moe)).abs().max()) <= 1e-5
+    assert float((scores(merged, moe) - scores(ours, moe)).abs().max()) <= 3e-5  # of scores of about 16
     report = json.loads((fitted / "report.json").read_text())
     assert not report["kept_initial"]
     tokenizer, losses = load_tokenizer(str(moe)), []
@@ -341,14 +342,14 @@ def test_experts_that_are_not_finite_are_refused_and_named(
 def test_the_float64_sum_notices_a_wrong_average(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = MoeCheckpoint.average
+    right = MoeCheckpoint.merged
 
     def wrong(*arguments: Any) -> Tensor:
         average = right(*arguments)
         average.view(-1)[-1] += 1e-4
         return average
 
-    monkeypatch.setattr(MoeCheckpoint, "average", wrong)
+    monkeypatch.setattr(MoeCheckpoint, "merged", wrong)
     with pytest.raises(CheckpointError, match="off by 1.0"):
         merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from scipy.optimize import brentq
 from scipy.special import expit
 
 from moemerge.evaluation.probes.base import NO_SUBSET, PairScores, Probe
@@ -38,6 +37,7 @@ from moemerge.reports.statistics import (
     Integers,
     bootstrap_means,
     cluster_sums,
+    likeliest_slope,
     percentile_interval,
     sampling_units,
     wilson_band,
@@ -115,22 +115,16 @@ def slope(differences_P: Floats, units_P: Integers, confidence: float) -> Slope 
     Below 1 the differences are too large: the model is too sure. The interval is normal, with the sandwich
     variance over prompts. None if no finite b is best: all pairs right, all wrong, or all tied.
     """
-    if not differences_P.min() < 0 < differences_P.max():
+    value = likeliest_slope(differences_P)
+    if not math.isfinite(value):
         return None
-    scaled_P = differences_P / np.abs(differences_P).max()
-
-    def rise(b: float) -> float:
-        return float((scaled_P * expit(-b * scaled_P)).sum())
-
-    reach = 1.0
-    while rise(-reach) < 0 or rise(reach) > 0:
-        reach *= 2
-    best = float(brentq(rise, -reach, reach, xtol=1e-12))
+    scale = float(np.abs(differences_P).max())
+    scaled_P, best = differences_P / scale, value * scale
     curvature = float((scaled_P**2 * expit(best * scaled_P) * expit(-best * scaled_P)).sum())
     score_K = cluster_sums((scaled_P * expit(-best * scaled_P))[:, None], units_P)[:, 0]
     error = math.sqrt(float((score_K**2).sum())) / curvature
-    scale, z = float(np.abs(differences_P).max()), float(stats.norm.ppf((1 + confidence) / 2))
-    return {"value": best / scale, "interval": ((best - z * error) / scale, (best + z * error) / scale)}
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    return {"value": value, "interval": ((best - z * error) / scale, (best + z * error) / scale)}
 
 
 def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: int) -> Calibration:

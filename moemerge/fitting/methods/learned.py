@@ -24,7 +24,8 @@ def learned(problem: FitProblem) -> FitOutcome:
     """Fit alpha, and lambda if shared_weight is learned, to the objectives of the merged model.
 
     An optimiser (settings.optimizer) begins at the start; the outcome is the point on its trajectory with the
-    lowest held-out loss (settings.judge), unless that may be chance: with p >= settings.level, by a paired
+    lowest held-out loss (settings.judge; calibrated, only of points that lose no accuracy), unless that may
+    be chance: with p >= settings.level, by a paired
     test that counts how many points were tried, the start is kept, exactly. With settings.folds each part of
     the pairs is held out from a run of its own; the outcome is the mean of the runs' coefficients after the
     number of points that is best over all parts together. Deterministic for a given seed.
@@ -54,7 +55,10 @@ class _Selection:
         self.longest = max(len(trajectory.points) for trajectory in trajectories)
         # Folds together hold out every pair once: a row has the loss of all pairs after equally many points.
         losses_JP = torch.stack([self.judged(j) for j in range(self.longest + len(BACK))])
-        self.best = int(losses_JP.mean(1).argmin())
+        loss_J = losses_JP.mean(1)
+        if self.settings.judge == "calibrated":
+            loss_J = loss_J.where(self._keeps_accuracy(len(loss_J)), torch.inf)
+        self.best = int(loss_J.argmin())
         gains_JP = losses_JP[0] - losses_JP
         # Point 0 is the start. The test needs the gains of all: the best of many is high by chance alone.
         self.p = chance(gains_JP, self.best, self.prompts, problem.seed) if self.best else 1.0
@@ -70,6 +74,11 @@ class _Selection:
             mean_of(torch.stack([point.alpha_LN for point in points])),
             mean_of(torch.stack([point.shared_L for point in points])),
         )
+
+    def _keeps_accuracy(self, count: int) -> Tensor:
+        """Of each point whether it has as many held-out pairs right as the start, which no loss may cost."""
+        right_J = torch.tensor([int((self.margins(number) > 0).sum()) for number in range(count)])
+        return right_J >= right_J[0]
 
     def points(self, number: int) -> list[Point]:
         """Point `number` of each trajectory; a trajectory that ended before gives its last point."""

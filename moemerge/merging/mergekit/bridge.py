@@ -31,7 +31,7 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.easy_define import merge_method
 from pydantic import AfterValidator, Field
 
-from moemerge.errors import CheckpointError, OptionError
+from moemerge.errors import CheckpointError, OptionError, UnsupportedError
 from moemerge.merging.average import routing_normalized_average
 from moemerge.merging.blocks import blocks_of, layer_of
 from moemerge.merging.coefficients import FILE, Coefficients
@@ -77,6 +77,7 @@ def average(
     """
     _check_finite(group)
     fitted = _load(coefficients)
+    _refuse_scales(fitted, coefficients)
     assert group.base is not None
     members = _in_order(fitted, group, expert.values_for(group.non_base))
     blocks = _blocks(fitted, group.metadata.name or "")
@@ -87,7 +88,7 @@ def average(
     if row is None:
         return _common(group, coefficients)
     return routing_normalized_average(
-        group.base.tensor, members, fitted.alpha_LN[row], float(fitted.shared_L[row])
+        group.base.tensor, members, fitted.alpha_LN[row], float(fitted.shared_L[row]), fitted.coordinates
     )
 
 
@@ -247,6 +248,16 @@ def _blocks(fitted: Coefficients, name: str) -> tuple[str, ...]:
     if scope == "mlp" and mlp_layer(name) is None:
         return ()
     return () if in_head and scope != "all" else blocks_of(name, in_head)
+
+
+def _refuse_scales(fitted: Coefficients, source: str) -> None:
+    if fitted.scales is not None:
+        raise UnsupportedError(
+            "these coefficients divide the models' heads first, which this method does not do",
+            given=f"{source}: heads divided by {', '.join(f'{scale:.4g}' for scale in fitted.scales)}",
+            expected="coefficients that were fitted without calibration",
+            fix="merge by moemerge merge --models, or write scaled models with moemerge export",
+        )
 
 
 def _check_layers(fitted: Coefficients, base: Any, source: str) -> None:

@@ -50,7 +50,8 @@ class MergeSource(ABC):
     `folder` gives config, tokenizer and all that is not merged; `config` is its config. `tensors` are merged,
     `backbone` are the names of the others. `num_members` counts the weighted members (N); `has_shared` says
     whether another stands before them, the shared expert or the base, with a weight of its own. `caveats` are
-    what has to be known of the result, for its manifest and card.
+    what has to be known of the result, for its manifest and card. `scales`: what the weighted members' reward
+    heads are divided by, if by anything.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class MergeSource(ABC):
     num_members: int
     has_shared: bool
     caveats: Sequence[str] = ()
+    scales: tuple[float, ...] | None = None
 
     @property
     @abstractmethod
@@ -162,10 +164,13 @@ class MergeSource(ABC):
             raise foreign(reason, f"coefficients of the blocks {shortened(self.blocks())}")
         return {name: row for name, row in rows.items() if row is not None}
 
-    def average(self, matrices: Iterator[Tensor], alpha_N: Tensor | Sequence[float], shared: float) -> Tensor:
-        """The routing-normalised average of a tensor's copies, the shared member's first if there is one."""
+    def merged(self, matrices: Iterator[Tensor], coefficients: Coefficients, row: int) -> Tensor:
+        """The merge of a tensor's copies, the shared member's first if there is one, by row number `row`."""
+        c = coefficients
         first = next(matrices) if self.has_shared else None
-        return routing_normalized_average(first, matrices, alpha_N, shared)
+        return routing_normalized_average(
+            first, matrices, c.alpha_LN[row], float(c.shared_L[row]), c.coordinates
+        )
 
     def check_fit(self, coefficients: Coefficients) -> None:
         """Raise CheckpointError unless `coefficients` belong to this very source."""
@@ -173,8 +178,12 @@ class MergeSource(ABC):
         if c.num_experts != self.num_members:
             raise foreign(f"weights for {c.num_experts} members", f"{self.num_members} members")
         self.rows(c.blocks)
+        if c.coordinates == "sum" and not self.has_shared:
+            raise foreign("a sum of changes", "an average: there is no shared member to change from")
         if not self.has_shared and bool(c.shared_L.any()):
             raise foreign(f"shared weights {c.shared_L.tolist()}", "zeros: there is no shared member")
+        if c.scales != self.scales:
+            raise foreign(f"heads divided by {c.scales}", f"heads divided by {self.scales}")
         if c.meta.get("model") not in (None, self.fingerprint):
             other = f"coefficients for a model with fingerprint {c.meta['model']}"
             raise foreign(other, f"{self.fingerprint} ({self.folder})")

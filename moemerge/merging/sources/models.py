@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Literal
@@ -25,8 +25,10 @@ from moemerge.models.checkpoint import copy_side_files
 from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.dense import dense_config, skeleton
 from moemerge.models.folder import ModelFolder
+from moemerge.models.heads import output_names
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.pooling import named_pad, reads_before_the_end
+from moemerge.options.base import Coordinates
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +84,31 @@ class ModelList(MergeSource):
     all; body, which is all but the head; mlp. Models without a reward head (language models of the same base,
     as in DogeRM, arXiv 2407.01470) can take part where the head is not merged. Where tokenizers differ in
     added tokens, the result has all of them: a token's embedding is averaged over the models that have it,
-    its counterparts elsewhere being filled in. Nothing is read but headers until it is asked for.
+    its counterparts elsewhere being filled in. With `coordinates` sum the base may be the language model or
+    bare encoder that all started from: the first reward model gives config and tokenizer then, and the base's
+    head counts as zeros. `scales`: each model's score is divided by its number. Nothing is read but headers
+    until it is asked for.
 
     Raises CheckpointError for a model that is not whole, UnsupportedError for models that do not go together.
     """
 
-    def __init__(self, models: Sequence[str], base: str | None = None, scope: Scope = "all") -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        base: str | None = None,
+        scope: Scope = "all",
+        coordinates: Coordinates = "average",
+        scales: tuple[float, ...] | None = None,
+    ) -> None:
         self.has_shared, self.num_members, self.scope = base is not None, len(models), scope
         self.models = [Model(folder) for folder in ([base] if base else []) + list(models)]
-        self.donor = self.models[0]
+        self.scales = scales
+        headless = coordinates == "sum" and base is not None and bool(self.models[0].lacks)
+        self.donor_number = int(headless)
+        self.donor = self.models[self.donor_number]
         self.folder, self.config = self.donor.folder, self.donor.config
         self.head = set(self.donor.opened.head_names)
+        self.outputs = set(output_names(skeleton(self.config)))
         self._check_architecture()
         self._check_heads()
         tokenizers = [load_tokenizer(model.opened) for model in self.models]
@@ -108,7 +124,8 @@ class ModelList(MergeSource):
     @cached_property
     def dtype(self) -> torch.dtype:
         """The widest dtype of any tensor to merge."""
-        dtypes = (model.dtype(tensor.dense) for tensor in self.tensors for model in self.models)
+        held = ((model, tensor.dense) for tensor in self.tensors for model in self.models)
+        dtypes = (model.dtype(name) for model, name in held if name not in model.lacks)
         return reduce(torch.promote_types, dtypes)
 
     @property
@@ -133,16 +150,23 @@ class ModelList(MergeSource):
         return {"model": self.fingerprint, "scope": self.scope, "head": ",".join(head)}
 
     def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
-        """One model's tensor, in the widest of their dtypes; embeddings in the common order of tokens."""
-        return self._own(tensor.dense, member).to(self.dtype)
+        """One model's tensor, in the widest of their dtypes; embeddings in the common order of tokens.
+
+        What a scale divides is in float32 at least: rounded again, the scales would not be what they are.
+        """
+        if self.scales is None or tensor.dense not in self.outputs:
+            return self._own(tensor.dense, member).to(self.dtype)
+        own = self._own(tensor.dense, member).to(torch.promote_types(self.dtype, torch.float32))
+        return own if member < self.has_shared else own / self.scales[member - self.has_shared]
 
     def kept(self, name: str) -> Tensor:
-        """The first model's tensor."""
-        return self._own(name, 0)
+        """The tensor of the model that gives what is not merged."""
+        return self._own(name, self.donor_number)
 
     def converted(self, member: int) -> bool:
         """Whether this model takes part as something else than the reward model on disk."""
-        return bool(self.models[member].lacks) or self.vocabulary is not None
+        scaled = self.scales is not None and member >= self.has_shared
+        return scaled or bool(self.models[member].lacks) or self.vocabulary is not None
 
     def dense_config(self) -> PreTrainedConfig:
         """The first model's config, with the common vocabulary."""
@@ -169,7 +193,9 @@ class ModelList(MergeSource):
         return name in self.head
 
     def _own(self, name: str, member: int) -> Tensor:
-        """The tensor as one model has it, its embeddings in the common order."""
+        """The tensor as one model has it, its embeddings in the common order; zeros for a missing head."""
+        if name in self.models[member].lacks:
+            return torch.zeros(self.donor.shape(name), dtype=self.donor.dtype(name))
         if name == self.embeddings and self.vocabulary is not None:
             return self.vocabulary.table(member, lambda number: self.models[number].tensor(name))
         return self.models[member].tensor(name)
@@ -191,8 +217,15 @@ class ModelList(MergeSource):
     def _vocabulary(self, tokenizers: list[PreTrainedTokenizerBase]) -> Vocabulary | None:
         if self.scope == "mlp":
             return None
-        sizes = [model.shape(self.embeddings)[0] for model in self.models]
-        return common_vocabulary([model.opened for model in self.models], tokenizers, sizes)
+        # The model that gives the tokenizer comes first there: the others' tokens are added to its own.
+        order = sorted(range(len(self.models)), key=lambda number: number != self.donor_number)
+        sizes = [self.models[number].shape(self.embeddings)[0] for number in order]
+        opened = [self.models[number].opened for number in order]
+        common = common_vocabulary(opened, [tokenizers[number] for number in order], sizes)
+        if common is None:
+            return None
+        rows = dict(zip(order, common.rows_V, strict=True))
+        return replace(common, rows_V=[rows[number] for number in range(len(order))])
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape = self.donor.shape(name)
@@ -202,7 +235,7 @@ class ModelList(MergeSource):
 
     def _check_architecture(self) -> None:
         mine = self.config.to_dict()
-        for model in self.models[1:]:
+        for model in self._others():
             if model.config.model_type != self.config.model_type:
                 raise _unlike(model, f"model_type {model.config.model_type}", self.config.model_type)
             theirs = model.config.to_dict()
@@ -212,9 +245,14 @@ class ModelList(MergeSource):
                 log.warning("%s differs from %s in %s; %s's are kept", model.folder, self.folder,
                             ", ".join(differing), self.folder)  # fmt: skip
 
+    def _others(self) -> list[Model]:
+        """All but the one that gives config and tokenizer."""
+        return [model for model in self.models if model is not self.donor]
+
     def _compare_tokenizers(self, tokenizers: list[PreTrainedTokenizerBase]) -> None:
-        for model, tokenizer in zip(self.models[1:], tokenizers[1:], strict=True):
-            if differing := differences(tokenizers[0], tokenizer):
+        kept = tokenizers[self.donor_number]
+        for model, tokenizer in zip(self.models, tokenizers, strict=True):
+            if differing := differences(kept, tokenizer):
                 log.warning("the tokenizer of %s differs from that of %s in %s; the latter's is kept",
                             model.folder, self.folder, ", ".join(differing))  # fmt: skip
 
@@ -243,7 +281,7 @@ class ModelList(MergeSource):
                 expected="a reward model as base, or as the first of models",
                 fix="name the reward model as base",
             )
-        headless = next((model for model in self.models if model.lacks), None)
+        headless = next((model for model in self.models[self.donor_number :] if model.lacks), None)
         if headless is not None and self.scope == "all":
             raise UnsupportedError(
                 f"{headless.folder} has no reward head to merge",
@@ -255,11 +293,11 @@ class ModelList(MergeSource):
 
     def _check_shapes(self) -> None:
         grown = {self.embeddings} if self.vocabulary is not None else set()
-        for model in self.models[1:]:
+        for model in self._others():
             other = sorted(model.names.keys() ^ self.donor.names.keys())
             if other:
                 raise _unlike(model, f"only one of the two has {other[0]}", "tensors of the same names")
-            for tensor in self.tensors:
+            for tensor in (tensor for tensor in self.tensors if tensor.dense not in model.lacks):
                 shape = model.shape(tensor.dense)
                 if shape != self.donor.shape(tensor.dense) and tensor.dense not in grown:
                     raise _unlike(model, f"{tensor.dense} {shape}", f"{self.donor.shape(tensor.dense)}")

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from moemerge.errors import UnsupportedError
+from moemerge.merging.calibration import Calibration
+from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.base import MergeSource
 from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import Members
 
 
-def open_source(options: Members) -> MergeSource:
+def open_source(options: Members, coefficients: Coefficients | None = None) -> MergeSource:
     """The MoE, ours or a native one, or the list of models, that `options` name.
 
-    Raises UnsupportedError for a native MoE without a dense sibling, and whatever opening it raises.
+    Saved `coefficients` say themselves in which coordinates they are, and what heads are divided by. Raises
+    CheckpointError for a calibration of other models, UnsupportedError for a native MoE without a dense
+    sibling, and whatever opening it raises.
     """
     if options.model is None:
         from moemerge.merging.sources.models import ModelList
 
-        return ModelList(options.models, options.base, options.scope)
+        if coefficients is not None:
+            coordinates, scales = coefficients.coordinates, coefficients.scales
+        else:
+            coordinates, scales = options.coordinates, None
+            if options.calibration is not None:
+                scales = Calibration.load(options.calibration).scales_of(options.models)
+        return ModelList(options.models, options.base, options.scope, coordinates, scales)
     folder = ModelFolder(options.model)
     if folder.model_type in NO_SIBLING:
         raise UnsupportedError(

@@ -1,0 +1,24 @@
+"""Options of calibrate."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import Run, Source, Sources, TextFormat
+
+
+class Calibrate(TextFormat, Run):
+    """Options of `moemerge calibrate`."""
+
+    models: Sources = Field(description="folders or hub names; without name= each gets its own")
+    pairs: Source = Field(description="two answers a prompt; which one is better does not matter")
+    max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    resamples: int = Field(1000, ge=100, le=100_000, description="bootstrap resamples for the intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+
+    @model_validator(mode="after")
+    def _some_models(self) -> Calibrate:
+        if not self.models:
+            raise ValueError("models: give one at least")
+        return self
