@@ -29,7 +29,7 @@ def require_as_meant(folder: Path, meant: Mapping[str, str], found: Iterable[tup
     for name, digest in tqdm(_digests(found), desc="read back", total=len(meant), leave=False, disable=None):
         seen.add(name)
         if digest != meant.get(name, digest):
-            raise _not_as_meant(folder, f"{name} differs from what was meant")
+            raise _not_as_meant(folder, f"{name} differs from what was written")
     if seen != meant.keys():
         names = sorted(seen ^ meant.keys())[:SHOWN]
         raise _not_as_meant(folder, f"missing or left over: {', '.join(names)}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -109,9 +110,20 @@ def stage(
     def make(body: Callable[[O, Draft], None]) -> Stage[O]:
         made = Stage(name, options, body, shares_work)
         object.__setattr__(made, "__doc__", body.__doc__)
+        object.__setattr__(made, "__signature__", _signature(options))
         return made
 
     return make
+
+
+def _signature(options: type[Run]) -> Signature:
+    """What `help` and editors show of a stage: its options by name, those without a default first."""
+    named = []
+    for name, option in sorted(options.model_fields.items(), key=lambda item: not item[1].is_required()):
+        default = Parameter.empty if option.is_required() else option.get_default(call_default_factory=True)
+        kind = Parameter.KEYWORD_ONLY
+        named.append(Parameter(name, kind, default=default, annotation=option.annotation))
+    return Signature(named, return_annotation=Path)
 
 
 @contextmanager
@@ -167,7 +179,7 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
             "output exists already",
             given=str(output),
             expected="a folder that does not exist yet",
-            fix="choose another output, or ask for overwrite",
+            fix="choose another output, or replace this one: overwrite (--overwrite)",
         )
     if exists(output) and not holds_manifest(output) and not _is_empty(output):
         raise ArtifactError(

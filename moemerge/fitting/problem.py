@@ -93,7 +93,8 @@ class FitProblem:
             "routing statistics are needed",
             given="routing: nothing",
             expected="the folder that route wrote for this MoE (for usage, and for shared_weight match)",
-            fix="run route on the MoE and give its output as routing, or choose uniform and a number",
+            fix="give routing, which moemerge route writes for a MoE; or choose method uniform, and a number "
+            "as shared_weight",
         )
 
     def layer_rows(self, layers: Sequence[int]) -> list[int]:
@@ -143,7 +144,7 @@ def no_pairs() -> OptionError:
         "this method needs preference pairs",
         given="pairs: nothing",
         expected="a file of preference pairs",
-        fix="give pairs, or choose method uniform or usage",
+        fix="give pairs; or choose method uniform, which needs none, or usage, which needs routing",
     )
 
 

@@ -213,7 +213,7 @@ class ModelFolder:
                 f"{self.source} is not a MoE made by moemerge",
                 given=f"model_type {self.model_type}",
                 expected="a folder written by upcycle or train",
-                fix="run moemerge upcycle on the dense model first",
+                fix="run moemerge upcycle on it first; fit and merge take several dense models as models",
             )
 
     def require_one_output(self) -> None:

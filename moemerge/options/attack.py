@@ -14,15 +14,15 @@ class AttackSettings(GoldSource):
     With gold, an edited answer counts only while its gold score is below the chosen one's.
     """
 
-    max_pairs: int | None = Field(200, ge=1, description="draw at most so many pairs")
+    max_pairs: int | None = Field(200, ge=1, description="largest number of pairs; they are drawn at random")
     edits: list[str] = Field(
         default_factory=list,
         description="edits to search among (default: all that keep the content; with gold all)",
     )
     words: list[str] = Field(
-        default_factory=list, description="words that insert_word adds, in place of ours"
+        default_factory=list, description="words that insert_word adds, in place of the built-in ones"
     )
-    steps: int = Field(6, ge=1, description="most edits on top of each other")
+    steps: int = Field(6, ge=1, description="largest number of edits of one answer, one after another")
     proposals: int = Field(12, ge=1, description="edits tried per step and answer of the beam")
     beam: int = Field(1, ge=1, description="answers kept per step; 1: greedy")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")

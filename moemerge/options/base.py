@@ -150,11 +150,11 @@ class Members(Options):
     model: Source | None = Field(None, description="MoE folder")
     models: SourceList = Field(
         default_factory=list,
-        description="in place of a MoE: models of one architecture, two or more with base",
+        description="in place of a MoE: models of one architecture; two or more, or one and base",
     )
     base: Source | None = Field(
         None,
-        description="with models: a reward model that weighs in as a shared expert does; it gives config, "
+        description="with models: a reward model that is merged as a shared expert is; it gives config, "
         "tokenizer and what is not merged (default: the first of models gives these, and nothing is shared)",
     )
     scope: Literal["all", "body", "mlp"] = Field(

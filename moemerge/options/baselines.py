@@ -13,7 +13,7 @@ class BaselineSettings(Options):
     """What a MoE and its merges are measured against besides the control; all train as the control does."""
 
     same_flops: bool = Field(
-        False, description="the control once more, longer: as many FLOPs as training the MoE takes"
+        False, description="train the control once more, for as many FLOPs as the MoE's training takes"
     )
     fine_tunes: int = Field(
         0,
@@ -22,7 +22,7 @@ class BaselineSettings(Options):
     )
     budget: Literal["full", "split"] = Field(
         "full",
-        description="of each fine-tune; full: the control's, which is one of them then; split: a share of it",
+        description="of each fine-tune; full: the control's, which is then one of them; split: a share of it",
     )
     warm: bool = Field(True, description="with fine_tunes: their average (WARM, arXiv 2401.12187)")
     ensemble: bool = Field(
@@ -30,7 +30,7 @@ class BaselineSettings(Options):
     )
 
     tuned: bool = Field(
-        False, description="the control trained on, on data.fit, which learned coefficients have seen too"
+        False, description="the control trained further on data.fit, which learned coefficients have seen too"
     )
 
     @model_validator(mode="after")

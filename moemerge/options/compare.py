@@ -13,7 +13,7 @@ from moemerge.options.base import Run, SourceList
 class Compare(Run):
     """Options of `moemerge compare`."""
 
-    runs: SourceList = Field(description="runs, evaluations, or folders that hold some: one per seed")
+    runs: SourceList = Field(description="runs, evaluations, or folders of these: one per seed")
     baseline: str | None = Field(
         None, description="model that the others are compared with (default: control, or evaluate's own)"
     )

@@ -35,16 +35,20 @@ class EvaluateSettings(GoldSource):
         "joined by newlines, for tokenizers without one",
     )
     rewardbench_max_length: int = Field(
-        2048, ge=2, description="longest text of RewardBench in tokens; longer ones are cut, as it does"
+        2048,
+        ge=2,
+        description="longest text of RewardBench in tokens; longer ones are cut, as in its own code",
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
-    bias_pairs: int = Field(500, ge=1, description="bias probes edit at most so many pairs per test set")
+    bias_pairs: int = Field(
+        500, ge=1, description="largest number of pairs per test set that bias probes edit"
+    )
     ensembles: dict[str, list[str]] = Field(
         default_factory=dict, description="name: models whose scores are combined, as ensemble_by says"
     )
     ensemble_by: list[Literal["mean", "worst", "variance"]] = Field(
         default_factory=lambda: ["mean", "worst", "variance"],  # type: ignore[arg-type]
-        description="mean; worst: the lowest of the members' (WCO); variance: mean - penalty * theirs (UWO)",
+        description="mean; worst: the lowest score (WCO); variance: mean - variance_penalty * variance (UWO)",
     )
     variance_penalty: float = Field(0.5, ge=0, description="of ensemble_by variance (arXiv 2310.02743)")
 
@@ -65,10 +69,10 @@ class EvaluateSettings(GoldSource):
 class Evaluate(EvaluateSettings, TextFormat, Run):
     """Options of `moemerge evaluate`."""
 
-    models: Sources = Field(description="folders or hub names; without name= each gets its own")
+    models: Sources = Field(description="folders or hub names; without name= each has the name of its folder")
     data: Sources = Field(
         default_factory=dict,
-        description="files or hub name:split; their columns tell pairs, candidates and rewardbench apart",
+        description="files or hub name:split; their columns show which are pairs, candidates or RewardBench",
     )
     pairs: Sources = Field(default_factory=dict, description="files or hub name:split, preference pairs")
     candidates: Sources = Field(

@@ -12,7 +12,9 @@ from moemerge.options.base import COORDINATES, Coordinates, Members, Options, Ru
 class FitSettings(Options):
     """Merge coefficients: a row per block for the members, and a weight for the shared one."""
 
-    method: str = Field("learned", description="uniform, usage, learned, grid, least_squares, ...")
+    method: str = Field(
+        "learned", description="uniform, usage, usage_chosen, one_hot, learned, grid, least_squares"
+    )
     granularity: Literal["layer", "matrix", "global"] = Field(
         "layer", description="what shares a row of coefficients: a layer, a matrix with its bias, everything"
     )
@@ -37,10 +39,12 @@ class FitSettings(Options):
     )
     objectives: dict[str, float] = Field(
         default_factory=lambda: {"bradley_terry": 1.0},
-        description="what learned minimises, with weights: bradley_terry; distillation, to the MoE's scores; "
-        "alignment with the members, without labels",
+        description="what method learned minimises, with weights: bradley_terry, on labels; distillation, to "
+        "the MoE's scores; alignment, with each member on its own pairs, without labels",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="bradley_terry: share of labels held wrong")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="bradley_terry: share of labels that are assumed wrong"
+    )
     margin: Literal["none", "column", "strength"] = Field(
         "none",
         description="bradley_terry: margin that chosen must win by: the data's margin column, or the MoE's "
@@ -48,8 +52,8 @@ class FitSettings(Options):
     )
     owners: dict[str, int] = Field(
         default_factory=dict,
-        description="subset=number of the member whose own inputs these pairs are, for alignment and "
-        "least_squares (default: a MoE's routing decides; models own all pairs alike)",
+        description="for alignment and least_squares, subset=number of the member to which its pairs belong "
+        "(default: a MoE's routing decides; to a list of models all pairs belong alike)",
     )
     optimizer: str = Field("auto", description="lbfgs, adam, cma; auto: lbfgs up to 2048 pairs, else adam")
     learning_rate: float = Field(0.05, gt=0, description="of the coefficient logits (Adam)")
@@ -58,7 +62,7 @@ class FitSettings(Options):
     )
     batch_size: int = Field(32, ge=1, description="pairs per step (Adam)")
     micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
-    kl: float = Field(0.0, ge=0, description="pull towards the initial coefficients")
+    kl: float = Field(0.0, ge=0, description="weight of the KL divergence from the initial coefficients")
     l2: float = Field(
         0.0, ge=0, description="pull towards the start, squared distance: of logits, or of a sum's c"
     )
@@ -68,7 +72,9 @@ class FitSettings(Options):
         0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given"
     )
     folds: int = Field(
-        0, ge=0, description="0, or hold out each of so many parts in turn and average their coefficients"
+        0,
+        ge=0,
+        description="0, or number of parts: each is held out in turn, and the coefficients are averaged",
     )
     level: float = Field(
         0.05, gt=0, le=1, description="the initial coefficients are kept unless p on held-out pairs is below"
@@ -119,7 +125,7 @@ class Fit(FitSettings, Members, TextFormat, Run):
     """Options of `moemerge fit`."""
 
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
-    pairs: Source | None = Field(None, description="fitting pairs; needed by all that looks at data")
+    pairs: Source | None = Field(None, description="fitting pairs; needed by learned, grid and least_squares")
     validation: Source | None = Field(
         None, description="held-out pairs (default: a share of the fitting pairs)"
     )

@@ -13,7 +13,7 @@ from moemerge.options.base import OURS, Members, Options, Run, Source
 class MergeSettings(Options):
     """MoE or models + coefficients -> dense reward model of the original architecture."""
 
-    method: str = Field(OURS, description="ours, or a method of mergekit: linear, ties, karcher, ...")
+    method: str = Field(OURS, description="our own, or a method of mergekit: linear, ties, karcher, ...")
     parameters: dict[str, float | bool | str] = Field(
         default_factory=dict, description="of a method of mergekit, e.g. density=0.5, for all experts"
     )

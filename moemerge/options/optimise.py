@@ -18,7 +18,9 @@ class OptimiseSettings(GoldSource):
     steps: int = Field(200, ge=2, description="optimiser steps")
     batch_size: int = Field(32, ge=2, description="answers per pass")
     gradient_accumulation: int = Field(1, ge=1, description="passes per optimiser step")
-    answers_per_prompt: int = Field(4, ge=2, description="answers to one prompt, each other's baseline")
+    answers_per_prompt: int = Field(
+        4, ge=2, description="answers to each prompt, which are each other's baseline"
+    )
     learning_rate: float = Field(1e-5, gt=0, description="learning rate, constant")
     kl_penalty: float = Field(0.0, ge=0, description="weight of KL to the first policy in the reward")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
@@ -53,6 +55,8 @@ class OptimiseSettings(GoldSource):
 class Optimise(OptimiseSettings, TextFormat, Run):
     """Options of `moemerge optimise`."""
 
-    models: Sources = Field(description="name=folder or hub name of a reward model, each by itself")
+    models: Sources = Field(
+        description="reward models, name=folder or hub name; the policy is optimised against each by itself"
+    )
     baseline: str | None = Field(None, description="model that the others are compared with")
     trust_remote_code: bool = Field(False, description="run code that comes with the models")

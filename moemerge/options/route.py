@@ -12,14 +12,18 @@ from moemerge.options.base import Options, Run, Source, TextFormat
 class RouteSettings(Options):
     """Routing statistics of a MoE over preference pairs."""
 
-    max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
+    max_pairs: int | None = Field(
+        None, ge=1, description="number of pairs to use, the first ones (default: all)"
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
     diversity: Literal["none", "weights", "all"] = Field(
         "none",
         description="how experts differ; weights: their updates; all: also verdicts, loss barriers and "
         "speculative experts (with 7 experts 100 passes over probe_pairs)",
     )
-    probe_pairs: int = Field(200, ge=8, description="with diversity all: use the first so many pairs")
+    probe_pairs: int = Field(
+        200, ge=8, description="with diversity all: number of pairs to use, the first ones"
+    )
 
 
 class Route(RouteSettings, TextFormat, Run):

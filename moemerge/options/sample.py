@@ -16,14 +16,17 @@ class SampleSettings(GoldSource):
     model: Source = Field(description="policy: a causal language model, folder or hub name")
     prompts: Source = Field(description="rows with a prompt; equal prompts count once")
     per_prompt: int = Field(16, ge=2, description="answers to each prompt")
-    max_prompts: int | None = Field(None, ge=1, description="use the first so many prompts")
+    max_prompts: int | None = Field(
+        None, ge=1, description="number of prompts to use, the first ones (default: all)"
+    )
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens; longer ones are cut")
     temperature: float = Field(1.0, gt=0, description="divides the policy's logits")
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="draw from the likeliest tokens with this share; below 1, KL is not log n - ...",
+        description="draw from the likeliest tokens that have this probability together; below 1, "
+        "the KL of best-of-n is not log n - (n - 1) / n",
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens of prompts and answers in one batch")
 

@@ -21,14 +21,17 @@ class TrainSettings(Options):
     epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     batch_size: int = Field(8, ge=1, description="pairs per device and step")
-    gradient_accumulation: int = Field(1, ge=1, description="steps summed into one update")
-    learning_rate: float = Field(1e-5, gt=0, description="of everything that has no rate of its own")
+    gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
+    learning_rate: float = Field(1e-5, gt=0, description="learning rate of all that has none of its own")
     expert_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="of routed and shared experts, or of a dense model's MLPs (default: learning_rate)",
+        description="learning rate of experts, the shared one too, or of a dense model's MLPs (default: "
+        "learning_rate)",
     )
-    router_learning_rate: float | None = Field(None, gt=0, description="of routers (default: learning_rate)")
+    router_learning_rate: float | None = Field(
+        None, gt=0, description="learning rate of routers (default: learning_rate)"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of steps with rising learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -138,7 +141,8 @@ class Train(TrainSettings, TextFormat, Run):
     pairs: Source = Field(description="training pairs")
     validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
     flops_of: Source | None = Field(
-        None, description="train longer: as many FLOPs as these options are with this model, such as a MoE"
+        None,
+        description="train longer: for as many FLOPs as these options take with this model, such as a MoE",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 

@@ -18,7 +18,8 @@ class UpcycleSettings(Options):
     layers: str = Field("all", description="which layers: all, first:4, last:4, or 0,2,5-7")
     gate: Literal["xft", "topk", "prompt"] = Field(
         "xft",
-        description="xft: normalised, shared 1 - max s; topk: renormalised; prompt: one gate per prompt",
+        description="xft: the shared expert weighs 1 - the largest router probability, the routed ones the "
+        "rest; topk: renormalised, beside a shared expert of fixed weight; prompt: xft, one gate per prompt",
     )
     gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="shared expert's weight under gate topk")
     router: Literal["linear", "mlp"] = Field("linear", description="router network")
@@ -33,7 +34,10 @@ class UpcycleSettings(Options):
     balance_coefficient: float = Field(
         0.01, ge=0, description="weight of the balance loss, kept in the config"
     )
-    balance_loss: Literal["cv", "switch"] = Field("cv", description="cv: cv^2 of importance and load; switch")
+    balance_loss: Literal["cv", "switch"] = Field(
+        "cv",
+        description="cv: squared variation of importance and load; switch: that of Switch Transformers",
+    )
     fresh_head: bool = Field(
         False,
         description="draw a new reward head where the model's own is missing or under another name (a plain "

@@ -85,8 +85,8 @@ ROWS = (
         "merge",
         "moemerge.stages.merge:merge",
         "moemerge.options.merge:Merge",
-        "Merge a MoE into one dense reward model.",
-        "largest difference to what was meant {largest_difference:.1e}".format_map,
+        "Merge a MoE, or several models, into one dense reward model.",
+        "largest rounding error {largest_difference:.1e}".format_map,
     ),
     Row(
         "export",

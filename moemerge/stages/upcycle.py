@@ -42,9 +42,9 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     """Write the MoE of `options.model`, and check on a probe batch that it equals the dense model.
 
     A base language model or encoder, or with `fresh_head` any model that lacks its head, gets a fresh one
-    drawn from `seed`. Weights are read and written
-    tensor by tensor, so no more than one shard is held. Raises UnsupportedError for an unknown
-    architecture and CheckpointError for a damaged model or when the functions differ.
+    drawn from `seed`. Weights are read and written tensor by tensor, so no more than one shard is held.
+    Raises UnsupportedError for an unknown architecture and CheckpointError for a damaged model or when the
+    functions differ.
     """
     device = use_device(options)
     source = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)

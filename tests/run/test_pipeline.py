@@ -672,4 +672,4 @@ def test_headlines_say_what_a_stage_came_to() -> None:
     assert told("train", **train) == expected
     assert told("train", before=None, after=None, steps=3, train_loss=0.5).startswith("3 steps")
     assert told("fit", verdict="Kept.") == "Kept."
-    assert told("merge", largest_difference=1.25e-7) == "largest difference to what was meant 1.2e-07"
+    assert told("merge", largest_difference=1.25e-7) == "largest rounding error 1.2e-07"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ def test_a_row_finds_its_stage_and_the_options_that_the_stage_takes(row: Row) ->
     assert isinstance(stage, Stage) and stage.name == row.name
     assert stage.options is options and issubclass(options, Run)
     assert stage.__doc__ and row.summary.endswith(".")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_help_shows_the_options_of_a_stage_with_their_defaults(row: Row) -> None:
+    shown = signature(STAGES.get(row.name)).parameters
+    fields = OPTIONS.get(row.name).model_fields
+    assert shown.keys() == fields.keys() and shown["seed"].default == 0
+    required = [name for name, option in shown.items() if option.default is Parameter.empty]
+    assert required == list(shown)[: len(required)] and "output" in required
+    assert {name for name, option in fields.items() if option.is_required()} == set(required)
 
 
 def test_commands_are_the_rows_in_order_with_their_summaries() -> None:
