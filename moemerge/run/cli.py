@@ -151,11 +151,14 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
     """Find every fault of RECIPE, or print its plan."""
     from moemerge.run.budget import shortfalls
     from moemerge.run.check import load_recipe
+    from moemerge.run.faults import taken_for_hub_names
     from moemerge.run.plan import plan
 
     loaded = load_recipe(recipe, overrides)
     steps = plan(loaded)
     _say("ok")
+    for key, source in taken_for_hub_names(loaded).items():
+        _say(f"{key} {source} is not on this disk: it will be looked for on the hub")
     for shortfall in shortfalls(loaded):
         _say(f"warning: {shortfall}")
     for step in steps:

@@ -79,8 +79,8 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
         yield _fault("two sources of data", f"synthetic and {files}", "one of them", f"take out {files}")
 
 
-def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
+def _absent(recipe: Recipe) -> dict[str, str]:
+    """The inputs that are neither files nor folders here, by the key in the recipe."""
     sources = {"model": recipe.model} if recipe.model else {}
     for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
         for field, value in (input_fields(settings) if settings else {}).items():
@@ -89,8 +89,18 @@ def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
             sources |= (
                 {f"{key}.{name}": source for name, source in value.items()} if is_mapping else {key: value}
             )
-    for key, source in sources.items():
-        if not Path(source).exists() and reads_like_path(source):
+    return {key: source for key, source in sources.items() if not Path(source).exists()}
+
+
+def taken_for_hub_names(recipe: Recipe) -> dict[str, str]:
+    """The inputs that will be looked for on the hub, by the key in the recipe."""
+    return {key: source for key, source in _absent(recipe).items() if not reads_like_path(source)}
+
+
+def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
+    """Inputs that read like paths and are not there. Anything else may be a name on the hub."""
+    for key, source in _absent(recipe).items():
+        if reads_like_path(source):
             fix = f"{near_path(source)}correct {key}, or override it: --set {key}=PATH"
             yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
 

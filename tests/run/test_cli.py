@@ -263,6 +263,18 @@ def test_init_check_and_their_faults(main: Main, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "runs").exists()
 
 
+def test_check_says_what_it_takes_for_a_name_on_the_hub(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").touch()
+    data = "data: {train: pairs.jsonl, tests: {bench: owner/pairs:test}}"
+    (tmp_path / "mine.yml").write_text(f"output: o\nmodel: rm-a\n{data}\nbase: {{}}\n")
+    code, out, _ = main("check", "mine.yml")
+    absent = [line.split()[:2] for line in out.splitlines() if "looked for on the hub" in line]
+    assert code == 0 and absent == [["model", "rm-a"], ["data.tests.bench", "owner/pairs:test"]]
+
+
 SMALL = {
     "synthetic": {
         "train_pairs": 64,
