@@ -71,7 +71,7 @@ ROWS = (
         "calibrate",
         "moemerge.stages.calibrate:calibrate",
         "moemerge.options.calibrate:Calibrate",
-        "Measure how loud reward models are, to merge them on one scale.",
+        "Measure the scale of reward models' scores, to merge the models on one scale.",
         headlines.calibrate,
     ),
     Row(
