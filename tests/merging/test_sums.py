@@ -397,9 +397,13 @@ def test_foreign_calibrations_and_coefficients(
     with pytest.raises(CheckpointError, match="base is not in the calibration"):
         merge_models([members[0], str(home / "base")], tmp_path / "m", calibration=str(scales))
     (tmp_path / "wrong").mkdir()
-    (tmp_path / "wrong" / "calibration.json").write_text('{"format": 1, "models": {"a": {"scale": -1}}}')
-    with pytest.raises(MoemergeError, match="calibration cannot be read"):
-        merge_models(members, tmp_path / "m", calibration=str(tmp_path / "wrong"))
+    whole = json.loads((scales / "calibration.json").read_text())
+    name, record = next(iter(whole["models"].items()))
+    for wrong in ({"scale": -1}, {**record, "scale": 10**400}, {**record, "fingerprint": ["a"]}):
+        text = json.dumps({**whole, "models": {name: wrong}})
+        (tmp_path / "wrong" / "calibration.json").write_text(text)
+        with pytest.raises(MoemergeError, match="calibration cannot be read"):
+            merge_models(members, tmp_path / "m", calibration=str(tmp_path / "wrong"))
     found = fit_models(members, None, tmp_path / "c", base=home / "base", method="uniform", coordinates="sum")
     with pytest.raises(OptionError, match="are a sum"):
         fit_models(members, home / "pairs.jsonl", tmp_path / "d", base=home / "base", start=str(found))

@@ -80,6 +80,7 @@ TARGETS: dict[str, Target] = {
     ),
     "checkpoints": Target(weights.make_checkpoint, weights.read_checkpoint),
     "coefficients": Target(weights.make_coefficients, weights.read_coefficients),
+    "calibrations": Target(weights.make_calibration, weights.read_calibration),
     "routing": Target(weights.make_routing, RoutingStatistics.load),
     "layouts": Target(weights.make_layout, weights.read_layout_file),
     "moe_settings": Target(weights.make_settings, weights.read_settings),

@@ -7,12 +7,15 @@ import struct
 from pathlib import Path
 
 import torch
-from fuzz_tools import VALUES, Dice, changed, damage, mutated
+from fuzz_library import library
+from fuzz_tools import VALUES, Dice, changed, damage, mutated, spoil_json
 from hostile_files import shard
 from safetensors.torch import save_file
 
+from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import CheckpointError
 from moemerge.merging.blocks import BLOCK_NAME
+from moemerge.merging.calibration import Calibration, Scale
 from moemerge.merging.coefficients import FORMAT, Coefficients
 from moemerge.models.folder import ModelFolder
 from moemerge.models.layout import FILE as LAYOUT
@@ -84,6 +87,20 @@ def read_coefficients(folder: Path) -> None:
     found = Coefficients.load(folder)
     assert all(BLOCK_NAME.fullmatch(block) for block in found.blocks)
     assert bool(found.alpha_LN.isfinite().all()) and list(found.table())
+
+
+def make_calibration(folder: Path, draw: Dice) -> None:
+    """The scales of two models, broken."""
+    models = [library() / "dense" / family for family in ("llama", "bert")]
+    scales = {m.name: Scale(str(m), model_fingerprint(m), 0.5, 0.25, 1.0, 9) for m in models}
+    spoil_json(Calibration(scales).save(folder), draw)
+
+
+def read_calibration(folder: Path) -> None:
+    """The scales that a merge of the two asks for."""
+    models = [str(library() / "dense" / family) for family in ("llama", "bert")]
+    scales = Calibration.load(folder).scales_of(models)
+    assert all(0 < float(scale) < float("inf") for scale in scales)
 
 
 def make_routing(folder: Path, draw: Dice) -> None:

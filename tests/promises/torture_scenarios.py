@@ -95,6 +95,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "train": ["--model", moe, "--pairs", pairs, "--validation", held_out, *train],
         "route": ["--model", moe, "--pairs", pairs],
         "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
+        "calibrate": ["--models", f"a={dense}", f"b={moe}", "--pairs", held_out, "--resamples", "100"],
         "merge": ["--model", moe, "--coefficients", fitted],
         "export": ["--model", moe, "--coefficients", fitted],
         "sample": ["--model", policy, *answers, "--per-prompt", "3", "--batch-tokens", "64"],
