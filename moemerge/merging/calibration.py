@@ -8,6 +8,7 @@ Shapes: P pairs, R resamples.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class Calibration:
 def _scale(record: dict[str, Any]) -> Scale:
     scale = Scale(**record)
     numbers = (scale.scale, scale.low, scale.high)
-    if not all(type(number) in (int, float) and 0 < number <= np.finfo(float).max for number in numbers):
+    if not all(type(number) in (int, float) and 0 < number <= sys.float_info.max for number in numbers):
         raise ValueError(f"scales that are not above 0: {numbers}"[:200])
     if not isinstance(scale.fingerprint, str):
         raise ValueError(f"a fingerprint that is no text: {scale.fingerprint!r}"[:200])
