@@ -226,6 +226,11 @@ class ModelFolder:
                 fix="give a sequence classifier with num_labels = 1",
             )
 
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """tokenizer.json, if it has one."""
+        return self._file(TOKENIZER)
+
     def check_tokenizer(self) -> None:
         """Raise CheckpointError for a tokenizer that could make a text, or its vocabulary, without end."""
         versions = self._tokenizer_configs.get(TOKENIZER_FILES[0], {}).get("fast_tokenizer_files")

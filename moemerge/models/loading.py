@@ -24,13 +24,14 @@ from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.guards import needless, old_buffer, refuse_larger
 from moemerge.models.heads import in_head, refuse_lost_head, warn_of_fresh_head
 from moemerge.models.pooling import name_pad_of_fresh_head
+from moemerge.models.tokenizer_reading import check_reading
 
 
 def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model, as it is there; a new object.
 
     It may have no pad token: models.pooling says what pads. Raises CheckpointError if there is none, or one
-    that is broken or out of bounds.
+    that is broken or out of bounds, or reads nothing.
     """
     model = opened(model)
     model.check_tokenizer()
@@ -47,6 +48,7 @@ def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
             model.config  # noqa: B018 (transformers' tokenizers read it too, and it may be what is wrong)
         expected = "a folder or hub name with one"
         raise unloadable("the tokenizer cannot be loaded", model.source, error, expected) from error
+    check_reading(tokenizer, model.tokenizer_file, model.source)
     return tokenizer
 
 

@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two dense models and a MoE, 60 pairs (one of them long), 8 prompts with 6 candidates."""
     folder, draw = tmp_path_factory.mktemp("world"), random.Random(0)
     dense = save_dense(folder / "dense", seed=0)
-    other = save_dense(folder / "other", family="qwen2", seed=1)
+    other = save_dense(folder / "other", family="qwen3", seed=1)
     upcycle(model=str(dense), output=folder / "moe", num_routed_experts=4, num_experts_per_tok=1)
     pairs = [
         {

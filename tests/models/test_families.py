@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, gradient_of, random_pairs, rewrite, stock_merge, write_rows
-from tiny_models import CORE, SIZES, TINY, batch, scores, tiny_dense, tiny_tokenizer
+from tiny_models import CORE, SIZES, TINY, batch, scores, tiny_dense, tiny_tokenizer, tokenizer_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
@@ -64,7 +64,7 @@ def lively(family: str, folder: Path) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer_of(family).save_pretrained(folder)
     return AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hostile_files import edit_json
 from safetensors.torch import load_file, save_file
-from tiny_models import CORE, SIZES, TINY, save_dense, tiny_tokenizer
+from tiny_models import CORE, SIZES, TINY, save_dense, tiny_tokenizer, tokenizer_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -161,7 +161,7 @@ def test_base_models_get_a_seeded_head_or_are_refused(family: str, kind: type, t
     sizes = {key: value for key, value in SIZES.items() if key != "num_labels"}
     base = kind.from_config(AutoConfig.for_model(family, **sizes, **TINY[family]))
     base.save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
+    tokenizer_of(family).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no reward head"):
         load_reward_model(str(tmp_path), "cpu")
     torch.manual_seed(5)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 from moemerge.models.modelling import moe_config, register
 from moemerge.models.moe_settings import MoeSettings
@@ -126,6 +131,28 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that a qwen2 model can have: its class takes vocabulary and merges, and splits in its way.
+
+    Of words w0 ... w60 it makes letters, and drops what it does not know.
+    """
+    words = [*VOCABULARY[:3], "w", *"0123456789", "Ġ"]
+    words += [f"<{number}>" for number in range(len(VOCABULARY) - len(words))]
+    return Qwen2Tokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="right",
+    )
+
+
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer that transformers reads texts with, as it is, beside a model of `family`."""
+    return tiny_qwen_tokenizer() if family == "qwen2" else tiny_tokenizer()
+
+
 def tiny_dense(family: str = "llama", seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random dense reward model of `family`, float32, eval mode."""
     torch.manual_seed(seed)
@@ -136,7 +163,7 @@ def tiny_dense(family: str = "llama", seed: int = 0, **changes: object) -> torch
 def save_dense(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
     """A tiny dense reward model with its tokenizer, saved as an ordinary checkpoint."""
     tiny_dense(family, seed, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer_of(family).save_pretrained(folder)
     return folder
 
 
