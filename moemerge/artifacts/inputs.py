@@ -51,8 +51,8 @@ def inputs_of(options: Options) -> dict[str, Any]:
 def _code_file(function: Any) -> str | None:
     """The file that holds a function, or the function of that name; None where there is none to be read.
 
-    A module of a package is not looked for, because that imports the package; moemerge's own are known by
-    its version.
+    Nothing is imported: a module of a package is looked for in the package's folder. moemerge's own are known
+    by its version.
     """
     if callable(function):
         home = sys.modules.get(function.__module__)
@@ -60,10 +60,17 @@ def _code_file(function: Any) -> str | None:
     home, _, _ = function.rpartition(":")
     if home.endswith(".py"):
         return str(home)
-    if not home.isidentifier() or _is_ours(home):
+    package, *path = home.split(".")
+    if not all(part.isidentifier() for part in (package, *path)) or _is_ours(home):
         return None
     with suppress(ImportError, ValueError):
-        return getattr(find_spec(home), "origin", None)
+        spec = find_spec(package)
+        if not path:
+            return getattr(spec, "origin", None)
+        homes = (spec.submodule_search_locations or ()) if spec else ()
+        folders = (Path(folder, *path) for folder in homes)
+        files = (file for folder in folders for file in (folder.with_suffix(".py"), folder / "__init__.py"))
+        return next((str(file) for file in files if file.is_file()), None)
     return None
 
 

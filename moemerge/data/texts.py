@@ -67,8 +67,11 @@ def repeats(prompt: Text, answer: Text) -> bool:
 
 
 def _begins_with(text: str, start: str) -> bool:
-    """Whether `text` begins with the words of `start`: "we" does not begin "west"."""
-    if not start or not text.startswith(start):
+    """Whether `text` begins with the words of `start`: "we" does not begin "west".
+
+    A single word is no sign of a prompt that was repeated: both answers to "Paris" may begin so.
+    """
+    if not text.startswith(start) or (start.isascii() and len(start.split()) < 2):
         return False
     around = start[-1] + text[len(start) :][:1]
     # Scripts without spaces between words are no ASCII: there every beginning counts.

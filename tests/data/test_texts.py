@@ -78,6 +78,7 @@ SOUND = {
     "no prompt": {"chosen": "w1 w2", "rejected": "w1 w3"},
     "blank prompt": pair(" ", " a", " b"),
     "one answer quotes the prompt": pair("w1 w2 ", "w1 w2 w3", "w5"),
+    "a single word": pair("Paris ", "Paris is it", "Paris was"),
     "a longer word": pair("w1", "w12 w3", "w13"),
     "the prompt within": pair("w1 w2 ", "w3 w1 w2", "w4 w1 w2"),
     "chat": pair([USER, GOOD, USER_2], [GOOD], [BAD]),
@@ -110,14 +111,14 @@ def test_what_only_looks_so_is_read(tmp_path: Path, case: str) -> None:
 
 def test_the_way_out_where_every_row_repeats_its_prompt(tmp_path: Path) -> None:
     """Read without prompts each text is encoded once, as it stands."""
-    source = source_of(tmp_path, [REPEATING["text"], pair("w7 ", "w7 w3", "w7 w5")])
+    source = source_of(tmp_path, [REPEATING["text"], pair("w7 w8 ", "w7 w8 w3", "w7 w8 w5")])
     with pytest.raises(DataError, match="2 of 2 rows") as error:
         read_pairs(source, SKIP)
     assert "fields prompt=none" in error.value.fix
     pairs, _ = read_pairs(source, TextFormat(fields={"prompt": "none"}))
     assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [
         ("", "w1 w2 w3", "w1 w2 w5"),
-        ("", "w7 w3", "w7 w5"),
+        ("", "w7 w8 w3", "w7 w8 w5"),
     ]
     tokenizer = tiny_tokenizer()
     assert encode(tokenizer, "", pairs[0].chosen).ids == tokenizer("w1 w2 w3<eos>")["input_ids"]

@@ -295,6 +295,23 @@ def test_a_function_is_an_input_and_its_name_an_option(tmp_path: Path) -> None:
     assert inputs_of(Grade(gold_function=text, output=out)) == {"gold_function_file": __file__}
 
 
+@pytest.mark.parametrize("name", ["module", "package.module", "package.deep.module", "package"])
+def test_a_function_of_a_module_is_an_input_that_is_not_imported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [f"moemerge_test_{tmp_path.name[-1]}", *name.split(".")[1:]] if "." in name else [f"mt_{name}"]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path.joinpath(*parts).with_suffix(".py")
+    if name == "package":
+        file = tmp_path / parts[0] / "__init__.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for folder in [parent for parent in file.parents if parent != tmp_path and tmp_path in parent.parents]:
+        (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    file.write_text("raise RuntimeError('imported')")
+    given = {"gold_function": f"{'.'.join(parts)}:one", "output": tmp_path / "out"}
+    assert inputs_of(Grade(**given)) == {"gold_function_file": str(file)}
+
+
 @pytest.mark.parametrize("hidden", ["notes", ".notes", "deep/notes"])
 def test_what_no_stage_put_into_an_output_is_not_replaced(tmp_path: Path, hidden: str) -> None:
     out = write(output=tmp_path / "out", text="old")
