@@ -26,13 +26,18 @@ def combine(scores_MC: Tensor, how: str, penalty: float) -> Tensor:
     return mean_C - penalty * scores_MC.var(dim=0, correction=0) if how == "variance" else mean_C
 
 
-def ensemble_scores(options: Evaluate, scores: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+def ensemble_scores(
+    options: Evaluate, scores: Mapping[str, Sequence[Tensor]], scales: Mapping[str, float]
+) -> dict[str, list[Tensor]]:
     """Scores of every ensemble on every set, float64, from those of its members.
 
     A reward has no zero, as training sees differences only, so each member's scores are taken from their
-    own mean over all texts: else a member that is low throughout would always be the worst.
+    own mean over all texts: else a member that is low throughout would always be the worst. Nor has it a
+    unit: they are divided by the member's scale, where `scales` has it, else the loudest would decide.
     """
-    centred = {model: _centred(scores[model]) for model in scores if options.ensembles}
+    centred = {
+        model: _centred(scores[model], scales.get(model, 1.0)) for model in scores if options.ensembles
+    }
     return {
         name: [
             combine(torch.stack(of_set), how, options.variance_penalty)
@@ -42,9 +47,9 @@ def ensemble_scores(options: Evaluate, scores: Mapping[str, Sequence[Tensor]]) -
     }
 
 
-def _centred(sets: Sequence[Tensor]) -> list[Tensor]:
+def _centred(sets: Sequence[Tensor], scale: float) -> list[Tensor]:
     mean = torch.cat(list(sets)).double().mean()
-    return [scores_C.double() - mean for scores_C in sets]
+    return [(scores_C.double() - mean) / scale for scores_C in sets]
 
 
 def ensemble_facts(options: Evaluate, models: Mapping[str, TimedFacts]) -> dict[str, TimedFacts]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from moemerge.options.base import Run, Sources, TextFormat
+from moemerge.options.base import Run, Source, Sources, TextFormat
 from moemerge.options.gold import GoldSource
 
 
@@ -77,5 +77,9 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
     pairs: Sources = Field(default_factory=dict, description="files or hub name:split, preference pairs")
     candidates: Sources = Field(
         default_factory=dict, description="files or hub name:split, prompts with scored candidates"
+    )
+    calibration: Source | None = Field(
+        None,
+        description="folder written by calibrate; in ensembles each member's scores are divided by its scale",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")

@@ -34,6 +34,7 @@ from moemerge.evaluation.sets import (
     read_sets,
     score_tensors,
 )
+from moemerge.merging.calibration import Calibration
 from moemerge.models.cost import cost
 from moemerge.models.device import free_memory, use_device
 from moemerge.models.folder import ModelFolder
@@ -57,6 +58,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     """
     options = by_kind(options)
     check_ensembles(options)
+    scales = _scales(options)
     probes = _probes(options)
     device = use_device(options)
     folders = {name: ModelFolder(path, options.trust_remote_code) for name, path in options.models.items()}
@@ -65,7 +67,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     check_sections(options, {pair.subset for read in sets if read.kind == "pairs" for pair in read.items})
     described = protocol.describe(options, tokenizers, sets)
     sets += edited_sets(options, tokenizers, probes, sets)
-    scores, models = _score_models(options, folders, tokenizers, sets, device)
+    scores, models = _score_models(options, folders, tokenizers, sets, scales, device)
     inputs = probe_inputs(sets, scores)
     results = {
         name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
@@ -94,6 +96,7 @@ def _score_models(
     folders: Mapping[str, ModelFolder],
     tokenizers: Mapping[str, PreTrainedTokenizerBase],
     sets: Sequence[EvaluationSet],
+    scales: Mapping[str, float],
     device: torch.device,
 ) -> tuple[dict[str, list[Tensor]], dict[str, TimedFacts]]:
     """Scores of every model and ensemble on every set, and what each costs; one is in memory at a time."""
@@ -109,7 +112,19 @@ def _score_models(
         models[name] = cast(TimedFacts, {**facts, "seconds": seconds, "tokens": tokens})
         del model
         free_memory()
-    return scores | ensemble_scores(options, scores), models | ensemble_facts(options, models)
+    return scores | ensemble_scores(options, scores, scales), models | ensemble_facts(options, models)
+
+
+def _scales(options: Evaluate) -> dict[str, float]:
+    """What ensembles divide each member's scores by; nothing without a calibration.
+
+    Raises CheckpointError if a member was not calibrated.
+    """
+    if options.calibration is None:
+        return {}
+    members = list(dict.fromkeys(name for names in options.ensembles.values() for name in names))
+    scales = Calibration.load(options.calibration).scales_of([options.models[name] for name in members])
+    return dict(zip(members, scales, strict=True))
 
 
 def _without_times(facts: TimedFacts) -> ModelFacts:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_moe import gradient_of, make_moe, random_pairs, rewrite, widen_norms, write_rows
 from tiny_models import save_dense
 from torch import Tensor
@@ -32,6 +33,7 @@ from moemerge.models.scoring import score_pairs
 from moemerge.options.base import TextFormat
 from moemerge.options.fit import FitSettings
 from moemerge.stages.calibrate import calibrate
+from moemerge.stages.evaluate import evaluate
 from moemerge.stages.export import export
 from moemerge.stages.fit import fit, fit_models
 from moemerge.stages.merge import merge, merge_models
@@ -217,6 +219,30 @@ def test_a_loud_head_changes_no_calibrated_merge(
         assert_close(weights(other), weights(quiet), atol=3e-6)
         plain = merge_models(loud, tmp_path / f"plain-{number}", **more)
         assert not torch.allclose(weights(plain)[HEAD], weights(quiet)[HEAD], atol=1e-2)
+
+
+def test_a_loud_member_does_not_decide_an_ensemble(
+    home: Path, members: list[str], scales: Path, tmp_path: Path
+) -> None:
+    """Its scores tenfold, calibrated ensembles are the same; and by hand the mean of scores over scales."""
+    given = {"pairs": {"p": str(home / "pairs.jsonl")}, "ensembles": {"both": ["a", "b"]}, "resamples": 100}
+    shutil.copytree(members[1], tmp_path / "loud")
+    rewrite(tmp_path / "loud", lambda name, tensor: tensor * 10 if name == HEAD else tensor)
+    loud = {"a": members[0], "b": str(tmp_path / "loud")}
+    louder = calibrate(models=loud, pairs=str(home / "pairs.jsonl"), output=tmp_path / "scales")
+    quiet = {"a": members[0], "b": members[1]}
+    one = evaluate(models=quiet, calibration=str(scales), output=tmp_path / "quiet", **given)
+    other = evaluate(models=loud, calibration=str(louder), output=tmp_path / "e", **given)
+    mine, theirs = (load_file(folder / "scores.safetensors") for folder in (one, other))
+    torch.testing.assert_close(
+        theirs["pairs/p/model/both-mean"], mine["pairs/p/model/both-mean"], atol=1e-5, rtol=0
+    )
+    known = Calibration.load(scales).models
+    centred = [mine[f"pairs/p/model/{name}"].double() for name in "ab"]
+    by_hand = sum((s - s.mean()) / known[name].scale for name, s in zip("ab", centred, strict=True)) / 2
+    torch.testing.assert_close(mine["pairs/p/model/both-mean"], by_hand)
+    with pytest.raises(CheckpointError, match="loud is not in the calibration"):
+        evaluate(models=loud, calibration=str(scales), output=tmp_path / "f", **given)
 
 
 def test_the_order_of_members_does_not_matter(
