@@ -59,6 +59,19 @@ def test_one_that_reads_as_its_file_is_not_told(
     assert [record for record in caplog.records if record.name.startswith("moemerge")] == []
 
 
+def test_padding_and_truncation_of_the_file_are_no_difference(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_dense(tmp_path / "rm", "qwen2")
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.enable_padding(length=64)
+    core.enable_truncation(3)
+    core.save(str(folder / "tokenizer.json"))
+    with caplog.at_level(logging.WARNING, "moemerge"):
+        load_tokenizer(str(folder))
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_the_file_is_what_is_read(family: str, tmp_path: Path) -> None:
     """By a type's own class or by the plain one, against the tokenizers library itself."""
