@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -119,6 +119,18 @@ def interval(values: list[float], confidence: float) -> str:
     return f"{fmean(values):+.3f} ± {half:.3f}"
 
 
+def options_of(what: str, output: Path, settings: Iterable[str], *folders: str) -> argparse.ArgumentParser:
+    """The command line of a study: the folders that it reads, seeds, output, settings, confidence."""
+    parser = argparse.ArgumentParser(description=what)
+    for folder in folders:
+        parser.add_argument(folder, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings))
+    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
+    return parser
+
+
 def run(
     what: str,
     settings: Mapping[str, S],
@@ -127,12 +139,8 @@ def run(
     baseline: str,
 ) -> None:
     """Read the command line, run every seed of every setting, and print a table per setting."""
-    parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=output)
-    parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings))
+    parser = options_of(what, output, settings)
     parser.add_argument("--baseline", default=baseline, help="model that the others are compared with")
-    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
     arguments = parser.parse_args()
     for name in arguments.settings:
         homes = {seed: arguments.output / name.replace(" ", "-") / f"seed-{seed}" for seed in arguments.seeds}

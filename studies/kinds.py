@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import Measures, Row, done, interval, once, read, write_sets
+from common import Measures, Row, done, interval, once, options_of, read, write_sets
 from safetensors.numpy import load_file
 
 from moemerge.stages.calibrate import calibrate
@@ -200,13 +200,7 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
 
 def main() -> None:
     """Run every seed of every setting, and print a table per setting."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("runs/kinds"))
-    parser.add_argument("--settings", nargs="+", choices=NOISE, default=list(NOISE))
-    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
+    parser = options_of(__doc__.splitlines()[0], Path("runs/kinds"), NOISE, "models", "data")
     arguments = parser.parse_args()
     for name in arguments.settings:
         seeds = {}

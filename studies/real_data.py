@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from common import Row, once, read, write_sets
+from common import Row, once, options_of, read, write_sets
 
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate
@@ -235,13 +235,7 @@ SETTINGS = {
 
 def main() -> None:
     """Run every seed of every setting, and print a table per setting."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("runs/real_data"))
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals")
+    parser = options_of(__doc__.splitlines()[0], Path("runs/real_data"), SETTINGS, "models", "data")
     arguments = parser.parse_args()
     for name in arguments.settings:
         home = arguments.output / name.replace(", ", "-")

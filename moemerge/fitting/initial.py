@@ -13,7 +13,7 @@ from torch import Tensor
 from moemerge.errors import OptionError
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.problem import FitOutcome, FitProblem
-from moemerge.merging.blocks import HEAD
+from moemerge.merging.average import shared_of_sum
 
 START_SHARED = 0.5
 
@@ -45,8 +45,7 @@ def initial_shared_L(problem: FitProblem) -> Tensor:
     """
     setting = problem.settings.shared_weight
     if problem.settings.coordinates == "sum":
-        shared = [0.0 if block == HEAD else 1 - problem.settings.scale for block in problem.blocks]
-        return torch.tensor(shared, dtype=torch.float64)
+        return shared_of_sum(problem.blocks, problem.settings.scale)
     if not problem.has_shared:
         return torch.zeros(len(problem.blocks), dtype=torch.float64)
     if setting == "match":

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from moemerge.fitting.problem import FitOutcome, FitProblem, mean_of
-from moemerge.merging.average import as_changes
+from moemerge.merging.average import as_changes, changes
 from moemerge.merging.merged_model import MergeGradient
 
 SMALLEST_START = 1e-4
@@ -104,8 +104,7 @@ class Sums(Space):
 
     def __init__(self, problem: FitProblem, start: FitOutcome) -> None:
         super().__init__(problem, start)
-        changes_LN = (1 - start.shared_L)[:, None] * start.alpha_LN
-        self.start_RN = changes_LN[self.first_R]
+        self.start_RN = changes(start.alpha_LN, start.shared_L)[self.first_R]
         self.start_V = self.start_RN.flatten()
         self.low_V, self.high_V = self.start_V - BOUND_OF_CHANGES, self.start_V + BOUND_OF_CHANGES
 

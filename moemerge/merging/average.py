@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.merging.blocks import HEAD
 from moemerge.options.base import Coordinates
 
 TOLERANCE = 1e-6
@@ -83,6 +84,20 @@ def as_changes(c_XN: Tensor) -> tuple[Tensor, Tensor]:
     moved_XN = c_XN + near_X[..., None] * (SMALLEST_SUM / c_XN.shape[-1])
     total_X = moved_XN.sum(-1)
     return moved_XN / total_X[..., None], total_X.where((c_XN != 0).any(-1), 0.0)
+
+
+def changes(alpha_LN: Tensor, shared_L: Tensor) -> Tensor:
+    """c of W = shared + sum_i c_i (W_i - shared), the way back from `as_changes`: (1 - shared) alpha."""
+    return (1 - shared_L)[:, None] * alpha_LN
+
+
+def shared_of_sum(blocks: Sequence[str], total: float) -> Tensor:
+    """shared_L of a sum whose c add up to `total` in every block; the head's add up to one.
+
+    A head that had the c of the body would be `total` times as large, and so would scores.
+    """
+    shared = [0.0 if block == HEAD else 1 - total for block in blocks]
+    return torch.tensor(shared, dtype=torch.float64)
 
 
 def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.weight_files import order_metadata
 from moemerge.errors import CheckpointError
-from moemerge.merging.average import sums_to_one
+from moemerge.merging.average import changes, sums_to_one
 from moemerge.merging.blocks import BLOCK_NAME
 from moemerge.options.base import Coordinates
 
@@ -78,7 +78,7 @@ class Coefficients:
     @property
     def changes_LN(self) -> Tensor:
         """c of W = W_shared + sum_i c_i (W_i - W_shared): (1 - shared) alpha."""
-        return (1 - self.shared_L)[:, None] * self.alpha_LN
+        return changes(self.alpha_LN, self.shared_L)
 
     @property
     def formula(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from moemerge.merging import distributed
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.weight_gradients import WeightGradient
 from moemerge.models.families.dense import dense_class
-from moemerge.models.heads import in_head
+from moemerge.models.heads import output_layer
 from moemerge.models.pooling import padding, pooled_positions
 from moemerge.models.scoring import collate, score_pairs
 
@@ -290,16 +290,13 @@ def pooled_states(model: PreTrainedModel, positions_B: Tensor) -> Iterator[list[
     A decoder's score is read at `positions_B`.
     """
     states: list[Tensor] = []
-    heads = [
-        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
-    ]
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         # Encoders have pooled before the head; decoders score every token, of which one counts.
         states.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), positions_B])
 
-    handle = heads[-1].register_forward_pre_hook(keep)
+    handle = model.get_submodule(output_layer(model)).register_forward_pre_hook(keep)
     try:
         yield states
     finally:

@@ -55,12 +55,16 @@ def in_head(model: PreTrainedModel, name: str) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
+def output_layer(model: PreTrainedModel) -> str:
+    """The name of the head's last matrix, whose one output is the score."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if in_head(model, f"{name}.weight")][-1]
+
+
 def output_names(model: PreTrainedModel) -> list[str]:
-    """Weight and bias of the head's last matrix, whose one output is the score."""
-    layers = [
-        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and in_head(model, f"{n}.weight")
-    ]
-    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == layers[-1]]
+    """Weight and bias of that matrix."""
+    last = output_layer(model)
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == last]
 
 
 def refuse_lost_head(

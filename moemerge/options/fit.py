@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import COORDINATES, Coordinates, Members, Options, Run, Source, TextFormat
+from moemerge.options.base import (
+    COORDINATES,
+    SCALE_OF_SUM,
+    Coordinates,
+    Members,
+    Options,
+    Run,
+    Source,
+    TextFormat,
+)
 
 
 class FitSettings(Options):
@@ -35,7 +44,9 @@ class FitSettings(Options):
     )
     coordinates: Coordinates = COORDINATES
     scale: float = Field(
-        2.0, gt=0, description="coordinates sum: what the c sum to at the start; the heads' sum to one"
+        SCALE_OF_SUM,
+        gt=0,
+        description="coordinates sum: what the c sum to at the start; the heads' sum to one",
     )
     objectives: dict[str, float] = Field(
         default_factory=lambda: {"bradley_terry": 1.0},

@@ -18,21 +18,18 @@ from tqdm.auto import tqdm
 
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
-from moemerge.merging.average import as_average, as_changes, row_chunks
-from moemerge.merging.blocks import HEAD
+from moemerge.merging.average import as_average, as_changes, row_chunks, shared_of_sum
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import Checkpoint, write_checkpoint
 from moemerge.models.device import one_thread, use_device
 from moemerge.models.finite import finite, magnitude
-from moemerge.options.base import OURS
+from moemerge.options.base import OURS, SCALE_OF_SUM
 from moemerge.options.merge import Merge
 
 if TYPE_CHECKING:
     from moemerge.merging.mergekit.methods import HostMethod
-
-SCALE = 2.0  # what the c of a sum add up to: best or near it for three members (studies/LOG.md)
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +111,7 @@ def _coefficients(options: Merge, source: MergeSource, saved: Coefficients | Non
         return saved
     if options.coordinates == "sum" and (options.method == OURS or options.weights or options.scale):
         count = source.num_members
-        return sum_of_changes(source, options.weights or [(options.scale or SCALE) / count] * count)
+        return sum_of_changes(source, options.weights or [(options.scale or SCALE_OF_SUM) / count] * count)
     if options.weights or options.method == OURS:
         return _constant(options.weights or [1.0] * len(source.member_names), source)
     return None
@@ -127,9 +124,7 @@ def sum_of_changes(source: MergeSource, changes: Sequence[float]) -> Coefficient
     """
     blocks, c_N = source.blocks(), torch.tensor(changes, dtype=torch.float64)
     alpha_N, total = as_changes(c_N)
-    shared_L = torch.tensor(
-        [0.0 if block == HEAD else 1 - float(total) for block in blocks], dtype=torch.float64
-    )
+    shared_L = shared_of_sum(blocks, float(total))
     return Coefficients(
         blocks, alpha_N.repeat(len(blocks), 1), shared_L, {"method": "given"}, "sum", source.scales
     )
