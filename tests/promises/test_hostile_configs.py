@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import RECIPE, copy_model, edit_json, jsonl, pairs
+from hostile_files import RECIPE, copy_model, dense_and_pairs, edit_json
 from refusals import refused
-from tiny_models import save_dense
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -25,10 +24,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model and pairs. Read only."""
-    folder = tmp_path_factory.mktemp("world")
-    save_dense(folder / "dense")
-    jsonl(folder / "pairs.jsonl", pairs(5))
-    return folder
+    return dense_and_pairs(tmp_path_factory.mktemp("world"))
 
 
 def recipe(folder: Path, model: Path, world: Path) -> Path:

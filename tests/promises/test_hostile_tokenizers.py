@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import RECIPE, copy_model, edit_json, jsonl, pairs
+from hostile_files import RECIPE, copy_model, dense_and_pairs, edit_json, jsonl
 from refusals import refused
-from tiny_models import VOCABULARY, save_dense
+from tiny_models import VOCABULARY
 
 import moemerge
 from moemerge.errors import CheckpointError
@@ -25,10 +25,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model and pairs. Read only."""
-    folder = tmp_path_factory.mktemp("world")
-    save_dense(folder / "dense")
-    jsonl(folder / "pairs.jsonl", pairs(5))
-    return folder
+    return dense_and_pairs(tmp_path_factory.mktemp("world"))
 
 
 def normal(*steps: dict[str, Any]) -> dict[str, Any]:

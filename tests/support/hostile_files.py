@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_dense
 
 PAIR = {"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}
 CANDIDATES = {"prompt": "w1", "candidates": [{"text": "w3", "score": 1.0}, {"text": "w4", "score": 0.0}]}
@@ -120,3 +121,10 @@ def bomb(path: Path, block: bytes, blocks: int) -> Path:
 def deep(depth: int, left: str = "[", right: str = "]") -> str:
     """Brackets in brackets."""
     return left * depth + right * depth
+
+
+def dense_and_pairs(folder: Path) -> Path:
+    """`folder`, with a model in dense and rows in pairs.jsonl."""
+    save_dense(folder / "dense")
+    jsonl(folder / "pairs.jsonl", pairs(5))
+    return folder
