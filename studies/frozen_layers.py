@@ -1,9 +1,9 @@
-"""A language model's lower layers, frozen and computed once per text: what makes studies of 135M fit a CPU.
+"""A model's lower layers, frozen and computed once per text: what makes studies of real models fit a CPU.
 
-`upper_layers` writes the upper layers as a language model of their own. While `install` is open, every
-embedding of the model's width gives, in place of embeddings, the states that the lower layers make of the
-text: all of moemerge then works on the upper layers as if the whole model ran, and the whole model's scores
-come out. Causal models padded on the right only.
+`upper_layers` writes the upper layers as a model of their own. While `install` is open, every embedding of the
+model's width gives, in place of embeddings, the states that the lower layers make of the text: all of moemerge
+then works on the upper layers as if the whole model ran, and the whole model's scores come out. Causal models
+and BERT, padded on the right only.
 
 B sequences, T tokens, D width.
 """
@@ -13,22 +13,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 STATES, TEXTS = "states.npy", "texts.npz"
 
 
+def opened(model: Path) -> Any:
+    """The model in `model` as it was saved: a language model, or an encoder without head."""
+    encoder = AutoConfig.from_pretrained(model).model_type == "bert"
+    loader = AutoModel if encoder else AutoModelForCausalLM
+    return loader.from_pretrained(model, dtype=torch.float32)
+
+
 def upper_layers(model: Path, count: int, output: Path) -> Path:
-    """The last `count` layers of the language model in `model`, with its embeddings and tokenizer."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    whole.model.layers = whole.model.layers[-count:]
-    for number, layer in enumerate(whole.model.layers):
-        layer.self_attn.layer_idx = number
+    """The last `count` layers of the model in `model`, with its embeddings and tokenizer."""
+    whole = opened(model)
+    if hasattr(whole, "encoder"):
+        whole.encoder.layer = whole.encoder.layer[-count:]
+    else:
+        whole.model.layers = whole.model.layers[-count:]
+        for number, layer in enumerate(whole.model.layers):
+            layer.self_attn.layer_idx = number
     whole.config.num_hidden_layers = count
     whole.save_pretrained(output)
     AutoTokenizer.from_pretrained(model).save_pretrained(output)
@@ -42,9 +54,14 @@ class LowerLayers:
     """
 
     def __init__(self, model: Path, upper: int) -> None:
-        whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).model.eval()
+        whole = opened(model).eval()
+        self.encoder = hasattr(whole, "encoder")
+        if self.encoder:
+            whole.encoder.layer = whole.encoder.layer[:-upper]
+        else:
+            whole = whole.model
+            whole.layers, whole.norm = whole.layers[:-upper], nn.Identity()
         self.whole, self.width = whole, whole.config.hidden_size
-        whole.layers, whole.norm = whole.layers[:-upper], nn.Identity()
         tokenizer = AutoTokenizer.from_pretrained(model)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.found: dict[bytes, np.ndarray] = {}
@@ -69,10 +86,14 @@ class LowerLayers:
     def _run(self, keys: list[bytes]) -> None:
         texts = [np.frombuffer(key, dtype=np.int32) for key in keys]
         ids_BT = torch.full((len(texts), max(map(len, texts))), self.pad)
+        mask_BT = torch.zeros_like(ids_BT)
         for row, text in enumerate(texts):
             ids_BT[row, : len(text)] = torch.from_numpy(text.copy())
+            mask_BT[row, : len(text) - 1] = 1
+        # A causal model sees no pad token of later places; its own state at the first one must be as it is.
+        given = {"attention_mask": mask_BT} if self.encoder else {"use_cache": False}
         with install(None), torch.no_grad():
-            states_BTD = self.whole(input_ids=ids_BT, use_cache=False).last_hidden_state
+            states_BTD = self.whole(input_ids=ids_BT, **given).last_hidden_state
         for key, text, states_TD in zip(keys, texts, states_BTD, strict=True):
             self.found[key] = states_TD[: len(text)].numpy().copy()
 
@@ -117,11 +138,15 @@ def install(lower: LowerLayers | None) -> Iterator[None]:
         current[0] = before
 
 
-def _replace(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+def _replace(
+    module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], output: Tensor
+) -> Tensor | None:
     lower = current[0]
-    if lower is None or not isinstance(module, nn.Embedding) or module.embedding_dim != lower.width:
+    if lower is None or not isinstance(module, BertEmbeddings if lower.encoder else nn.Embedding):
         return None
-    return lower.states(given[0])
+    ids_BT = given[0] if given else named["input_ids"]
+    width = module.LayerNorm.weight.shape[0] if lower.encoder else module.embedding_dim
+    return lower.states(ids_BT) if width == lower.width else None
 
 
-nn.modules.module.register_module_forward_hook(_replace)
+nn.modules.module.register_module_forward_hook(_replace, with_kwargs=True)

@@ -1,22 +1,22 @@
-"""Members that know different things, merged on one scale, against rivals without their data, over seeds.
+"""Members that are good at different kinds of pairs, merged on one scale, against rivals without their data.
 
-python studies/kinds.py MODELS DATA --seeds 1 2 3 --output runs/kinds [--settings apart noisy]
+python studies/kinds.py MODELS DATA --seeds 1 2 3 --output runs/kinds [--settings apart unlike]
 
-MODELS: folder written by fetch_models.py; all start from the encoder in it, which has no reward head.
-DATA: folder with ukp_convarg. Three kinds of pairs on the same debates: `argued` (which argument people find
-more convincing), `foreign` (an argument of the debate against one of another debate) and `shuffled` (an
-argument against its own words in another order). A seed draws pairs and the debates held out: members are
-trained on some, the user's few labelled pairs and the test pairs come from others. Setting "noisy": 30 % of
-the labels of `argued` flipped. Measured: accuracy on each kind, and their mean. What exists under the output
-folder is not made again. One thread; a quarter of an hour per seed.
+MODELS: folder written by fetch_models.py; DATA: folder with ukp_convarg, hh_rlhf and summ_human_bon. Every
+model is MiniLM whose last two of six layers train, the others are computed once per text (frozen_layers.py).
+Members are trained apart, a kind each (kinds_data.py); the user has a few labelled pairs of the target's
+kinds. Measured: accuracy on each of these kinds and their mean. What exists under the output folder is not
+made again; models are removed when a setting is measured. One thread.
 
-    argued, foreign, shuffled   members, a kind each
+    KIND                        a member; argued-flipped: 30 % of its labels swapped
     best member (tuned)         the most accurate on the own pairs (once tuned: on the half not tuned on)
     uniform, simplex            average; average with weights fitted to the own pairs, as `fit` without base
-    sum, fitted                 changes added, 2/3 each, heads on one scale; fitted to the own pairs
+    sum, fitted                 changes added, 2/M each, heads on one scale; fitted to the own pairs
     ... tuned                   trained on the own pairs for an epoch
-    ensemble-mean               mean of the members' scores on one scale: three times the cost
+    ensemble-mean               mean of the members' scores on one scale: M times the cost
     joint                       one model trained on all members' pairs, which the user does not have
+    router                      each pair judged by the member of its kind: needs kinds, and all models
+    best member tuned, oracle   the best of the tuned members, chosen by the test pairs
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from common import Measures, Row, done, interval, once, options_of, read, write_sets
+from common import Measures, done, interval, once, options_of, write_sets
+from frozen_layers import LowerLayers, install, upper_layers
+from kinds_data import KINDS, MAX_LENGTH, deal, flipped, sources
 from safetensors.numpy import load_file
 
 from moemerge.stages.calibrate import calibrate
@@ -39,80 +42,77 @@ from moemerge.stages.fit import fit_models
 from moemerge.stages.merge import merge_models
 from moemerge.stages.train import train
 
-KINDS = ("argued", "foreign", "shuffled")
-SIZES = {"train": 400, "own": 50, "test": 150}
-NOISE = {"apart": 0.0, "noisy": 0.3}
+UPPER = 2
+SIZES = {"train": 400, "own": 500, "test": 200}
+FLIPPED = "argued-flipped"
+READ: dict[str, Any] = {"max_length": MAX_LENGTH, "bad_rows": "skip"}
 TRAINING: dict[str, Any] = {
-    "batch_size": 16, "max_length": 128, "bad_rows": "skip", "group_by_length": True, "patience": None,
-    "train_layers": "last:3", "learning_rate": 2e-4,
+    "batch_size": 16, "group_by_length": True, "patience": None, "learning_rate": 3e-4, **READ,
 }  # fmt: skip
-GIVEN: dict[str, Any] = {"max_length": 128, "bad_rows": "skip", "resamples": 100}
+EPOCHS = 3
 RIVALS = ("best member", "best member tuned", "uniform", "uniform tuned", "simplex", "simplex tuned")
+OURS = ("sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint")
 
 
-def pairs_of(kind: str, rows: Sequence[Row], others: Sequence[Row], draw: random.Random) -> list[Row]:
-    """The rows as pairs of a kind; `others` are rows of other debates."""
-    made = []
-    for row in rows:
-        prompt, chosen, rejected = row["prompt"] + "\n", row["chosen"], row["rejected"]
-        if kind == "foreign":
-            rejected = draw.choice(others)["chosen"]
-        elif kind == "shuffled":
-            words = chosen.split()
-            draw.shuffle(words)
-            rejected = " ".join(words)
-        if chosen != rejected:
-            made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": kind})
-    return made
+class Setting(NamedTuple):
+    """Kinds of the target, the members, and how many own pairs of each kind the user has."""
+
+    target: tuple[str, ...]
+    members: tuple[str, ...]
+    own: int = 50
 
 
-def deal(data: Path, draw: random.Random) -> dict[str, dict[str, list[Row]]]:
-    """Pairs by use and kind; a debate has one use."""
-    rows = read(data / "ukp_convarg/pairs.jsonl.gz")
-    debates = sorted({row["subset"].split("_")[0] for row in rows})
-    draw.shuffle(debates)
-    uses = {"test": debates[:4], "own": debates[4:8], "train": debates[8:]}
-    dealt: dict[str, dict[str, list[Row]]] = {}
-    for use, chosen in uses.items():
-        mine = [row for row in rows if row["subset"].split("_")[0] in chosen]
-        draw.shuffle(mine)
-        size = SIZES[use]
-        parts = {kind: mine[number * size : (number + 1) * size] for number, kind in enumerate(KINDS)}
-        others = [row for row in rows if row["subset"].split("_")[0] not in chosen]
-        dealt[use] = {kind: pairs_of(kind, part, others, draw) for kind, part in parts.items()}
-    return dealt
+APART = ("argued", "foreign", "shuffled")
+JUDGED = ("summaries", "helpful", "foreign", "shuffled")
+CONFLICT = ("helpful", "harmless", "argued")
+SETTINGS = {
+    "apart": Setting(APART, APART),
+    "unlike": Setting(APART, (FLIPPED, "foreign", "shuffled", "helpful", "harmless", "summaries")),
+    "judged": Setting(JUDGED, JUDGED),
+    "conflict": Setting(CONFLICT, CONFLICT),
+    **{f"apart-{own}": Setting(APART, APART, own) for own in (20, 150, 500)},
+    **{f"members-{m}": Setting(tuple(KINDS)[:m], tuple(KINDS)[:m]) for m in (2, 4, 6, 8)},
+}
 
 
-def flipped(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
-    """The rows, each with its answers swapped with probability `share`."""
-    swap = {True: ("rejected", "chosen"), False: ("chosen", "rejected")}
-    sides = [swap[draw.random() < share] for _ in rows]
-    return [{**row, "chosen": row[a], "rejected": row[b]} for row, (a, b) in zip(rows, sides, strict=True)]
+class Seed:
+    """A seed's pairs, and the models trained on them, which all settings share."""
+
+    def __init__(self, home: Path, arguments: argparse.Namespace, base: str, seed: int) -> None:
+        self.home, self.base, self.seed = home, base, seed
+        draw = random.Random(seed)
+        dealt = deal(sources(arguments.data, arguments.models / "minilm"), SIZES, draw)
+        dealt["train"][FLIPPED] = flipped(dealt["train"]["argued"], 0.3, draw)
+        self.pairs = dealt
+
+    def trained(self, name: str, kinds: Sequence[str]) -> str:
+        """The base trained on the members' pairs of `kinds`."""
+        rows = [row for kind in kinds for row in self.pairs["train"][kind]]
+        random.Random(self.seed).shuffle(rows)
+        files = write_sets(self.home / "data", {"train": {name: rows}})
+        return self._train(self.home / name, self.base, files["train"][name], EPOCHS)
+
+    def tuned(self, home: Path, model: str, pairs: str) -> str:
+        """`model` trained for one epoch on own pairs."""
+        return self._train(home, model, pairs, 1)
+
+    def _train(self, home: Path, model: str, pairs: str, epochs: int) -> str:
+        return once(home, train, model=model, pairs=pairs, epochs=epochs, seed=self.seed, **TRAINING)
+
+    def files(self, home: Path, setting: Setting) -> dict[str, dict[str, str]]:
+        """The setting's files of pairs: `test` by kind; `own`: all, and two halves."""
+        own = [row for kind in setting.target for row in self.pairs["own"][kind][: setting.own]]
+        random.Random(self.seed).shuffle(own)
+        test = {kind: self.pairs["test"][kind] for kind in setting.target}
+        return write_sets(home, {"test": test, "own": {"all": own, "half-0": own[0::2], "half-1": own[1::2]}})
 
 
-def files_of(home: Path, data: Path, noise: float, seed: int) -> dict[str, dict[str, str]]:
-    """Files of this seed's pairs, by use and kind; `own/all`: all own pairs; `train/all`: the members'."""
-    draw = random.Random(seed)
-    dealt = deal(data, draw)
-    dealt["train"]["argued"] = flipped(dealt["train"]["argued"], noise, draw)
-    for use in ("own", "train"):
-        rows = [row for kind in KINDS for row in dealt[use][kind]]
-        draw.shuffle(rows)
-        dealt[use]["all"] = rows
-        dealt[use] |= {f"half-{part}": rows[part::2] for part in (0, 1)}
-    return write_sets(home, dealt)
-
-
-def merges(
-    home: Path, base: str, members: Mapping[str, str], own: str, seed: int
-) -> Iterator[tuple[str, str]]:
-    """Every merge of the members."""
-    models = list(members.values())
-    scales = once(
-        home / "scales", calibrate, models=members, pairs=own, seed=seed, max_length=128, bad_rows="skip"
-    )
+def merges(home: Path, base: str, models: Sequence[str], own: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Every merge of the models."""
+    named = {str(number): model for number, model in enumerate(models)}
+    scales = once(home / "scales", calibrate, models=named, pairs=own, seed=seed, **READ)
     added = {"base": base, "coordinates": "sum", "calibration": scales}
-    fitting = {"pairs": own, "granularity": "global", "max_length": 128, "bad_rows": "skip", "seed": seed}
+    fitting = {"pairs": own, "granularity": "global", "sensitivity": False, "seed": seed, **READ}
     yield "uniform", once(home / "uniform", merge_models, models=models)
     yield "sum", once(home / "sum", merge_models, models=models, **added)
     simplex = once(home / "fit-simplex", fit_models, models=models, judge="preferences", **fitting)
@@ -121,56 +121,60 @@ def merges(
     yield "fitted", once(home / "fitted", merge_models, models=models, base=base, coefficients=fitted)
 
 
-def accuracies(folder: Path, names: Sequence[str]) -> dict[str, Measures]:
+def accuracies(folder: Path, kinds: Sequence[str], names: Sequence[str]) -> dict[str, Measures]:
     """Accuracy on each kind and their mean, of every model of an evaluation."""
     tensors = load_file(folder / "scores.safetensors")
     found = {}
     for name in names:
-        scores = {kind: tensors[f"pairs/{kind}/model/{name}"] for kind in KINDS}
+        scores = {kind: tensors[f"pairs/{kind}/model/{name}"] for kind in kinds}
         by_kind = {kind: float((s[0::2] > s[1::2]).mean()) for kind, s in scores.items()}
         found[name] = {**by_kind, "mean": fmean(by_kind.values())}
     return found
 
 
-def measured(home: Path, arguments: argparse.Namespace, noise: float, seed: int) -> dict[str, Measures]:
-    """Make every model of this seed, and measure them."""
-    files, base = files_of(home, arguments.data, noise, seed), str(arguments.models / "minilm")
-    training = TRAINING | {"seed": seed}
-    long = {kind: {"pairs": files["train"][kind], "epochs": 2, **training} for kind in (*KINDS, "all")}
-    members = {kind: once(home / kind, train, model=base, **long[kind]) for kind in KINDS}
-    joint = once(home / "joint", train, model=base, **long["all"])
-    single = members | dict(merges(home, base, members, files["own"]["all"], seed))
+def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
+    """Make every model of this setting, and measure them."""
+    files = seed.files(home, setting)
+    given = {FLIPPED: ["argued"]}
+    members = {name: seed.trained(name, [name]) for name in setting.members}
+    joint = seed.trained("joint-" + "-".join(setting.members), setting.members)
+    single = members | dict(merges(home, seed.base, list(members.values()), files["own"]["all"], seed.seed))
     tuned = {
-        f"{name} tuned": once(
-            home / f"{name}-tuned", train, model=model, pairs=files["own"]["all"], epochs=1, **training
-        )
+        f"{name} tuned": seed.tuned(home / f"{name}-tuned", model, files["own"]["all"])
         for name, model in single.items()
     }
     models = single | tuned | {"joint": joint}
     once(
-        home / "evaluation", evaluate, models=models, ensembles={"ensemble": list(KINDS)},
-        pairs={kind: files["test"][kind] for kind in KINDS}, ensemble_by=["mean"],
-        calibration=str(home / "scales"), seed=seed, **GIVEN,
+        home / "evaluation", evaluate, models=models, ensembles={"ensemble": list(members)},
+        pairs=files["test"], ensemble_by=["mean"], calibration=str(home / "scales"), seed=seed.seed,
+        resamples=100, **READ,
     )  # fmt: skip
-    found = accuracies(home / "evaluation", [*models, "ensemble-mean"])
-    plain, after = best_members(home, members, files["own"], training)
-    return found | {"best member": found[plain], "best member tuned": found[f"{after} tuned"]}
+    found = accuracies(home / "evaluation", setting.target, [*models, "ensemble-mean"])
+    plain, after = best_members(home, seed, members, files["own"])
+    oracle = max((f"{name} tuned" for name in members), key=lambda name: found[name]["mean"])
+    routed = {
+        kind: found[name][kind] for name in members for kind in given.get(name, [name]) if kind in setting.target
+    }
+    return found | {
+        "best member": found[plain],
+        "best member tuned": found[f"{after} tuned"],
+        "best member tuned, oracle": found[oracle],
+        "router": {**routed, "mean": fmean(routed.values())},
+    }
 
 
 def best_members(
-    home: Path, members: Mapping[str, str], own: Mapping[str, str], training: dict[str, Any]
+    home: Path, seed: Seed, members: Mapping[str, str], own: Mapping[str, str]
 ) -> tuple[str, str]:
     """What a user with the own pairs alone would take: the best member, and the one best after tuning."""
     halves = {
-        f"{name}-{half}": once(
-            home / f"{name}-half-{half}", train, model=model, pairs=own[f"half-{half}"], epochs=1, **training
-        )
+        f"{name}-{half}": seed.tuned(home / f"{name}-half-{half}", model, own[f"half-{half}"])
         for name, model in members.items()
         for half in (0, 1)
     }
     pairs = {f"half-{half}": own[f"half-{half}"] for half in (0, 1)}
-    folder = home / "own-evaluation"
-    once(folder, evaluate, models={**members, **halves}, pairs=pairs, seed=training["seed"], **GIVEN)
+    folder, models = home / "own-evaluation", {**members, **halves}
+    once(folder, evaluate, models=models, pairs=pairs, seed=seed.seed, resamples=100, **READ)
     scores = load_file(folder / "scores.safetensors")
 
     def right(model: str, half: int) -> float:
@@ -184,7 +188,7 @@ def best_members(
 
 def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: float) -> str:
     """Means over seeds, and paired differences of sum and fitted, tuned or not, to the rivals."""
-    columns = [*KINDS, "mean"]
+    columns = list(next(iter(seeds.values()))["joint"])
     lines = [f"### {name}: seeds {', '.join(map(str, seeds))}", "", "| model | " + " | ".join(columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
     for model in next(iter(seeds.values())):
@@ -192,22 +196,37 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
         lines.append(f"| {model} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     lines += ["", f"Mean over kinds, minus; t-intervals of {confidence:.1%} over seeds", ""]
     lines += ["| | " + " | ".join(RIVALS) + " |", "| --- |" + " ---: |" * len(RIVALS)]
-    for ours in ("sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint"):
+    for ours in OURS:
         gains = [[of[ours]["mean"] - of[rival]["mean"] for of in seeds.values()] for rival in RIVALS]
         lines.append(f"| {ours} | " + " | ".join(interval(gain, confidence) for gain in gains) + " |")
     return "\n".join([*lines, ""])
 
 
+def remove_models(home: Path) -> None:
+    """Free the disk: of a measured setting stay its files of pairs and its evaluations."""
+    for weights in home.glob("*/model.safetensors"):
+        shutil.rmtree(weights.parent)
+
+
 def main() -> None:
-    """Run every seed of every setting, and print a table per setting."""
-    parser = options_of(__doc__.splitlines()[0], Path("runs/kinds"), NOISE, "models", "data")
+    """Run every setting of every seed, and print a table per setting."""
+    parser = options_of(__doc__.splitlines()[0], Path("runs/kinds"), SETTINGS, "models", "data")
     arguments = parser.parse_args()
-    for name in arguments.settings:
-        seeds = {}
-        for seed in arguments.seeds:
-            home = arguments.output / name / f"seed-{seed}"
-            seeds[seed] = done(home, partial(measured, home, arguments, NOISE[name], seed))
-            print(json.dumps({"setting": name, "seed": seed, "measures": seeds[seed]}), flush=True)
+    start = arguments.output / "upper"
+    if not start.exists():
+        upper_layers(arguments.models / "minilm", UPPER, start)
+    results: dict[str, dict[int, dict[str, Measures]]] = {name: {} for name in arguments.settings}
+    for number in arguments.seeds:
+        home = arguments.output / f"seed-{number}"
+        lower, seed = LowerLayers(arguments.models / "minilm", UPPER), Seed(home, arguments, str(start), number)
+        with install(lower):
+            for name in arguments.settings:
+                measure = partial(measured, seed, SETTINGS[name], home / name)
+                results[name][number] = done(home / name, measure)
+                remove_models(home / name)
+                row = {"setting": name, "seed": number, "measures": results[name][number]}
+                print(json.dumps(row), flush=True)
+    for name, seeds in results.items():
         print(table(name, seeds, arguments.confidence), flush=True)
 
 
