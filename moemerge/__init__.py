@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moemerge.run.pipeline import run_recipe as run_recipe
     from moemerge.stages.attack import attack as attack
     from moemerge.stages.calibrate import calibrate as calibrate
+    from moemerge.stages.choose import choose as choose
     from moemerge.stages.compare import compare as compare
     from moemerge.stages.data import prepare as prepare
     from moemerge.stages.evaluate import evaluate as evaluate
@@ -63,6 +64,7 @@ _HOMES = {
     "sample": "stages.sample",
     "optimise": "stages.optimise",
     "evaluate": "stages.evaluate",
+    "choose": "stages.choose",
     "attack": "stages.attack",
     "publish": "stages.publish",
     "compare": "stages.compare",

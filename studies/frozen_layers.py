@@ -1,9 +1,9 @@
 """A model's lower layers, frozen and computed once per text: what makes studies of real models fit a CPU.
 
-`upper_layers` writes the upper layers as a model of their own. While `install` is open, every embedding of the
-model's width gives, in place of embeddings, the states that the lower layers make of the text: all of moemerge
-then works on the upper layers as if the whole model ran, and the whole model's scores come out. Causal models
-and BERT, padded on the right only.
+`upper_layers` writes the upper layers as a model of their own. While `install` is open, every embedding of
+the model's width gives, in place of embeddings, the states that the lower layers make of the text: all of
+moemerge then works on the upper layers as if the whole model ran, and the whole model's scores come out.
+Causal models and BERT, padded on the right only.
 
 B sequences, T tokens, D width.
 """

@@ -112,7 +112,8 @@ def merges(home: Path, base: str, models: Sequence[str], own: str, seed: int) ->
     named = {str(number): model for number, model in enumerate(models)}
     scales = once(home / "scales", calibrate, models=named, pairs=own, seed=seed, **READ)
     added = {"base": base, "coordinates": "sum", "calibration": scales}
-    fitting = {"pairs": own, "granularity": "global", "sensitivity": False, "seed": seed, **READ}
+    fitting = {"pairs": own, "granularity": "global", "sensitivity": False, "seed": seed, "max_epochs": 10}
+    fitting |= READ
     yield "uniform", once(home / "uniform", merge_models, models=models)
     yield "sum", once(home / "sum", merge_models, models=models, **added)
     simplex = once(home / "fit-simplex", fit_models, models=models, judge="preferences", **fitting)
@@ -135,7 +136,6 @@ def accuracies(folder: Path, kinds: Sequence[str], names: Sequence[str]) -> dict
 def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     """Make every model of this setting, and measure them."""
     files = seed.files(home, setting)
-    given = {FLIPPED: ["argued"]}
     members = {name: seed.trained(name, [name]) for name in setting.members}
     joint = seed.trained("joint-" + "-".join(setting.members), setting.members)
     single = members | dict(merges(home, seed.base, list(members.values()), files["own"]["all"], seed.seed))
@@ -152,9 +152,8 @@ def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     found = accuracies(home / "evaluation", setting.target, [*models, "ensemble-mean"])
     plain, after = best_members(home, seed, members, files["own"])
     oracle = max((f"{name} tuned" for name in members), key=lambda name: found[name]["mean"])
-    routed = {
-        kind: found[name][kind] for name in members for kind in given.get(name, [name]) if kind in setting.target
-    }
+    judges = {name.removesuffix("-flipped"): name for name in members}
+    routed = {kind: found[judges[kind]][kind] for kind in setting.target}
     return found | {
         "best member": found[plain],
         "best member tuned": found[f"{after} tuned"],
@@ -218,7 +217,10 @@ def main() -> None:
     results: dict[str, dict[int, dict[str, Measures]]] = {name: {} for name in arguments.settings}
     for number in arguments.seeds:
         home = arguments.output / f"seed-{number}"
-        lower, seed = LowerLayers(arguments.models / "minilm", UPPER), Seed(home, arguments, str(start), number)
+        lower, seed = (
+            LowerLayers(arguments.models / "minilm", UPPER),
+            Seed(home, arguments, str(start), number),
+        )
         with install(lower):
             for name in arguments.settings:
                 measure = partial(measured, seed, SETTINGS[name], home / name)

@@ -32,9 +32,11 @@ def against_foreign(row: Row, others: Sequence[Row], draw: random.Random) -> tup
 
 
 def against_shuffled(row: Row, others: Sequence[Row], draw: random.Random) -> tuple[str, str]:
-    """The chosen answer against its words in another order."""
+    """The chosen answer against one in which a third of the words have changed places with a neighbour."""
     words = row["chosen"].split()
-    return row["chosen"], " ".join(draw.sample(words, len(words)))
+    for place in draw.sample(range(len(words) - 1), max(1, len(words) // 6)):
+        words[place : place + 2] = words[place + 1], words[place]
+    return row["chosen"], " ".join(words)
 
 
 def against_cut(row: Row, others: Sequence[Row], draw: random.Random) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moemerge.options.base import Run, Source, Sources, TextFormat
 
@@ -42,4 +42,17 @@ class Data(DataSettings, Run):
     """Options of `moemerge data`."""
 
     tokenizer: Source | None = Field(None, description="model whose tokenizer measures max_length")
+    folds: int = Field(
+        0,
+        ge=0,
+        description="parts of train for cross-fitting, whole groups each: folds/N/held_out, and the others' "
+        "rows as folds/N/train",
+    )
     scored: bool = Field(True, description="whether candidates must have gold scores")
+
+    @field_validator("folds")
+    @classmethod
+    def _more_than_one(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("0, or 2 and more")
+        return folds

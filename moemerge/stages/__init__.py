@@ -117,6 +117,13 @@ ROWS = (
         headlines.evaluate,
     ),
     Row(
+        "choose",
+        "moemerge.stages.choose:choose",
+        "moemerge.options.choose:Choose",
+        "Take one of several models by evaluations: a simpler one, unless a dearer one is better.",
+        "{sentence}".format_map,
+    ),
+    Row(
         "attack",
         "moemerge.stages.attack:attack",
         "moemerge.options.attack:Attack",

@@ -29,8 +29,9 @@ def prepare(options: Data, draft: Draft) -> None:
     """Read, check, split and cap preference data; write it as gzip'd JSON lines in plain field names.
 
     Writes train, validation and fit .jsonl.gz (each only if there is one), tests/NAME.jsonl.gz,
-    candidates/NAME.jsonl.gz and report.json with the row numbers of all bad rows. Lengths are checked if
-    `tokenizer` is given. Values of `split_by` (else equal prompts) never straddle a split.
+    candidates/NAME.jsonl.gz, folds/N/train and held_out .jsonl.gz, and report.json with the row numbers of
+    all bad rows. Lengths are checked if `tokenizer` is given. Values of `split_by` (else equal prompts) never
+    straddle a split.
     Raises DataError for unusable data, OptionError if no data are named.
     """
     reader = _Reader(options)
@@ -74,7 +75,8 @@ class _Reader:
             )
         if "train" in read:
             read = _split(read, options)
-        return {name: self._draw(pairs, self._cap(name)) for name, pairs in read.items()}
+        drawn = {name: self._draw(pairs, self._cap(name)) for name, pairs in read.items()}
+        return drawn | (_folds(drawn["train"], options) if options.folds else {})
 
     def candidates(self, name: str, source: str) -> list[CandidateSet]:
         """One set of candidate sets, capped."""
@@ -170,10 +172,33 @@ def _partition(groups: list[list[Pair]], shares: dict[str, float], seed: int) ->
     return parts | {"train": list(itertools.chain(*left))}
 
 
+def _folds(pairs: list[Pair], options: Data) -> dict[str, list[Pair]]:
+    """Each part of `pairs` in turn, and all others; parts are of like size, and so is a subset in each."""
+    groups = _groups(pairs, options.split_by)
+    if len(groups) < options.folds:
+        raise DataError(
+            f"train cannot be dealt to {options.folds} parts",
+            given=f"{len(groups)} group(s) of rows that must stay together",
+            expected="one for each part at least",
+            fix="give more data, another split_by, or fewer folds",
+        )
+    shuffled = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
+    parts: list[list[Pair]] = [[] for _ in range(options.folds)]
+    # Subset after subset, each group to the smallest part: so every subset is spread over all parts.
+    for group in sorted(shuffled, key=lambda group: group[0].subset or ""):
+        min(parts, key=len).extend(group)
+    folds = {}
+    for number, part in enumerate(parts):
+        held_out = {pair.row for pair in part}
+        folds[f"folds/{number}/train"] = [pair for pair in pairs if pair.row not in held_out]
+        folds[f"folds/{number}/held_out"] = [pair for pair in pairs if pair.row in held_out]
+    return folds
+
+
 def _overlap(pairs: dict[str, list[Pair]], split_by: str | None) -> dict[str, int]:
     """Per set, the number of pairs whose group (prompt, or value of split_by) is in train too."""
     train = {_group(pair, split_by) for pair in pairs.get("train", [])}
-    others = {name: some for name, some in pairs.items() if name != "train"}
+    others = {name: p for name, p in pairs.items() if name != "train" and not name.startswith("folds/")}
     overlap = {name: sum(_group(p, split_by) in train for p in some) for name, some in others.items()}
     for name, count in overlap.items():
         if train and count:
