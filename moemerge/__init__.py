@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moemerge.models.routing import RoutingStatistics as RoutingStatistics
     from moemerge.run.check import check_recipe as check_recipe
     from moemerge.run.check import load_recipe as load_recipe
+    from moemerge.run.combine import combine as combine
     from moemerge.run.pipeline import run_recipe as run_recipe
     from moemerge.stages.attack import attack as attack
     from moemerge.stages.calibrate import calibrate as calibrate
@@ -71,6 +72,7 @@ _HOMES = {
     "prepare": "stages.data",
     "write_world": "stages.synthetic",
     "run_recipe": "run.pipeline",
+    "combine": "run.combine",
     "check_recipe": "run.check",
     "load_recipe": "run.check",
     "load_moe": "models.modelling",

@@ -49,7 +49,7 @@ READ: dict[str, Any] = {"max_length": MAX_LENGTH, "bad_rows": "skip"}
 TRAINING: dict[str, Any] = {
     "batch_size": 16, "group_by_length": True, "patience": None, "learning_rate": 3e-4, **READ,
 }  # fmt: skip
-EPOCHS = 3
+EPOCHS, TUNING_RATE = 3, 1e-4
 RIVALS = ("best member", "best member tuned", "uniform", "uniform tuned", "simplex", "simplex tuned")
 OURS = ("sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint")
 
@@ -90,14 +90,14 @@ class Seed:
         rows = [row for kind in kinds for row in self.pairs["train"][kind]]
         random.Random(self.seed).shuffle(rows)
         files = write_sets(self.home / "data", {"train": {name: rows}})
-        return self._train(self.home / name, self.base, files["train"][name], EPOCHS)
+        return self._train(self.home / name, self.base, files["train"][name], epochs=EPOCHS)
 
     def tuned(self, home: Path, model: str, pairs: str) -> str:
         """`model` trained for one epoch on own pairs."""
-        return self._train(home, model, pairs, 1)
+        return self._train(home, model, pairs, epochs=1, learning_rate=TUNING_RATE)
 
-    def _train(self, home: Path, model: str, pairs: str, epochs: int) -> str:
-        return once(home, train, model=model, pairs=pairs, epochs=epochs, seed=self.seed, **TRAINING)
+    def _train(self, home: Path, model: str, pairs: str, **options: Any) -> str:
+        return once(home, train, model=model, pairs=pairs, seed=self.seed, **TRAINING | options)
 
     def files(self, home: Path, setting: Setting) -> dict[str, dict[str, str]]:
         """The setting's files of pairs: `test` by kind; `own`: all, and two halves."""

@@ -113,7 +113,7 @@ def sentence(numbers: Mapping[str, Any]) -> str:
         lead, before = numbers["models"][taken]["lead"], numbers["models"][simplest]["accuracy"]["value"]
         return (
             f"Take {taken}: it is right on {accuracy:.1%} of {numbers['pairs']} held-out pairs, and "
-            f"{simplest}, the best of the simplest, on {before:.1%}: {_points(lead)}."
+            f"{simplest}, the best of the simplest, on {before:.1%}: {points(lead)}."
         )
     if not numbers["rounds"]:
         return f"Take {taken}: it is right on {accuracy:.1%} of {numbers['pairs']} pairs; none is dearer."
@@ -125,7 +125,8 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def _points(lead: Mapping[str, float]) -> str:
+def points(lead: Mapping[str, float]) -> str:
+    """A difference of accuracies in points, with its interval."""
     value, low, high = (100 * lead[name] for name in ("value", "low", "high"))
     return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
 
@@ -138,7 +139,7 @@ def in_parts_sentence(numbers: Mapping[str, Any]) -> str:
     often = ", ".join(f"{name} ({parts['taken'].count(name)})" for name in dict.fromkeys(parts["taken"]))
     return (
         f"The rule alone, on each part by the other parts: {parts['accuracy']['value']:.1%}, "
-        f"{_points(parts['lead'])} against {numbers['simplest']}. It took {often}. This number has not been "
+        f"{points(parts['lead'])} against {numbers['simplest']}. It took {often}. This number has not been "
         "chosen for being high; that of the candidate taken has, where there are several."
     )
 

@@ -6,29 +6,37 @@ import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moemerge.errors import Faults, MoemergeError
-from moemerge.options.base import input_fields
+from moemerge.errors import Faults, MoemergeError, OptionError
+from moemerge.options.base import Options, Run, input_fields
+from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.options.recipe import WITH_INPUTS, Recipe
-from moemerge.run.faults import find_faults
+from moemerge.run.faults import find_faults, missing_inputs
 from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
+MERGES = "merges"  # the section that makes a recipe one of combine
+O = TypeVar("O", bound=Options)  # noqa: E741
 MAX_ROUNDS = 20  # of dropping what pydantic refuses: each round may show faults that hid behind others
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | Path | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), output: str | Path | None = None
+) -> Recipe | Combine:
     """The recipe in the YAML file `path`, with `overrides` such as "train.epochs=2" applied.
 
     Relative inputs are looked for beside the recipe first, then in the working directory; `output` is
-    relative to the working directory. Raises OptionError, or Faults with everything that is wrong at once.
+    relative to the working directory. A recipe with a section merges is the options of combine. Raises
+    OptionError, or Faults with everything that is wrong at once.
     """
     path = Path(path).expanduser()
     tree = read_yaml(path)
     apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
+    if MERGES in tree:
+        return _combination(tree, path)
     faults, recipe, dropped = _faults_of_form(tree)
     if recipe is not None:
         recipe = _resolve_inputs(recipe, path.parent)
@@ -37,6 +45,26 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), output: str | P
         raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
     assert recipe is not None
     return recipe
+
+
+def _combination(tree: Tree, path: Path) -> Combine:
+    """The options of combine in a recipe: those of its section merges, and output, seed, threads and device."""
+    section = tree[MERGES]
+    rest = {key: value for key, value in tree.items() if key != MERGES}
+    own = [name for name in Run.model_fields if name != "overwrite"]
+    foreign = [key for key in rest if key not in own]
+    if not isinstance(section, dict) or foreign:
+        raise OptionError(
+            f"recipe {path} cannot be read",
+            given=f"merges, and {foreign[0]}" if foreign else f"merges: {type(section).__name__}",
+            expected=f"a section merges with options of combine; beside it only {', '.join(own)}",
+            fix="take the other sections out: combine trains, fits and merges by the options in merges",
+        )
+    options = _resolved(parse_options(Combine, {**section, **rest}, MERGES), path.parent)
+    faults = list(missing_inputs(input_fields(options), MERGES))
+    if faults:
+        raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
+    return options
 
 
 def check_recipe(path: str | Path, overrides: Iterable[str] = ()) -> list[MoemergeError]:
@@ -94,15 +122,18 @@ def _drop(tree: Tree, location: tuple[str | int, ...]) -> None:
 def _resolve_inputs(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with relative inputs that exist beside it spelt out."""
 
+    sections = {name: getattr(recipe, name) for name in WITH_INPUTS}
+    update = {name: _resolved(section, folder) for name, section in sections.items() if section}
+    return _resolved(recipe, folder).model_copy(update=update)
+
+
+def _resolved(options: O, folder: Path) -> O:
+    """The options with relative inputs that exist in `folder` spelt out."""
+
     def beside(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: beside(source) for name, source in value.items()}
         path = folder / value
         return str(path) if path.exists() and not Path(value).is_absolute() else value
 
-    def resolved(options: Any) -> Any:
-        return options.model_copy(update={key: beside(value) for key, value in input_fields(options).items()})
-
-    sections = {name: getattr(recipe, name) for name in WITH_INPUTS}
-    update = {name: resolved(section) for name, section in sections.items() if section}
-    return resolved(recipe).model_copy(update=update)
+    return options.model_copy(update={key: beside(value) for key, value in input_fields(options).items()})

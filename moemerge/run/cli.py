@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
     from moemerge.artifacts.weight_files import Fault
-    from moemerge.run.pipeline import StepReport
+    from moemerge.options.recipe import Recipe
+    from moemerge.run.steps import RunReport, StepReport
 
 FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
 # Of the machine, not of moemerge: a full device that is printed to, a reader that went away, too many files.
@@ -149,20 +150,29 @@ def init(path: Path, template: str) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 def check(recipe: Path, overrides: Sequence[str]) -> None:
     """Find every fault of RECIPE, or print its plan."""
-    from moemerge.run.budget import shortfalls
+    from moemerge.options.combine import Combine
     from moemerge.run.check import load_recipe
-    from moemerge.run.faults import taken_for_hub_names
+    from moemerge.run.combine import Plan
     from moemerge.run.plan import plan
 
     loaded = load_recipe(recipe, overrides)
-    steps = plan(loaded)
+    steps = list(Plan(loaded).trials()) if isinstance(loaded, Combine) else plan(loaded)
     _say("ok")
-    for key, source in taken_for_hub_names(loaded).items():
-        _say(f"{key} {source} is not on this disk: it will be looked for on the hub")
-    for shortfall in shortfalls(loaded):
-        _say(f"warning: {shortfall}")
+    for line in [] if isinstance(loaded, Combine) else _doubts(loaded):
+        _say(line)
     for step in steps:
         _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
+
+
+def _doubts(recipe: Recipe) -> Iterator[str]:
+    """What a recipe's user may want to know before it runs."""
+    from moemerge.run.budget import shortfalls
+    from moemerge.run.faults import taken_for_hub_names
+
+    for key, source in taken_for_hub_names(recipe).items():
+        yield f"{key} {source} is not on this disk: it will be looked for on the hub"
+    for shortfall in shortfalls(recipe):
+        yield f"warning: {shortfall}"
 
 
 @_command
@@ -175,7 +185,10 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
     """Run the steps of RECIPE that are not done yet."""
     from moemerge.run.pipeline import run_recipe
 
-    report = run_recipe(recipe, overrides, output, tell=_tell_step)
+    _tell_run(run_recipe(recipe, overrides, output, tell=_tell_step))
+
+
+def _tell_run(report: RunReport) -> None:
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
     _say(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
     _say(f"Load the merged model:\n{_loading_lines(report.merged)}")
@@ -230,6 +243,23 @@ for _row in ROWS:
             _row.name, help=_row.summary, callback=partial(run_stage, _row.name), params=[_verbosity()]
         )
     )
+
+
+def run_combine(**values: Any) -> None:
+    """Combine reward models as the flags say, and tell which one to take."""
+    from moemerge.run.combine import combine
+
+    _tell_run(combine(None, _tell_step, **given_options("combine", values)))
+
+
+cli.add_command(
+    StageCommand(
+        "combine",
+        help="Find the one model to use, given several reward models and some pairs of your own.",
+        callback=run_combine,
+        params=[_verbosity()],
+    )
+)
 
 
 @cli.group()

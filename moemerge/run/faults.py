@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from moemerge.artifacts.paths import near_path, reads_like_path
 from moemerge.artifacts.stage import RECIPE_COPY
@@ -83,13 +84,29 @@ def _absent(recipe: Recipe) -> dict[str, str]:
     """The inputs that are neither files nor folders here, by the key in the recipe."""
     sources = {"model": recipe.model} if recipe.model else {}
     for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
-        for field, value in (input_fields(settings) if settings else {}).items():
-            key = f"{section}.{field}"
-            is_mapping = isinstance(value, dict)
-            sources |= (
-                {f"{key}.{name}": source for name, source in value.items()} if is_mapping else {key: value}
-            )
+        sources |= _sources(input_fields(settings) if settings else {}, section)
     return {key: source for key, source in sources.items() if not Path(source).exists()}
+
+
+def _sources(inputs: Mapping[str, Any], section: str) -> dict[str, str]:
+    """What is read, by its key in a recipe's section."""
+    sources: dict[str, str] = {}
+    for field, value in inputs.items():
+        by_name = value if isinstance(value, dict) else {"": value}
+        sources |= {f"{section}.{field}.{name}".rstrip("."): source for name, source in by_name.items()}
+    return sources
+
+
+def missing_inputs(inputs: Mapping[str, Any], section: str) -> Iterator[MoemergeError]:
+    """A fault for each input that reads like a path and is not there."""
+    for key, source in _sources(inputs, section).items():
+        if not Path(source).exists() and reads_like_path(source):
+            yield _fault(
+                f"{key} does not exist",
+                source,
+                "an existing file or folder",
+                f"{near_path(source)}correct {key}",
+            )
 
 
 def taken_for_hub_names(recipe: Recipe) -> dict[str, str]:

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from moemerge.errors import OptionError
-from moemerge.stages import OPTIONS
+from moemerge.registry import Registry
+from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-LEADING = {"compare": "--runs", "evaluate": "--models"}  # the flag that arguments before any flag belong to
+    from moemerge.options.base import Run
+
+# Every command with flags of its own: the stages, and what runs several of them.
+COMMANDS: Registry[type[Run]] = Registry(
+    "command", {row.name: row.options for row in ROWS} | {"combine": "moemerge.options.combine:Combine"}
+)
+LEADING = {
+    "compare": "--runs",
+    "evaluate": "--models",
+    "combine": "--models",
+}  # the flag that arguments before any flag belong to
 
 
 class StageCommand(click.Command):
@@ -62,7 +73,7 @@ def flags(stage: str) -> list[Flag]:
     """One flag per option of `stage`, required ones first."""
     from moemerge.options.base import Run
 
-    fields = OPTIONS.get(stage).model_fields
+    fields = COMMANDS.get(stage).model_fields
     order = sorted(fields, key=lambda name: (not fields[name].is_required(), name in Run.model_fields))
     return [_flag(name, fields[name]) for name in order]
 
@@ -128,7 +139,7 @@ def _default_text(field: FieldInfo) -> str:
 
 def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:
     """The options that were given on the command line, as the stage's option class takes them."""
-    fields = OPTIONS.get(stage).model_fields
+    fields = COMMANDS.get(stage).model_fields
     given = {}
     for name, value in values.items():
         if value is None or value == ():

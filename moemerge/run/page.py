@@ -36,7 +36,7 @@ def write_run_page(run: Path, steps: Sequence[str], learned: str) -> Path:
         *_stage_sections(run, manifests),
         *to_read,
         _data(measured[-1], manifests),
-        _steps(manifests),
+        steps_section(manifests),
         provenance_section(manifests),
     ]
     return write_report(run, f"Run {run.resolve().name}", sections)
@@ -86,6 +86,7 @@ def _data(section: Section, manifests: Mapping[str, Any]) -> Section:
     return replace(section, tables=[*section.tables, row_table(results["rows"], "Rows of the files given")])
 
 
-def _steps(manifests: Mapping[str, Any]) -> Section:
+def steps_section(manifests: Mapping[str, Any]) -> Section:
+    """What each step came to, and how long it took."""
     rows = [[step, f"{manifest['seconds']:.1f}", headline(manifest)] for step, manifest in manifests.items()]
     return Section("Steps", tables=[Table("Steps in order", ["step", "seconds", "what came of it"], rows)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moemerge.options.recipe import Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
+from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
 # What the synthetic world writes, as a recipe's section data names it.
@@ -27,15 +28,6 @@ WORLD = {
     "tests": {name: f"tests/{name}" for name in ("in_distribution", "out_of_distribution")},
     "candidates": {"wide": "candidates/wide"},
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of a plan: the name of its folder in the run, the stage's name, what it is called with."""
-
-    name: str
-    stage: str
-    options: Run
 
 
 def plan(recipe: Recipe) -> list[Step]:

@@ -24,8 +24,9 @@ from moemerge.options.merge import Merge
 from moemerge.options.publish import Publish
 from moemerge.run.cli import fault_table
 from moemerge.run.headlines import headline
-from moemerge.run.pipeline import StepReport, finish
+from moemerge.run.pipeline import finish
 from moemerge.run.plan import plan
+from moemerge.run.steps import StepReport
 from moemerge.stages import OPTIONS
 from moemerge.stages.compare import compared
 

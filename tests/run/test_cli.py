@@ -27,7 +27,7 @@ from moemerge.errors import DataError
 from moemerge.options.base import Run
 from moemerge.options.evaluate import Evaluate
 from moemerge.options.fit import Fit
-from moemerge.run import cli, pipeline
+from moemerge.run import cli, steps
 from moemerge.run.check import load_recipe
 from moemerge.run.plan import plan
 from moemerge.stages import OPTIONS, ROWS
@@ -71,7 +71,7 @@ class FakeStages:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     fake = FakeStages()
-    monkeypatch.setattr(pipeline, "STAGES", fake)
+    monkeypatch.setattr(steps, "STAGES", fake)
     monkeypatch.setattr("moemerge.stages.STAGES", fake)
     # What they write is not what stages of this version write: their headlines are the plain values.
     monkeypatch.setattr("moemerge.artifacts.environment.package_version", lambda: "another")

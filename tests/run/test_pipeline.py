@@ -23,7 +23,7 @@ from moemerge.evaluation import report as report_file
 from moemerge.evaluation.report import FORMAT
 from moemerge.options.base import Run, input_fields
 from moemerge.options.recipe import Recipe
-from moemerge.run import pipeline, recipe_file
+from moemerge.run import pipeline, recipe_file, steps
 from moemerge.run.check import check_recipe, load_recipe
 from moemerge.run.headlines import headline
 from moemerge.run.page import write_run_page
@@ -186,7 +186,7 @@ def test_killed_run_goes_on_and_ends_like_an_uninterrupted_one(
 
 
 def test_second_run_in_the_same_folder_is_refused(folder: Path, stages: FakeStages) -> None:
-    with pipeline._alone(folder / "out"), pytest.raises(ArtifactError, match="another run"):
+    with steps.alone(folder / "out"), pytest.raises(ArtifactError, match="another run"):
         pipeline.run_recipe("recipe.yml")
 
 

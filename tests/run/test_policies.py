@@ -13,7 +13,7 @@ from small_run import TINY_RUN
 from moemerge.data.rows import read_rows
 from moemerge.errors import Faults, OptionError
 from moemerge.options.recipe import Recipe
-from moemerge.run import pipeline
+from moemerge.run import pipeline, steps
 from moemerge.run.check import load_recipe
 from moemerge.run.headlines import headline
 from moemerge.run.plan import plan
@@ -72,7 +72,7 @@ def test_a_recipe_samples_measures_and_optimises(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yml").write_text(json.dumps({"output": "out", **SMALL, **policy}))
-    told: list[pipeline.StepReport] = []
+    told: list[steps.StepReport] = []
     run = pipeline.run_recipe("recipe.yml", tell=told.append)
     sets = [row for _, row in read_rows("out/sample/candidates.jsonl.gz") if isinstance(row, dict)]
     answers = [one for row in sets for one in row["candidates"]]

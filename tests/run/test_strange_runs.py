@@ -18,8 +18,8 @@ from moemerge.options.evaluate import Evaluate
 from moemerge.options.recipe import Recipe
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line
-from moemerge.run import pipeline
-from moemerge.run.plan import Step
+from moemerge.run import pipeline, steps
+from moemerge.run.steps import Step
 
 SECRET = b"\x89PNG what is of no one's business"
 
@@ -38,9 +38,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run"
 
 
-def finish(run: Path) -> pipeline.RunReport:
+def finish(run: Path) -> steps.RunReport:
     recipe = Recipe(output=run, model="owner/dense", fit={"method": "usage"})
-    step = pipeline.StepReport("evaluate", "evaluate", None, 0.0, read_manifest(run / "evaluate"))
+    step = steps.StepReport("evaluate", "evaluate", None, 0.0, read_manifest(run / "evaluate"))
     return pipeline.finish(recipe, [step])
 
 

@@ -1,0 +1,63 @@
+"""Options of combine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moemerge.options.base import Run, Source, Sources
+from moemerge.options.choose import ChooseSettings
+from moemerge.options.fit import FitSettings
+
+
+class CombineSettings(ChooseSettings):
+    """Reward models that are good at different things -> the one dense model to use, and why."""
+
+    models: Sources = Field(description="two reward models or more, of one architecture")
+    base: Source | None = Field(
+        None,
+        description="the model that all of them were trained from, with or without a reward head; without it "
+        "there are averages only, no sums",
+    )
+    pairs: Source = Field(
+        description="your own labelled pairs, some dozen at least; a file or hub name:split"
+    )
+    split_by: str | None = Field(
+        None, description="row field, e.g. topic: rows with the same value are held out together"
+    )
+    folds: int = Field(3, ge=2, le=20, description="parts of the pairs; each is held out in turn")
+    tune: Literal["all", "merges", "none"] = Field(
+        "all",
+        description="what is also tried after training on the pairs: models and merges, merges, nothing",
+    )
+    epochs: float = Field(1.0, gt=0, description="tuning: passes over the pairs")
+    learning_rate: float = Field(1e-5, gt=0, description="tuning: learning rate")
+    batch_size: int = Field(8, ge=1, description="tuning: pairs per step")
+    train_layers: str = Field("all", description="tuning: transformer layers that train, such as last:4")
+    scale: float | None = Field(
+        None, gt=0, description="what the sum's c add up to (default: 2, so 2/M for each of M models)"
+    )
+    granularity: Literal["global", "layer", "matrix"] = Field(
+        "global", description="fitted coefficients: what shares a row of them"
+    )
+    l2: float = Field(0.03, ge=0, description="fitted coefficients: pull towards those of the sum")
+    max_epochs: int = Field(
+        FitSettings.model_fields["max_epochs"].default, ge=1, description="fitted coefficients: most passes"
+    )
+
+    @model_validator(mode="after")
+    def _several(self) -> CombineSettings:
+        if len(self.models) < 2:
+            raise ValueError("models: give two at least")
+        if clash := sorted(RESERVED & {*self.models}):
+            raise ValueError(f"models: another name than {clash[0]}, which a candidate has")
+        return self
+
+
+class Combine(CombineSettings, Run):
+    """Options of `moemerge combine`."""
+
+
+MARK = "scores"  # the ensemble that is shown beside the candidates, as MARK-mean
+RESERVED = {"uniform", "sum", "fitted", MARK, f"{MARK}-mean"}

@@ -1,0 +1,59 @@
+"""The page of a combination: the choice first, then what each model knows, then the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moemerge.artifacts.disk import write_whole
+from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.manifest import written_by_stages
+from moemerge.fitting.choice_report import PICTURE, in_parts_sentence, points, sentence, tables
+from moemerge.options.combine import MARK, Combine
+from moemerge.reports.figures import Figure
+from moemerge.reports.html import Section, write_report
+from moemerge.reports.provenance import provenance_section
+from moemerge.run.page import steps_section
+from moemerge.run.steps import RunReport, StepReport
+
+SUMMARY = "summary.md"
+CHOICE, LOOK, MODEL = "choice", "look", "model"
+
+
+def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
+    """Write report.html, report.md and summary.md into the run's folder.
+
+    Raises ArtifactError for results that no stage wrote.
+    """
+    run = options.output
+    fix = "remove the folders of the steps that you have not made yourself, then run the command again"
+    with written_by_stages(f"what the steps of {run} wrote cannot be shown", fix):
+        numbers, look = (read_object(run / name / "choice.json") for name in (CHOICE, LOOK))
+        manifests = {report.name: report.manifest for report in reports}
+        first, *rest = tables(numbers, options.confidence)
+        words = [text for text in (in_parts_sentence(numbers), look_sentence(look)) if text]
+        figure = Figure.load(run / CHOICE / PICTURE)
+        sections = [
+            Section("Which model to take", words, [first, *rest], [figure], lead=sentence(numbers)),
+            steps_section(manifests),
+            provenance_section(manifests),
+        ]
+        page = write_report(run, f"Combination {run.resolve().name}", sections)
+        verdict = "\n".join([sentence(numbers), *words])
+        write_whole(
+            run / SUMMARY, f"# {sentence(numbers)}\n\n{first.markdown()}\n" + "\n\n".join(words) + "\n"
+        )
+    return RunReport(run, list(reports), first.aligned(), verdict, [figure.file], page, run / MODEL)
+
+
+def look_sentence(look: Mapping[str, Any]) -> str:
+    """What the members' scores alone say: whether together they know more than the best of them."""
+    mean = look["models"][f"{MARK}-mean"]
+    lead, best = mean["lead"], look["taken"]
+    if lead["low"] > 0:
+        said = "The models know different things: where this is so, a merge can gain"
+    elif lead["high"] < 0:
+        said = "Together the models know less than the best of them: a merge will hardly gain"
+    else:
+        said = "Whether the models know different things does not show in so few pairs"
+    return f"{said} (mean of their scores on one scale, minus {best}: {points(lead)})."

@@ -1,0 +1,101 @@
+"""Steps of a run: stages that are skipped while their output still fits, in a folder that one run holds."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover
+from moemerge.artifacts.lock import hold, lock_of
+from moemerge.artifacts.manifest import Manifest, read_manifest
+from moemerge.artifacts.stage import refuse_added
+from moemerge.artifacts.staleness import other_versions, why_stale
+from moemerge.evaluation.report import outdated
+from moemerge.options.base import Run
+from moemerge.stages import STAGES
+
+LOCK = ".lock"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan: the name of its folder in the run, the stage's name, what it is called with."""
+
+    name: str
+    stage: str
+    options: Run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of a step: why it ran (None if it was skipped), how long it took, its manifest."""
+
+    name: str
+    stage: str
+    reason: str | None
+    seconds: float
+    manifest: Manifest
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The stage's results."""
+        return dict(self.manifest["results"])
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A finished run: folder, what became of each step, final table, pictures and page, the merged model."""
+
+    output: Path
+    steps: list[StepReport]
+    table: str
+    verdict: str
+    pictures: list[Path]
+    page: Path
+    merged: Path
+
+
+def run_step(step: Step, again: str = "") -> StepReport:
+    """Do the step unless what it wrote still fits; `again`: a reason to do it in any case."""
+    started = time.perf_counter()
+    output = step.options.output
+    reason = again or why_stale(step.stage, step.options) or outdated(output, step.stage)
+    if reason is not None:
+        log.info("%s starts: %s", step.name, reason)
+        STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
+    manifest = read_manifest(step.options.output)
+    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest)
+
+
+def tell_versions(reports: Iterable[StepReport]) -> None:
+    """One line for all steps that other versions of other packages made."""
+    kept = [report for report in reports if report.reason is None]
+    changes = dict.fromkeys(change for report in kept for change in other_versions(report.manifest))
+    if changes:
+        log.warning("steps are kept that other versions made: %s", ", ".join(changes))
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold the run's folder; a full or broken disk becomes an ArtifactError."""
+    with disk_faults(output), parents(output / LOCK), hold(output / LOCK, output):
+        yield
+
+
+def recover_steps(steps: Iterable[Step]) -> None:
+    """Clear away what a killed run left of steps.
+
+    Refuses to run while another process makes a step, and if a step's folder holds a file of the user's.
+    """
+    for output in (step.options.output for step in steps):
+        if leftovers(output):
+            with hold(lock_of(output), output):
+                recover(output)
+        refuse_added(output)

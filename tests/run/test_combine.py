@@ -1,0 +1,209 @@
+"""combine: members that are good at different things, a few own pairs, one model to use."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_training import write
+from tiny_models import save_dense
+from transformers import AutoModelForSequenceClassification
+
+from moemerge import check_recipe, combine, run_recipe
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.errors import OptionError
+from moemerge.run import cli
+from moemerge.run.steps import RunReport
+from moemerge.stages.train import train
+
+KINDS = {"a": ("w1", "w2"), "b": ("w11", "w12"), "c": ("w21", "w22")}
+QUICK: dict[str, Any] = {
+    "epochs": 2.0, "learning_rate": 3e-3, "batch_size": 8, "resamples": 200, "threads": 1, "device": "cpu",
+    "max_epochs": 5,
+}  # fmt: skip
+
+
+def rows_of(kind: str, count: int, draw: random.Random) -> list[dict[str, Any]]:
+    """Pairs whose chosen answer has the kind's good word, and whose rejected one has its bad word."""
+    made = []
+    for _ in range(count):
+        noise = [f"w{draw.randrange(30, 60)}" for _ in range(6)]
+        sides = []
+        for word in KINDS[kind]:
+            some = noise[:]
+            some[draw.randrange(6)] = word
+            sides.append(" ".join(some))
+        prompt = " ".join(f"w{draw.randrange(3, 10)}" for _ in range(5)) + " "
+        made.append({"prompt": prompt, "chosen": sides[0], "rejected": sides[1], "subset": kind})
+    return made
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three members trained from it on a kind each, and some pairs of every kind."""
+    folder, draw = tmp_path_factory.mktemp("kinds"), random.Random(0)
+    base = save_dense(folder / "base", seed=0)
+    settings = {"epochs": 3.0, "learning_rate": 3e-3, "batch_size": 8, "threads": 1, "device": "cpu"}
+    for kind in KINDS:
+        pairs = write(folder / f"{kind}.jsonl", rows_of(kind, 160, draw))
+        train(model=str(base), pairs=pairs, output=folder / kind, patience=None, **settings)
+    own = [row for kind in KINDS for row in rows_of(kind, 20, draw)]
+    write(folder / "own.jsonl", own)
+    return folder
+
+
+def given(world: Path, **changes: Any) -> dict[str, Any]:
+    models = {kind: str(world / kind) for kind in KINDS}
+    return {
+        "models": models,
+        "base": str(world / "base"),
+        "pairs": str(world / "own.jsonl"),
+        **QUICK,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def combined(world: Path) -> RunReport:
+    return combine(**given(world), output=world / "best")
+
+
+def choice(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "choice/choice.json").read_text()))
+
+
+def test_of_members_that_know_different_things_a_merge_is_taken(combined: RunReport) -> None:
+    told = choice(combined.output)
+    assert told["taken"] not in KINDS
+    assert told["models"][told["taken"]]["lead"]["low"] > 0
+    assert combined.verdict.startswith(f"Take {told['taken']}")
+    # Each member knows its own kind, and none knows all.
+    look = json.loads((combined.output / "look/choice.json").read_text())["models"]
+    for kind in KINDS:
+        assert look[kind]["by_subset"][kind]["value"] > 0.9 > look[kind]["accuracy"]["value"]
+
+
+def test_the_winner_is_an_ordinary_checkpoint_with_a_card(combined: RunReport) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(combined.merged)
+    assert model.config.num_labels == 1
+    assert (combined.output / "card/README.md").read_text().startswith("---")
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_every_candidate_is_judged_on_pairs_that_it_was_not_made_from(combined: RunReport) -> None:
+    for step in (
+        step for step in combined.steps if step.name.startswith("part-") and step.stage in ("fit", "train")
+    ):
+        fold = step.name.split("/")[0].removeprefix("part-")
+        assert step.manifest["options"]["pairs"].endswith(f"folds/{fold}/train.jsonl.gz")
+    told = choice(combined.output)
+    assert told["pairs"] == 60
+    assert set(told["models"]) == {
+        *KINDS, "uniform", "sum", "fitted", "scores-mean",
+        *(f"{name}-tuned" for name in (*KINDS, "uniform", "sum", "fitted")),
+    }  # fmt: skip
+
+
+def test_what_is_done_is_not_done_again(combined: RunReport, world: Path) -> None:
+    again = combine(**given(world), output=world / "best")
+    assert [step.name for step in again.steps if step.reason is not None] == []
+    assert again.verdict == combined.verdict
+
+
+def test_equal_members_are_taken_as_they_are(world: Path) -> None:
+    output = world / "equal"
+    models = {"first": str(world / "a"), "second": str(world / "a")}
+    report = combine(**given(world, models=models, tune="none"), output=output)
+    told = choice(output)
+    assert told["taken"] in models
+    assert "as it is" in report.verdict
+    taken, start = (
+        AutoModelForSequenceClassification.from_pretrained(f) for f in (report.merged, world / "a")
+    )
+    for name, weight in start.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], weight)
+
+
+def test_without_base_there_are_averages_only(world: Path) -> None:
+    report = combine(**given(world, base=None, tune="none", folds=2), output=world / "averages")
+    assert set(choice(report.output)["models"]) == {*KINDS, "uniform", "fitted", "scores-mean"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"models": {"a": "a"}}, "give two at least"),
+        ({"models": {"a": "a", "sum": "b"}}, "another name than sum"),
+        ({"folds": 1}, "folds"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(world: Path, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(OptionError, match=what):
+        combine(**given(world, **changes), output=world / "never")
+    assert not (world / "never").exists()
+
+
+def test_the_command_line_does_the_same(
+    world: Path, combined: RunReport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [part for kind in KINDS for part in ("--models", f"{kind}={world / kind}")]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    paths = [
+        "--base",
+        str(world / "base"),
+        "--pairs",
+        str(world / "own.jsonl"),
+        "--output",
+        str(world / "best"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["combine", *models, *paths, *flags])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert combined.verdict.splitlines()[0] in shown
+    assert shown.count("skipped") == len(combined.steps)
+
+
+def recipe_of(world: Path, **changes: Any) -> Path:
+    """The same as a recipe beside the models; inputs are relative to it."""
+    merges = {**given(world), "models": list(KINDS), "base": "base", "pairs": "own.jsonl"} | changes
+    rest = {name: merges.pop(name) for name in ("threads", "device")}
+    path = world / f"recipe-{len(changes)}.yml"
+    path.write_text(yaml.safe_dump({"output": str(world / "best"), **rest, "merges": merges}))
+    return path
+
+
+def test_a_recipe_with_merges_does_the_same(world: Path, combined: RunReport) -> None:
+    report = run_recipe(recipe_of(world))
+    assert [step.name for step in report.steps if step.reason is not None] == []
+    assert report.verdict == combined.verdict
+
+
+def test_a_recipe_with_merges_is_checked(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["check", str(recipe_of(world))])
+    shown = capsys.readouterr().out
+    assert shown.startswith("ok") and "part-2/made" in shown
+    faults = check_recipe(recipe_of(world, models=["./nowhere"], l2=-1.0))
+    assert len(faults) == 2
+    (fault,) = check_recipe(recipe_of(world, pairs="./nowhere.jsonl"))
+    assert "merges.pairs does not exist" in str(fault)
+    (fault,) = check_recipe(recipe_of(world, learning_rat=1.0))
+    assert "learning_rate" in fault.fix
+
+
+def test_other_sections_beside_merges_are_refused(world: Path) -> None:
+    path = recipe_of(world)
+    path.write_text(path.read_text() + "upcycle: {num_routed_experts: 3}\n")
+    (fault,) = check_recipe(path)
+    assert "upcycle" in fault.given and "merges" in fault.expected
+
+
+def test_manifests_lead_from_the_winner_to_the_pairs(combined: RunReport) -> None:
+    stages = [step["stage"] for step in read_manifest(combined.merged).get("chain", [])]
+    assert "data" in stages or "train" in stages
