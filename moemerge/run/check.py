@@ -48,7 +48,7 @@ def load_recipe(
 
 
 def _combination(tree: Tree, path: Path) -> Combine:
-    """The options of combine in a recipe: those of its section merges, and output, seed, threads and device."""
+    """The options of combine in a recipe: its section merges, and output, seed, threads and device."""
     section = tree[MERGES]
     rest = {key: value for key, value in tree.items() if key != MERGES}
     own = [name for name in Run.model_fields if name != "overwrite"]

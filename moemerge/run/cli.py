@@ -152,11 +152,10 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
     """Find every fault of RECIPE, or print its plan."""
     from moemerge.options.combine import Combine
     from moemerge.run.check import load_recipe
-    from moemerge.run.combine import Plan
     from moemerge.run.plan import plan
 
     loaded = load_recipe(recipe, overrides)
-    steps = list(Plan(loaded).trials()) if isinstance(loaded, Combine) else plan(loaded)
+    steps = plan(loaded)
     _say("ok")
     for line in [] if isinstance(loaded, Combine) else _doubts(loaded):
         _say(line)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from moemerge.artifacts.disk import write_whole
@@ -16,38 +15,15 @@ from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_several
 from moemerge.errors import Faults
-from moemerge.options.base import SCALE_OF_SUM, input_fields
-from moemerge.options.combine import MARK, Combine
+from moemerge.options.base import input_fields
+from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
+from moemerge.run.combine_plan import CHOICE, Plan
 from moemerge.run.faults import missing_inputs
 from moemerge.run.steps import RunReport, Step, StepReport, alone, recover_steps, run_step, tell_versions
-from moemerge.stages import OPTIONS
-
-MODEL, CARD, CHOICE, LOOK = "model", "card", "choice", "look"
 
 log = logging.getLogger(__name__)
 Tell = Callable[[StepReport], None]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A way to merge the members: how much it takes, what is told of it, what `merge` is called with.
-
-    fits: whether its coefficients are fitted to pairs. needs_base: whether changes from a base are added.
-    """
-
-    rank: int
-    note: str
-    fits: bool = False
-    needs_base: bool = False
-
-
-MERGES = {
-    "uniform": Merge(1, "average of all, equal weights"),
-    "sum": Merge(1, "changes from the base added, heads on one scale", needs_base=True),
-    "fitted": Merge(2, "weights fitted to the pairs", fits=True),
-}
-AS_GIVEN, TUNED_MEMBER, TUNED_MERGE = 0, 2, 3
 
 
 def combine(options: Combine | None = None, tell: Tell | None = None, /, **fields: Any) -> RunReport:
@@ -66,15 +42,15 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
         options = parse_options(Combine, fields)
         if faults := list(missing_inputs(input_fields(options), "combine")):
             raise faults[0] if len(faults) == 1 else Faults("combine", faults)
-    plan = Plan(options)
+    steps = Plan(options)
     if options.base is None:
         log.warning("combine: no base is given, so changes from it cannot be added: averages only")
     with alone(options.output):
-        recover_steps(plan.trials())
+        recover_steps(steps.trials())
         write_whole(options.output / RECIPE_COPY, json.dumps(plain_options(options), indent=1) + "\n")
-        reports = [_told(step, options, tell) for step in plan.trials()]
+        reports = [_told(step, options, tell) for step in steps.trials()]
         taken = read_object(options.output / CHOICE / "choice.json")["taken"]
-        final = list(plan.winner(taken))
+        final = list(steps.winner(taken))
         recover_steps(final)
         reports += [_told(step, options, tell) for step in final]
         tell_versions(reports)
@@ -88,155 +64,3 @@ def _told(step: Step, options: Combine, tell: Tell | None) -> StepReport:
     if tell is not None:
         tell(report)
     return report
-
-
-class Plan:
-    """The steps of a combination."""
-
-    def __init__(self, options: Combine) -> None:
-        self.options, self.output = options, options.output
-        self.members = dict(options.models)
-        self.common = {"seed": options.seed, "threads": options.threads, "device": options.device}
-        self.format = {"max_length": options.max_length, "bad_rows": options.bad_rows}
-        self.merges = {n: m for n, m in MERGES.items() if options.base or not m.needs_base}
-        tuned = {"all": [*self.members, *self.merges], "merges": [*self.merges], "none": []}
-        self.tuned = tuned[options.tune]
-        self.sums = options.base is not None
-
-    def path(self, *names: str) -> str:
-        """A file or folder of the run."""
-        return str(self.output.joinpath(*names))
-
-    def step(self, name: str, stage: str, **fields: Any) -> Step:
-        """A step in the folder `name` of the run."""
-        return Step(name, stage, OPTIONS.get(stage)(**fields, **self.common, output=self.output / name))
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """The held-out parts by the name that they have in evaluations."""
-        folds = range(self.options.folds)
-        return {f"part-{k}": self.path("data", "folds", str(k), "held_out.jsonl.gz") for k in folds}
-
-    def ranks(self) -> dict[str, int]:
-        """All candidates, with how much each takes."""
-        ranks = dict.fromkeys(self.members, AS_GIVEN) | {n: m.rank for n, m in self.merges.items()}
-        tuned = {name: TUNED_MERGE if name in self.merges else TUNED_MEMBER for name in self.tuned}
-        return ranks | {f"{name}-tuned": rank for name, rank in tuned.items()}
-
-    def notes(self) -> dict[str, str]:
-        """A few words on each candidate."""
-        notes = dict.fromkeys(self.members, "as given") | {n: m.note for n, m in self.merges.items()}
-        tuned = {f"{name}-tuned": f"{name}, trained on the pairs" for name in self.tuned}
-        return notes | tuned | {f"{MARK}-mean": f"mean score of {len(self.members)} models, at their cost"}
-
-    def trials(self) -> Iterator[Step]:
-        """All steps up to the choice."""
-        o = self.options
-        first = next(iter(self.members.values()))
-        yield self.step(
-            "data", "data", train=o.pairs, folds=o.folds, validation_share=0, split_by=o.split_by,
-            tokenizer=first, fields=o.fields, **self.format,
-        )  # fmt: skip
-        yield self.step("scales", "calibrate", models=self.members, pairs=self._all_pairs(), **self.format)
-        yield from self._unfitted()
-        for part in self.parts:
-            yield self._scores(f"{part}/members", part, self._unfitted_models(), MARK)
-        yield self._choice(LOOK, dict.fromkeys(self.members, AS_GIVEN), ["members"])
-        for fold, part in enumerate(self.parts):
-            yield from self._made_on(part, self.path("data", "folds", str(fold), "train.jsonl.gz"))
-        kinds = ["members", "made"] if self._made() else ["members"]
-        yield self._choice(CHOICE, self.ranks(), kinds)
-
-    def winner(self, taken: str) -> Iterator[Step]:
-        """The steps that make the candidate `taken` from all pairs, and its card."""
-        start = taken.removesuffix("-tuned") if taken not in self.members else taken
-        if start != taken:
-            yield from self._begun(start)
-            yield self._tune(MODEL, self._model_of(start), self._all_pairs())
-        elif taken in self.members:
-            weights = [float(name == taken) for name in self.members]
-            yield self.step(MODEL, "merge", models=list(self.members.values()), weights=weights)
-        else:
-            yield from self._fitted("all", self._all_pairs()) if self.merges[taken].fits else ()
-            yield self._merge(MODEL, taken, self.path("all", "coefficients"))
-        yield self.step(CARD, "publish", model=self.path(MODEL))
-
-    def _begun(self, start: str) -> Iterator[Step]:
-        """A merge that is tuned, where it is not there yet."""
-        if start in self.merges and self.merges[start].fits:
-            yield from self._fitted("all", self._all_pairs())
-            yield self._merge(f"all/{start}", start, self.path("all", "coefficients"))
-
-    def _model_of(self, name: str, folder: str = "all") -> str:
-        if name in self.members:
-            return self.members[name]
-        return self.path(folder, name) if self.merges[name].fits else self.path(name)
-
-    def _all_pairs(self) -> str:
-        return self.path("data", "train.jsonl.gz")
-
-    def _unfitted(self) -> Iterator[Step]:
-        for name in (name for name, way in self.merges.items() if not way.fits):
-            yield self._merge(name, name, "")
-
-    def _unfitted_models(self) -> dict[str, str]:
-        merges = [name for name, way in self.merges.items() if not way.fits]
-        return self.members | {name: self.path(name) for name in merges}
-
-    def _merge(self, folder: str, name: str, coefficients: str) -> Step:
-        models: dict[str, Any] = {"models": list(self.members.values())}
-        if self.merges[name].fits:
-            return self.step(folder, "merge", **models, base=self.options.base, coefficients=coefficients)
-        if self.merges[name].needs_base:
-            scale = self.options.scale or SCALE_OF_SUM
-            models |= {"base": self.options.base, "coordinates": "sum", "scale": scale}
-        return self.step(folder, "merge", **models, calibration=self.path("scales"))
-
-    def _fitted(self, folder: str, pairs: str) -> Iterator[Step]:
-        o = self.options
-        fields: dict[str, Any] = {"models": list(self.members.values()), "pairs": pairs, **self.format}
-        if self.sums:
-            fields |= {"base": o.base, "coordinates": "sum", "scale": o.scale or SCALE_OF_SUM}
-        # The choice among candidates is made on pairs that the fit has not seen: it needs no test of its own.
-        yield self.step(
-            f"{folder}/coefficients", "fit", **fields, calibration=self.path("scales"), level=1.0, l2=o.l2,
-            granularity=o.granularity, max_epochs=o.max_epochs, sensitivity=False,
-        )  # fmt: skip
-
-    def _tune(self, folder: str, model: str, pairs: str) -> Step:
-        o = self.options
-        return self.step(
-            folder, "train", model=model, pairs=pairs, epochs=o.epochs, learning_rate=o.learning_rate,
-            batch_size=o.batch_size, train_layers=o.train_layers, patience=None, **self.format,
-        )  # fmt: skip
-
-    def _made(self) -> list[str]:
-        """The candidates that are made from pairs."""
-        return [*(n for n, m in self.merges.items() if m.fits), *(f"{name}-tuned" for name in self.tuned)]
-
-    def _made_on(self, part: str, pairs: str) -> Iterator[Step]:
-        """Every candidate that is made from pairs, made from these, and their scores on the part."""
-        for name in (name for name, way in self.merges.items() if way.fits):
-            yield from self._fitted(part, pairs)
-            yield self._merge(f"{part}/{name}", name, self.path(part, "coefficients"))
-        for name in self.tuned:
-            yield self._tune(f"{part}/{name}-tuned", self._model_of(name, part), pairs)
-        models = {name: self.path(part, name) for name in self._made()}
-        if models:
-            yield self._scores(f"{part}/made", part, models)
-
-    def _scores(self, folder: str, part: str, models: dict[str, str], mark: str = "") -> Step:
-        fields: dict[str, Any] = {"ensemble_by": ["mean"], "calibration": self.path("scales")}
-        fields["ensembles"] = {mark: list(self.members)}
-        return self.step(
-            folder, "evaluate", models=models, pairs={part: self.parts[part]}, probes=["accuracy"],
-            resamples=self.options.resamples, **(fields if mark else {}), **self.format,
-        )  # fmt: skip
-
-    def _choice(self, folder: str, ranks: dict[str, int], kinds: list[str]) -> Step:
-        o = self.options
-        evaluations = [self.path(part, kind) for part in self.parts for kind in kinds]
-        return self.step(
-            folder, "choose", evaluations=evaluations, pairs=self.parts, ranks=ranks, notes=self.notes(),
-            level=o.level, confidence=o.confidence, resamples=o.resamples, **self.format,
-        )  # fmt: skip

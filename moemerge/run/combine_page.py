@@ -13,11 +13,11 @@ from moemerge.options.combine import MARK, Combine
 from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
+from moemerge.run.combine_plan import CHOICE, LOOK, MODEL
 from moemerge.run.page import steps_section
 from moemerge.run.steps import RunReport, StepReport
 
 SUMMARY = "summary.md"
-CHOICE, LOOK, MODEL = "choice", "look", "model"
 
 
 def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:

@@ -101,12 +101,8 @@ def missing_inputs(inputs: Mapping[str, Any], section: str) -> Iterator[Moemerge
     """A fault for each input that reads like a path and is not there."""
     for key, source in _sources(inputs, section).items():
         if not Path(source).exists() and reads_like_path(source):
-            yield _fault(
-                f"{key} does not exist",
-                source,
-                "an existing file or folder",
-                f"{near_path(source)}correct {key}",
-            )
+            fix = f"{near_path(source)}correct {key}"
+            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
 
 
 def taken_for_hub_names(recipe: Recipe) -> dict[str, str]:

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 COMMANDS: Registry[type[Run]] = Registry(
     "command", {row.name: row.options for row in ROWS} | {"combine": "moemerge.options.combine:Combine"}
 )
-LEADING = {
-    "compare": "--runs",
-    "evaluate": "--models",
-    "combine": "--models",
-}  # the flag that arguments before any flag belong to
+# The flag that arguments before any flag belong to.
+LEADING = {"compare": "--runs", "evaluate": "--models", "combine": "--models"}
 
 
 class StageCommand(click.Command):

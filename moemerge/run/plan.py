@@ -9,6 +9,7 @@ from typing import Any
 
 from moemerge.fitting.methods import FINDS_SHARED
 from moemerge.options.base import Options, Run, TextFormat
+from moemerge.options.combine import Combine
 from moemerge.options.compare import Compare
 from moemerge.options.data import DataSettings
 from moemerge.options.fit import FitSettings
@@ -18,6 +19,7 @@ from moemerge.options.recipe import Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
+from moemerge.run.combine_plan import Plan
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
@@ -30,8 +32,13 @@ WORLD = {
 }
 
 
-def plan(recipe: Recipe) -> list[Step]:
-    """The steps of a recipe in order. Reads nothing, so the recipe must be free of faults."""
+def plan(recipe: Recipe | Combine) -> list[Step]:
+    """The steps of a recipe in order, of a combination up to its choice.
+
+    Reads nothing, so the recipe must be free of faults.
+    """
+    if isinstance(recipe, Combine):
+        return list(Plan(recipe).trials())
     if not recipe.seeds:
         return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
     runs = by_seed(recipe)

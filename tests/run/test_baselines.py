@@ -24,11 +24,12 @@ from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model
 from moemerge.options.recipe import Recipe
 from moemerge.options.train import TrainSettings
-from moemerge.run import pipeline, steps
+from moemerge.run import pipeline
 from moemerge.run.baselines import scored_names
 from moemerge.run.budget import shortfalls
 from moemerge.run.faults import find_faults
 from moemerge.run.plan import plan
+from moemerge.run.steps import RunReport
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.train import train
@@ -324,7 +325,7 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> steps.RunReport:
+def study(tmp_path_factory: pytest.TempPathFactory) -> RunReport:
     """A tiny recipe with every baseline, by the real stages; further seeds would only be more of the same."""
     root = tmp_path_factory.mktemp("study")
     (root / "recipe.yml").write_text(json.dumps({"output": str(root / "out"), **TINY}))
@@ -344,7 +345,7 @@ def test_a_recipe_with_seeds_is_a_run_of_each_and_their_comparison() -> None:
     assert (found["compare"].baseline, found["compare"].confidence) == ("control", 0.9)
 
 
-def test_a_study_ends_with_its_comparison(study: steps.RunReport) -> None:
+def test_a_study_ends_with_its_comparison(study: RunReport) -> None:
     out = study.output
     assert [step.name for step in study.steps][-2:] == ["seed-4/publish", "compare"]
     recipe = Recipe(**json.loads((out / "seed-4/recipe.json").read_text()))
@@ -362,7 +363,7 @@ def test_a_study_ends_with_its_comparison(study: steps.RunReport) -> None:
     assert study.pictures[0].exists() and study.merged == out / "seed-4/merge-uniform"
 
 
-def test_warm_is_the_average_of_the_fine_tunes(study: steps.RunReport) -> None:
+def test_warm_is_the_average_of_the_fine_tunes(study: RunReport) -> None:
     run = study.output / "seed-4"
     control, second, warm = (
         load_file(run / n / "model.safetensors") for n in ("control", "fine-tune-2", "warm")
@@ -374,7 +375,7 @@ def test_warm_is_the_average_of_the_fine_tunes(study: steps.RunReport) -> None:
         torch.testing.assert_close(tensor, (control[name] + second[name]) / 2, atol=1e-7, rtol=1e-6)
 
 
-def test_the_longer_control_takes_as_many_flops_as_the_moe(study: steps.RunReport) -> None:
+def test_the_longer_control_takes_as_many_flops_as_the_moe(study: RunReport) -> None:
     run = study.output / "seed-4"
     models = read_manifest(run / "evaluate")["results"]["models"]
     longer, moe = (read_manifest(run / name)["results"] for name in ("control-flops", "train"))
@@ -384,7 +385,7 @@ def test_the_longer_control_takes_as_many_flops_as_the_moe(study: steps.RunRepor
 
 
 def test_a_second_run_finds_everything_valid_and_compare_takes_the_folder(
-    study: steps.RunReport, tmp_path: Path
+    study: RunReport, tmp_path: Path
 ) -> None:
     again = pipeline.run_recipe(study.output.parent / "recipe.yml")
     assert {step.reason for step in again.steps} == {None}

@@ -189,8 +189,7 @@ def test_a_recipe_with_merges_is_checked(world: Path, capsys: pytest.CaptureFixt
         cli.main(["check", str(recipe_of(world))])
     shown = capsys.readouterr().out
     assert shown.startswith("ok") and "part-2/made" in shown
-    faults = check_recipe(recipe_of(world, models=["./nowhere"], l2=-1.0))
-    assert len(faults) == 2
+    assert len(check_recipe(recipe_of(world, folds=1, l2=-1.0))) == 2
     (fault,) = check_recipe(recipe_of(world, pairs="./nowhere.jsonl"))
     assert "merges.pairs does not exist" in str(fault)
     (fault,) = check_recipe(recipe_of(world, learning_rat=1.0))
