@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moemerge.run.pipeline import run_recipe as run_recipe
     from moemerge.stages.attack import attack as attack
     from moemerge.stages.calibrate import calibrate as calibrate
+    from moemerge.stages.changes import changes as changes
     from moemerge.stages.choose import choose as choose
     from moemerge.stages.compare import compare as compare
     from moemerge.stages.data import prepare as prepare
@@ -57,6 +58,7 @@ _HOMES = {
     "train": "stages.train",
     "route": "stages.route",
     "calibrate": "stages.calibrate",
+    "changes": "stages.changes",
     "fit": "stages.fit",
     "merge": "stages.merge",
     "fit_models": "stages.fit",

@@ -38,6 +38,12 @@ def calibrate(results: Results) -> str:
     return "scales: " + ", ".join(f"{name} {scale:.3g}" for name, scale in results["scales"].items())
 
 
+def changes(results: Results) -> str:
+    """Cosine of each pair of models' changes."""
+    values = {pair: value for pair, value in results["cosine"].items() if value is not None}
+    return "cosines: " + ", ".join(f"{pair} {value:.2f}" for pair, value in values.items())
+
+
 def upcycle(results: Results) -> str:
     """Experts, and how exactly the MoE computes what the dense model does."""
     experts = f"{results['num_routed_experts']} routed experts, {results['num_experts_per_tok']} per token"

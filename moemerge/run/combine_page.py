@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import written_by_stages
 from moemerge.fitting.choice_report import PICTURE, in_parts_sentence, points, sentence, tables
+from moemerge.merging.changes import tables_of
 from moemerge.options.combine import MARK, Combine
 from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section, write_report
@@ -33,8 +35,10 @@ def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
         first, *rest = tables(numbers, options.confidence)
         words = [text for text in (in_parts_sentence(numbers), look_sentence(look)) if text]
         figure = Figure.load(run / CHOICE / PICTURE)
+        agreement = read_object(run / "changes" / "changes.json") if options.base else None
         sections = [
             Section("Which model to take", words, [first, *rest], [figure], lead=sentence(numbers)),
+            *([_agreement(agreement, run)] if agreement else []),
             steps_section(manifests),
             provenance_section(manifests),
         ]
@@ -44,6 +48,12 @@ def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
             run / SUMMARY, f"# {sentence(numbers)}\n\n{first.markdown()}\n" + "\n\n".join(words) + "\n"
         )
     return RunReport(run, list(reports), first.aligned(), verdict, [figure.file], page, run / MODEL)
+
+
+def _agreement(numbers: dict[str, Any], run: Path) -> Section:
+    """How far the models' changes agree."""
+    figure = Figure.load(run / "changes" / "cosine.png")
+    return Section("How far the models' changes agree", tables=tables_of(numbers), figures=[figure])
 
 
 def look_sentence(look: Mapping[str, Any]) -> str:

@@ -83,6 +83,8 @@ class Plan:
             tokenizer=first, fields=o.fields, **self.format,
         )  # fmt: skip
         yield self.step("scales", "calibrate", models=self.members, pairs=self._all_pairs(), **self.format)
+        if o.base:
+            yield self.step("changes", "changes", models=self.members, base=o.base)
         yield from self._unfitted()
         for part in self.parts:
             yield self._scores(f"{part}/members", part, self._unfitted_models(), MARK)

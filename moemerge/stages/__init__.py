@@ -75,6 +75,13 @@ ROWS = (
         headlines.calibrate,
     ),
     Row(
+        "changes",
+        "moemerge.stages.changes:changes",
+        "moemerge.options.changes:ChangesOptions",
+        "Measure how far models' changes from their base agree.",
+        headlines.changes,
+    ),
+    Row(
         "fit",
         "moemerge.stages.fit:fit",
         "moemerge.options.fit:Fit",

@@ -1,0 +1,128 @@
+"""How far whole models' changes from their common base agree: sizes, cosines, signs that conflict.
+
+Shapes: G groups of tensors, N models besides the base, X elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from moemerge.merging.blocks import OUTSIDE, blocks_of, layer_of
+from moemerge.merging.sources.models import ModelList
+from moemerge.models.families import FAMILIES, family_of
+from moemerge.reports.table import Table
+
+ALL = "all"
+GROUPS = (ALL, "attention", "mlp", "head", OUTSIDE)
+CHUNK = 2**20
+NOTE = (
+    "size: norm of the change, as a share of the base's. cosine: of two changes; above 0 they go together, "
+    "near 0 they leave each other alone, below 0 they undo each other. conflict: share of the weights that "
+    "both changed whose signs differ; one half is what chance gives. attention: whatever in a layer is not "
+    "its MLP."
+)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes W_i - W_base by group of tensors, float64.
+
+    size_GN: their norm, as a share of the base's. cosine_GNN: between two models' changes; NaN beside one
+    that did not change. conflict_GNN: share of the elements that both changed whose signs differ (TIES, arXiv
+    2306.01708); NaN where they share none. attention: whatever in a layer is not its MLP.
+    """
+
+    groups: list[str]
+    size_GN: Tensor
+    cosine_GNN: Tensor
+    conflict_GNN: Tensor
+
+
+def measure_changes(source: ModelList) -> Changes:
+    """The changes of models on disk; holds one tensor of each at a time. Needs a base."""
+    mlps = _mlps(source)
+    N, G = source.num_members, len(GROUPS)
+    gram_GNN, both_GNN, against_GNN = (torch.zeros(G, N, N, dtype=torch.float64) for _ in range(3))
+    start_G = torch.zeros(G, dtype=torch.float64)
+    for tensor in tqdm(source.tensors, desc="changes", leave=False, disable=None):
+        rows = [0, GROUPS.index(_group(source, tensor.dense, mlps))]
+        for start_X, changes_NX in _parts(source, tensor):
+            gram_GNN[rows] += changes_NX @ changes_NX.T
+            signs_NX = changes_NX.sign()
+            both_NN, product_NN = signs_NX.abs() @ signs_NX.abs().T, signs_NX @ signs_NX.T
+            both_GNN[rows] += both_NN
+            against_GNN[rows] += (both_NN - product_NN) / 2
+            start_G[rows] += start_X.square().sum()
+    size_GN = gram_GNN.diagonal(dim1=1, dim2=2).sqrt()
+    there = [number for number, size in enumerate(start_G.tolist()) if size or size_GN[number].any()]
+    cosine_GNN = gram_GNN / (size_GN[:, :, None] * size_GN[:, None, :])
+    shares = (size_GN / start_G.sqrt()[:, None], cosine_GNN, against_GNN / both_GNN)
+    return Changes([GROUPS[number] for number in there], *(share[there] for share in shares))
+
+
+def _mlps(source: ModelList) -> set[str]:
+    if source.config.model_type not in FAMILIES:
+        return set()
+    return {tensor.dense for tensor in family_of(source.config).expert_tensors(source.config)}
+
+
+def _group(source: ModelList, name: str, mlps: set[str]) -> str:
+    block = blocks_of(name, source.in_head(name))[-1]
+    if layer_of(block) is None:
+        return block
+    return "mlp" if name in mlps else "attention"
+
+
+def _parts(source: ModelList, tensor: object) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some elements of the base, and of every model's change, in float64."""
+    copies = [matrix.flatten() for matrix in source.matrices(tensor)]  # type: ignore[arg-type]
+    for parts in zip(*(copy.split(CHUNK) for copy in copies), strict=True):
+        start_X, *rest = (part.double() for part in parts)
+        yield start_X, torch.stack(rest) - start_X
+
+
+def numbers_of(measured: Changes, names: list[str]) -> dict[str, Any]:
+    """What changes.json holds: by group, sizes by model, and cosine and conflict by pair of models."""
+    groups = {}
+    for number, group in enumerate(measured.groups):
+        groups[group] = {
+            "size": dict(zip(names, measured.size_GN[number].tolist(), strict=True)),
+            "cosine": _pairs(measured.cosine_GNN[number], names),
+            "conflict": _pairs(measured.conflict_GNN[number], names),
+        }
+    return {"models": names, "groups": groups}
+
+
+def _pairs(values_NN: Tensor, names: list[str]) -> dict[str, float | None]:
+    """Each pair's value; None where there is none."""
+    pairs = combinations(range(len(names)), 2)
+    values = {f"{names[i]} and {names[j]}": float(values_NN[i, j]) for i, j in pairs}
+    return {pair: value if value == value else None for pair, value in values.items()}
+
+
+def tables_of(numbers: dict[str, Any]) -> list[Table]:
+    """Sizes by model, and agreement by pair, a column or two per group."""
+    groups = numbers["groups"]
+    sizes = [[name, *(_cell(g["size"][name]) for g in groups.values())] for name in numbers["models"]]
+    header = [f"{group}: {what}" for group in groups for what in ("cosine", "conflict")]
+    rows = [[pair, *_agreement(groups, pair)] for pair in next(iter(groups.values()))["cosine"]]
+    return [
+        Table("Size of changes", ["model", *groups], sizes),
+        Table("How far changes agree", ["models", *header], rows, NOTE),
+    ]
+
+
+def _agreement(groups: dict[str, Any], pair: str) -> Iterator[str]:
+    for group in groups.values():
+        yield from (_cell(group[what][pair]) for what in ("cosine", "conflict"))
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
