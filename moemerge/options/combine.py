@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from moemerge.options.base import Run, Source, Sources
 from moemerge.options.choose import ChooseSettings
-from moemerge.options.fit import FitSettings
 
 
 class CombineSettings(ChooseSettings):
@@ -17,8 +16,8 @@ class CombineSettings(ChooseSettings):
     models: Sources = Field(description="two reward models or more, of one architecture")
     base: Source | None = Field(
         None,
-        description="the model that all of them were trained from, with or without a reward head; without it "
-        "there are averages only, no sums",
+        description="the model that all of them were trained from, with or without a reward head (default: "
+        "the start that moemerge train recorded in all; without one, averages only, no sums)",
     )
     pairs: Source = Field(
         description="your own labelled pairs, some dozen at least; a file or hub name:split"
@@ -42,9 +41,7 @@ class CombineSettings(ChooseSettings):
         "global", description="fitted coefficients: what shares a row of them"
     )
     l2: float = Field(0.03, ge=0, description="fitted coefficients: pull towards those of the sum")
-    max_epochs: int = Field(
-        FitSettings.model_fields["max_epochs"].default, ge=1, description="fitted coefficients: most passes"
-    )
+    max_epochs: int = Field(10, ge=1, description="fitted coefficients: most passes over the pairs")
 
     @model_validator(mode="after")
     def _several(self) -> CombineSettings:

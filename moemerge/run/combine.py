@@ -13,6 +13,7 @@ from typing import Any
 from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.json_file import read_object
+from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_several
 from moemerge.errors import Faults
 from moemerge.options.base import input_fields
@@ -42,9 +43,8 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
         options = parse_options(Combine, fields)
         if faults := list(missing_inputs(input_fields(options), "combine")):
             raise faults[0] if len(faults) == 1 else Faults("combine", faults)
+    options = _with_base(options)
     steps = Plan(options)
-    if options.base is None:
-        log.warning("combine: no base is given, so changes from it cannot be added: averages only")
     with alone(options.output):
         recover_steps(steps.trials())
         write_whole(options.output / RECIPE_COPY, json.dumps(plain_options(options), indent=1) + "\n")
@@ -57,6 +57,20 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
         from moemerge.run.combine_page import write_pages
 
         return write_pages(options, reports)
+
+
+def _with_base(options: Combine) -> Combine:
+    """The options with the models' common start as base, if none is given and one is known."""
+    if options.base is not None:
+        return options
+    try:
+        start = common_start(list(options.models.values()))
+    except NoStart as reason:
+        log.warning("combine: no base is given, and none is found: %s. Without one only averages are tried; give "
+                    "base, what all were trained from", reason)  # fmt: skip
+        return options
+    log.info("combine: all models were trained from %s, which is the base", start)
+    return options.model_copy(update={"base": str(start)})
 
 
 def _told(step: Step, options: Combine, tell: Tell | None) -> StepReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
 
 from moemerge import check_recipe, combine, run_recipe
-from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.manifest import own_digest, read_manifest
+from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.errors import OptionError
 from moemerge.run import cli
 from moemerge.run.steps import RunReport
@@ -129,9 +131,37 @@ def test_equal_members_are_taken_as_they_are(world: Path) -> None:
         assert torch.equal(taken.state_dict()[name], weight)
 
 
-def test_without_base_there_are_averages_only(world: Path) -> None:
-    report = combine(**given(world, base=None, tune="none", folds=2), output=world / "averages")
-    assert set(choice(report.output)["models"]) == {*KINDS, "uniform", "fitted", "scores-mean"}
+def test_without_base_the_common_start_is_found(combined: RunReport, world: Path) -> None:
+    again = combine(**given(world, base=None), output=world / "best")
+    assert [step.name for step in again.steps if step.reason is not None] == []
+
+
+def test_without_any_base_there_are_averages_only(
+    world: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    bare = {kind: str(shutil.copytree(world / kind, tmp_path / kind)) for kind in ("a", "b")}
+    (tmp_path / "b/manifest.json").unlink()
+    settings = given(world, models=bare, base=None, tune="none", folds=2)
+    report = combine(**settings, output=tmp_path / "averages")
+    assert set(choice(report.output)["models"]) == {*bare, "uniform", "fitted", "scores-mean"}
+    assert "has no manifest.json" in caplog.text and "give base" in caplog.text
+
+
+def test_a_start_is_taken_only_if_it_is_what_it_was(world: Path, tmp_path: Path) -> None:
+    models = [str(world / kind) for kind in KINDS]
+    assert common_start(models) == world / "base"
+    foreign = shutil.copytree(world / "a", tmp_path / "foreign")
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    manifest["inputs"]["model"]["path"] = "/dev"
+    (foreign / "manifest.json").write_text(json.dumps(manifest | {"sha256": own_digest(manifest)}))
+    with pytest.raises(NoStart, match="is not what it was"):
+        common_start([str(foreign), *models])
+    train(
+        model=models[0], pairs=str(world / "a.jsonl"), output=tmp_path / "grandchild", max_steps=1, threads=1,
+        device="cpu",
+    )  # fmt: skip
+    with pytest.raises(NoStart, match="different models"):
+        common_start([*models, str(tmp_path / "grandchild")])
 
 
 @pytest.mark.parametrize(
