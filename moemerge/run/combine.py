@@ -66,8 +66,8 @@ def _with_base(options: Combine) -> Combine:
     try:
         start = common_start(list(options.models.values()))
     except NoStart as reason:
-        log.warning("combine: no base is given, and none is found: %s. Without one only averages are tried; give "
-                    "base, what all were trained from", reason)  # fmt: skip
+        log.warning("combine: no base is given, and none is found: %s. Without one only averages are tried; "
+                    "give base, what all were trained from", reason)  # fmt: skip
         return options
     log.info("combine: all models were trained from %s, which is the base", start)
     return options.model_copy(update={"base": str(start)})
