@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from moemerge.data.pairs import numbered
 from moemerge.errors import OptionError
 from moemerge.merging.blocks import HEAD, layer_of
 from moemerge.merging.merged_model import MergeGradient
@@ -72,7 +73,8 @@ class FitProblem:
 
     `objective` and `output_grams` are functions, so that only a method that needs the merged model pays for
     loading it. `start` are coefficients to start from, if the user names some. `output_grams` gives the
-    quadratic form of least_squares for each block, [L, N + 1, N + 1] (see gram.py).
+    quadratic form of least_squares for each block, [L, N + 1, N + 1] (see gram.py). `kinds`: for granularity
+    group, what kind of tensors each block has.
     """
 
     blocks: list[str]
@@ -84,6 +86,7 @@ class FitProblem:
     objective: Callable[[], Objective] | None = None
     start: FitOutcome | None = None
     output_grams: Callable[[FitOutcome], Tensor] | None = None
+    kinds: Sequence[str] = ()
 
     def routing(self) -> RoutingStatistics:
         """The statistics; OptionError if there are none."""
@@ -103,18 +106,19 @@ class FitProblem:
 
     @cached_property
     def row_of_block(self) -> list[int]:
-        """The free row of coefficients that each block uses: its own, or one for all.
+        """The free row of coefficients that each block uses: its own, that of its kind, or one for all.
 
         In a sum the head has a row of its own even then: its members add up to a scale, the body's do not.
         """
-        if self.settings.granularity != "global":
+        if not self.settings.shares_rows:
             return list(range(len(self.blocks)))
-        heads = [self.settings.coordinates == "sum" and block == HEAD for block in self.blocks]
-        return [int(head != heads[0]) for head in heads]
+        if self.settings.granularity == "group":
+            return numbered(self.kinds)
+        return numbered(self.settings.coordinates == "sum" and block == HEAD for block in self.blocks)
 
     def pooled(self, values: Tensor) -> Tensor:
         """`values`, a row per block; where blocks share a row, their mean in each."""
-        if self.settings.granularity != "global":
+        if not self.settings.shares_rows:
             return values
         row_L = torch.tensor(self.row_of_block)
         return torch.stack([mean_of(values[row_L == row]) for row in self.row_of_block])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 HEAD, OUTSIDE = "head", "outside"
+MLP, ATTENTION = "mlp", "attention"  # the kinds of tensors in a layer: its MLP, and whatever else it has
 BLOCK_NAME = re.compile(r"head|outside|layers\.\d+(\.[\w.-]+)?")
 _LAYER = re.compile(r"layers\.(\d+)")
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.(?:weight|bias))?$")

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moemerge.merging.blocks import OUTSIDE, blocks_of, layer_of
+from moemerge.merging.blocks import ATTENTION, HEAD, MLP, OUTSIDE
 from moemerge.merging.sources.models import ModelList
-from moemerge.models.families import FAMILIES, family_of
 from moemerge.reports.table import Table
 
 ALL = "all"
-GROUPS = (ALL, "attention", "mlp", "head", OUTSIDE)
+GROUPS = (ALL, ATTENTION, MLP, HEAD, OUTSIDE)
 CHUNK = 2**20
 NOTE = (
     "size: norm of the change, as a share of the base's. cosine: of two changes; above 0 they go together, "
@@ -47,12 +46,11 @@ class Changes:
 
 def measure_changes(source: ModelList) -> Changes:
     """The changes of models on disk; holds one tensor of each at a time. Needs a base."""
-    mlps = _mlps(source)
     N, G = source.num_members, len(GROUPS)
     gram_GNN, both_GNN, against_GNN = (torch.zeros(G, N, N, dtype=torch.float64) for _ in range(3))
     start_G = torch.zeros(G, dtype=torch.float64)
     for tensor in tqdm(source.tensors, desc="changes", leave=False, disable=None):
-        rows = [0, GROUPS.index(_group(source, tensor.dense, mlps))]
+        rows = [0, GROUPS.index(source.kind(tensor.dense))]
         for start_X, changes_NX in _parts(source, tensor):
             gram_GNN[rows] += changes_NX @ changes_NX.T
             signs_NX = changes_NX.sign()
@@ -65,19 +63,6 @@ def measure_changes(source: ModelList) -> Changes:
     cosine_GNN = gram_GNN / (size_GN[:, :, None] * size_GN[:, None, :])
     shares = (size_GN / start_G.sqrt()[:, None], cosine_GNN, against_GNN / both_GNN)
     return Changes([GROUPS[number] for number in there], *(share[there] for share in shares))
-
-
-def _mlps(source: ModelList) -> set[str]:
-    if source.config.model_type not in FAMILIES:
-        return set()
-    return {tensor.dense for tensor in family_of(source.config).expert_tensors(source.config)}
-
-
-def _group(source: ModelList, name: str, mlps: set[str]) -> str:
-    block = blocks_of(name, source.in_head(name))[-1]
-    if layer_of(block) is None:
-        return block
-    return "mlp" if name in mlps else "attention"
 
 
 def _parts(source: ModelList, tensor: object) -> Iterator[tuple[Tensor, Tensor]]:

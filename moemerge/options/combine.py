@@ -37,7 +37,7 @@ class CombineSettings(ChooseSettings):
     scale: float | None = Field(
         None, gt=0, description="what the sum's c add up to (default: 2, so 2/M for each of M models)"
     )
-    granularity: Literal["global", "layer", "matrix"] = Field(
+    granularity: Literal["global", "group", "layer", "matrix"] = Field(
         "global", description="fitted coefficients: what shares a row of them"
     )
     l2: float = Field(0.03, ge=0, description="fitted coefficients: pull towards those of the sum")

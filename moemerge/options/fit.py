@@ -24,8 +24,10 @@ class FitSettings(Options):
     method: str = Field(
         "learned", description="uniform, usage, usage_chosen, one_hot, learned, grid, least_squares"
     )
-    granularity: Literal["layer", "matrix", "global"] = Field(
-        "layer", description="what shares a row of coefficients: a layer, a matrix with its bias, everything"
+    granularity: Literal["layer", "matrix", "group", "global"] = Field(
+        "layer",
+        description="what shares a row of coefficients: a layer; a matrix with its bias; all "
+        "layers' attention, all MLPs, the head, and the rest, each (group); everything",
     )
     initial: Literal["auto", "uniform", "usage", "usage_chosen", "one_hot"] = Field(
         "auto",
@@ -125,6 +127,11 @@ class FitSettings(Options):
                 "coordinates sum has no weight of the shared member, and takes no kl: choose method learned, "
                 "uniform, usage or one_hot, leave shared_weight out, and use l2"
             )
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether blocks of several layers share a row of coefficients."""
+        return self.granularity in ("group", "global")
 
     @property
     def learns_shared(self) -> bool:

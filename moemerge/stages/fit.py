@@ -55,7 +55,7 @@ def fit(options: Fit, draft: Draft) -> None:
     distributed.join()
     method = METHODS.get(options.method)
     source = _opened(options)
-    blocks = source.blocks(per_matrix=options.granularity == "matrix")
+    blocks = source.blocks(per_matrix=options.granularity in ("matrix", "group"))
     outcome = method(_problem(options, source, blocks, _Data(options, source, blocks, device, draft)))
     meta = {
         "method": options.method,
@@ -106,6 +106,7 @@ def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) 
         blocks=blocks,
         num_experts=source.num_members,
         has_shared=source.has_shared,
+        kinds=source.kinds(blocks) if options.granularity == "group" else (),
         settings=options,
         seed=options.seed,
         statistics=_statistics(options.routing, source),

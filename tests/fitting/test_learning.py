@@ -131,20 +131,22 @@ OBJECTIVES_TO_TRY = [
 
 
 @pytest.mark.parametrize("settings", OBJECTIVES_TO_TRY, ids=str)
-@pytest.mark.parametrize("granularity", ["layer", "matrix", "global"])
+@pytest.mark.parametrize("granularity", ["layer", "matrix", "group", "global"])
 def test_gradients_of_every_objective_and_granularity(
     moe: Path, tmp_path: Path, settings: dict[str, Any], granularity: str
 ) -> None:
     """Against autograd through the merge, and against finite differences of the loss."""
     source = MoeCheckpoint(moe)
-    merged = double(source, granularity == "matrix")
+    per_matrix = granularity in ("matrix", "group")
+    merged = double(source, per_matrix)
     pairs = with_margins(encode(moe, random_pairs(5, seed=5), tmp_path))
     wanted = FitSettings(granularity=granularity, shared_weight="learned", kl=0.01, l2=0.02, **settings)
-    problem = FitProblem(source.blocks(granularity == "matrix"), N, True, wanted)
+    blocks = source.blocks(per_matrix)
+    problem = FitProblem(blocks, N, True, wanted, kinds=source.kinds(blocks))
     space = space_of(problem, FitOutcome(merged.alpha_LN[:1].expand_as(merged.alpha_LN), merged.shared_L))
     generator = torch.Generator().manual_seed(1)
     v_V = space.start_V + 0.3 * torch.randn(space.start_V.shape, generator=generator, dtype=torch.float64)
-    assert len(v_V) == {"layer": L, "matrix": 3 * L, "global": 1}[granularity] * (N + 1)
+    assert len(v_V) == {"layer": L, "matrix": 3 * L, "group": 1, "global": 1}[granularity] * (N + 1)
 
     objective = objective_of(merged, pairs, 2, **settings)
 

@@ -296,7 +296,7 @@ def settings(**changes: Any) -> FitSettings:
     return FitSettings(**{"coordinates": "sum", **changes})
 
 
-@pytest.mark.parametrize("granularity", ["layer", "global"])
+@pytest.mark.parametrize("granularity", ["layer", "group", "global"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_gradients_of_a_sum(
     granularity: str, scaled: bool, home: Path, members: list[str], scales: Path, tmp_path: Path
@@ -306,12 +306,14 @@ def test_gradients_of_a_sum(
     doubled = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in (home / "base", *members)]
     base, *models = (str(rewrite(folder, lambda _, tensor: tensor.double())) for folder in doubled)
     source = ModelList(models, base, "all", "sum", factors)
-    blocks = source.blocks()
+    blocks = source.blocks(per_matrix=granularity == "group")
     start = torch.tensor([[0.4, 1.3, -0.6]]).double().expand(len(blocks), 3)
     alpha_LN, total_L = as_changes(start)
-    problem = FitProblem(blocks, 3, True, settings(granularity=granularity, l2=0.1))
-    assert max(problem.row_of_block) == (1 if granularity == "global" else len(blocks) - 1)
-    merged = MergedModel(source, alpha_LN, 1 - total_L, dtype=torch.float64)
+    problem = FitProblem(
+        blocks, 3, True, settings(granularity=granularity, l2=0.1), kinds=source.kinds(blocks)
+    )
+    assert max(problem.row_of_block) == {"global": 1, "group": 3, "layer": len(blocks) - 1}[granularity]
+    merged = MergedModel(source, alpha_LN, 1 - total_L, dtype=torch.float64, blocks=blocks)
     widen_norms(merged.model)
     read, report = read_pairs(str(home / "pairs.jsonl"), TextFormat())
     pairs = encode_pairs(source.tokenizer(), read[:8], TextFormat(), report)

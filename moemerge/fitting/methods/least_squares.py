@@ -27,11 +27,13 @@ def least_squares(problem: FitProblem) -> FitOutcome:
     """
     first = initial_coefficients(problem)
     gram_LMM = problem.grams(first)
-    if problem.settings.granularity == "global":
-        # One row serves all blocks: it minimises their sum. Solved once, so that all rows have the same bits.
-        rows = [_row(problem, gram_LMM.sum(0), first, 0)] * len(problem.blocks)
-    else:
-        rows = [_row(problem, gram_LMM[row], first, row) for row in range(len(problem.blocks))]
+    shared_by = torch.tensor(problem.row_of_block)
+    # A row that serves several blocks minimises their sum. Solved once, so that all have the same bits.
+    solved = {
+        row: _row(problem, gram_LMM[shared_by == row].sum(0), first, problem.row_of_block.index(row))
+        for row in problem.row_of_block
+    }
+    rows = [solved[row] for row in problem.row_of_block]
     alpha_LN, shared_L = torch.stack([alpha_N for alpha_N, _ in rows]), torch.stack([s for _, s in rows])
     return FitOutcome(alpha_LN, shared_L, _report(problem, first, alpha_LN, shared_L))
 

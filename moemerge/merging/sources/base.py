@@ -19,7 +19,7 @@ from torch import Tensor
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import CheckpointError
 from moemerge.merging.average import routing_normalized_average
-from moemerge.merging.blocks import block_order, blocks_of
+from moemerge.merging.blocks import ATTENTION, MLP, block_order, blocks_of, layer_of
 from moemerge.merging.coefficients import Coefficients
 from moemerge.models.checkpoint import Checkpoint, copy_side_files
 from moemerge.models.folder import ModelFolder
@@ -146,6 +146,23 @@ class MergeSource(ABC):
         named = (blocks_of(tensor.dense, self.in_head(tensor.dense)) for tensor in self.tensors)
         blocks = dict.fromkeys(names[0] if per_matrix else names[-1] for names in named)
         return sorted(blocks, key=block_order)
+
+    @cached_property
+    def mlps(self) -> set[str]:
+        """Dense names of the tensors of MLPs; of a MoE, all that are merged."""
+        return {tensor.dense for tensor in self.tensors}
+
+    def kind(self, name: str) -> str:
+        """What kind of tensor the dense tensor `name` is: head, outside, mlp or attention."""
+        block = blocks_of(name, self.in_head(name))[-1]
+        if layer_of(block) is None:
+            return block
+        return MLP if name in self.mlps else ATTENTION
+
+    def kinds(self, blocks: Sequence[str]) -> list[str]:
+        """The kind of the tensors of each block; of a whole layer's block, that of one of them."""
+        kind_of = {row: self.kind(name) for name, row in self.rows(blocks).items()}
+        return [kind_of[row] for row in range(len(blocks))]
 
     def rows(self, blocks: Sequence[str]) -> dict[str, int]:
         """The row of each merged tensor, by its dense name, among coefficients of `blocks`.

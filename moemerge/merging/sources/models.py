@@ -188,6 +188,13 @@ class ModelList(MergeSource):
         if self.vocabulary is not None and self.vocabulary.added:
             self.vocabulary.tokenizer(self.folder).save_pretrained(target)
 
+    @cached_property
+    def mlps(self) -> set[str]:
+        """Dense names of the tensors of MLPs; none in an architecture whose MLPs are not known."""
+        if self.config.model_type not in FAMILIES:
+            return set()
+        return {tensor.dense for tensor in family_of(self.config).expert_tensors(self.config)}
+
     def in_head(self, name: str) -> bool:
         """Whether the tensor is the reward head's."""
         return name in self.head
@@ -205,8 +212,8 @@ class ModelList(MergeSource):
         parameters = {name for name, _ in skeleton(self.config).named_parameters(remove_duplicate=False)}
         names = [name for name in self.donor.names if name in parameters]
         if self.scope == "mlp":
-            mlps = {tensor.dense for tensor in family_of(self.config).expert_tensors(self.config)}
-            return [name for name in names if name in mlps]
+            family_of(self.config)  # which refuses those whose MLPs are not known
+            return [name for name in names if name in self.mlps]
         return [name for name in names if self.scope == "all" or not self.in_head(name)]
 
     def _embeddings(self) -> str:
