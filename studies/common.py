@@ -95,6 +95,21 @@ def done(home: Path, measured: Callable[[], dict[str, Measures]]) -> dict[str, M
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def recorded(
+    rows: Path, setting: str, seed: int, measured: Callable[[], dict[str, Measures]]
+) -> dict[str, Measures]:
+    """The measures of a seed from a file of rows, one per setting and seed; measured and added if new."""
+    lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+    for row in map(json.loads, lines):
+        if (row["setting"], row["seed"]) == (setting, seed):
+            return dict(row["measures"])
+    measures_of = measured()
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"setting": setting, "seed": seed, "measures": measures_of}) + "\n")
+    return measures_of
+
+
 def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], baseline: str, confidence: float) -> str:
     """Markdown: the mean of each measure over seeds, and the paired difference to the baseline."""
     numbers = ", ".join(map(str, seeds))

@@ -6,7 +6,8 @@ MODELS: folder written by fetch_models.py; DATA: folder with ukp_convarg, hh_rlh
 model is MiniLM whose last two of six layers train, the others are computed once per text (frozen_layers.py).
 Members are trained apart, a kind each (kinds_data.py); the user has a few labelled pairs of the target's
 kinds. Measured: accuracy on each of these kinds and their mean. What exists under the output folder is not
-made again; models are removed when a setting is measured. One thread.
+made again, nor what is on record in rows/kinds.jsonl; a setting's models are removed once it is measured. One
+thread.
 
     KIND                        a member; argued-flipped: 30 % of its labels swapped
     best member (tuned)         the most accurate on the own pairs (once tuned: on the half not tuned on)
@@ -22,16 +23,14 @@ made again; models are removed when a setting is measured. One thread.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from common import Measures, done, interval, once, options_of, write_sets
+from common import Measures, interval, once, options_of, recorded, write_sets
 from frozen_layers import LowerLayers, install, upper_layers
 from kinds_data import KINDS, MAX_LENGTH, deal, flipped, sources
 from safetensors.numpy import load_file
@@ -42,6 +41,7 @@ from moemerge.stages.fit import fit_models
 from moemerge.stages.merge import merge_models
 from moemerge.stages.train import train
 
+ROWS = Path(__file__).parent / "rows" / "kinds.jsonl"
 UPPER = 2
 SIZES = {"train": 400, "own": 500, "test": 200}
 FLIPPED = "argued-flipped"
@@ -214,22 +214,22 @@ def main() -> None:
     start = arguments.output / "upper"
     if not start.exists():
         upper_layers(arguments.models / "minilm", UPPER, start)
-    results: dict[str, dict[int, dict[str, Measures]]] = {name: {} for name in arguments.settings}
-    for number in arguments.seeds:
-        home = arguments.output / f"seed-{number}"
-        lower, seed = (
-            LowerLayers(arguments.models / "minilm", UPPER),
-            Seed(home, arguments, str(start), number),
-        )
-        with install(lower):
-            for name in arguments.settings:
-                measure = partial(measured, seed, SETTINGS[name], home / name)
-                results[name][number] = done(home / name, measure)
-                remove_models(home / name)
-                row = {"setting": name, "seed": number, "measures": results[name][number]}
-                print(json.dumps(row), flush=True)
-    for name, seeds in results.items():
-        print(table(name, seeds, arguments.confidence), flush=True)
+    for name in arguments.settings:
+        results = {seed: of_seed(name, seed, arguments, start) for seed in arguments.seeds}
+        print(table(name, results, arguments.confidence), flush=True)
+
+
+def of_seed(name: str, seed: int, arguments: argparse.Namespace, start: Path) -> dict[str, Measures]:
+    """The measures of a setting and seed: those on record, or new ones."""
+
+    def measure() -> dict[str, Measures]:
+        home = arguments.output / f"seed-{seed}"
+        with install(LowerLayers(arguments.models / "minilm", UPPER)):
+            found = measured(Seed(home, arguments, str(start), seed), SETTINGS[name], home / name)
+        remove_models(home / name)
+        return found
+
+    return recorded(ROWS, name, seed, measure)
 
 
 if __name__ == "__main__":
