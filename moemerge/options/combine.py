@@ -47,7 +47,8 @@ class CombineSettings(ChooseSettings):
     def _several(self) -> CombineSettings:
         if len(self.models) < 2:
             raise ValueError("models: give two at least")
-        if clash := sorted(RESERVED & {*self.models}):
+        candidates = {*RESERVED, *(f"{name}-tuned" for name in (*self.models, *RESERVED))}
+        if clash := sorted(candidates & {*self.models}):
             raise ValueError(f"models: another name than {clash[0]}, which a candidate has")
         return self
 

@@ -20,7 +20,7 @@ from moemerge.options.base import input_fields
 from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.run.combine_plan import CHOICE, Plan
-from moemerge.run.faults import missing_inputs
+from moemerge.run.faults import missing_inputs, occupied
 from moemerge.run.steps import RunReport, Step, StepReport, alone, recover_steps, run_step, tell_versions
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
     refuse_several("combine")
     if options is None:
         options = parse_options(Combine, fields)
-        if faults := list(missing_inputs(input_fields(options), "combine")):
-            raise faults[0] if len(faults) == 1 else Faults("combine", faults)
+    faults = [*missing_inputs(input_fields(options)), *occupied(options.output)]
+    if faults:
+        raise faults[0] if len(faults) == 1 else Faults("combine", faults)
     options = _with_base(options)
     steps = Plan(options)
     with alone(options.output):

@@ -88,16 +88,16 @@ def _absent(recipe: Recipe) -> dict[str, str]:
     return {key: source for key, source in sources.items() if not Path(source).exists()}
 
 
-def _sources(inputs: Mapping[str, Any], section: str) -> dict[str, str]:
-    """What is read, by its key in a recipe's section."""
+def _sources(inputs: Mapping[str, Any], section: str = "") -> dict[str, str]:
+    """What is read, by its key, in a recipe's section if there is one."""
     sources: dict[str, str] = {}
     for field, value in inputs.items():
         by_name = value if isinstance(value, dict) else {"": value}
-        sources |= {f"{section}.{field}.{name}".rstrip("."): source for name, source in by_name.items()}
+        sources |= {f"{section}.{field}.{name}".strip("."): source for name, source in by_name.items()}
     return sources
 
 
-def missing_inputs(inputs: Mapping[str, Any], section: str) -> Iterator[MoemergeError]:
+def missing_inputs(inputs: Mapping[str, Any], section: str = "") -> Iterator[MoemergeError]:
     """A fault for each input that reads like a path and is not there."""
     for key, source in _sources(inputs, section).items():
         if not Path(source).exists() and reads_like_path(source):
@@ -340,7 +340,11 @@ def _check_seeds(recipe: Recipe) -> Iterator[MoemergeError]:
 
 
 def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
-    output = recipe.output
+    yield from occupied(recipe.output)
+
+
+def occupied(output: Path) -> Iterator[MoemergeError]:
+    """The fault of a run's output that is no folder, or holds what no run put there."""
     visible = [path.name for path in output.glob("[!.]*")]
     foreign = bool(visible) and RECIPE_COPY not in visible
     if foreign or (output.exists() and not output.is_dir()):

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from moemerge import check_recipe, combine, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
-from moemerge.errors import OptionError
+from moemerge.errors import OptionError, UnsupportedError
 from moemerge.run import cli
 from moemerge.run.steps import RunReport
 from moemerge.stages.train import train
@@ -169,13 +169,29 @@ def test_a_start_is_taken_only_if_it_is_what_it_was(world: Path, tmp_path: Path)
     [
         ({"models": {"a": "a"}}, "give two at least"),
         ({"models": {"a": "a", "sum": "b"}}, "another name than sum"),
+        ({"models": {"a": "a", "a-tuned": "b"}}, "another name than a-tuned"),
         ({"folds": 1}, "folds"),
+        ({"pairs": "./nowhere.jsonl"}, "pairs does not exist"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(world: Path, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(OptionError, match=what):
         combine(**given(world, **changes), output=world / "never")
     assert not (world / "never").exists()
+
+
+def test_a_folder_of_the_users_is_no_output(world: Path) -> None:
+    (world / "mine").mkdir()
+    (world / "mine/precious.txt").write_text("precious")
+    with pytest.raises(OptionError, match="output is not the folder of a run"):
+        combine(**given(world), output=world / "mine")
+    assert [path.name for path in (world / "mine").iterdir()] == ["precious.txt"]
+
+
+def test_unlike_models_are_refused(world: Path) -> None:
+    other = save_dense(world / "qwen", family="qwen3", seed=3)
+    with pytest.raises(UnsupportedError, match="does not go with the others"):
+        combine(**given(world, models={"a": str(world / "a"), "q": str(other)}), output=world / "unlike")
 
 
 def test_the_command_line_does_the_same(
