@@ -100,8 +100,7 @@ def digests(folder: Path) -> Digests:
 
 def broken_artifacts(folder: Path, of_a_run: bool) -> Iterator[str]:
     """What is wrong with an artifact, or those of a run: no manifest, files missing, added or changed."""
-    steps = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-    for home in steps if of_a_run else [folder]:
+    for home in _steps(folder) if of_a_run else [folder]:
         try:
             wanted = json.loads((home / "manifest.json").read_text())["files"]
         except (OSError, ValueError, KeyError) as error:
@@ -109,6 +108,13 @@ def broken_artifacts(folder: Path, of_a_run: bool) -> Iterator[str]:
             continue
         if {name: record["sha256"] for name, record in wanted.items()} != digests(home):
             yield f"{home.name}: not what its manifest says"
+
+
+def _steps(run: Path) -> Iterator[Path]:
+    """The folders of a run's steps; a folder that holds nothing but such folders is none."""
+    for path in (path for path in sorted(run.iterdir()) if path.is_dir() and path.name[0] != "."):
+        inside = [child for child in path.iterdir() if child.name[0] != "."]
+        yield from _steps(path) if all(child.is_dir() for child in inside) else [path]
 
 
 def look(known: Known, ending: Ending, inputs: Callable[[], Digests], given: Digests) -> Iterator[str]:

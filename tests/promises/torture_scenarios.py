@@ -48,6 +48,8 @@ def make_inputs(folder: Path) -> None:
     write_rows(folder / "pairs.jsonl", rows[:32])
     write_rows(folder / "validation.jsonl", rows[32:])
     save_policy(folder / "policy")
+    for seed, name in enumerate(("base", "one", "other")):
+        save_dense(folder / name, seed=seed)
     models = {"a": str(folder / "dense"), "b": str(folder / "moe")}
     for seed in (1, 2):
         tests, output = {"t": str(folder / "validation.jsonl")}, folder / f"evaluated-{seed}"
@@ -75,7 +77,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
-    """Every stage, `run` over most of them, and merge over an old output.
+    """Every stage, `run` and `combine` over most of them, and merge over an old output.
 
     `made` holds the references, in order: what a later stage reads was made by an earlier one.
     """
@@ -96,11 +98,16 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "route": ["--model", moe, "--pairs", pairs],
         "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
         "calibrate": ["--models", f"a={dense}", f"b={moe}", "--pairs", held_out, "--resamples", "100"],
+        "changes": ["--models", str(inputs / "one"), str(inputs / "other"), "--base", str(inputs / "base")],
         "merge": ["--model", moe, "--coefficients", fitted],
         "export": ["--model", moe, "--coefficients", fitted],
         "sample": ["--model", policy, *answers, "--per-prompt", "3", "--batch-tokens", "64"],
         "optimise": ["--policy", policy, "--models", f"a={dense}", f"b={moe}", *answers, *steps, *measured],
         "evaluate": ["--models", f"a={dense}", f"b={moe}", "--pairs", f"t={held_out}", "--resamples", "100"],
+        "choose": [
+            *("--evaluations", str(inputs / "evaluated-1"), "--pairs", f"t={held_out}", "--ranks", "a=0"),
+            *("b=1", "--resamples", "100"),
+        ],
         "attack": ["--model", dense, "--pairs", held_out, "--steps", "2", "--proposals", "3"],
         "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],
         "compare": ["--runs", str(inputs / "evaluated-1"), str(inputs / "evaluated-2")],
@@ -119,7 +126,12 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     found.append(Scenario("overwrite", over, output, before=made / "upcycle"))
     output = work / "run" / "out"
     run = ["run", str(inputs / "recipe.yml"), "--output", str(output)]
-    return [*found, Scenario("run", run, output, again=True, share=0.15)]
+    found.append(Scenario("run", run, output, again=True, share=0.15))
+    output = work / "combine" / "out"
+    members = ["--models", str(inputs / "one"), str(inputs / "other"), "--base", str(inputs / "base")]
+    quick = ["--folds", "2", "--tune", "merges", "--max-epochs", "1", "--resamples", "100", *COMMON]
+    combine = ["combine", *members, "--pairs", held_out, *quick, "--output", str(output)]
+    return [*found, Scenario("combine", combine, output, again=True, share=0.15)]
 
 
 def prepare(scenario: Scenario) -> None:
