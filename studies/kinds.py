@@ -49,17 +49,23 @@ READ: dict[str, Any] = {"max_length": MAX_LENGTH, "bad_rows": "skip"}
 TRAINING: dict[str, Any] = {
     "batch_size": 16, "group_by_length": True, "patience": None, "learning_rate": 3e-4, **READ,
 }  # fmt: skip
+HEADS_APART = 1000
 EPOCHS, TUNING_RATE = 3, 1e-4
 RIVALS = ("best member", "best member tuned", "uniform", "uniform tuned", "simplex", "simplex tuned")
 OURS = ("sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint")
 
 
 class Setting(NamedTuple):
-    """Kinds of the target, the members, and how many own pairs of each kind the user has."""
+    """Kinds of the target, the members, and how many own pairs of each kind the user has.
+
+    own_heads: each member's fresh head is drawn by a seed of its own, as where people train apart; else all
+    begin with the same head.
+    """
 
     target: tuple[str, ...]
     members: tuple[str, ...]
     own: int = 50
+    own_heads: bool = False
 
 
 APART = ("argued", "foreign", "shuffled")
@@ -67,6 +73,7 @@ JUDGED = ("summaries", "helpful", "foreign", "shuffled")
 CONFLICT = ("helpful", "harmless", "argued")
 SETTINGS = {
     "apart": Setting(APART, APART),
+    "own-heads": Setting(APART, APART, own_heads=True),
     "unlike": Setting(APART, (FLIPPED, "foreign", "shuffled", "helpful", "harmless", "summaries")),
     "judged": Setting(JUDGED, JUDGED),
     "conflict": Setting(CONFLICT, CONFLICT),
@@ -85,19 +92,28 @@ class Seed:
         dealt["train"][FLIPPED] = flipped(dealt["train"]["argued"], 0.3, draw)
         self.pairs = dealt
 
-    def trained(self, name: str, kinds: Sequence[str]) -> str:
-        """The base trained on the members' pairs of `kinds`."""
+    def members(self, setting: Setting) -> dict[str, str]:
+        """The setting's members by the name of their kind."""
+        numbers = {name: number for number, name in enumerate((*KINDS, FLIPPED), 1)}
+        return {
+            name: self.trained(name, [name], HEADS_APART * numbers[name] if setting.own_heads else 0)
+            for name in setting.members
+        }
+
+    def trained(self, name: str, kinds: Sequence[str], more: int = 0) -> str:
+        """The base trained on the members' pairs of `kinds`, its seed so much more than that of the data."""
         rows = [row for kind in kinds for row in self.pairs["train"][kind]]
         random.Random(self.seed).shuffle(rows)
         files = write_sets(self.home / "data", {"train": {name: rows}})
-        return self._train(self.home / name, self.base, files["train"][name], epochs=EPOCHS)
+        home = self.home / (f"{name}-own-head" if more else name)
+        return self._train(home, self.base, files["train"][name], epochs=EPOCHS, seed=self.seed + more)
 
     def tuned(self, home: Path, model: str, pairs: str) -> str:
         """`model` trained for one epoch on own pairs."""
         return self._train(home, model, pairs, epochs=1, learning_rate=TUNING_RATE)
 
     def _train(self, home: Path, model: str, pairs: str, **options: Any) -> str:
-        return once(home, train, model=model, pairs=pairs, seed=self.seed, **TRAINING | options)
+        return once(home, train, model=model, pairs=pairs, **TRAINING | {"seed": self.seed} | options)
 
     def files(self, home: Path, setting: Setting) -> dict[str, dict[str, str]]:
         """The setting's files of pairs: `test` by kind; `own`: all, and two halves."""
@@ -136,7 +152,7 @@ def accuracies(folder: Path, kinds: Sequence[str], names: Sequence[str]) -> dict
 def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     """Make every model of this setting, and measure them."""
     files = seed.files(home, setting)
-    members = {name: seed.trained(name, [name]) for name in setting.members}
+    members = seed.members(setting)
     joint = seed.trained("joint-" + "-".join(setting.members), setting.members)
     single = members | dict(merges(home, seed.base, list(members.values()), files["own"]["all"], seed.seed))
     tuned = {
