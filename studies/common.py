@@ -130,8 +130,14 @@ def interval(values: list[float], confidence: float) -> str:
     """Mean with its t-interval."""
     if len(values) < 2:
         return f"{values[0]:+.3f}"
+    mean, _, high = ends(values, confidence)
+    return f"{mean:+.3f} ± {high - mean:.3f}"
+
+
+def ends(values: list[float], confidence: float) -> tuple[float, float, float]:
+    """Mean, and low and high end of its t-interval."""
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):+.3f} ± {half:.3f}"
+    return fmean(values), fmean(values) - half, fmean(values) + half
 
 
 def options_of(what: str, output: Path, settings: Iterable[str], *folders: str) -> argparse.ArgumentParser:

@@ -30,11 +30,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from common import Measures, interval, once, options_of, recorded, write_sets
+from common import Measures, ends, interval, once, options_of, recorded, write_sets
 from frozen_layers import LowerLayers, install, upper_layers
 from kinds_data import KINDS, MAX_LENGTH, deal, flipped, sources
 from safetensors.numpy import load_file
 
+from moemerge.reports.plotting import dots
 from moemerge.stages.calibrate import calibrate
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.fit import fit_models
@@ -49,6 +50,16 @@ READ: dict[str, Any] = {"max_length": MAX_LENGTH, "bad_rows": "skip"}
 TRAINING: dict[str, Any] = {
     "batch_size": 16, "group_by_length": True, "patience": None, "learning_rate": 3e-4, **READ,
 }  # fmt: skip
+SHOWN = {
+    "best member": "best model, as it is",
+    "uniform": "average",
+    "sum": "sum of changes",
+    "uniform tuned": "average, tuned",
+    "sum tuned": "sum, tuned",
+    "fitted tuned": "fitted sum, tuned",
+    "ensemble-mean": "all models' mean score (3 x cost)",
+    "joint": "trained on all models' data",
+}
 HEADS_APART = 1000
 EPOCHS, TUNING_RATE = 3, 1e-4
 RIVALS = ("best member", "best member tuned", "uniform", "uniform tuned", "simplex", "simplex tuned")
@@ -217,6 +228,17 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
     return "\n".join([*lines, ""])
 
 
+def draw(seeds: Mapping[int, Mapping[str, Measures]], confidence: float, path: Path) -> None:
+    """Each model's mean over kinds minus that of the best rival that is no merge, with t-intervals."""
+    groups = {}
+    for model, words in SHOWN.items():
+        gains = [of[model]["mean"] - of["best member tuned"]["mean"] for of in seeds.values()]
+        groups[words] = ends(gains, confidence)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    label = "accuracy, minus the best model tuned on the own pairs"
+    dots({f"{len(seeds)} seeds": groups}, path, label)
+
+
 def remove_models(home: Path) -> None:
     """Free the disk: of a measured setting stay its files of pairs and its evaluations."""
     for weights in home.glob("*/model.safetensors"):
@@ -226,6 +248,7 @@ def remove_models(home: Path) -> None:
 def main() -> None:
     """Run every setting of every seed, and print a table per setting."""
     parser = options_of(__doc__.splitlines()[0], Path("runs/kinds"), SETTINGS, "models", "data")
+    parser.add_argument("--picture", type=Path, help="folder to draw the differences into")
     arguments = parser.parse_args()
     start = arguments.output / "upper"
     if not start.exists():
@@ -233,6 +256,8 @@ def main() -> None:
     for name in arguments.settings:
         results = {seed: of_seed(name, seed, arguments, start) for seed in arguments.seeds}
         print(table(name, results, arguments.confidence), flush=True)
+        if arguments.picture:
+            draw(results, arguments.confidence, arguments.picture / f"kinds-{name}.png")
 
 
 def of_seed(name: str, seed: int, arguments: argparse.Namespace, start: Path) -> dict[str, Measures]:
