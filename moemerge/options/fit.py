@@ -27,7 +27,8 @@ class FitSettings(Options):
     granularity: Literal["layer", "matrix", "group", "global"] = Field(
         "layer",
         description="what shares a row of coefficients: a layer; a matrix with its bias; all "
-        "layers' attention, all MLPs, the head, and the rest, each (group); everything",
+        "layers' MLPs, all layers' rest (attention, norms), the head, and what is in no layer, each (group); "
+        "everything",
     )
     initial: Literal["auto", "uniform", "usage", "usage_chosen", "one_hot"] = Field(
         "auto",

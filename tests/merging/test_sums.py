@@ -178,6 +178,24 @@ def test_stock_mergekit_makes_the_same_sum(home: Path, members: list[str], tmp_p
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "dare_ties"])
+def test_methods_of_mergekit_add_and_do_not_divide_by_the_sum(
+    method: str, home: Path, members: list[str], tmp_path: Path
+) -> None:
+    """Twice the factors, twice the change: an average would not move."""
+    moved = {}
+    for factor in (0.4, 0.8):
+        output = tmp_path / str(factor)
+        merge_models(
+            models=members, base=home / "base", output=output, coordinates="sum", method=method,
+            coefficients=[factor] * 3, parameters={} if method == "task_arithmetic" else {"density": 0.5},
+        )  # fmt: skip
+        start = weights(home / "base")
+        moved[factor] = {name: tensor - start[name] for name, tensor in weights(output).items()}
+    for name in (name for name in moved[0.4] if name != HEAD):
+        torch.testing.assert_close(moved[0.8][name], 2 * moved[0.4][name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_base_without_a_head(home: Path, members: list[str], tmp_path: Path) -> None:
     """The language model that all started from: heads are averaged, and the head of none is zero."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -40,7 +40,7 @@ class HostMethod:
         self.method = _method(name)
         self.parameters, self.coefficients, self.seed = parameters, coefficients, seed
         scopes = {p.name: p.scope for p in self.method.spec.parameters}
-        self._scope = scopes.get(WEIGHT)
+        self._scope, self._known = scopes.get(WEIGHT), scopes.keys()
         if coefficients is not None and self.weighs and WEIGHT in parameters:
             raise OptionError(
                 "weights are given twice",
@@ -87,7 +87,7 @@ class HostMethod:
         tensors = list(copies)
         ids: list[Hashable] = [SHARED] * has_shared + [*range(len(tensors) - has_shared)]
         group = TensorGroup.from_tensors(tensors, ids=ids, base_index=0 if has_shared else None, name=name)
-        parameters = {**self.parameters, **self._weights(row, ids)}
+        parameters = {**self._of_sums(), **self.parameters, **self._weights(row, ids)}
         try:
             # Seeded by the name: the draw for a tensor depends on no other, whatever the order of merging.
             with torch.random.fork_rng(), torch.no_grad():
@@ -96,6 +96,11 @@ class HostMethod:
         except (TypeError, ValueError) as error:
             raise self._refused(error, len(tensors), has_shared) from error
         return merged
+
+    def _of_sums(self) -> dict[str, bool]:
+        """normalize false where changes are added: divided by their sum, weights would be an average's."""
+        adds = self.coefficients is not None and self.coefficients.coordinates == "sum"
+        return {"normalize": False} if adds and "normalize" in self._known else {}
 
     def _weights(self, row: int | None, ids: list[Hashable]) -> dict[str, dict[Hashable, float]]:
         if self.coefficients is None or row is None or not self.weighs:
