@@ -61,9 +61,9 @@ def look_sentence(look: Mapping[str, Any]) -> str:
     mean = look["models"][f"{MARK}-mean"]
     lead, best = mean["lead"], look["taken"]
     if lead["low"] > 0:
-        said = "The models know different things: where this is so, a merge can gain"
+        said = "Together the models know more than the best of them: a merge can gain"
     elif lead["high"] < 0:
         said = "Together the models know less than the best of them: a merge will hardly gain"
     else:
-        said = "Whether the models know different things does not show in so few pairs"
+        said = "Whether together the models know more than the best of them does not show in these pairs"
     return f"{said} (mean of their scores on one scale, minus {best}: {points(lead)})."
