@@ -57,13 +57,13 @@ SHOWN = {
     "uniform tuned": "average, tuned",
     "sum tuned": "sum, tuned",
     "fitted tuned": "fitted sum, tuned",
-    "ensemble-mean": "all models' mean score (3 x cost)",
+    "ensemble-mean": "mean score (3 x cost)",
     "joint": "trained on all models' data",
 }
 HEADS_APART = 1000
 EPOCHS, TUNING_RATE = 3, 1e-4
 RIVALS = ("best member", "best member tuned", "uniform", "uniform tuned", "simplex", "simplex tuned")
-OURS = ("sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint")
+OURS = ("uniform", "uniform tuned", "sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint")
 
 
 class Setting(NamedTuple):
@@ -235,7 +235,7 @@ def draw(seeds: Mapping[int, Mapping[str, Measures]], confidence: float, path: P
         gains = [of[model]["mean"] - of["best member tuned"]["mean"] for of in seeds.values()]
         groups[words] = ends(gains, confidence)
     path.parent.mkdir(parents=True, exist_ok=True)
-    label = "accuracy, minus the best model tuned on the own pairs"
+    label = "accuracy, minus that of the best model, tuned"
     dots({f"{len(seeds)} seeds": groups}, path, label)
 
 
