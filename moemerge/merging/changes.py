@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.merging.blocks import ATTENTION, HEAD, MLP, OUTSIDE
+from moemerge.merging.experts.diversity import CHUNK, sizes_and_cosines
+from moemerge.merging.experts.report import plain
+from moemerge.merging.sources.base import MergedTensor
 from moemerge.merging.sources.models import ModelList
 from moemerge.reports.table import Table
 
 ALL = "all"
 GROUPS = (ALL, ATTENTION, MLP, HEAD, OUTSIDE)
-CHUNK = 2**20
 NOTE = (
     "size: norm of the change, as a share of the base's. cosine: of two changes; above 0 they go together, "
     "near 0 they leave each other alone, below 0 they undo each other. conflict: share of the weights that "
@@ -58,23 +60,25 @@ def measure_changes(source: ModelList) -> Changes:
             both_GNN[rows] += both_NN
             against_GNN[rows] += (both_NN - product_NN) / 2
             start_G[rows] += start_X.square().sum()
-    size_GN = gram_GNN.diagonal(dim1=1, dim2=2).sqrt()
+    size_GN, cosine_GNN = sizes_and_cosines(gram_GNN)
     there = [number for number, size in enumerate(start_G.tolist()) if size or size_GN[number].any()]
-    cosine_GNN = gram_GNN / (size_GN[:, :, None] * size_GN[:, None, :])
     shares = (size_GN / start_G.sqrt()[:, None], cosine_GNN, against_GNN / both_GNN)
     return Changes([GROUPS[number] for number in there], *(share[there] for share in shares))
 
 
-def _parts(source: ModelList, tensor: object) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(source: ModelList, tensor: MergedTensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some elements of the base, and of every model's change, in float64."""
-    copies = [matrix.flatten() for matrix in source.matrices(tensor)]  # type: ignore[arg-type]
+    copies = [matrix.flatten() for matrix in source.matrices(tensor)]
     for parts in zip(*(copy.split(CHUNK) for copy in copies), strict=True):
         start_X, *rest = (part.double() for part in parts)
         yield start_X, torch.stack(rest) - start_X
 
 
 def numbers_of(measured: Changes, names: list[str]) -> dict[str, Any]:
-    """What changes.json holds: by group, sizes by model, and cosine and conflict by pair of models."""
+    """What changes.json holds: by group, sizes by model, and cosine and conflict by pair of models.
+
+    None where there is none: beside a model that did not change, and for the size where the base has zeros.
+    """
     groups = {}
     for number, group in enumerate(measured.groups):
         groups[group] = {
@@ -82,14 +86,13 @@ def numbers_of(measured: Changes, names: list[str]) -> dict[str, Any]:
             "cosine": _pairs(measured.cosine_GNN[number], names),
             "conflict": _pairs(measured.conflict_GNN[number], names),
         }
-    return {"models": names, "groups": groups}
+    return {"models": names, "groups": plain(groups)}
 
 
-def _pairs(values_NN: Tensor, names: list[str]) -> dict[str, float | None]:
-    """Each pair's value; None where there is none."""
+def _pairs(values_NN: Tensor, names: list[str]) -> dict[str, float]:
+    """Each pair's value."""
     pairs = combinations(range(len(names)), 2)
-    values = {f"{names[i]} and {names[j]}": float(values_NN[i, j]) for i, j in pairs}
-    return {pair: value if value == value else None for pair, value in values.items()}
+    return {f"{names[i]} and {names[j]}": float(values_NN[i, j]) for i, j in pairs}
 
 
 def tables_of(numbers: dict[str, Any]) -> list[Table]:

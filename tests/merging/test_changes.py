@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,23 @@ def test_a_model_that_did_not_change_has_no_cosine(models: dict[str, Path], tmp_
     assert told["cosine"] == {"one and same": None} == told["conflict"]
     assert told["size"]["same"] == 0
     assert "one and same" in (tmp_path / "out/changes.md").read_text()
+
+
+def test_a_base_whose_head_is_missing_has_no_size_to_compare_with(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    start = load_file(models["base"] / "model.safetensors")
+    bare = shutil.copytree(models["base"], tmp_path / "bare")
+    body = {name: weight for name, weight in start.items() if group(name) != "head"}
+    save_file(body, bare / "model.safetensors", {"format": "pt"})
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    named = {"one": str(models["one"]), "other": str(models["other"])}
+    changes(models=named, base=str(bare), output=tmp_path / "out")
+    text = (tmp_path / "out/changes.json").read_text()
+    assert json.loads(text)["groups"]["head"]["size"] == {"one": None, "other": None}
+    assert "Infinity" not in text and "NaN" not in text
+    assert "inf" not in (tmp_path / "out/changes.md").read_text()
 
 
 def test_one_model_alone_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -66,12 +66,17 @@ def _from_start(copies_MX: Tensor, has_shared: bool) -> tuple[Tensor, Tensor]:
 def _updates(layers: list[int], gram_LNN: Tensor, start_L: Tensor) -> Updates:
     """Cosines, distances and sizes from the inner products <u_i, u_j> of the updates."""
     square_LN = gram_LNN.diagonal(dim1=1, dim2=2)
-    size_LN = square_LN.sqrt()
-    cosine_LNN = gram_LNN / (size_LN[:, :, None] * size_LN[:, None, :])
+    size_LN, cosine_LNN = sizes_and_cosines(gram_LNN)
     # |u_i - u_j|^2 = |u_i|^2 + |u_j|^2 - 2 <u_i, u_j>, which rounding may take just below 0. It is the
     # distance of the experts too: what they start from falls out of the difference.
     apart_LNN = (square_LN[:, :, None] + square_LN[:, None, :] - 2 * gram_LNN).clamp(min=0).sqrt()
     return Updates(layers, cosine_LNN, apart_LNN / start_L[:, None, None], size_LN / start_L[:, None])
+
+
+def sizes_and_cosines(gram_LNN: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms, [L, N], and cosines, [L, N, N], of vectors from their inner products; NaN beside a zero one."""
+    size_LN = gram_LNN.diagonal(dim1=1, dim2=2).sqrt()
+    return size_LN, gram_LNN / (size_LN[:, :, None] * size_LN[:, None, :])
 
 
 @dataclass(frozen=True)
