@@ -57,6 +57,11 @@ def _rebuild(kind: type[MoemergeError], what: str, parts: dict[str, str]) -> Moe
     return kind(what, **parts)
 
 
+def together(where: str, faults: list[MoemergeError]) -> MoemergeError:
+    """The one fault there is, or all of them as the Faults of `where`: what to raise."""
+    return faults[0] if len(faults) == 1 else Faults(where, faults)
+
+
 def few(names: Iterable[object], most: int = 4) -> str:
     """`names` in a line for people to read; of more than `most` the others are only counted."""
     shown = [str(name) for name in names]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moemerge.errors import Faults, MoemergeError, OptionError, suggest
+from moemerge.errors import MoemergeError, OptionError, suggest, together
 from moemerge.options.base import Options, Run
 
 MAX_FAULTS = 100
@@ -24,9 +24,7 @@ def parse_options(kind: type[O] | type[Options], fields: dict[str, Any], where: 
         return kind(**fields)
     except ValidationError as error:
         faults = [_fault(kind, where, *alike) for alike in _by_location(error.errors()[:MAX_FAULTS])]
-    if len(faults) == 1:
-        raise faults[0]
-    raise Faults(where, faults)
+    raise together(where, faults)
 
 
 def _by_location(errors: Sequence[Any]) -> list[tuple[Location, list[Any]]]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moemerge.errors import Faults, MoemergeError, OptionError
+from moemerge.errors import Faults, MoemergeError, OptionError, together
 from moemerge.options.base import Options, Run, input_fields
 from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
@@ -42,7 +42,7 @@ def load_recipe(
         recipe = _resolve_inputs(recipe, path.parent)
         faults = [*faults, *find_faults(recipe, dropped)]
     if faults:
-        raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
+        raise together(f"recipe {path}", faults)
     assert recipe is not None
     return recipe
 
@@ -61,9 +61,8 @@ def _combination(tree: Tree, path: Path) -> Combine:
             fix="take the other sections out: combine trains, fits and merges by the options in merges",
         )
     options = _resolved(parse_options(Combine, {**section, **rest}, MERGES), path.parent)
-    faults = list(missing_inputs(input_fields(options), MERGES))
-    if faults:
-        raise faults[0] if len(faults) == 1 else Faults(f"recipe {path}", faults)
+    if faults := list(missing_inputs(input_fields(options), MERGES)):
+        raise together(f"recipe {path}", faults)
     return options
 
 

@@ -157,8 +157,9 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
     loaded = load_recipe(recipe, overrides)
     steps = plan(loaded)
     _say("ok")
-    for line in [] if isinstance(loaded, Combine) else _doubts(loaded):
-        _say(line)
+    if not isinstance(loaded, Combine):
+        for line in _doubts(loaded):
+            _say(line)
     for step in steps:
         _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
 

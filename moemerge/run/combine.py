@@ -5,26 +5,21 @@ Candidates are made without the part of the pairs that they are judged on; then 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
-from moemerge.artifacts.disk import write_whole
-from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.origin import NoStart, common_start
-from moemerge.artifacts.stage import RECIPE_COPY, refuse_several
-from moemerge.errors import Faults
+from moemerge.artifacts.stage import refuse_several
+from moemerge.errors import together
 from moemerge.options.base import input_fields
 from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.run.combine_plan import CHOICE, Plan
 from moemerge.run.faults import missing_inputs, occupied
-from moemerge.run.steps import RunReport, Step, StepReport, alone, recover_steps, run_step, tell_versions
+from moemerge.run.steps import RunReport, Tell, alone, keep_recipe, recover_steps, run_steps, tell_versions
 
 log = logging.getLogger(__name__)
-Tell = Callable[[StepReport], None]
 
 
 def combine(options: Combine | None = None, tell: Tell | None = None, /, **fields: Any) -> RunReport:
@@ -41,19 +36,19 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
     refuse_several("combine")
     if options is None:
         options = parse_options(Combine, fields)
-    faults = [*missing_inputs(input_fields(options)), *occupied(options.output)]
-    if faults:
-        raise faults[0] if len(faults) == 1 else Faults("combine", faults)
+    if faults := [*missing_inputs(input_fields(options)), *occupied(options.output)]:
+        raise together("combine", faults)
     options = _with_base(options)
     steps = Plan(options)
     with alone(options.output):
         recover_steps(steps.trials())
-        write_whole(options.output / RECIPE_COPY, json.dumps(plain_options(options), indent=1) + "\n")
-        reports = [_told(step, options, tell) for step in steps.trials()]
+        keep_recipe(options)
+        again = "overwrite" if options.overwrite else ""
+        reports = [*run_steps(steps.trials(), tell, again)]
         taken = read_object(options.output / CHOICE / "choice.json")["taken"]
         final = list(steps.winner(taken))
         recover_steps(final)
-        reports += [_told(step, options, tell) for step in final]
+        reports += run_steps(final, tell, again)
         tell_versions(reports)
         from moemerge.run.combine_page import write_pages
 
@@ -72,10 +67,3 @@ def _with_base(options: Combine) -> Combine:
         return options
     log.info("combine: all models were trained from %s, which is the base", start)
     return options.model_copy(update={"base": str(start)})
-
-
-def _told(step: Step, options: Combine, tell: Tell | None) -> StepReport:
-    report = run_step(step, "overwrite" if options.overwrite else "")
-    if tell is not None:
-        tell(report)
-    return report

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import write_whole
-from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.manifest import written_by_stages
-from moemerge.artifacts.stage import RECIPE_COPY, refuse_several
+from moemerge.artifacts.stage import refuse_several
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.report import read_comparison, read_report
@@ -22,7 +20,16 @@ from moemerge.run.check import load_recipe
 from moemerge.run.combine import combine
 from moemerge.run.faults import find_faults
 from moemerge.run.plan import by_seed, plan
-from moemerge.run.steps import RunReport, StepReport, alone, recover_steps, run_step, tell_versions
+from moemerge.run.steps import (
+    RunReport,
+    StepReport,
+    Tell,
+    alone,
+    keep_recipe,
+    recover_steps,
+    run_steps,
+    tell_versions,
+)
 
 SUMMARY, PAGE = "summary.md", "report.html"
 
@@ -33,7 +40,7 @@ def run_recipe(
     recipe: Recipe | str | Path,
     overrides: Iterable[str] = (),
     output: str | Path | None = None,
-    tell: Callable[[StepReport], None] | None = None,
+    tell: Tell | None = None,
 ) -> RunReport:
     """Run every step of a recipe (or of the recipe file) whose output is not valid any more, in order.
 
@@ -55,14 +62,8 @@ def run_recipe(
     with alone(recipe.output):
         recover_steps(steps)
         for run in [recipe, *by_seed(recipe)]:
-            run.output.mkdir(exist_ok=True)
-            text = json.dumps(plain_options(run), indent=1, ensure_ascii=False)
-            write_whole(run.output / RECIPE_COPY, text + "\n")
-        reports = []
-        for step in steps:
-            reports.append(run_step(step))
-            if tell is not None:
-                tell(reports[-1])
+            keep_recipe(run)
+        reports = [*run_steps(steps, tell)]
         tell_versions(reports)
         return finish(recipe, reports)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover
+from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, write_whole
+from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, read_manifest
-from moemerge.artifacts.stage import refuse_added
+from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import other_versions, why_stale
 from moemerge.evaluation.report import outdated
 from moemerge.options.base import Run
+from moemerge.options.combine import Combine
+from moemerge.options.recipe import Recipe
 from moemerge.stages import STAGES
 
 LOCK = ".lock"
@@ -49,6 +53,9 @@ class StepReport:
         return dict(self.manifest["results"])
 
 
+Tell = Callable[[StepReport], None]
+
+
 @dataclass(frozen=True)
 class RunReport:
     """A finished run: folder, what became of each step, final table, pictures and page, the merged model."""
@@ -60,6 +67,22 @@ class RunReport:
     pictures: list[Path]
     page: Path
     merged: Path
+
+
+def run_steps(steps: Iterable[Step], tell: Tell | None = None, again: str = "") -> Iterator[StepReport]:
+    """Do the steps in order, as `run_step` does, and tell of each once it is done."""
+    for step in steps:
+        report = run_step(step, again)
+        if tell is not None:
+            tell(report)
+        yield report
+
+
+def keep_recipe(run: Recipe | Combine) -> None:
+    """Write what a run was started with into its folder, which it makes if need be."""
+    run.output.mkdir(exist_ok=True)
+    text = json.dumps(plain_options(run), indent=1, ensure_ascii=False)
+    write_whole(run.output / RECIPE_COPY, text + "\n")
 
 
 def run_step(step: Step, again: str = "") -> StepReport:
