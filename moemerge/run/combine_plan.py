@@ -12,6 +12,7 @@ from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
 MODEL, CARD, CHOICE, LOOK = "model", "card", "choice", "look"
+ALL, COEFFICIENTS = "all", "coefficients"  # what is made from all pairs; what a fit writes beside its merge
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Plan:
         self.merges = {n: m for n, m in MERGES.items() if options.base or not m.needs_base}
         tuned = {"all": [*self.members, *self.merges], "merges": [*self.merges], "none": []}
         self.tuned = tuned[options.tune]
-        self.sums = options.base is not None
 
     def path(self, *names: str) -> str:
         """A file or folder of the run."""
@@ -85,68 +85,67 @@ class Plan:
         yield self.step("scales", "calibrate", models=self.members, pairs=self._all_pairs(), **self.format)
         if o.base:
             yield self.step("changes", "changes", models=self.members, base=o.base)
-        yield from self._unfitted()
+        for name in self._unfitted():
+            yield self._merge(name, name)
         for part in self.parts:
-            yield self._scores(f"{part}/members", part, self._unfitted_models(), MARK)
+            yield self._scores(f"{part}/members", part, self.members | self._unfitted(), MARK)
         yield self._choice(LOOK, dict.fromkeys(self.members, AS_GIVEN), ["members"])
         for fold, part in enumerate(self.parts):
             yield from self._made_on(part, self.path("data", "folds", str(fold), "train.jsonl.gz"))
-        kinds = ["members", "made"] if self._made() else ["members"]
-        yield self._choice(CHOICE, self.ranks(), kinds)
+        yield self._choice(CHOICE, self.ranks(), ["members", "made"])
 
     def winner(self, taken: str) -> Iterator[Step]:
         """The steps that make the candidate `taken` from all pairs, and its card."""
-        start = taken.removesuffix("-tuned") if taken not in self.members else taken
+        start = taken if taken in self.members else taken.removesuffix("-tuned")
+        if start in self._fits():
+            yield self._fit(ALL, self._all_pairs())
         if start != taken:
-            yield from self._begun(start)
-            yield self._tune(MODEL, self._model_of(start), self._all_pairs())
+            if start in self._fits():
+                yield self._merge(f"{ALL}/{start}", start, ALL)
+            yield self._tune(MODEL, self._model_of(start, ALL), self._all_pairs())
         elif taken in self.members:
             weights = [float(name == taken) for name in self.members]
             yield self.step(MODEL, "merge", models=list(self.members.values()), weights=weights)
         else:
-            yield from self._fitted("all", self._all_pairs()) if self.merges[taken].fits else ()
-            yield self._merge(MODEL, taken, self.path("all", "coefficients"))
+            yield self._merge(MODEL, taken, ALL)
         yield self.step(CARD, "publish", model=self.path(MODEL))
 
-    def _begun(self, start: str) -> Iterator[Step]:
-        """A merge that is tuned, where it is not there yet."""
-        if start in self.merges and self.merges[start].fits:
-            yield from self._fitted("all", self._all_pairs())
-            yield self._merge(f"all/{start}", start, self.path("all", "coefficients"))
-
-    def _model_of(self, name: str, folder: str = "all") -> str:
+    def _model_of(self, name: str, folder: str) -> str:
+        """The member or merge `name`; a fitted one as it was made in `folder`."""
         if name in self.members:
             return self.members[name]
-        return self.path(folder, name) if self.merges[name].fits else self.path(name)
+        return self.path(folder, name) if name in self._fits() else self.path(name)
+
+    def _fits(self) -> list[str]:
+        """The merges whose coefficients are fitted to pairs."""
+        return [name for name, way in self.merges.items() if way.fits]
 
     def _all_pairs(self) -> str:
         return self.path("data", "train.jsonl.gz")
 
-    def _unfitted(self) -> Iterator[Step]:
-        for name in (name for name, way in self.merges.items() if not way.fits):
-            yield self._merge(name, name, "")
+    def _unfitted(self) -> dict[str, str]:
+        """The merges that need no pairs, with their folders."""
+        return {name: self.path(name) for name, way in self.merges.items() if not way.fits}
 
-    def _unfitted_models(self) -> dict[str, str]:
-        merges = [name for name, way in self.merges.items() if not way.fits]
-        return self.members | {name: self.path(name) for name in merges}
-
-    def _merge(self, folder: str, name: str, coefficients: str) -> Step:
+    def _merge(self, folder: str, name: str, fitted: str = "") -> Step:
+        """The merge `name`; one with fitted coefficients has those in the folder `fitted`."""
         models: dict[str, Any] = {"models": list(self.members.values())}
         if self.merges[name].fits:
+            coefficients = self.path(fitted, COEFFICIENTS)
             return self.step(folder, "merge", **models, base=self.options.base, coefficients=coefficients)
         if self.merges[name].needs_base:
             scale = self.options.scale or SCALE_OF_SUM
             models |= {"base": self.options.base, "coordinates": "sum", "scale": scale}
         return self.step(folder, "merge", **models, calibration=self.path("scales"))
 
-    def _fitted(self, folder: str, pairs: str) -> Iterator[Step]:
+    def _fit(self, folder: str, pairs: str) -> Step:
         o = self.options
         fields: dict[str, Any] = {"models": list(self.members.values()), "pairs": pairs, **self.format}
-        if self.sums:
+        if o.base:
             fields |= {"base": o.base, "coordinates": "sum", "scale": o.scale or SCALE_OF_SUM}
         # The choice among candidates is made on pairs that the fit has not seen: it needs no test of its own.
-        yield self.step(
-            f"{folder}/coefficients", "fit", **fields, calibration=self.path("scales"), level=1.0, l2=o.l2,
+        return self.step(
+            f"{folder}/{COEFFICIENTS}", "fit", **fields, calibration=self.path("scales"), level=1.0, l2=o.l2,
             granularity=o.granularity, max_epochs=o.max_epochs, sensitivity=False,
         )  # fmt: skip
 
@@ -159,18 +158,16 @@ class Plan:
 
     def _made(self) -> list[str]:
         """The candidates that are made from pairs."""
-        return [*(n for n, m in self.merges.items() if m.fits), *(f"{name}-tuned" for name in self.tuned)]
+        return [*self._fits(), *(f"{name}-tuned" for name in self.tuned)]
 
     def _made_on(self, part: str, pairs: str) -> Iterator[Step]:
         """Every candidate that is made from pairs, made from these, and their scores on the part."""
-        for name in (name for name, way in self.merges.items() if way.fits):
-            yield from self._fitted(part, pairs)
-            yield self._merge(f"{part}/{name}", name, self.path(part, "coefficients"))
+        for name in self._fits():
+            yield self._fit(part, pairs)
+            yield self._merge(f"{part}/{name}", name, part)
         for name in self.tuned:
             yield self._tune(f"{part}/{name}-tuned", self._model_of(name, part), pairs)
-        models = {name: self.path(part, name) for name in self._made()}
-        if models:
-            yield self._scores(f"{part}/made", part, models)
+        yield self._scores(f"{part}/made", part, {name: self.path(part, name) for name in self._made()})
 
     def _scores(self, folder: str, part: str, models: dict[str, str], mark: str = "") -> Step:
         fields: dict[str, Any] = {"ensemble_by": ["mean"], "calibration": self.path("scales")}
