@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Callable, Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -84,6 +85,14 @@ def measures(scores: Scores) -> Measures:
 def accuracy(scores: Any) -> float:
     """Share of pairs whose chosen answer, first of the two, scores higher."""
     return float((scores[0::2] > scores[1::2]).mean())
+
+
+def flipped(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
+    """The rows, each with its answers swapped with probability `share`."""
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if draw.random() < share else row
+        for row in rows
+    ]
 
 
 def done(home: Path, measured: Callable[[], dict[str, Measures]]) -> dict[str, Measures]:

@@ -29,9 +29,9 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common import Row, once, read, write_sets
+from common import Row, flipped, once, read, write_sets
 from frozen_layers import LowerLayers, install, upper_layers
-from real_data import Dealt, Files, Options, flipped, halves, longest, mixed, shuffled
+from real_data import Dealt, Files, Options, halves, longest, mixed, shuffled
 
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate

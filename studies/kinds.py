@@ -30,9 +30,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from common import Measures, ends, interval, once, options_of, recorded, write_sets
+from common import Measures, accuracy, ends, flipped, interval, once, options_of, recorded, write_sets
 from frozen_layers import LowerLayers, install, upper_layers
-from kinds_data import KINDS, MAX_LENGTH, deal, flipped, sources
+from kinds_data import KINDS, MAX_LENGTH, deal, sources
 from safetensors.numpy import load_file
 
 from moemerge.reports.plotting import dots
@@ -154,8 +154,7 @@ def accuracies(folder: Path, kinds: Sequence[str], names: Sequence[str]) -> dict
     tensors = load_file(folder / "scores.safetensors")
     found = {}
     for name in names:
-        scores = {kind: tensors[f"pairs/{kind}/model/{name}"] for kind in kinds}
-        by_kind = {kind: float((s[0::2] > s[1::2]).mean()) for kind, s in scores.items()}
+        by_kind = {kind: accuracy(tensors[f"pairs/{kind}/model/{name}"]) for kind in kinds}
         found[name] = {**by_kind, "mean": fmean(by_kind.values())}
     return found
 
@@ -204,8 +203,7 @@ def best_members(
     scores = load_file(folder / "scores.safetensors")
 
     def right(model: str, half: int) -> float:
-        values = scores[f"pairs/half-{half}/model/{model}"]
-        return float((values[0::2] > values[1::2]).mean())
+        return accuracy(scores[f"pairs/half-{half}/model/{model}"])
 
     plain = {name: right(name, 0) + right(name, 1) for name in members}
     after = {name: right(f"{name}-0", 1) + right(f"{name}-1", 0) for name in members}

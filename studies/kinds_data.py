@@ -148,10 +148,3 @@ def _pairs(kind: str, rows: Sequence[Row], make: Make, size: int, draw: random.R
         if len(made) == size:
             break
     return list(made.values())
-
-
-def flipped(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
-    """The rows, each with its answers swapped with probability `share`."""
-    swap = {True: ("rejected", "chosen"), False: ("chosen", "rejected")}
-    sides = [swap[draw.random() < share] for _ in rows]
-    return [{**row, "chosen": row[a], "rejected": row[b]} for row, (a, b) in zip(rows, sides, strict=True)]

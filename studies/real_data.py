@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from common import Row, once, options_of, read, write_sets
+from common import Row, flipped, once, options_of, read, write_sets
 
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate
@@ -141,14 +141,6 @@ def longest(row: Row) -> int:
 def mixed(a: Sequence[Row], b: Sequence[Row]) -> list[Row]:
     """Rows of a and b in turn."""
     return [row for both in zip(a, b, strict=True) for row in both]
-
-
-def flipped(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
-    """The rows, each with its answers swapped with probability `share`."""
-    return [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if draw.random() < share else row
-        for row in rows
-    ]
 
 
 def dealt(home: Path, data: Path, setting: Setting, seed: int) -> dict[str, Files]:

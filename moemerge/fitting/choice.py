@@ -33,12 +33,13 @@ class Judged:
 
     def of_pairs(self, chosen_P: Integers) -> Judged:
         """The same candidates on the pairs with these numbers."""
-        margins_CP, parts_P, prompts_P = (
-            self.margins_CP[:, chosen_P],
-            self.parts_P[chosen_P],
-            self.prompts_P[chosen_P],
-        )
-        return Judged(self.names, self.ranks_C, margins_CP, parts_P, prompts_P)
+        margins_CP, parts_P = self.margins_CP[:, chosen_P], self.parts_P[chosen_P]
+        return Judged(self.names, self.ranks_C, margins_CP, parts_P, self.prompts_P[chosen_P])
+
+    def first(self, count: int) -> Judged:
+        """The first so many candidates, on the same pairs."""
+        names, ranks_C, margins_CP = self.names[:count], self.ranks_C[:count], self.margins_CP[:count]
+        return Judged(names, ranks_C, margins_CP, self.parts_P, self.prompts_P)
 
     @cached_property
     def losses_CP(self) -> Floats:

@@ -94,15 +94,12 @@ class Shown:
         parts_P = self.judged.parts_P
         if len(np.unique(parts_P)) < 2:
             return None
-        taken_P = choose_in_parts(self._takeable(), self.options.level, self.options.seed)
+        candidates = self.judged.first(self.candidates)
+        taken_P = choose_in_parts(candidates, self.options.level, self.options.seed)
         right_P = self.judged.right_CP[taken_P, np.arange(len(taken_P))]
         lead_P = right_P - self.judged.right_CP[self.simplest]
         names = {int(part): self.judged.names[taken_P[parts_P == part][0]] for part in np.unique(parts_P)}
         return {"taken": list(names.values()), "accuracy": self._mean(right_P), "lead": self._mean(lead_P)}
-
-    def _takeable(self) -> Judged:
-        j, n = self.judged, self.candidates
-        return Judged(j.names[:n], j.ranks_C[:n], j.margins_CP[:n], j.parts_P, j.prompts_P)
 
 
 def sentence(numbers: Mapping[str, Any]) -> str:

@@ -46,12 +46,11 @@ def choose(options: Choose, draft: Draft) -> None:
     prompts = np.array(numbered(map(prompt_key, pairs)))
     judged = Judged(models, ranks, margins_MP, np.array(parts), prompts)
     count = len(options.ranks)
-    candidates = Judged(models[:count], ranks[:count], margins_MP[:count], judged.parts_P, prompts)
-    chosen = rule.choose(candidates, options.level, options.seed)
+    chosen = rule.choose(judged.first(count), options.level, options.seed)
     numbers = Shown(judged, count, chosen, [pair.subset for pair in pairs], options).numbers()
     write_json(draft.folder / "choice.json", numbers)
     draw(numbers, draft.folder)
-    words = [text for text in (in_parts_sentence(numbers),) if text]
+    words = list(filter(None, [in_parts_sentence(numbers)]))
     figures = [Figure.load(draft.folder / PICTURE)]
     first, *rest = tables(numbers, options.confidence)
     section = Section("Choice", words, [first, *rest], figures, lead=sentence(numbers))
@@ -94,12 +93,13 @@ def _ordered(options: Choose, scores: Mapping[str, Any]) -> list[str]:
 def _scores(options: Choose, part: str, source: Path) -> Scores:
     """Score differences of all models that an evaluation has on this part."""
     scores: Scores = {}
+    digest = fingerprint(source)["sha256"]
     for folder in options.evaluations:
         manifest = expect_stage(folder, "evaluate")
         record = manifest["inputs"].get("pairs", {}).get(part)
         if record is None:
             continue
-        if record["sha256"] != fingerprint(source)["sha256"]:
+        if record["sha256"] != digest:
             raise _other_pairs(folder, part, source)
         tensors = load_file(Path(folder) / "scores.safetensors")
         rows = tensors[f"pairs/{part}/rows"][0::2].tolist()
