@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ MANIFEST = "manifest.json"
 BY_TIME, BY_READING = "same size and time of change as in its own manifest", "read in full"
 THREADS = 4
 SMALL = 64_000_000  # bytes
+
+
+def holds_more(path: Path, most: int) -> bool:
+    """Whether more than `most` files and folders lie below `path`; a whole disk is not listed to find out."""
+    return next(islice(path.rglob("*"), most, None), None) is not None
 
 
 def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moemerge.artifacts.checksums import MANIFEST, fingerprint
+from moemerge.artifacts.checksums import MANIFEST, fingerprint, holds_more
 from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.manifest import holds_manifest, read_manifest
 from moemerge.errors import ArtifactError
@@ -53,8 +52,7 @@ def _start(model: Path) -> dict[str, Any]:
 
 
 def _is_still(path: Path, record: dict[str, Any]) -> bool:
-    recorded = record.get("files", {})
-    if next(islice(path.rglob("*"), len(recorded) + MOST_ADDED, None), None) is not None:
+    if holds_more(path, len(record.get("files", {})) + MOST_ADDED):
         return False
     try:
         refuse_foreign(path)

@@ -6,13 +6,12 @@ import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from moemerge.artifacts.checksums import MANIFEST, added, artifact_files, file_digest, is_hidden
+from moemerge.artifacts.checksums import MANIFEST, added, artifact_files, file_digest, holds_more, is_hidden
 from moemerge.artifacts.manifest import flat_inputs, holds_manifest, load_manifest, own_digest, read_manifest
 from moemerge.artifacts.weight_files import Fault, weight_faults
 from moemerge.errors import ArtifactError
@@ -97,7 +96,7 @@ class _Chain:
         if not path.is_absolute() or not (path.is_dir() or path.is_file()):
             # no stage writes such a path; a device, read for its checksum, might never end
             raise ValueError(f"input {name} is at {named[:100]!r}, no file or folder by its whole path")
-        if next(islice(path.rglob("*"), len(record["files"]) + MOST_ADDED, None), None) is not None:
+        if holds_more(path, len(record["files"]) + MOST_ADDED):
             raise ValueError(f"input {name} is at {named[:100]!r}, which holds far more files than it did")
         root = path if path.is_dir() else path.parent
         self._report(_under(root, fault) for fault in _file_faults(path, record["files"], self.digests))
