@@ -29,6 +29,7 @@ from moemerge.evaluation.measures import main_measures
 from moemerge.evaluation.page import numbers_to_see_first
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import Report, read_report
+from moemerge.evaluation.scoring_code import scoring_code, scoring_words
 from moemerge.evaluation.verdict import standing
 from moemerge.models.families.base import PREFIX
 from moemerge.options.base import Run
@@ -41,9 +42,6 @@ SHORT = 12
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "export")
 MIXTURES = (PREFIX, "qwen2_moe")
-LOADING = """from transformers import AutoModelForSequenceClassification, AutoTokenizer{extra}
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForSequenceClassification.from_pretrained("{name}")"""
 MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
 one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
 model that the mixture was made from. Its one output is the reward of prompt and answer together."""
@@ -110,7 +108,8 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     chain = ancestors(manifest)
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
-    parts = [f"# {inert_markdown(title)}", _kind(manifest, folder), _loading(title, folder)]
+    code = f"```python\n{scoring_code(title, folder)}\n```"
+    parts = [f"# {inert_markdown(title)}", _kind(manifest, folder), scoring_words(chain), code]
     parts += ["## Made from", _made_from(chain, option_classes), *_fresh_heads(chain)]
     parts += _coefficients(manifest)
     parts += _evaluation(evaluation) if evaluation else []
@@ -241,12 +240,6 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
         )
         for measure in main_measures(evaluation.report)
     ]
-
-
-def _loading(name: str, folder: Path) -> str:
-    mixture = _model_type(folder).startswith(PREFIX)
-    code = LOADING.format(name=name, extra="\nimport moemerge  # knows the model type" if mixture else "")
-    return f"```python\n{code}\n```"
 
 
 def _model_type(folder: Path) -> str:

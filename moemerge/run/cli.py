@@ -189,9 +189,11 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
 
 
 def _tell_run(report: RunReport) -> None:
+    from moemerge.evaluation.scoring_code import how_to_score
+
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
     _say(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
-    _say(f"Load the merged model:\n{_loading_lines(report.merged)}")
+    _say(how_to_score(report.merged))
 
 
 @_command
@@ -227,14 +229,6 @@ def verify(folder: Path, inputs: bool) -> int:
 def _tell_step(step: StepReport) -> None:
     what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
     _say(f"{step.name:<14} {what:>8}  {headline(step.manifest)}")
-
-
-def _loading_lines(folder: Path) -> str:
-    return (
-        "  from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
-        f'  model = AutoModelForSequenceClassification.from_pretrained("{folder}")\n'
-        f'  tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    )
 
 
 for _row in ROWS:

@@ -19,6 +19,7 @@ from moemerge import check_recipe, combine, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.errors import OptionError, UnsupportedError
+from moemerge.evaluation.scoring_code import how_to_score
 from moemerge.run import cli
 from moemerge.run.steps import RunReport
 from moemerge.stages.train import train
@@ -213,6 +214,7 @@ def test_the_command_line_does_the_same(
     shown = capsys.readouterr().out
     assert combined.verdict.splitlines()[0] in shown
     assert shown.count("skipped") == len(combined.steps)
+    assert shown.endswith(how_to_score(combined.merged) + "\n")
 
 
 def recipe_of(world: Path, **changes: Any) -> Path:

@@ -71,7 +71,7 @@ def test_card_body(run: dict[str, Path], tmp_path: Path) -> None:
     )
     text = (out / "README.md").read_text()
     assert "| layers.0 | 0.5000 | 0.2500 | 0.7500 |" in text
-    assert 'AutoModelForSequenceClassification.from_pretrained("me/ours")' in text
+    assert 'name, device = "me/ours", ' in text
     stages = [
         line.split(" | ")[0]
         for line in text.splitlines()
