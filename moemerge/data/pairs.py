@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moemerge.data.rows import BadRow, Row, Text
+from moemerge.data.rows import SHOWN, BadRow, Row, Text
 from moemerge.data.texts import encodable, is_blank, parse_text, repeats
+from moemerge.errors import DataError
 from moemerge.options.base import TextFormat
 
 LARGEST = 1e100  # its square is a number still
@@ -46,6 +48,20 @@ def prompt_key(pair: Pair) -> str:
     itself: they have the same scores, so they are no further observation.
     """
     return json.dumps(pair.prompt or (pair.chosen, pair.rejected), sort_keys=True)
+
+
+def margins_of(pairs: Sequence[Pair]) -> list[float]:
+    """The margin of each pair. One that is missing or not finite is not 0: DataError names its row."""
+    lacking = [pair.row for pair in pairs if pair.margin is None or not math.isfinite(pair.margin)]
+    if lacking:
+        more = ", ..." if len(lacking) > SHOWN else ""
+        raise DataError(
+            f"{len(lacking)} of {len(pairs)} pairs have no margin",
+            given=f"none in rows {', '.join(map(str, lacking[:SHOWN]))}{more}",
+            expected="a finite number in the column margin of every pair",
+            fix="give these rows a margin, name the column in fields (margin=NAME), or set margin to none",
+        )
+    return [pair.margin for pair in pairs if pair.margin is not None]
 
 
 def numbered(keys: Iterable[Hashable]) -> list[int]:

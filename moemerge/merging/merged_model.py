@@ -9,7 +9,6 @@ Shapes: L blocks, N weighted members (routed experts, or models), P pairs, B seq
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -23,8 +22,7 @@ from moemerge.merging import distributed
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.weight_gradients import WeightGradient
 from moemerge.models.families.dense import dense_class
-from moemerge.models.heads import output_layer
-from moemerge.models.pooling import padding, pooled_positions
+from moemerge.models.pooling import padding, pooled_positions, pooled_states
 from moemerge.models.scoring import collate, score_pairs
 
 KEPT_ON_CPU = 2**30
@@ -281,26 +279,6 @@ def _apart(copies: Sequence[Tensor], device: torch.device) -> Piece:
     copies_MX = torch.stack([copy.reshape(-1) for copy in copies]).to(device, wide)
     copies_MX[1:] -= copies_MX[0]
     return Piece(copies_MX[0], copies_MX[1:], True)
-
-
-@contextmanager
-def pooled_states(model: PreTrainedModel, positions_B: Tensor) -> Iterator[list[Tensor]]:
-    """While open, a forward pass adds the input of the reward head's last matrix for each text, [B, D].
-
-    A decoder's score is read at `positions_B`.
-    """
-    states: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        # Encoders have pooled before the head; decoders score every token, of which one counts.
-        states.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), positions_B])
-
-    handle = model.get_submodule(output_layer(model)).register_forward_pre_hook(keep)
-    try:
-        yield states
-    finally:
-        handle.remove()
 
 
 def _mapped(source: MergeSource, device: torch.device) -> bool:

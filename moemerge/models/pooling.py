@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.tokenise import Encoded
+from moemerge.models.heads import output_layer
 
 if TYPE_CHECKING:
     from moemerge.models.folder import ModelFolder
@@ -60,6 +61,37 @@ def padding(model: PreTrainedModel, texts: Sequence[Encoded]) -> Iterator[int]:
 def pooled_positions(ids_BT: Tensor, pad: int) -> Tensor:
     """Where a decoder reads scores, [B]: the last token unequal to `pad`, or the first if there is none."""
     return (torch.arange(ids_BT.shape[1], device=ids_BT.device) * (ids_BT != pad)).argmax(1)
+
+
+@contextmanager
+def pooled_states(model: PreTrainedModel, positions_B: Tensor) -> Iterator[list[Tensor]]:
+    """While open, a forward pass adds the input of the reward head's last matrix for each text, [B, D].
+
+    A decoder's score is read at `positions_B`.
+    """
+    states: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        # Encoders have pooled before the head; decoders score every token, of which one counts.
+        states.append(x if x.ndim == 2 else x[torch.arange(len(x), device=x.device), positions_B])
+
+    handle = model.get_submodule(output_layer(model)).register_forward_pre_hook(keep)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """While open, a forward pass adds the last states of the model's trunk, [B, T, D]."""
+    states: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _, inputs, output: states.append(output[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()
 
 
 def name_pad_of_fresh_head(config: PreTrainedConfig, source: ModelFolder) -> None:

@@ -52,7 +52,7 @@ def score(
         for rows in batches([len(text.ids) for text in encoded], batch_tokens):
             if on_batch is not None:
                 on_batch(rows)
-            inputs = collate([encoded[row] for row in rows], pad, _gates_by_prompt(model), model.device)
+            inputs = collate([encoded[row] for row in rows], pad, gates_by_prompt(model), model.device)
             done.append((rows, model(**inputs, **extra).logits[:, 0].float()))
             bar.update(len(rows))
         for rows, scores_B in done:
@@ -71,7 +71,8 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         start += size
 
 
-def _gates_by_prompt(model: PreTrainedModel) -> bool:
+def gates_by_prompt(model: PreTrainedModel) -> bool:
+    """Whether a MoE's gates look at prompts only: it has to be told where these end."""
     return (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
 
 

@@ -81,6 +81,24 @@ class TrainSettings(Options):
         default_factory=list,
         description="subsets of expert 0, 1, ..., and round again (default: all, by name)",
     )
+    objectives: dict[str, float] = Field(
+        default_factory=lambda: {"bradley_terry": 1.0},
+        description="what training minimises, with weights (0: left out): bradley_terry, on labels; "
+        "contrast, which tells the pairs of a batch apart by their states' differences",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="bradley_terry: share of labels that are assumed wrong"
+    )
+    margin: Literal["none", "column"] = Field(
+        "none", description="bradley_terry: margin that chosen must win by: the data's margin column"
+    )
+    center: float = Field(
+        0.0, ge=0, description="weight of mean (chosen score + rejected score)^2, which keeps scores near 0"
+    )
+    contrast_temperature: float = Field(0.05, gt=0, description="contrast: divides cosines")
+    contrast_dropout: float = Field(
+        0.1, gt=0, lt=1, description="contrast: share of a state's numbers that each of its two views lacks"
+    )
     fresh_head: bool = Field(
         False,
         description="draw a new reward head where the model's own is missing or under another name (a plain "
@@ -112,6 +130,20 @@ class TrainSettings(Options):
         if len(set(self.assign_order)) < len(self.assign_order):
             raise ValueError("assign_order names a subset twice")
         return self
+
+    @model_validator(mode="after")
+    def _objectives_make_sense(self) -> TrainSettings:
+        weights = self.objectives.values()
+        if not all(weight >= 0 for weight in weights) or not any(weights):
+            raise ValueError("objectives needs one or more with a weight above 0, and none below")
+        if (self.label_smoothing or self.margin != "none") and not self.objectives.get("bradley_terry"):
+            raise ValueError("label_smoothing and margin need bradley_terry among objectives")
+        return self
+
+    @property
+    def minimised(self) -> dict[str, float]:
+        """The objectives that take part: those whose weight is not 0."""
+        return {name: weight for name, weight in self.objectives.items() if weight}
 
     def steered(self) -> list[str]:
         """Names of the options set here that only a MoE can follow."""

@@ -53,12 +53,20 @@ def upcycle(results: Results) -> str:
 def train(results: Results) -> str:
     """Loss and accuracy on held-out pairs before and after; without such pairs the training loss."""
     before, after = results["before"], results["after"]
+    pulls = [f"{name} {value:.2g}" for name, value in _ratios(results).items()]
+    terms = f"; gradient against Bradley-Terry's: {', '.join(pulls)}" if pulls else ""
     if before is None or after is None:
-        return f"{results['steps']} steps, training loss {results['train_loss']:.4f}"
+        return f"{results['steps']} steps, training loss {results['train_loss']:.4f}{terms}"
     loss, accuracy = (f"{before[k]:.4f} -> {after[k]:.4f}" for k in ("loss", "accuracy"))
     steps = f"best at step {results['best_step']} of {results['steps']}"
     trials = f", best of {len(results['trials'])} trials" if "trials" in results else ""
-    return f"validation loss {loss}, accuracy {accuracy}, {steps}{trials}"
+    return f"validation loss {loss}, accuracy {accuracy}, {steps}{trials}{terms}"
+
+
+def _ratios(results: Results) -> dict[str, float]:
+    """How strongly each term of the training loss pulled at the start, where that is known."""
+    terms = results.get("terms", {})
+    return {n: t["gradient_ratio"] for n, t in terms.items() if t["gradient_ratio"] is not None}
 
 
 def route(results: Results) -> str:

@@ -207,7 +207,11 @@ def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
 
 
 def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
+    from moemerge.training.losses import LOSSES
+
     for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
+        for objective in section.objectives if section else ():
+            yield from _unknown(f"{name}.objectives", objective, LOSSES)
         if section and section.search and not _has_validation(recipe):
             yield _fault(
                 f"{name}.search needs validation pairs",

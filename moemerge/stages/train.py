@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from moemerge.artifacts.disk import flush_and_forget, flush_tree, size_of
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import once, workspace
+from moemerge.data.pairs import Pair, margins_of
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.errors import OptionError, UnsupportedError
@@ -41,6 +43,7 @@ from moemerge.models.token_limits import check_config
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
+from moemerge.training.losses import LOSSES
 from moemerge.training.report import report, results, standing, write_history
 
 DONE = "done.json"
@@ -97,11 +100,14 @@ class _Bench:
 
 
 def _bench(options: Train, draft: Draft) -> _Bench:
+    for name in options.objectives:
+        LOSSES.get(name)  # raises for an unknown one
     device = use_training_device(options)
     model = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)
     tokenizer = load_tokenizer(model)
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, model, tokenizer, name, draft) for name, source in sides.items()}
+    _check_margins(options, [pair.pair for pair in read["pairs"]])
     return _Bench(device, model, tokenizer, read["pairs"], read["validation"], draft)
 
 
@@ -120,6 +126,14 @@ def _read(
     check_config(model.config, texts_of(encoded))
     draft.results.setdefault("rows", {})[name] = report.summary()
     return encoded
+
+
+def _check_margins(options: Train, pairs: Sequence[Pair]) -> None:
+    """Raise DataError for margins that are to be used and lack; tell of margins that are not to be used."""
+    if options.margin == "column":
+        margins_of(pairs)
+    elif any(pair.margin is not None for pair in pairs):
+        log.warning("%s has margins, which are not used: margin column uses them", options.pairs)
 
 
 def _trials(options: Train) -> list[Train]:

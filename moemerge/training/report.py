@@ -13,7 +13,11 @@ from moemerge.artifacts.json_file import write_json
 from moemerge.options.train import Train
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.plotting import panels
+from moemerge.training.losses import CENTER, LOSSES
 
+RATIO = "_gradient_ratio"
+TERMS = tuple(f"{name}_loss" for name in (*LOSSES, CENTER))
+RATIOS = tuple(f"{name}{RATIO}" for name in (*LOSSES, CENTER))
 LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
 
 
@@ -44,20 +48,32 @@ def report(state: dict[str, Any], before: dict[str, float] | None, choose_by: st
         history = [{"step": 0, "epoch": 0.0, **start}, *history]
         best = min((e for e in history if "eval_loss" in e), key=partial(_standing_of, choose_by))
         step, after = best["step"], {"loss": best["eval_loss"], "accuracy": best["eval_accuracy"]}
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    losses, terms = [entry["loss"] for entry in history if "loss" in entry], _terms(history)
     return {
         "steps": state["global_step"],
         "best_step": step,
         "before": before,
         "after": after,
         "train_loss": losses[-1] if losses else None,
+        **({"terms": terms} if terms else {}),
         "tokens": state["num_input_tokens_seen"],
         "history": history,
     }
 
 
 def _entry(logged: dict[str, Any]) -> dict[str, Any]:
-    return {name: logged[name] for name in ("step", "epoch", *LOGGED) if name in logged}
+    return {name: logged[name] for name in ("step", "epoch", *LOGGED, *TERMS, *RATIOS) if name in logged}
+
+
+def _terms(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Each logged term's first and last loss, and how its gradient compared with Bradley-Terry's at first."""
+    terms = {}
+    for name in (*LOSSES, CENTER):
+        losses = [entry[f"{name}_loss"] for entry in history if f"{name}_loss" in entry]
+        ratios = [entry[f"{name}{RATIO}"] for entry in history if f"{name}{RATIO}" in entry]
+        if losses:
+            terms[name] = {"first": losses[0], "last": losses[-1], "gradient_ratio": (ratios or [None])[0]}
+    return terms
 
 
 def write_history(history: list[dict[str, Any]], folder: Path) -> None:
@@ -69,6 +85,8 @@ def write_history(history: list[dict[str, Any]], folder: Path) -> None:
         for title, names in pairs.items()
         if (curves := _curves(history, dict(zip(("training", "validation"), names, strict=True))))
     ]
+    if terms := _curves(history, {name.removesuffix("_loss"): name for name in TERMS}):
+        plots.append(Panel("Terms of the loss", terms, "step", "mean, without weight"))
     if plots:
         panels(plots, folder / "history.png", "Training")
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -28,18 +27,20 @@ from transformers import (
     TrainingArguments,
 )
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 from moemerge.artifacts.disk import flush, flush_tree, write_whole
-from moemerge.data.rows import SHOWN
 from moemerge.data.tokenise import EncodedPair, texts_of
-from moemerge.errors import CheckpointError, DataError, OptionError
+from moemerge.errors import CheckpointError, OptionError
 from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
-from moemerge.models.scoring import bradley_terry, score_pairs
+from moemerge.models.scoring import bradley_terry, gates_by_prompt, score_pairs
 from moemerge.options.train import Train
 from moemerge.training.callbacks import Pooling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
+from moemerge.training.losses.base import Course
+from moemerge.training.losses.mixture import Mixture
+from moemerge.training.pair_columns import PairCollator, pair_columns
 
 C = TypeVar("C", bound=TrainingArguments)
 
@@ -50,20 +51,6 @@ EVAL_TOKENS = 8192
 EVALUATIONS = 10
 LOGS_PER_EVALUATION = 10
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
-
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator, which also passes on `prompt_lengths` (chosen rows first, as the ids) and `places`."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A padded batch of both sides of each pair."""
-        batch = super().torch_call(examples)
-        if "prompt_lengths" in examples[0]:
-            lengths_P2 = torch.tensor([example["prompt_lengths"] for example in examples])
-            batch["prompt_lengths"] = lengths_P2.T.flatten()
-        if "places" in examples[0]:
-            batch["places"] = torch.tensor([example["places"] for example in examples])
-        return batch
 
 
 class PairTrainer(RewardTrainer):
@@ -87,6 +74,8 @@ class PairTrainer(RewardTrainer):
     ) -> None:
         super().__init__(**trl)
         self.groups, self.held_out, self.schedule = groups, held_out, schedule
+        self.mixture: Mixture | None = None
+        self.compared = False
         self.moe = list(moe_layers(self.model).values())
         self.remove_callback(PrinterCallback)
 
@@ -101,27 +90,55 @@ class PairTrainer(RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """One forward and backward pass; the balance loss is a mean over layers and an update's passes."""
-        # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
-        for layer in self.moe:
-            layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
         if self.schedule is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        context, places_P = self.moe[0].context, inputs.pop("places").to(self.model.device)
+            return self._step(model, inputs, *args, **kwargs)
+        context, places_P = self.moe[0].context, inputs["places"].to(self.model.device)
         context.steering = self.schedule.at(self.state.global_step, places_P)
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return self._step(model, inputs, *args, **kwargs)
         finally:
             context.steering = FREE
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """TRL's Bradley-Terry loss; besides, the mean balance loss over layers is kept for the log."""
-        result = super().compute_loss(model, *args, **kwargs)
+    def _step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.mixture is not None and self.state.global_step == 0 and not self.compared:
+            self._compare_gradients(model, self._prepare_inputs(inputs))
+        # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
+        for layer in self.moe:
+            layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's Bradley-Terry loss, or the mixture; terms and the mean balance loss are kept for the log."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics.pop("num_tokens", None)  # TRL's counter forgets the steps before a resume
+        places_P = inputs.pop("places", None)
+        if self.mixture is None:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            metrics.pop("num_tokens", None)  # TRL's counter forgets the steps before a resume
+        else:
+            batch = self.mixture.answer(model, inputs, places_P, self.state.global_step)
+            terms = self.mixture.terms(batch)
+            for name, term in terms.items():
+                metrics[f"{name}_loss"].append(term.item())
+            metrics["accuracy"].append((batch.differences_B > 0).float().mean().item())
+            result = self.mixture.total(terms)
         balance = [layer.last_balance.float() for layer in self.moe if layer.last_balance is not None]
         if balance:
             metrics["balance_loss"].append(torch.stack(balance).mean().item())
         return result
+
+    def _compare_gradients(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Log how strongly each term pulls at the trunk in the first batch; training goes on as without."""
+        assert self.mixture is not None
+        for layer in self.moe:
+            layer.balance_scale = 0.0  # else every term's gradient would hold the balance loss's
+        model.train()
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+            places_P = inputs.pop("places")
+            ratios = self.mixture.gradient_ratios(self.mixture.answer(model, inputs, places_P, 0))
+        self.compared = True
+        for name, ratio in ratios.items():
+            self._metrics["train"][f"{name}_gradient_ratio"].append(ratio)
 
     def measure(self) -> dict[str, float]:
         """Bradley-Terry loss in nats (infinite if scores are not finite) and accuracy on held-out pairs."""
@@ -185,15 +202,21 @@ def make_trainer(
 
     Raises OptionError for options of experts that the model lacks.
     """
-    gated = (getattr(model.config, "moemerge", None) or {}).get("gate") == "prompt"
+    gated = gates_by_prompt(model)
     schedule = expert_schedule(options, model, pairs)
     pad = safe_pad(model.config, texts_of([*pairs, *held_out]))
+    mixed = is_mixed(options)
     trainer = PairTrainer(
         model=model,
         args=_arguments(options, model.device, len(pairs), bool(held_out), folder),
         data_collator=PairCollator(pad_token_id=pad),
-        train_dataset=_dataset(pairs, gated, schedule is not None),
-        eval_dataset=_dataset(held_out, gated) if held_out else None,
+        train_dataset=pair_columns(
+            pairs,
+            prompts=gated or mixed,
+            places=schedule is not None or mixed,
+            margins=options.margin == "column" and not mixed,
+        ),
+        eval_dataset=pair_columns(held_out, gated) if held_out else None,
         processing_class=_with_a_pad_token(tokenizer),
         groups=_groups(options, model, roles),
         held_out=held_out,
@@ -201,7 +224,14 @@ def make_trainer(
     )
     trainer.add_callback(Pooling(pad))
     set_pad(model.config, pad)  # for what is measured before training
+    if mixed:
+        trainer.mixture = Mixture(Course(options, model, pairs, pad, folder, trainer.accelerator.autocast))
     return trainer
+
+
+def is_mixed(options: Train) -> bool:
+    """Whether anything but TRL's own Bradley-Terry loss, with margins or without, is to be minimised."""
+    return bool(options.minimised != {"bradley_terry": 1.0} or options.label_smoothing or options.center)
 
 
 def _with_a_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -230,35 +260,6 @@ def expert_schedule(
     subsets = [pair.pair.subset for pair in pairs]
     experts = assign_experts(options, subsets, layers[0].settings.num_routed_experts)
     return ExpertSchedule(options, total_steps(options, len(pairs)), experts)
-
-
-def _dataset(pairs: Sequence[EncodedPair], gated: bool, steered: bool = False) -> Dataset:
-    columns: dict[str, list[Any]] = {
-        "chosen_ids": [pair.chosen.ids for pair in pairs],
-        "rejected_ids": [pair.rejected.ids for pair in pairs],
-    }
-    columns["length"] = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
-    if any(pair.pair.margin is not None for pair in pairs):
-        columns["margin"] = _margins(pairs)
-    if gated:
-        columns["prompt_lengths"] = [[p.chosen.prompt_length, p.rejected.prompt_length] for p in pairs]
-    if steered:
-        columns["places"] = list(range(len(pairs)))
-    return Dataset.from_dict(columns)
-
-
-def _margins(pairs: Sequence[EncodedPair]) -> list[float]:
-    """The margins of pairs of which some have one. A missing one is not 0: DataError names its row."""
-    lacking = [pair.pair.row for pair in pairs if pair.pair.margin is None]
-    if lacking:
-        more = ", ..." if len(lacking) > SHOWN else ""
-        raise DataError(
-            f"{len(lacking)} of {len(pairs)} pairs have no margin",
-            given=f"none in rows {', '.join(map(str, lacking[:SHOWN]))}{more}",
-            expected="a margin in every pair, or in none",
-            fix="give these rows a margin, or leave the column out with fields margin=none",
-        )
-    return [pair.pair.margin for pair in pairs if pair.pair.margin is not None]
 
 
 def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -34,8 +35,7 @@ from tiny_models import save_dense, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.data.pairs import Pair
-from moemerge.data.tokenise import Encoded, EncodedPair
+from moemerge.data.pairs import Pair, margins_of
 from moemerge.errors import DataError, OptionError
 from moemerge.models.loading import load_reward_model
 from moemerge.models.moe import balance_loss, gate_weights, moe_layers
@@ -194,7 +194,7 @@ def test_measure_equals_brute_force_whatever_the_batches(world: Path, tmp_path: 
 
 
 def test_margins_enter_the_loss(world: Path, tmp_path: Path) -> None:
-    trainer = trainer_of(world, tmp_path, "dense", "margin")
+    trainer = trainer_of(world, tmp_path, "dense", "margin", margin="column")
     scores = score_pairs(trainer.model, trainer.processing_class, trainer.held_out, 64)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(8)])
     with torch.no_grad():
@@ -526,22 +526,21 @@ def test_diverged_training_is_refused_or_falls_back(world: Path, tmp_path: Path)
     assert losses[-1] is None and results["train_loss"] is None, "a loss that is not finite is told as none"
 
 
-def test_a_missing_margin_is_never_zero(world: Path, tmp_path: Path) -> None:
-    """All pairs have one, or none has; where some lack it their rows are named, and nothing is trained."""
-    from moemerge.training.trainer import _dataset
-
-    side, missing = Encoded([3, 4], 1), Pair("w1", "w2", "w3", row=7)
-    with_margin = EncodedPair(side, side, Pair("w1", "w2", "w3", margin=0.25, row=6))
-    without = EncodedPair(side, side, missing)
-    assert _dataset([with_margin] * 2, False)["margin"] == [0.25, 0.25]
-    assert "margin" not in _dataset([without] * 2, False).column_names
-    with pytest.raises(DataError, match=r"(?s)1 of 2 pairs have no margin.*none in rows 7\n"):
-        _dataset([with_margin, without], False)
+def test_a_missing_margin_is_never_zero(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where pairs lack one their rows are named, and nothing is trained; margins are used if asked for."""
+    pairs = [Pair("w1", "w2", "w3", margin=m, row=r) for r, m in ((6, 0.25), (7, None), (8, math.nan))]
+    assert margins_of(pairs[:1] * 2) == [0.25, 0.25]
+    with pytest.raises(DataError, match=r"(?s)2 of 3 pairs have no margin.*none in rows 7, 8\n"):
+        margins_of(pairs)
     some = [*rows(8, 4, margin=True)[:7], *rows(8, 5)[:1]]
-    write(tmp_path / "some.jsonl", some)
+    given = {"pairs": write(tmp_path / "some.jsonl", some), "max_steps": 1}
     with pytest.raises(DataError, match=r"(?s)1 of 8 pairs have no margin.*none in rows 8\n"):
-        run(world, tmp_path / "out", "dense", pairs=str(tmp_path / "some.jsonl"))
+        run(world, tmp_path / "out", "dense", margin="column", **given)
     assert not (tmp_path / "out").exists()
+    run(world, tmp_path / "out", "dense", **given)
+    assert "margins, which are not used" in caplog.text
 
 
 def test_last_checkpoint_skips_torn_ones_and_follows_a_moved_folder(tmp_path: Path) -> None:

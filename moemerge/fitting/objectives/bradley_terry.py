@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from moemerge.errors import DataError
+from moemerge.data.pairs import margins_of
 from moemerge.fitting.objectives.base import Term, of_rows
 from moemerge.fitting.targets import Targets
 from moemerge.merging.merged_model import Answers
@@ -37,13 +37,5 @@ def _margins(targets: Targets) -> Tensor | None:
         return None
     if kind == "strength":
         return targets.teacher_P
-    column = [pair.pair.margin for pair in targets.pairs]
-    lacking = [pair.pair.row for pair in targets.pairs if pair.pair.margin is None]
-    if lacking:
-        raise DataError(
-            "pairs have no margin",
-            given=f"{len(lacking)} pairs without, first in row {lacking[0]}",
-            expected="the column margin in every pair, validation pairs too",
-            fix="name the column in fields, or choose margin none or strength",
-        )
-    return torch.tensor([float(value or 0) for value in column], dtype=torch.float64)
+    margins = margins_of([pair.pair for pair in targets.pairs])
+    return torch.tensor(margins, dtype=torch.float64)

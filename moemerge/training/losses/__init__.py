@@ -1,0 +1,19 @@
+"""What training minimises, pair by pair; fitting.objectives is the twin. To add one: a file and a line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moemerge.registry import Registry
+
+if TYPE_CHECKING:
+    from moemerge.training.losses.base import MakeLoss
+
+LOSSES: Registry[MakeLoss] = Registry(
+    "objective",
+    {
+        "bradley_terry": "moemerge.training.losses.bradley_terry:bradley_terry",
+        "contrast": "moemerge.training.losses.contrast:contrast",
+    },
+)
+CENTER = "center"  # a term as well, which options.center weighs
