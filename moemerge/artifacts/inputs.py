@@ -16,7 +16,7 @@ from moemerge.artifacts.manifest import holds_manifest, read_manifest, stated_li
 from moemerge.artifacts.redaction import redact, redacted
 from moemerge.options.base import Options, Run, functions, input_fields
 
-WITHOUT_EFFECT = {"output", "overwrite", "threads"}
+WITHOUT_EFFECT = {"output", "overwrite", "threads", "cache_memory"}
 
 
 def plain_options(options: Options) -> dict[str, Any]:

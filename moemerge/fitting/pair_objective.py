@@ -57,6 +57,8 @@ class PairObjective:
         numbers = [self.train[rows[index]] for index in mine]
         # Divided by the number of all rows, not of this process's: the sum over processes is the mean then.
         scaled = weights[mine] / len(rows)
+        # All pairs make the same batches each time; some of them (Adam) new ones, which do not come again.
+        self.merged.serve(self, again=len(rows) == self.num_train)
         return self.merged.gradient(self._parts(numbers, scaled))
 
     def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:
@@ -64,6 +66,7 @@ class PairObjective:
         self.merged.merge(alpha_LN, shared_L)
         numbers = self._numbers(split)
         mine = distributed.share(len(numbers))
+        self.merged.serve(self)
         measured = self._measured([numbers[index] for index in mine])
         return Measured(*(distributed.gathered(values_P, mine, len(numbers)) for values_P in measured))
 
@@ -87,6 +90,7 @@ class PairObjective:
         held = {prompt_key(self.pairs[number].pair) for number in self.held_out}
         texts = [answer for candidates in self.candidates for answer in candidates.answers]
         size = batch_tokens(texts, self.micro_batch_size)
+        self.merged.serve(self)
         scores = score(self.merged.model, self.tokenizer, texts, size).double()
         sizes = [len(candidates.answers) for candidates in self.candidates]
         negatives = [

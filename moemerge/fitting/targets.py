@@ -60,6 +60,11 @@ class Targets:
         winner_P = (mass_PN / mass_PN.mean(0).clamp(min=1e-12)).argmax(1)
         return torch.nn.functional.one_hot(winner_P, count).double()
 
+    @property
+    def _all_own_all(self) -> bool:
+        """Whether each member answers the same batches."""
+        return not self.settings.owners and not is_moe(self.merged.source.config)
+
     @cached_property
     def of_owners(self) -> Answers:
         """What each pair's owners answer on it, the mean of several; on the CPU."""
@@ -87,6 +92,7 @@ class Targets:
             for begin in range(0, len(owned), self.settings.micro_batch_size):
                 rows = owned[begin : begin + self.settings.micro_batch_size]
                 self._become(member)  # anew each time: whoever takes the batches may merge something else
+                self.merged.serve(self, again=self._all_own_all)
                 yield member, rows, self.merged.answers([self.pairs[row] for row in rows], states=True)
 
     def _become(self, member: int) -> None:
@@ -97,6 +103,7 @@ class Targets:
 
     def _margins(self, member: int) -> Tensor:
         self._become(member)
+        self.merged.serve(self)
         return margins(self.merged.model, self.tokenizer, self.pairs, self.settings.micro_batch_size)
 
     def _moe(self) -> PreTrainedModel:

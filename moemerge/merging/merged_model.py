@@ -22,8 +22,10 @@ from moemerge.merging import distributed
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.weight_gradients import WeightGradient
 from moemerge.models.families.dense import dense_class
+from moemerge.models.frozen_layers import FrozenLayers, run_frozen_once
 from moemerge.models.pooling import padding, pooled_positions, pooled_states
 from moemerge.models.scoring import collate, score_pairs
+from moemerge.models.state_store import StateStore
 
 KEPT_ON_CPU = 2**30
 # Numbers handled at a time: what a core's cache holds of all that takes part.
@@ -73,11 +75,12 @@ class MergedModel:
 
     `model` has the dense class, in eval mode; what is not merged (all but the MLPs, for a MoE) is the
     source's and frozen. Merged tensors change by `merge` only: they ask for gradients, or `put_off` does for
-    them, but none outlives `gradient`. Averages have the members' dtype; but for rounding they are the merged
-    checkpoint's. On a CPU a MoE's experts of float32 are used where they lie, in mapped files. Other members
-    are read whenever needed, unless they take less than a gibibyte, or on a GPU half of its free memory: then
-    they are kept (`keep` decides if given). Coefficients have a row per block; `blocks` are the layers unless
-    given.
+    them, but none outlives `gradient`. A tensor in which all members are equal, as below the layers that
+    people train, is never merged anew: it is what it is, and its derivatives are 0. Averages have the
+    members' dtype; but for rounding they are the merged checkpoint's. On a CPU a MoE's experts of float32 are
+    used where they lie, in mapped files. Other members are read whenever needed, unless they take less than a
+    gibibyte, or on a GPU half of its free memory: then they are kept (`keep` decides if given). Coefficients
+    have a row per block; `blocks` are the layers unless given.
     """
 
     def __init__(
@@ -98,11 +101,13 @@ class MergedModel:
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         self._last = True
         self.rows = source.rows(source.blocks() if blocks is None else blocks)
+        self.equal: set[str] = set()
+        self.frozen: FrozenLayers | None = None
         self.model = self._build(dtype)
         columns = source.num_members + 1
         self._dots = torch.zeros(len(shared_L), columns, dtype=torch.float64, device=self.device)
         self.put_off: dict[str, WeightGradient] = {}
-        for tensor in source.tensors:
+        for tensor in self._unequal():
             self._watch(tensor.dense, self._reducer(tensor))
 
     @torch.no_grad()
@@ -111,8 +116,26 @@ class MergedModel:
         if torch.equal(alpha_LN, self.alpha_LN) and torch.equal(shared_L, self.shared_L):
             return
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
-        for tensor in self.source.tensors:
+        for tensor in self._unequal():
             self._average(tensor, self.model.get_parameter(tensor.dense))
+
+    def run_lower_layers_once(self, pair: EncodedPair, store: StateStore) -> None:
+        """From now on `store` keeps, for each batch, the states below the first layer that `merge` changes.
+
+        Results are the same bit for bit. `pair` is one to try it with: where it does not go, nothing changes.
+        """
+
+        def answers() -> list[Tensor]:
+            found = self.answers([pair], states=True)
+            assert found.states_2PD is not None
+            return [found.margins_P, found.states_2PD]
+
+        self.frozen = run_frozen_once(self.model, answers, store)
+
+    def serve(self, owner: object, again: bool = True) -> None:
+        """Say whose batches come next, and whether they come again as they are: see FrozenLayers.serve."""
+        if self.frozen is not None:
+            self.frozen.serve(owner, again)
 
     def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
         """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
@@ -129,7 +152,9 @@ class MergedModel:
             for number, part in enumerate(parts, start=1):
                 self._last = number == len(parts)
                 value = part()
-                value.backward()
+                # Where members differ in nothing that the model uses, a loss has no gradient: all are 0.
+                if value.requires_grad:
+                    value.backward()
                 loss += value.item()
         # With W = lambda S + (1 - lambda) sum_i alpha_i W_i: dL/dalpha_i = (1 - lambda) <dW, W_i>, and
         # dL/dlambda = <dW, S> - sum_i alpha_i <dW, W_i>. The dots hold <dW, W_i - W>: in the second <dW, W>
@@ -157,10 +182,14 @@ class MergedModel:
         # Copies: a view would keep its whole file mapped.
         tensors = {name: self.source.kept(name).clone() for name in self.source.backbone}
         empty = partial(torch.empty, device=self.device, dtype=self.source.dtype)
-        tensors |= {t.dense: self._average(t, empty(t.shape)).cpu() for t in self.source.tensors}
+        tensors |= {t.dense: self._average(t, empty(t.shape), first=True).cpu() for t in self.source.tensors}
         config = self.source.dense_config()
         model = dense_class(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         return cast(PreTrainedModel, torch.nn.Module.to(model.requires_grad_(False), self.device).eval())
+
+    def _unequal(self) -> list[MergedTensor]:
+        """The tensors that members differ in."""
+        return [tensor for tensor in self.source.tensors if tensor.dense not in self.equal]
 
     def matrices(self, tensor: MergedTensor) -> Iterator[Tensor]:
         """The members' copies on the device, read from disk: the shared one if any, then the N others."""
@@ -173,13 +202,17 @@ class MergedModel:
         return torch.cat([shared[None], routed]) if self.source.has_shared else routed
 
     @torch.no_grad()
-    def _average(self, tensor: MergedTensor, out: Tensor) -> Tensor:
-        """`out`, filled with the average, which has the members' dtype."""
+    def _average(self, tensor: MergedTensor, out: Tensor, first: bool = False) -> Tensor:
+        """`out`, filled with the average, which has the members' dtype; at `first` equal ones are noted."""
         weights_M, begin, out_X = self._weights(self.rows[tensor.dense]), 0, out.view(-1)
+        equal = first
         for piece in self._pieces(tensor):
             end = begin + len(piece.first_X)
             piece.average(weights_M, self.source.dtype, out_X[begin:end])
+            equal = equal and piece.is_one
             begin = end
+        if equal:
+            self.equal.add(tensor.dense)
         return out
 
     def _watch(self, name: str, reduce: Callable[[Tensor], None]) -> None:
@@ -253,6 +286,11 @@ class Piece:
     first_X: Tensor
     others_MX: Tensor
     apart: bool
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all copies are known to be equal: then `average` gives this copy whatever the weights."""
+        return self.apart and not bool(self.others_MX.any())
 
     def average(self, weights_M: Tensor, dtype: torch.dtype, out_X: Tensor) -> None:
         """Write to `out_X` the sum of all copies with weights that sum to one, rounded to `dtype`."""

@@ -106,6 +106,12 @@ class FitSettings(Options):
         1.0, gt=0, description="robust_rounds: weights are exp(loss / temperature); wrong labels gain too"
     )
     sensitivity: bool = Field(True, description="report what each layer's coefficients bring")
+    cache_memory: float = Field(
+        1.0,
+        ge=0,
+        description="GB of memory for states of the layers below the first merged one, computed once per "
+        "batch; what does not fit goes into a file beside output; 0: computed anew; the results are the same",
+    )
 
     @model_validator(mode="after")
     def _values_make_sense(self) -> FitSettings:

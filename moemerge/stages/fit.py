@@ -34,6 +34,7 @@ from moemerge.merging.sources.base import MergeSource
 from moemerge.merging.sources.open import open_source
 from moemerge.models.device import use_device
 from moemerge.models.routing import RoutingStatistics
+from moemerge.models.state_store import StateStore
 from moemerge.models.token_limits import check_config
 from moemerge.options.base import Coordinates
 from moemerge.options.fit import Fit
@@ -56,7 +57,10 @@ def fit(options: Fit, draft: Draft) -> None:
     method = METHODS.get(options.method)
     source = _opened(options)
     blocks = source.blocks(per_matrix=options.granularity in ("matrix", "group"))
-    outcome = method(_problem(options, source, blocks, _Data(options, source, blocks, device, draft)))
+    with StateStore(draft.folder, options.cache_memory * 1e9) as store:
+        outcome = method(
+            _problem(options, source, blocks, _Data(options, source, blocks, device, draft, store))
+        )
     meta = {
         "method": options.method,
         "shared_weight": str(options.shared_weight),
@@ -167,9 +171,16 @@ class _Data:
     """Merged model and pairs, made when a method asks for them; a summary of rows goes into the draft."""
 
     def __init__(
-        self, options: Fit, source: MergeSource, blocks: list[str], device: torch.device, draft: Draft
+        self,
+        options: Fit,
+        source: MergeSource,
+        blocks: list[str],
+        device: torch.device,
+        draft: Draft,
+        store: StateStore,
     ) -> None:
         self.options, self.source, self.blocks, self.device = options, source, blocks, device
+        self.store = store
         self.rows: dict[str, Any] = draft.results.setdefault("rows", {}) if options.pairs else {}
 
     @cached_property
@@ -178,7 +189,11 @@ class _Data:
         alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
         shared_L = torch.zeros(shape[0], dtype=torch.float64)
         dtype = torch.promote_types(self.source.dtype, torch.float32)
-        return MergedModel(self.source, alpha_LN, shared_L, self.device, dtype, self.blocks)
+        merged = MergedModel(self.source, alpha_LN, shared_L, self.device, dtype, self.blocks)
+        if self.options.cache_memory:
+            shortest = min(self.split[0], key=lambda pair: len(pair.chosen.ids) + len(pair.rejected.ids))
+            merged.run_lower_layers_once(shortest, self.store)
+        return merged
 
     @cached_property
     def split(self) -> tuple[list[EncodedPair], list[int], list[int]]:
