@@ -9,8 +9,7 @@ from moemerge.data.rows import BadRows, RowSummary
 from moemerge.evaluation import protocol, verdict
 from moemerge.evaluation.main_table import main_table
 from moemerge.evaluation.probes import PROBES
-from moemerge.evaluation.report import ModelFacts, Report, confidence
-from moemerge.models.cost import COSTS
+from moemerge.evaluation.report import COSTS, ModelFacts, Report, confidence
 from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section
 from moemerge.reports.table import Table, percent

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from moemerge.data.rewardbench import truncation_side
 from moemerge.evaluation.report import ModelProtocol, Protocol, SetProtocol
-from moemerge.evaluation.sets import EvaluationSet
 from moemerge.options.evaluate import Evaluate
 from moemerge.reports.table import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moemerge.evaluation.sets import EvaluationSet
 
 PLAIN, CHAT = "plain text: prompt + answer + EOS", "chat template, without a generation prompt"
 LINES = "plain text: turns joined by newlines + EOS"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 # Raised whenever something that is read again changes its name or meaning; versions before 2 wrote no number.
 FORMAT = 2
 NAMES = {"evaluate": "report.json", "compare": "compare.json"}
+# What a model costs (models/cost.py counts it), as tables call it.
+COSTS: dict[Literal["parameters", "active_parameters", "flops_per_token"], str] = {
+    "parameters": "parameters",
+    "active_parameters": "used per token",
+    "flops_per_token": "FLOPs per token",
+}
 
 # "class" is a word of Python, so this one cannot be written as a class.
 ModelFacts = TypedDict(

@@ -7,12 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from moemerge.data import reading as data
 from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key, value_of
@@ -31,6 +30,9 @@ from moemerge.evaluation.probes.base import (
 from moemerge.evaluation.probes.edits import encode_edits, make_edits, some_pairs
 from moemerge.options.evaluate import Evaluate
 from moemerge.reports.statistics import Floats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Literal
 
 import torch
 from torch import nn
@@ -11,13 +10,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.moe import moe_layers
-
-# What `cost` counts, as tables call it.
-COSTS: dict[Literal["parameters", "active_parameters", "flops_per_token"], str] = {
-    "parameters": "parameters",
-    "active_parameters": "used per token",
-    "flops_per_token": "FLOPs per token",
-}
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:

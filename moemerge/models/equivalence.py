@@ -5,16 +5,18 @@ B sequences, T tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from moemerge.data.tokenise import Encoded
 from moemerge.errors import CheckpointError
 from moemerge.models.pooling import named_pad, padding
 from moemerge.models.scoring import collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 

@@ -9,11 +9,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from moemerge.errors import CheckpointError, few
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from moemerge.models.folder import ModelFolder
 
 # Heads of language models: left over, rightly, when a base model becomes a reward model.

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.tokenise import Encoded
 from moemerge.models.heads import output_layer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
     from moemerge.models.folder import ModelFolder
 
 

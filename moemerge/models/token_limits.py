@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from moemerge.data.tokenise import Encoded
 from moemerge.errors import CheckpointError, DataError
 from moemerge.models.families.dense import dense_class, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 

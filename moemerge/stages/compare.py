@@ -19,8 +19,7 @@ from moemerge.artifacts.manifest import expect_stage, written_by_stages
 from moemerge.artifacts.stage import RECIPE_COPY, Draft, stage
 from moemerge.errors import ArtifactError, unknown
 from moemerge.evaluation import verdict
-from moemerge.evaluation.report import FORMAT, SeedComparison, SeedGroup, SeedNumbers, read_report
-from moemerge.models.cost import COSTS
+from moemerge.evaluation.report import COSTS, FORMAT, SeedComparison, SeedGroup, SeedNumbers, read_report
 from moemerge.options.compare import Compare
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line, Panel

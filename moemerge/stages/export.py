@@ -17,9 +17,7 @@ from tqdm.auto import tqdm
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
 from moemerge.merging.coefficients import Coefficients
-from moemerge.merging.qwen2_moe import write_native
 from moemerge.merging.sources.base import MergeSource
-from moemerge.merging.sources.models import ModelList
 from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.models.device import use_device
@@ -46,6 +44,8 @@ def export(options: Export, draft: Draft) -> None:
     """
     use_device(options)
     if options.form == "qwen2_moe":
+        from moemerge.merging.qwen2_moe import write_native  # imports transformers
+
         write_native(options, draft)
     else:
         _write_experts(options, draft)
@@ -56,7 +56,7 @@ def _write_experts(options: Export, draft: Draft) -> None:
     source = open_source(options, coefficients)
     if coefficients is not None:
         source.check_fit(coefficients)
-    to_write = [member for member, folder in enumerate(_references(source)) if folder is None]
+    to_write = [member for member, folder in enumerate(source.references()) if folder is None]
     draft.reserve(source.size(source.dtype, copies=len(to_write)) if to_write else 0)
     _write_members(draft.folder, source, to_write, options.shard_size)
     if coefficients is not None:
@@ -69,23 +69,13 @@ def _write_experts(options: Export, draft: Draft) -> None:
     draft.results |= {"models": names, "merged_tensors": len(source.tensors)}
 
 
-def _references(source: MergeSource) -> list[Path | None]:
-    """The folder that each member is already a reward model in; None where it must be written."""
-    if not isinstance(source, ModelList):
-        return [None] * len(source.member_names)
-    return [
-        None if source.converted(member) else model.folder.absolute()
-        for member, model in enumerate(source.models)
-    ]
-
-
 def linear_config(source: MergeSource, coefficients: Coefficients, folder: Path) -> dict[str, Any]:
     """A mergekit configuration, method linear, of the members, `folder` being where export writes them.
 
     In merged tensors each model has its coefficient, by block; elsewhere the first model has 1, the others 0.
     """
     names = source.member_names
-    folders = [known or folder / name for known, name in zip(_references(source), names, strict=True)]
+    folders = [known or folder / name for known, name in zip(source.references(), names, strict=True)]
     filters = _filters(source, coefficients)
     models = []
     for member, member_folder in enumerate(folders):
@@ -167,7 +157,5 @@ def _write_part(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_size:
 def _write_model(folder: Path, source: MergeSource, parts: list[Path]) -> None:
     folder.mkdir()
     link_checkpoint(folder, parts)
-    config = source.dense_config()
-    config.dtype = source.dtype
-    config.save_pretrained(folder)
+    source.write_config(folder, source.dtype)
     source.write_side_files(folder)

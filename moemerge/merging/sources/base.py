@@ -111,6 +111,10 @@ class MergeSource(ABC):
         """What coefficients keep of the source they were made for: model, its fingerprint; scope; head."""
         return {"model": self.fingerprint, "scope": "mlp"}
 
+    def references(self) -> list[Path | None]:
+        """Where each of `member_names` is a reward model as it takes part; None where it is in no folder."""
+        return [None] * len(self.member_names)
+
     def names(self) -> list[str]:
         """All tensors of the merged model, in the order of its class."""
         from moemerge.models.families.dense import skeleton

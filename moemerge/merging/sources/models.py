@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import CheckpointError, UnsupportedError
@@ -29,6 +28,9 @@ from moemerge.models.heads import output_names
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.pooling import named_pad, reads_before_the_end
 from moemerge.options.base import Coordinates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +169,13 @@ class ModelList(MergeSource):
         """Whether this model takes part as something else than the reward model on disk."""
         scaled = self.scales is not None and member >= self.has_shared
         return scaled or bool(self.models[member].lacks) or self.vocabulary is not None
+
+    def references(self) -> list[Path | None]:
+        """The models' own folders, but for those that are converted."""
+        return [
+            None if self.converted(member) else model.folder.absolute()
+            for member, model in enumerate(self.models)
+        ]
 
     def dense_config(self) -> PreTrainedConfig:
         """The first model's config, with the common vocabulary."""
