@@ -23,16 +23,17 @@ thread.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from common import Measures, accuracy, ends, flipped, interval, once, options_of, recorded, write_sets
 from frozen_layers import LowerLayers, install, upper_layers
-from kinds_data import KINDS, MAX_LENGTH, deal, sources
+from kinds_data import KINDS, MAX_LENGTH, candidate_sets, deal, sources
 from safetensors.numpy import load_file
 
 from moemerge.reports.plotting import dots
@@ -61,6 +62,7 @@ SHOWN = {
     "joint": "trained on all models' data",
 }
 HEADS_APART = 1000
+GAP = "gap area"
 EPOCHS, TUNING_RATE = 3, 1e-4
 RIVALS = ("best member", "best member tuned", "uniform", "uniform tuned", "simplex", "simplex tuned")
 OURS = ("uniform", "uniform tuned", "sum", "sum tuned", "fitted", "fitted tuned", "ensemble-mean", "joint")
@@ -70,13 +72,14 @@ class Setting(NamedTuple):
     """Kinds of the target, the members, and how many own pairs of each kind the user has.
 
     own_heads: each member's fresh head is drawn by a seed of its own, as where people train apart; else all
-    begin with the same head.
+    begin with the same head. best_of_n: whether best of n is measured on the summaries' texts too.
     """
 
     target: tuple[str, ...]
     members: tuple[str, ...]
     own: int = 50
     own_heads: bool = False
+    best_of_n: bool = False
 
 
 APART = ("argued", "foreign", "shuffled")
@@ -86,7 +89,7 @@ SETTINGS = {
     "apart": Setting(APART, APART),
     "own-heads": Setting(APART, APART, own_heads=True),
     "unlike": Setting(APART, (FLIPPED, "foreign", "shuffled", "helpful", "harmless", "summaries")),
-    "judged": Setting(JUDGED, JUDGED),
+    "judged": Setting(JUDGED, JUDGED, best_of_n=True),
     "conflict": Setting(CONFLICT, CONFLICT),
     **{f"apart-{own}": Setting(APART, APART, own) for own in (20, 150, 500)},
     **{f"members-{m}": Setting(tuple(KINDS)[:m], tuple(KINDS)[:m]) for m in (2, 4, 6, 8)},
@@ -102,6 +105,8 @@ class Seed:
         dealt = deal(sources(arguments.data, arguments.models / "minilm"), SIZES, draw)
         dealt["train"][FLIPPED] = flipped(dealt["train"]["argued"], 0.3, draw)
         self.pairs = dealt
+        tests = dealt["test"]["summaries"]
+        self.candidates = candidate_sets(arguments.data, arguments.models / "minilm", tests)
 
     def members(self, setting: Setting) -> dict[str, str]:
         """The setting's members by the name of their kind."""
@@ -113,11 +118,16 @@ class Seed:
 
     def trained(self, name: str, kinds: Sequence[str], more: int = 0) -> str:
         """The base trained on the members' pairs of `kinds`, its seed so much more than that of the data."""
+        home = self.home / (f"{name}-own-head" if more else name)
+        return self._train(
+            home, self.base, self.training_pairs(name, kinds), epochs=EPOCHS, seed=self.seed + more
+        )
+
+    def training_pairs(self, name: str, kinds: Sequence[str]) -> str:
+        """The file `name` of the members' pairs of `kinds`, in the seed's order."""
         rows = [row for kind in kinds for row in self.pairs["train"][kind]]
         random.Random(self.seed).shuffle(rows)
-        files = write_sets(self.home / "data", {"train": {name: rows}})
-        home = self.home / (f"{name}-own-head" if more else name)
-        return self._train(home, self.base, files["train"][name], epochs=EPOCHS, seed=self.seed + more)
+        return write_sets(self.home / "data", {"train": {name: rows}})["train"][name]
 
     def tuned(self, home: Path, model: str, pairs: str) -> str:
         """`model` trained for one epoch on own pairs."""
@@ -131,7 +141,9 @@ class Seed:
         own = [row for kind in setting.target for row in self.pairs["own"][kind][: setting.own]]
         random.Random(self.seed).shuffle(own)
         test = {kind: self.pairs["test"][kind] for kind in setting.target}
-        return write_sets(home, {"test": test, "own": {"all": own, "half-0": own[0::2], "half-1": own[1::2]}})
+        candidates = {"summaries": self.candidates} if setting.best_of_n else {}
+        halves = {"half-0": own[0::2], "half-1": own[1::2]}
+        return write_sets(home, {"test": test, "own": {"all": own, **halves}, "candidates": candidates})
 
 
 def merges(home: Path, base: str, models: Sequence[str], own: str, seed: int) -> Iterator[tuple[str, str]]:
@@ -159,6 +171,16 @@ def accuracies(folder: Path, kinds: Sequence[str], names: Sequence[str]) -> dict
     return found
 
 
+def gap_areas(folder: Path, sets: Iterable[str]) -> dict[str, float]:
+    """Over-optimisation by best of n, of every model of an evaluation: between promise and gold, over KL."""
+    if not sets:
+        return {}
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    (name,) = sets
+    models = report["probes"]["best_of_n"]["sets"][name]["models"]
+    return {model: curves["gap_area"] for model, curves in models.items()}
+
+
 def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     """Make every model of this setting, and measure them."""
     files = seed.files(home, setting)
@@ -172,10 +194,12 @@ def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     models = single | tuned | {"joint": joint}
     once(
         home / "evaluation", evaluate, models=models, ensembles={"ensemble": list(members)},
-        pairs=files["test"], ensemble_by=["mean"], calibration=str(home / "scales"), seed=seed.seed,
-        resamples=100, **READ,
+        pairs=files["test"], candidates=files["candidates"], ensemble_by=["mean"],
+        calibration=str(home / "scales"), seed=seed.seed, resamples=100, **READ,
     )  # fmt: skip
     found = accuracies(home / "evaluation", setting.target, [*models, "ensemble-mean"])
+    for name, gap in gap_areas(home / "evaluation", files["candidates"]).items():
+        found[name][GAP] = gap
     plain, after = best_members(home, seed, members, files["own"])
     oracle = max((f"{name} tuned" for name in members), key=lambda name: found[name]["mean"])
     judges = {name.removesuffix("-flipped"): name for name in members}
@@ -213,16 +237,18 @@ def best_members(
 def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: float) -> str:
     """Means over seeds, and paired differences of sum and fitted, tuned or not, to the rivals."""
     columns = list(next(iter(seeds.values()))["joint"])
+    nowhere = {GAP: float("nan")}  # a router that is told each pair's kind ranks no candidates
     lines = [f"### {name}: seeds {', '.join(map(str, seeds))}", "", "| model | " + " | ".join(columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
     for model in next(iter(seeds.values())):
-        means = [fmean(of[model][column] for of in seeds.values()) for column in columns]
+        means = [fmean((nowhere | of[model])[column] for of in seeds.values()) for column in columns]
         lines.append(f"| {model} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
-    lines += ["", f"Mean over kinds, minus; t-intervals of {confidence:.1%} over seeds", ""]
-    lines += ["| | " + " | ".join(RIVALS) + " |", "| --- |" + " ---: |" * len(RIVALS)]
-    for ours in OURS:
-        gains = [[of[ours]["mean"] - of[rival]["mean"] for of in seeds.values()] for rival in RIVALS]
-        lines.append(f"| {ours} | " + " | ".join(interval(gain, confidence) for gain in gains) + " |")
+    for column in [column for column in columns if column in ("mean", GAP)]:
+        lines += ["", f"{column}, minus; t-intervals of {confidence:.1%} over seeds", ""]
+        lines += ["| | " + " | ".join(RIVALS) + " |", "| --- |" + " ---: |" * len(RIVALS)]
+        for ours in OURS:
+            gains = [[of[ours][column] - of[rival][column] for of in seeds.values()] for rival in RIVALS]
+            lines.append(f"| {ours} | " + " | ".join(interval(gain, confidence) for gain in gains) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -239,7 +265,7 @@ def draw(seeds: Mapping[int, Mapping[str, Measures]], confidence: float, path: P
 
 def remove_models(home: Path) -> None:
     """Free the disk: of a measured setting stay its files of pairs and its evaluations."""
-    for weights in home.glob("*/model.safetensors"):
+    for weights in list(home.rglob("model.safetensors")):
         shutil.rmtree(weights.parent)
 
 

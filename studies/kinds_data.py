@@ -91,18 +91,41 @@ def _replies(data: Path) -> list[Row]:
 def _summaries(data: Path) -> list[Row]:
     """SummEval: two summaries of a text whose scores differ by half a point; of the text its first words."""
     rows = []
-    for text in read(data / "summ_human_bon/candidates.jsonl.gz"):
-        if text["subset"] != "SummEval":
-            continue
+    for text in _summeval(data):
         ranked = sorted(text["candidates"], key=lambda candidate: -candidate["score"])
-        prompt = "Summary: " + " ".join(text["prompt"].split()[:25]) + "\n"
         rows += [
-            {"prompt": prompt, "chosen": a["text"], "rejected": b["text"], "group": text["id"]}
+            {"prompt": text["prompt"], "chosen": a["text"], "rejected": b["text"], "group": text["id"]}
             for a in ranked
             for b in ranked
             if a["score"] >= b["score"] + 0.5
         ]
     return rows
+
+
+def _summeval(data: Path) -> list[Row]:
+    """Texts with all their summaries, each with its mean rating; the prompt is the text's first words."""
+    return [
+        {**text, "prompt": "Summary: " + " ".join(text["prompt"].split()[:25]) + "\n"}
+        for text in read(data / "summ_human_bon/candidates.jsonl.gz")
+        if text["subset"] == "SummEval"
+    ]
+
+
+def candidate_sets(data: Path, tokenizer: Path, pairs: Sequence[Row]) -> list[Row]:
+    """The texts that `pairs` of summaries ask about, each with all its summaries of at most 128 tokens."""
+    prompts, length = {row["prompt"] for row in pairs}, AutoTokenizer.from_pretrained(tokenizer)
+
+    def fits(prompt: str, text: str) -> bool:
+        return len(length(prompt + text, verbose=False)["input_ids"]) <= MAX_LENGTH
+
+    return [
+        {
+            "prompt": text["prompt"],
+            "candidates": [one for one in text["candidates"] if fits(text["prompt"], one["text"])],
+        }
+        for text in _summeval(data)
+        if text["prompt"] in prompts
+    ]
 
 
 def _short(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
