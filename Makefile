@@ -1,10 +1,15 @@
-# make demo: install into .venv and run the quickstart. make test: install with the test extra, check everything.
+# make demo: install into .venv, run the quickstart, combine models trained apart. make test: install with the test extra, check everything.
 # make torture: kills, full disks, failing writes, mutated inputs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find moemerge merge_configs -name '*.py' -o -name '*.yml' -o -name '*.jinja')
+
+WORLD := runs/quickstart/synthetic
+APART := runs/quickstart-apart
+MEMBERS := $(addprefix $(APART)/,explain plan story)
+TRAIN = $(BIN)/moemerge train --learning-rate 1e-3 --batch-size 32 --max-length 64 --patience none --threads 1 --quiet
 
 # Run a second time as if on another processor, where sums of MKL have other last bits.
 NUMERICAL := $(addprefix tests/,models/test_moe.py models/test_routing.py models/test_scoring.py \
@@ -15,6 +20,16 @@ NUMERICAL := $(addprefix tests/,models/test_moe.py models/test_routing.py models
 
 demo: $(VENV)/.installed
 	$(BIN)/moemerge run merge_configs/quickstart.yml
+	$(MAKE) $(MEMBERS)
+	$(BIN)/moemerge combine $(MEMBERS) --base $(APART)/start --pairs $(WORLD)/data/own.jsonl.gz \
+		--learning-rate 3e-4 --batch-size 16 --max-length 64 --output $(APART)/best --threads 1
+
+# Models trained apart: each on the pairs of one regime of the quickstart's world, from one start.
+$(APART)/start:
+	$(TRAIN) --model $(WORLD)/model --pairs $(WORLD)/data/regimes/advise.jsonl.gz --max-steps 60 --output $@
+
+$(MEMBERS): | $(APART)/start
+	$(TRAIN) --model $(APART)/start --pairs $(WORLD)/data/regimes/$(@F).jsonl.gz --epochs 3 --output $@
 
 test: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -41,7 +56,7 @@ versions: $(VENV)/.test-installed
 	$(BIN)/python tests/promises/check_versions.py
 
 clean:
-	rm -rf $(VENV) build dist runs/quickstart *.egg-info
+	rm -rf $(VENV) build dist runs/quickstart runs/quickstart-apart *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moemerge needs Python 3.10 or newer")'

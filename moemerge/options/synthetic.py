@@ -13,6 +13,11 @@ class SyntheticSettings(Options):
     train_pairs: int = Field(5000, ge=10, description="training pairs")
     validation_pairs: int = Field(600, ge=10, description="held-out pairs for early stopping and fitting")
     test_pairs: int = Field(2000, ge=10, description="test pairs, in and out of distribution each")
+    own_pairs: int = Field(
+        500,
+        ge=10,
+        description="pairs with true labels of three of the four regimes, to combine models trained apart",
+    )
     prompts: int = Field(100, ge=2, description="prompts with candidate answers")
     candidates: int = Field(256, ge=2, description="answers per prompt for best-of-n")
     label_noise: float = Field(

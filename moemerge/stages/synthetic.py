@@ -11,7 +11,7 @@ import numpy as np
 
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.rows import Row, write_rows
-from moemerge.data.world import SHIFTED, TRAINING, VOCABULARY, WIDE, candidate_rows, pair_rows
+from moemerge.data.world import REGIMES, SHIFTED, TRAINING, VOCABULARY, WIDE, candidate_rows, pair_rows
 from moemerge.options.synthetic import Synthetic
 
 
@@ -21,7 +21,9 @@ def write_world(options: Synthetic, draft: Draft) -> None:
 
     model/ loads with transformers' Auto classes. data/ is laid out as the stage data does it: train and
     validation .jsonl.gz with noisy labels, tests/in_distribution and tests/out_of_distribution with true
-    ones, candidates/wide with gold scores; `subset` is the regime.
+    ones, candidates/wide with gold scores; `subset` is the regime. For models trained apart there are
+    regimes/NAME, the training pairs of one regime each, and own, pairs with true labels of all regimes but
+    the last, which is left to what these models start from.
     """
     rngs = (np.random.default_rng([options.seed, part]) for part in itertools.count())
     sets: dict[str, Iterable[Row]] = {
@@ -30,10 +32,23 @@ def write_world(options: Synthetic, draft: Draft) -> None:
         "tests/in_distribution": pair_rows(next(rngs), TRAINING, options.test_pairs, 0.0),
         "tests/out_of_distribution": pair_rows(next(rngs), SHIFTED, options.test_pairs, 0.0),
         "candidates/wide": candidate_rows(next(rngs), WIDE, options.prompts, options.candidates),
+        "own": _own_pairs(next(rngs), options.own_pairs),
     }
+    sets |= _by_regime(sets["train"])
     files = {name: draft.folder / "data" / f"{name}.jsonl.gz" for name in sets}
     draft.results["sizes"] = {name: write_rows(files[name], rows) for name, rows in sets.items()}
     _write_model(options, draft.folder / "model")
+
+
+def _own_pairs(rng: np.random.Generator, count: int) -> list[Row]:
+    """`count` pairs with true labels, of any regime but the last."""
+    rows = pair_rows(rng, TRAINING, 4 * count, 0.0)
+    return [row for row in rows if row["subset"] != REGIMES[-1]][:count]
+
+
+def _by_regime(rows: Iterable[Row]) -> dict[str, Iterable[Row]]:
+    """The rows of each regime, as the set regimes/NAME."""
+    return {f"regimes/{name}": [row for row in rows if row["subset"] == name] for name in REGIMES}
 
 
 def _write_model(options: Synthetic, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.pairs import Pair
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.world import (
     CONTENT,
@@ -37,7 +38,10 @@ from moemerge.errors import DataError
 from moemerge.options.base import TextFormat
 from moemerge.stages.synthetic import write_world
 
-SMALL = {"train_pairs": 60, "validation_pairs": 20, "test_pairs": 30, "prompts": 3, "candidates": 8}
+SMALL = {
+    "train_pairs": 60, "validation_pairs": 20, "test_pairs": 30, "own_pairs": 12, "prompts": 3,
+    "candidates": 8,
+}  # fmt: skip
 # The kind that should follow kinds 0, 1, 2, 3 in each regime, read off the cycles by hand.
 FOLLOWS = {
     "explain": {0: 1, 1: 2, 2: 3, 3: 0},
@@ -167,9 +171,10 @@ def test_world_on_disk(tmp_path: Path) -> None:
     out = write_world(output=tmp_path / "world", label_noise=0.2, **SMALL)
     sizes = {
         "train": 60, "validation": 20, "tests/in_distribution": 30,
-        "tests/out_of_distribution": 30, "candidates/wide": 3,
+        "tests/out_of_distribution": 30, "candidates/wide": 3, "own": 12,
     }  # fmt: skip
-    assert read_manifest(out)["results"]["sizes"] == sizes
+    written = read_manifest(out)["results"]["sizes"]
+    assert sizes == {name: size for name, size in written.items() if not name.startswith("regimes/")}
     for name, size in sizes.items():
         read = read_candidates if name.startswith("candidates") else read_pairs
         rows, report = read(str(out / "data" / f"{name}.jsonl.gz"), TextFormat())
@@ -177,6 +182,23 @@ def test_world_on_disk(tmp_path: Path) -> None:
         assert {row.subset for row in rows} <= set(REGIMES)
     sets, _ = read_candidates(str(out / "data/candidates/wide.jsonl.gz"), TextFormat())
     assert [len(one.texts) for one in sets] == [8, 8, 8]
+
+
+def test_pairs_for_models_trained_apart(tmp_path: Path) -> None:
+    out = write_world(output=tmp_path / "world", label_noise=0.4, **SMALL) / "data"
+
+    def pairs(name: str) -> list[Pair]:
+        return read_pairs(str(out / f"{name}.jsonl.gz"), TextFormat())[0]
+
+    by_regime = {name: pairs(f"regimes/{name}") for name in REGIMES}
+    train = pairs("train")
+    assert sum(map(len, by_regime.values())) == len(train) == 60
+    for name, mine in by_regime.items():
+        assert [pair.chosen for pair in mine] == [pair.chosen for pair in train if pair.subset == name]
+    own = pairs("own")
+    assert {pair.subset for pair in own} == set(REGIMES[:-1])
+    # 40 % of the training labels are flipped, and none of these.
+    assert all(gold_reward(p.prompt, p.chosen) > gold_reward(p.prompt, p.rejected) for p in own)
 
 
 def test_model_loads_with_the_auto_classes_and_knows_every_word(tmp_path: Path) -> None:
@@ -204,7 +226,7 @@ def test_seed_decides_everything(tmp_path: Path) -> None:
         }
 
     first, same, other = files("a", 1), files("b", 1), files("c", 2)
-    assert len(first) == 6 and first == same
+    assert len(first) == 11 and first == same
     assert all(first[name] != other[name] for name in first)
 
 
