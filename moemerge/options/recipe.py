@@ -22,7 +22,15 @@ from moemerge.options.synthetic import SyntheticSettings
 from moemerge.options.train import TrainSettings
 from moemerge.options.upcycle import UpcycleSettings
 
-WITH_INPUTS = ("data", "sample", "evaluate", "optimise")  # sections that may name files and models
+WITH_INPUTS = (
+    "data",
+    "base",
+    "train",
+    "control",
+    "sample",
+    "evaluate",
+    "optimise",
+)  # sections that may name files and models
 
 
 class Recipe(Options):

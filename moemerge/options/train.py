@@ -83,7 +83,8 @@ class TrainSettings(Options):
     )
     objectives: dict[str, float] = Field(
         default_factory=lambda: {"bradley_terry": 1.0},
-        description="what training minimises, with weights (0: left out): bradley_terry, on labels; "
+        description="what training minimises, with weights (0: left out): bradley_terry, on labels; policy, "
+        "DPO on the same pairs by a language head on the trunk; language, likely chosen answers by it; "
         "contrast, which tells the pairs of a batch apart by their states' differences",
     )
     label_smoothing: float = Field(
@@ -94,6 +95,19 @@ class TrainSettings(Options):
     )
     center: float = Field(
         0.0, ge=0, description="weight of mean (chosen score + rejected score)^2, which keeps scores near 0"
+    )
+    language_head: Source | None = Field(
+        None,
+        description="policy and language: the language model that the reward model was made from, whose head "
+        "is used, frozen (default: the model's own head, or its embeddings where the architecture ties them)",
+    )
+    policy_temperature: float = Field(
+        0.1, gt=0, description="policy: factor on log-odds; language_form sigmoid: on the log-probability"
+    )
+    language_form: Literal["mean", "sigmoid"] = Field(
+        "mean",
+        description="language: -log pi per token of the chosen answer; sigmoid: GRM's, -log sigmoid of "
+        "policy_temperature times their sum",
     )
     contrast_temperature: float = Field(0.05, gt=0, description="contrast: divides cosines")
     contrast_dropout: float = Field(

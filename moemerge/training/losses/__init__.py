@@ -13,6 +13,8 @@ LOSSES: Registry[MakeLoss] = Registry(
     "objective",
     {
         "bradley_terry": "moemerge.training.losses.bradley_terry:bradley_terry",
+        "policy": "moemerge.training.losses.policy:policy",
+        "language": "moemerge.training.losses.language:language",
         "contrast": "moemerge.training.losses.contrast:contrast",
     },
 )

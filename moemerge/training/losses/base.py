@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moemerge.artifacts.workspace import once
 from moemerge.data.tokenise import EncodedPair
+from moemerge.errors import DataError
+from moemerge.models.folder import ModelFolder
+from moemerge.models.language_head import LanguageHead, open_language_head
 from moemerge.options.train import Train
 
 
@@ -65,6 +71,36 @@ class Course:
     pad: int
     home: Path
     autocast: Callable[[], AbstractContextManager[None]]
+
+    @cached_property
+    def language_head(self) -> LanguageHead:
+        """The language head on the model's trunk, one for all losses.
+
+        Raises as open_language_head; DataError if no prompt's tokens are known, so that answers have no
+        beginning.
+        """
+        self._require_prompts()
+        o = self.options
+        own, given = (
+            ModelFolder(source, o.trust_remote_code, o.fresh_head) if source else None
+            for source in (o.model, o.language_head)
+        )
+        assert own is not None
+        return open_language_head(self.model, own, given)
+
+    def kept(self, name: str, make: Callable[[], list[float]]) -> list[float]:
+        """What `make` gives: made once, and kept for a run that goes on after a kill."""
+        return cast("list[float]", once(self.home / f"{name}.json", make))
+
+    def _require_prompts(self) -> None:
+        prompted = [pair for pair in self.pairs if pair.pair.prompt]
+        if prompted and not any(pair.chosen.prompt_length for pair in prompted):
+            raise DataError(
+                "the objectives policy and language do not know where answers begin",
+                given=f"{len(prompted)} pairs with prompts, none of which the tokenizer encodes alone",
+                expected="a chat template that renders prompts without answers, or prompts as text",
+                fix="use another chat template, or take policy and language out of objectives",
+            )
 
 
 MakeLoss = Callable[[Course], Loss]
