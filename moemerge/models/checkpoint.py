@@ -9,6 +9,8 @@ Letters: N routed experts.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -233,6 +235,12 @@ def _open_file(path: Path) -> Any:
             expected="a whole safetensors file",
             fix="copy or download it again",
         ) from error
+    except RuntimeError as error:  # torch's, which maps the file: "...: Too many open files (24)"
+        number = re.search(r"\((\d+)\)\s*$", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _refuse_long_header(path: Path) -> None:
