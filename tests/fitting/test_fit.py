@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Ended, forked_together
 from small_moe import (
     ALPHA,
     SHARED,
@@ -40,6 +44,7 @@ from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.routing import RoutingStatistics
 from moemerge.models.scoring import score_pairs
+from moemerge.run import cli
 from moemerge.stages.fit import fit
 from moemerge.stages.route import route
 
@@ -244,8 +249,34 @@ def test_same_seed_same_result_whatever_the_micro_batch(moe: Path, planted: Path
     torch.testing.assert_close(first, second, rtol=0.0, atol=1e-4)
 
 
-def test_two_processes_fit_what_one_does(moe: Path, planted: Path, tmp_path: Path) -> None:
-    """torchrun: each process has half of the pairs, both get the same sums, one writes."""
+def ranks(flags: list[str]) -> list[Ended]:
+    """The command line in two processes, with what torchrun tells each in its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    every = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def rank(number: int) -> None:
+        os.environ.update(every | {"RANK": str(number), "LOCAL_RANK": str(number)})
+        cli.main(flags)
+
+    return forked_together([partial(rank, number) for number in range(2)])
+
+
+def torchrun(flags: list[str]) -> list[Ended]:
+    """The command line by torchrun itself, whose output is that of both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "moemerge", *flags], capture_output=True, text=True, cwd=ROOT, timeout=900
+    )
+    return [Ended(done.returncode, done.stdout, done.stderr)]
+
+
+@pytest.mark.parametrize("start", [ranks, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_fit_what_one_does(
+    start: Callable[[list[str]], list[Ended]], moe: Path, planted: Path, tmp_path: Path
+) -> None:
+    """Each process has half of the pairs, both get the same sums, one writes."""
     options = {
         "model": moe,
         "pairs": planted,
@@ -255,11 +286,9 @@ def test_two_processes_fit_what_one_does(moe: Path, planted: Path, tmp_path: Pat
         "level": 1,
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*runner, "-m", "moemerge", "fit", *flags, "--output", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The held-out loss") == 1, "one process tells"
+    done = start(["fit", *flags, "--output", str(tmp_path / "two")])
+    assert {one.code for one in done} == {0}, [one.err[-3000:] for one in done]
+    assert sum(one.out.count("The held-out loss") for one in done) == 1, "one process tells"
     one = fit(
         model=str(moe),
         pairs=str(planted),

@@ -161,21 +161,6 @@ def test_registering_twice_does_no_harm() -> None:
     assert [m.spec.name for m in registry.registered_methods()].count(mergekit_bridge.OURS) == 1
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import moemerge; from mergekit.merge_methods import registry",
-        "from mergekit.merge_methods import registry; import moemerge",
-    ],
-)
-def test_importing_the_package_registers_the_method_in_either_order(imports: str) -> None:
-    code = f"{imports}; print(registry.get('{mergekit_bridge.OURS}').spec.pretty_name)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent
-    )
-    assert run.stdout.strip() == "Routing-normalised average", run.stderr
-
-
 def test_the_bridge_can_be_imported_first() -> None:
     """As an entry point does."""
     code = (

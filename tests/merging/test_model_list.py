@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_moe import gradient_of, make_moe, random_pairs, rewrite, write_rows
+from small_moe import gradient_of, make_moe, random_pairs, rewrite, stock_merge, write_rows
 from tiny_models import save_dense
 from torch import Tensor
 from torch.func import functional_call
@@ -180,16 +178,6 @@ def test_blocks_of_a_list(models: list[str]) -> None:
     )
 
 
-def stock(config: Path, output: Path) -> dict[str, Tensor]:
-    """mergekit's command, in a process that cannot import moemerge."""
-    code = "import sys; sys.modules['moemerge'] = None; from mergekit.scripts.run_yaml import main; main()"
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(config), str(output)], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return weights(output)
-
-
 @pytest.mark.parametrize("has_base", [True, False])
 def test_the_yaml_for_stock_mergekit(has_base: bool, models: list[str], tmp_path: Path) -> None:
     """linear.yml names the models where they are; the result is `merge --method linear`'s bit for bit."""
@@ -204,7 +192,7 @@ def test_the_yaml_for_stock_mergekit(has_base: bool, models: list[str], tmp_path
         output=tmp_path / "m", coefficients=tmp_path / "c", method="linear",
         parameters={"normalize": False}, **members,
     )  # fmt: skip
-    assert_same(stock(folder / "linear.yml", tmp_path / "stock"), weights(ours))
+    assert_same(weights(stock_merge(folder / "linear.yml", tmp_path / "stock")), weights(ours))
 
 
 def test_our_method_in_yaml(models: list[str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tiny_models import CORE, save_dense, tiny_moe, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 from moemerge.errors import CheckpointError
+from moemerge.merging.mergekit.bridge import OURS
 from moemerge.models.families.dense import dense_class, is_moe
 from moemerge.models.modelling import load_moe
 
@@ -82,27 +83,48 @@ class Absent:
             raise ModuleNotFoundError("No module named 'moemerge'", name=name)
 sys.meta_path.insert(0, Absent())
 from transformers import AutoModelForSequenceClassification
-AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "yes")
+for trust in (True, False):
+    try:
+        AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=trust)
+        print(trust, "loaded")
+    except Exception as error:
+        print(trust, str(error).replace("\\n", " "))
 """
 
 
-@pytest.mark.parametrize(("trust", "said"), [("yes", "pip install moemerge"), ("no", "custom code")])
-def test_without_moemerge_nothing_is_loaded(tmp_path: Path, trust: str, said: str) -> None:
+def test_without_moemerge_nothing_is_loaded(tmp_path: Path) -> None:
     tiny_moe().save_pretrained(tmp_path / "moe")
-    call = [sys.executable, "-c", BLOCKED, str(tmp_path / "moe"), trust]
+    call = [sys.executable, "-c", BLOCKED, str(tmp_path / "moe")]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode != 0 and said in done.stderr
+    trusted, untrusted = done.stdout.splitlines()
+    assert trusted.startswith("True ") and "pip install moemerge" in trusted
+    assert untrusted.startswith("False ") and "custom code" in untrusted
     assert "pip install moemerge" in (tmp_path / "moe" / "moemerge_shim.py").read_text()
 
 
-@pytest.mark.parametrize("first", ["moemerge", "transformers"])
-def test_importing_moemerge_registers_in_either_order(tmp_path: Path, first: str) -> None:
+TRAINER = "from transformers import Trainer"
+LLAMA = "from transformers import LlamaForSequenceClassification"
+REGISTRY = "from mergekit.merge_methods import registry"
+KNOWN = """
+import sys
+assert "moemerge.models.modelling" not in sys.modules
+from transformers import AutoConfig, AutoModelForSequenceClassification as Auto
+config = AutoConfig.for_model("moemerge_llama")
+assert config.model_type == "moemerge_llama" and type(config) in Auto._model_mapping
+print(type(Auto.from_pretrained(sys.argv[1])).__name__)
+from mergekit.merge_methods import registry
+print(registry.get(sys.argv[2]).spec.pretty_name)
+"""
+
+
+@pytest.mark.parametrize("imports", [["import moemerge", TRAINER], [REGISTRY, LLAMA, "import moemerge"]])
+def test_importing_moemerge_registers_in_either_order(tmp_path: Path, imports: list[str]) -> None:
+    """Model types and the merge method, whatever was imported first."""
     tiny_moe().save_pretrained(tmp_path / "moe")
-    order = ["import moemerge", "from transformers import AutoModelForSequenceClassification as A"]
-    lines = order if first == "moemerge" else order[::-1]
-    code = "\n".join([*lines, f"print(type(A.from_pretrained({str(tmp_path / 'moe')!r})).__name__)"])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "MoemergeLlamaForSequenceClassification", done.stderr
+    command = [sys.executable, "-c", "\n".join(imports) + KNOWN, str(tmp_path / "moe"), OURS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = ["MoemergeLlamaForSequenceClassification", "Routing-normalised average"]
+    assert done.stdout.splitlines() == names, done.stderr
 
 
 def test_load_moe_refuses_what_is_not_whole(tmp_path: Path) -> None:

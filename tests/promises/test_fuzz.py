@@ -64,9 +64,10 @@ def test_inputs_that_are_not_broken_are_read(name: str, tmp_path: Path) -> None:
         fuzz.TARGETS[name].make(folder, draw)
         try:
             fuzz.TARGETS[name].read(folder)
+            return
         except MoemergeError as error:
             refused.append(str(error))
-    assert len(refused) < 6, refused[-1]
+    pytest.fail(f"all are refused: {refused}")
 
 
 def test_equal_seeds_give_equal_inputs(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ import math
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import forked
 from small_training import (
     EXPERTS,
     ROUTERS,
@@ -218,54 +217,34 @@ def test_prompt_lengths_reach_a_prompt_gated_model(world: Path, tmp_path: Path) 
 RESUMABLE: dict[str, Any] = {
     "held": True, "epochs": 3, "learning_rate": 3e-3, "eval_steps": 3, "batch_size": 10, "threads": 1
 }  # fmt: skip
-KILLED = """
-import json, os, sys
-from pathlib import Path
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-import environment
-from small_training import run
-from moemerge.training import trainer
-
-kind, steps = "", 0
-plain = trainer.PairTrainer.training_step
-def step(self, *args, **kwargs):
-    global steps
-    steps += 1
-    if kind == "step" and steps == 8:
-        os.kill(os.getpid(), 9)
-    return plain(self, *args, **kwargs)
-def save(self, folder):
-    Path(folder, "optimizer.pt").write_bytes(b"half")
-    os.kill(os.getpid(), 9)
-trainer.PairTrainer.training_step = step
-for line in sys.stdin:
-    kind = line.strip()
-    child = os.fork()
-    if child == 0:
-        if kind == "save":
-            trainer.PairTrainer._save_optimizer_and_scheduler = save
-        run(Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[4]))
-        os._exit(0)
-    print("status", os.waitpid(child, 0)[1], file=sys.__stdout__, flush=True)
-"""
 
 
-def test_killed_run_ends_with_the_uninterrupted_weights(world: Path, tmp_path: Path) -> None:
+def test_killed_run_ends_with_the_uninterrupted_weights(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in a step, killed again in the middle of a checkpoint, then let run."""
     straight = run(world, tmp_path / "straight", **RESUMABLE)
-    paths = os.pathsep.join(sys.path)
-    given = [sys.executable, "-c", KILLED, paths, str(world), str(tmp_path / "killed"), json.dumps(RESUMABLE)]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(given, cwd=Path(__file__).parent, text=True, **pipes) as process:
-        for kind in ("step", "save"):
-            process.stdin.write(f"{kind}\n")
-            process.stdin.flush()
-            told = next(line for line in process.stdout if line.startswith("status"))
-            assert told == f"status {signal.SIGKILL}\n"
-            assert not (tmp_path / "killed").exists()
-            (home,) = tmp_path.glob(".killed.*.work/trial-0")
-            assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
-        process.stdin.close()
+    from moemerge.training.trainer import PairTrainer
+
+    step = PairTrainer.training_step
+
+    def dying_step(self: Any, *given: Any) -> Any:
+        if self.state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *given)
+
+    def dying_save(self: Any, folder: str) -> None:
+        Path(folder, "optimizer.pt").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    places = {"training_step": dying_step, "_save_optimizer_and_scheduler": dying_save}
+    for name, method in places.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(PairTrainer, name, method)
+            assert forked(lambda: run(world, tmp_path / "killed", **RESUMABLE)).code == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+        (home,) = tmp_path.glob(".killed.*.work/trial-0")
+        assert {path.name for path in home.glob("checkpoint-*")} >= {"checkpoint-3", "checkpoint-6"}
     assert not (home / "checkpoint-9" / "whole").exists()
     resumed = run(world, tmp_path / "killed", **RESUMABLE)
     assert not moved(tmp_path / "straight", tmp_path / "killed")
