@@ -20,6 +20,8 @@ from moemerge.errors import DataError, OptionError, suggest
 from moemerge.options.data import Data
 
 T = TypeVar("T")
+UNSPLIT = ("prompt", "chosen", "rejected", "margin")  # columns that tell no groups of rows apart
+PLAIN_VALUE = (str, int, float)
 
 log = logging.getLogger(__name__)
 
@@ -125,25 +127,34 @@ def _split(sets: dict[str, list[Pair]], options: Data) -> dict[str, list[Pair]]:
             expected="one of them",
             fix="rename the one under tests, or leave test_share out",
         )
-    groups = _groups(sets["train"], options.split_by)
-    parts = _partition(groups, shares, options.seed)
+    groups = _groups(sets["train"], options)
+    parts = _partition(groups, shares, options)
     return sets | {name: sorted(pairs, key=lambda p: p.row) for name, pairs in parts.items()}
 
 
-def _groups(pairs: list[Pair], split_by: str | None) -> list[list[Pair]]:
+def _groups(pairs: list[Pair], options: Data) -> list[list[Pair]]:
     """Pairs that must stay together, in order of first appearance."""
+    split_by = options.split_by
     absent = [pair.row for pair in pairs if split_by and pair.source.get(split_by) is None]
     if absent:
         raise DataError(
             f"{len(absent)} rows have no field {split_by!r} to split by",
             given=f"rows {', '.join(map(str, absent[:SHOWN]))}; fields {', '.join(pairs[0].source)}",
             expected="every training row to have it",
-            fix=suggest(split_by or "", pairs[0].source),
+            fix=_other_field(split_by or "", pairs, options),
         )
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(_group(pair, split_by), []).append(pair)
     return list(groups.values())
+
+
+def _other_field(name: str, pairs: list[Pair], options: Data) -> str:
+    """Advice on a missing field to split by: one that every row has, and that is none of the texts."""
+    texts = {options.fields.get(column, column) for column in UNSPLIT}
+    whole = [key for key in pairs[0].source if all(isinstance(p.source.get(key), PLAIN_VALUE) for p in pairs)]
+    known = [key for key in whole if key not in texts]
+    return suggest(name, known) if known else "leave split_by out: rows of one prompt then stay together"
 
 
 def _group(pair: Pair, split_by: str | None) -> str:
@@ -152,17 +163,42 @@ def _group(pair: Pair, split_by: str | None) -> str:
     return json.dumps(pair.source.get(split_by), sort_keys=True, default=str)
 
 
-def _partition(groups: list[list[Pair]], shares: dict[str, float], seed: int) -> dict[str, list[Pair]]:
+def _too_few(what: str, groups: list[list[Pair]], needed: int, options: Data, others: str) -> DataError:
+    """The fault of data with fewer groups than parts; `others`: more of what helps."""
+    one, shared = f"value of {options.split_by}", f"values of {options.split_by}"
+    if not options.split_by:
+        one, shared = "prompt", "prompts"
+    found = f"with {len(groups)} different {shared}" if len(groups) > 1 else f"all with one {one}"
+    return DataError(
+        what,
+        given=f"{sum(map(len, groups))} rows, {found}",
+        expected=f"{needed} different {shared} at least: rows that share one stay together",
+        fix=f"give rows with more {shared}{_other_groups(groups, needed, options)}{others}",
+    )
+
+
+def _other_groups(groups: list[list[Pair]], needed: int, options: Data) -> str:
+    """How the same rows would make more groups, if they can."""
+    if options.split_by:
+        prompts = {prompt_key(pair) for group in groups for pair in group}
+        out = ", or leave split_by out: rows of one prompt then stay together"
+        return out if len(prompts) >= needed else ""
+    prompt = groups[0][0].prompt
+    if len(groups) > 1 or not prompt or not isinstance(prompt, str):
+        return ""
+    return (
+        ", or write the one prompt in front of its answers and give fields prompt=none, so that each row "
+        "stands alone"
+    )
+
+
+def _partition(groups: list[list[Pair]], shares: dict[str, float], options: Data) -> dict[str, list[Pair]]:
     """Shuffled groups dealt out: to each name so many as come nearest to its share of rows, then to train."""
     if len(groups) <= len(shares):
-        raise DataError(
-            f"train cannot be split into {len(shares) + 1} parts",
-            given=f"{len(groups)} group(s) of rows that must stay together",
-            expected=f"at least {len(shares) + 1}: one for each of train, {', '.join(shares)}",
-            fix="give more data, another split_by, or files of their own for validation and tests",
-        )
+        what, own = f"train cannot be split into {len(shares) + 1} parts", ", or files of their own for "
+        raise _too_few(what, groups, len(shares) + 1, options, own + "validation and tests")
     total = sum(map(len, groups))
-    left = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    left = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
     parts = {}
     for waiting, (name, share) in zip(range(len(shares), 0, -1), shares.items(), strict=True):
         ends = np.cumsum([len(group) for group in left[: len(left) - waiting]])
@@ -174,14 +210,10 @@ def _partition(groups: list[list[Pair]], shares: dict[str, float], seed: int) ->
 
 def _folds(pairs: list[Pair], options: Data) -> dict[str, list[Pair]]:
     """Each part of `pairs` in turn, and all others; parts are of like size, and so is a subset in each."""
-    groups = _groups(pairs, options.split_by)
+    groups = _groups(pairs, options)
     if len(groups) < options.folds:
-        raise DataError(
-            f"train cannot be dealt to {options.folds} parts",
-            given=f"{len(groups)} group(s) of rows that must stay together",
-            expected="one for each part at least",
-            fix="give more data, another split_by, or fewer folds",
-        )
+        what, fewer = f"train cannot be dealt to {options.folds} parts", f", or folds {len(groups)}"
+        raise _too_few(what, groups, options.folds, options, fewer * (len(groups) > 1))
     shuffled = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
     parts: list[list[Pair]] = [[] for _ in range(options.folds)]
     # Subset after subset, each group to the smallest part: so every subset is spread over all parts.

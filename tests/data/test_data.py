@@ -527,8 +527,31 @@ def test_data_that_cannot_be_split(tmp_path: Path) -> None:
         prepare(output=tmp_path / "a", train=one_group)
     with pytest.raises(DataError, match="did you mean 'topic'"):
         prepare(output=tmp_path / "b", train=one_group, split_by="topics")
+    bare = write_lines(tmp_path / "bare.jsonl", [pair_row(i, part=None) for i in range(4)])
+    with pytest.raises(DataError, match="leave split_by out"):
+        prepare(output=tmp_path / "b", train=bare, split_by="chose")
     with pytest.raises(OptionError, match="no data are named"):
         prepare(output=tmp_path / "c")
     with pytest.raises(OptionError, match="called test"):
         prepare(output=tmp_path / "d", train=one_group, tests={"test": one_group}, test_share=0.1)
     assert not list(tmp_path.glob("*/")) or all(p.is_file() for p in tmp_path.iterdir())
+
+
+def test_too_few_groups_come_with_remedies_that_work(tmp_path: Path) -> None:
+    options: dict[str, object] = {"folds": 3, "validation_share": 0.0}
+    texts = [pair_row(i, prompt="p ", topic=i % 3) for i in range(6)]
+    with pytest.raises(DataError) as one_prompt:
+        prepared(tmp_path, "one", list(texts), **options)
+    what, given, expected, fix = parts(one_prompt)
+    assert (given, expected[:19]) == ("6 rows, all with one prompt", "3 different prompts")
+    assert "stay together" in expected and "folds" not in fix and "fields prompt=none" in fix
+    joined = [{side: f"p {row[side]}" for side in ("chosen", "rejected")} | {"prompt": "p "} for row in texts]
+    assert (
+        len(prepared(tmp_path, "joined", joined, fields={"prompt": "none"}, **options)["folds/0/held_out"])
+        == 2
+    )
+    with pytest.raises(DataError, match="folds 2$"):
+        prepared(tmp_path, "two", [pair_row(i, prompt=f"p{i % 2}") for i in range(6)], **options)
+    rows = [pair_row(i, source="one") for i in range(6)]
+    with pytest.raises(DataError, match="one value of source(?s:.*)or leave split_by out"):
+        prepared(tmp_path, "sources", list(rows), split_by="source", **options)
