@@ -15,7 +15,8 @@ from moemerge.options.base import Options, Run, input_fields
 from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.options.recipe import WITH_INPUTS, Recipe
-from moemerge.run.faults import find_faults, missing_inputs
+from moemerge.run.combine_check import input_faults, model_faults
+from moemerge.run.faults import find_faults
 from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
 MERGES = "merges"  # the section that makes a recipe one of combine
@@ -61,7 +62,7 @@ def _combination(tree: Tree, path: Path) -> Combine:
             fix="take the other sections out: combine trains, fits and merges by the options in merges",
         )
     options = _resolved(parse_options(Combine, {**section, **rest}, MERGES), path.parent)
-    if faults := list(missing_inputs(input_fields(options), MERGES)):
+    if faults := input_faults(options, MERGES) or model_faults(options, MERGES):
         raise together(f"recipe {path}", faults)
     return options
 

@@ -12,11 +12,10 @@ from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.artifacts.stage import refuse_several
 from moemerge.errors import together
-from moemerge.options.base import input_fields
 from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
+from moemerge.run.combine_check import input_faults, model_faults
 from moemerge.run.combine_plan import CHOICE, Plan
-from moemerge.run.faults import missing_inputs, occupied
 from moemerge.run.steps import RunReport, Tell, alone, keep_recipe, recover_steps, run_steps, tell_versions
 
 log = logging.getLogger(__name__)
@@ -36,9 +35,11 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
     refuse_several("combine")
     if options is None:
         options = parse_options(Combine, fields)
-    if faults := [*missing_inputs(input_fields(options)), *occupied(options.output)]:
+    if faults := input_faults(options):
         raise together("combine", faults)
     options = _with_base(options)
+    if faults := model_faults(options, on_hub=True):
+        raise together("combine", faults)
     steps = Plan(options)
     with alone(options.output):
         recover_steps(steps.trials())

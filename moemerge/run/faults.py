@@ -168,13 +168,16 @@ def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[Moemerge
 
 def _check_layers(recipe: Recipe, config: Tree) -> Iterator[MoemergeError]:
     """Layers that the recipe names, against those of the model's config.json, as far as that is known."""
-    layers = next(
-        (config[name] for name in LAYERS if config.get(name)),
-        recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS,
-    )
     sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
     specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
-    for key, spec in ({"upcycle.layers": recipe.upcycle.layers} | specs).items():
+    known = recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS
+    yield from layer_faults({"upcycle.layers": recipe.upcycle.layers} | specs, config, known)
+
+
+def layer_faults(specs: Mapping[str, str], config: Tree, known: int = ANY_LAYERS) -> Iterator[MoemergeError]:
+    """A fault for each option that names layers which a model lacks; `known`: how many if no config says."""
+    layers = next((config[name] for name in LAYERS if config.get(name)), known)
+    for key, spec in specs.items():
         try:
             parse_layers(spec, int(layers))
         except OptionError as fault:

@@ -353,6 +353,9 @@ def test_models_that_do_not_go_together(models: list[str], tmp_path: Path) -> No
     refused(UnsupportedError, "score.weight", tmp_path, [models[0], many])
     moe = str(make_moe(tmp_path / "moe"))
     refused(UnsupportedError, "moe is a MoE made by moemerge", tmp_path, [models[0], moe])
+    # Most agree with another than the first: that one is blamed, as a base by its name.
+    refused(UnsupportedError, f"^{wide} does not go(?s:.*)intermediate_size 64", tmp_path, [wide, *models])
+    refused(UnsupportedError, f"^the base {wide} does not(?s:.*)as base", tmp_path, models, base=wide)
     cut = lively(tmp_path / "cut")
     rewrite(cut, lambda name, tensor: None if "layers.1.mlp.up" in name else tensor)
     refused(CheckpointError, "missing: model.layers.1.mlp.up_proj", tmp_path, [models[0], str(cut)])
@@ -365,7 +368,10 @@ def test_another_tokenizer_is_refused(models: list[str], tmp_path: Path) -> None
     other = lively(tmp_path / "other")
     text = (other / "tokenizer.json").read_text().replace('"w7"', '"w_seven"')
     (other / "tokenizer.json").write_text(text)
-    refused(UnsupportedError, "tokenizers do not go together", tmp_path, [models[0], str(other)])
+    named = r"tokenizer of \S*/other does not go with the others(?s:.*)w_seven(?s:.*)as of \S*/rm-0"
+    refused(UnsupportedError, named, tmp_path, [models[0], str(other)])
+    named = r"the tokenizer of the base \S*/other does not go(?s:.*)give as base the model"
+    refused(UnsupportedError, named, tmp_path, models, base=str(other))
 
 
 def test_options_that_contradict(models: list[str], tmp_path: Path) -> None:

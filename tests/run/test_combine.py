@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hostile_files import edit_json
 from small_training import write
 from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
@@ -18,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from moemerge import check_recipe, combine, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
-from moemerge.errors import OptionError, UnsupportedError
+from moemerge.errors import CheckpointError, OptionError, UnsupportedError
 from moemerge.evaluation.scoring_code import how_to_score
 from moemerge.run import cli
 from moemerge.run.steps import RunReport
@@ -189,10 +190,31 @@ def test_a_folder_of_the_users_is_no_output(world: Path) -> None:
     assert [path.name for path in (world / "mine").iterdir()] == ["precious.txt"]
 
 
-def test_unlike_models_are_refused(world: Path) -> None:
-    other = save_dense(world / "qwen", family="qwen3", seed=3)
-    with pytest.raises(UnsupportedError, match="does not go with the others"):
-        combine(**given(world, models={"a": str(world / "a"), "q": str(other)}), output=world / "unlike")
+def test_unlike_models_are_refused_at_the_start(world: Path) -> None:
+    """By configs and tokenizers, with no weights at hand, and by `check` as by the run."""
+    unlike = {
+        "qwen": (save_dense(world / "qwen", family="qwen3"), UnsupportedError, "model_type qwen3"),
+        "deep": (save_dense(world / "deep", num_hidden_layers=4), UnsupportedError, "layers.3"),
+        "many": (save_dense(world / "many", num_labels=2), CheckpointError, "2 outputs"),
+        "bare": (save_dense(world / "bare"), CheckpointError, "no reward head"),
+        "other": (save_dense(world / "other"), UnsupportedError, "tokenizer of"),
+        "lopsided": (save_dense(world / "lopsided", pad_token_id=1), UnsupportedError, "at different tokens"),
+    }
+    edit_json(world / "bare/config.json", architectures=["LlamaForCausalLM"])
+    other = world / "other/tokenizer.json"
+    other.write_text(other.read_text().replace('"w7"', '"w_seven"'))
+    for name, (folder, kind, words) in unlike.items():
+        (folder / "model.safetensors").unlink()
+        models = {kind: str(world / kind) for kind in KINDS} | {name: str(folder)}
+        with pytest.raises(kind, match=words):
+            combine(**given(world, models=models), output=world / "unlike")
+        (fault,) = check_recipe(recipe_of(world, models=[*KINDS, name]))
+        assert words in str(fault)
+    with pytest.raises(UnsupportedError, match="(?s)the base .*/qwen does not go with.*give as base"):
+        combine(**given(world, base=str(world / "qwen")), output=world / "unlike")
+    with pytest.raises(OptionError, match="train_layers: layers cannot be picked"):
+        combine(**given(world, train_layers="last:4"), output=world / "unlike")
+    assert not (world / "unlike").exists()
 
 
 def test_the_command_line_does_the_same(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,28 +19,28 @@ from torch import Tensor
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import MergedTensor, MergeSource
+from moemerge.merging.sources.likeness import (
+    Scope,
+    check_architectures,
+    check_pooling,
+    check_vocabularies,
+    differing_settings,
+    embeddings_name,
+    mlp_names,
+    names_in_scope,
+)
 from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary, differences
 from moemerge.models.checkpoint import copy_side_files
-from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.dense import dense_config, skeleton
 from moemerge.models.folder import ModelFolder
 from moemerge.models.heads import output_names
 from moemerge.models.loading import load_tokenizer
-from moemerge.models.pooling import named_pad, reads_before_the_end
 from moemerge.options.base import Coordinates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-Scope = Literal["all", "body", "mlp"]
-# What models of one architecture may differ in without computing something else.
-INCIDENTAL = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size",
-    "num_labels", "id2label", "label2id", "problem_type", "use_cache", "tie_word_embeddings", "is_decoder",
-    "finetuning_task",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,23 +105,24 @@ class ModelList(MergeSource):
         self.has_shared, self.num_members, self.scope = base is not None, len(models), scope
         self.models = [Model(folder) for folder in ([base] if base else []) + list(models)]
         self.scales = scales
-        headless = coordinates == "sum" and base is not None and bool(self.models[0].lacks)
-        self.donor_number = int(headless)
+        bare_base = coordinates == "sum" and base is not None and bool(self.models[0].lacks)
+        self.donor_number = int(bare_base)
         self.donor = self.models[self.donor_number]
         self.folder, self.config = self.donor.folder, self.donor.config
         self.head = set(self.donor.opened.head_names)
         self.outputs = set(output_names(skeleton(self.config)))
-        self._check_architecture()
         self._check_heads()
-        tokenizers = [load_tokenizer(model.opened) for model in self.models]
-        self._check_pooling(tokenizers)
-        merged = self._in_scope()
-        self.embeddings = self._embeddings()
-        self._compare_tokenizers(tokenizers)
+        opened = [model.opened for model in self.models]
+        headless = [number for number, model in enumerate(self.models) if model.lacks]
+        check_architectures(opened, self.has_shared, scope, headless)
+        self._compare_settings()
+        tokenizers = [load_tokenizer(model) for model in opened]
+        self._check_tokenizers(tokenizers)
+        merged = names_in_scope(self.donor.opened, scope)
+        self.embeddings = embeddings_name(self.donor.opened)
         self.vocabulary = self._vocabulary(tokenizers)
         self.tensors = [ModelTensor(name, self._shape(name)) for name in merged]
         self.backbone = [name for name in self.donor.names if name not in merged]
-        self._check_shapes()
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -200,9 +201,7 @@ class ModelList(MergeSource):
     @cached_property
     def mlps(self) -> set[str]:
         """Dense names of the tensors of MLPs; none in an architecture whose MLPs are not known."""
-        if self.config.model_type not in FAMILIES:
-            return set()
-        return {tensor.dense for tensor in family_of(self.config).expert_tensors(self.config)}
+        return mlp_names(self.donor.opened)
 
     def in_head(self, name: str) -> bool:
         """Whether the tensor is the reward head's."""
@@ -216,28 +215,13 @@ class ModelList(MergeSource):
             return self.vocabulary.table(member, lambda number: self.models[number].tensor(name))
         return self.models[member].tensor(name)
 
-    def _in_scope(self) -> list[str]:
-        # Buffers (such as positions) are no weights: they are kept, never averaged.
-        parameters = {name for name, _ in skeleton(self.config).named_parameters(remove_duplicate=False)}
-        names = [name for name in self.donor.names if name in parameters]
-        if self.scope == "mlp":
-            family_of(self.config)  # which refuses those whose MLPs are not known
-            return [name for name in names if name in self.mlps]
-        return [name for name in names if self.scope == "all" or not self.in_head(name)]
-
-    def _embeddings(self) -> str:
-        model = skeleton(self.config)
-        table = model.get_input_embeddings().weight
-        return next(name for name, weight in model.named_parameters() if weight is table)
-
     def _vocabulary(self, tokenizers: list[PreTrainedTokenizerBase]) -> Vocabulary | None:
         if self.scope == "mlp":
             return None
         # The model that gives the tokenizer comes first there: the others' tokens are added to its own.
         order = sorted(range(len(self.models)), key=lambda number: number != self.donor_number)
         sizes = [self.models[number].shape(self.embeddings)[0] for number in order]
-        opened = [self.models[number].opened for number in order]
-        common = common_vocabulary(opened, [tokenizers[number] for number in order], sizes)
+        common = common_vocabulary([tokenizers[number] for number in order], sizes)
         if common is None:
             return None
         rows = dict(zip(order, common.rows_V, strict=True))
@@ -249,15 +233,9 @@ class ModelList(MergeSource):
             return (self.vocabulary.size, *shape[1:])
         return shape
 
-    def _check_architecture(self) -> None:
-        mine = self.config.to_dict()
+    def _compare_settings(self) -> None:
         for model in self._others():
-            if model.config.model_type != self.config.model_type:
-                raise _unlike(model, f"model_type {model.config.model_type}", self.config.model_type)
-            theirs = model.config.to_dict()
-            keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            differing = [key for key in keys if key not in INCIDENTAL]
-            if differing:
+            if differing := differing_settings(model.opened, self.donor.opened):
                 log.warning("%s differs from %s in %s; %s's are kept", model.folder, self.folder,
                             ", ".join(differing), self.folder)  # fmt: skip
 
@@ -265,29 +243,16 @@ class ModelList(MergeSource):
         """All but the one that gives config and tokenizer."""
         return [model for model in self.models if model is not self.donor]
 
-    def _compare_tokenizers(self, tokenizers: list[PreTrainedTokenizerBase]) -> None:
-        kept = tokenizers[self.donor_number]
+    def _check_tokenizers(self, tokenizers: list[PreTrainedTokenizerBase]) -> None:
+        opened, kept = [model.opened for model in self.models], tokenizers[self.donor_number]
+        judges = [number for number, model in enumerate(self.models) if not model.lacks]
+        check_pooling([opened[n] for n in judges], [tokenizers[n] for n in judges])
         for model, tokenizer in zip(self.models, tokenizers, strict=True):
             if differing := differences(kept, tokenizer):
                 log.warning("the tokenizer of %s differs from that of %s in %s; the latter's is kept",
                             model.folder, self.folder, ", ".join(differing))  # fmt: skip
-
-    def _check_pooling(self, tokenizers: list[PreTrainedTokenizerBase]) -> None:
-        """All reward models must read scores at one token, or the merged head is given foreign states."""
-        family = FAMILIES.get(self.config.model_type)
-        if family is not None and not family.causal:  # encoders read the first token
-            return
-        judges = [
-            (m.opened, tokenizer) for m, tokenizer in zip(self.models, tokenizers, strict=True) if not m.lacks
-        ]
-        if len({reads_before_the_end(model.config, tokenizer) for model, tokenizer in judges}) > 1:
-            pads = ", ".join(f"{model.source}: {named_pad(model.config)}" for model, _ in judges)
-            raise UnsupportedError(
-                "the models read their scores at different tokens",
-                given=f"pad_token_id in config.json: {pads}; one of them is an end token too",
-                expected="models that all read the end token's state, or all the state before it",
-                fix="leave out those that differ; or give them the others' pad_token_id and train them first",
-            )
+        if self.scope != "mlp":
+            check_vocabularies(opened, tokenizers, self.has_shared)
 
     def _check_heads(self) -> None:
         if self.donor.lacks:
@@ -306,23 +271,3 @@ class ModelList(MergeSource):
                 fix="set scope to body",
             )
         self.donor.opened.require_one_output()
-
-    def _check_shapes(self) -> None:
-        grown = {self.embeddings} if self.vocabulary is not None else set()
-        for model in self._others():
-            other = sorted(model.names.keys() ^ self.donor.names.keys())
-            if other:
-                raise _unlike(model, f"only one of the two has {other[0]}", "tensors of the same names")
-            for tensor in (tensor for tensor in self.tensors if tensor.dense not in model.lacks):
-                shape = model.shape(tensor.dense)
-                if shape != self.donor.shape(tensor.dense) and tensor.dense not in grown:
-                    raise _unlike(model, f"{tensor.dense} {shape}", f"{self.donor.shape(tensor.dense)}")
-
-
-def _unlike(model: Model, given: str, expected: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{model.folder} does not go with the others",
-        given=given,
-        expected=expected,
-        fix="merge reward models of one architecture, fine-tuned from one start",
-    )

@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
-from moemerge.errors import UnsupportedError
-from moemerge.models.folder import ModelFolder
-
 ROLES = ("chat_template", "bos_token", "eos_token", "pad_token")
 
 
@@ -71,15 +68,14 @@ def differences(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
 
 
 def common_vocabulary(
-    models: Sequence[ModelFolder], tokenizers: Sequence[PreTrainedTokenizerBase], sizes: Sequence[int]
+    tokenizers: Sequence[PreTrainedTokenizerBase], sizes: Sequence[int]
 ) -> Vocabulary | None:
-    """The vocabulary of `models`, whose embedding tables have `sizes` rows; None if all agree.
+    """The vocabulary of models whose embedding tables have `sizes` rows; None if all agree.
 
-    Raises UnsupportedError if they differ in more than added tokens: the models have no common base then.
+    They must differ in added tokens only: see likeness.check_vocabularies.
     """
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     added = [{str(t): t for t in tokenizer.added_tokens_decoder.values()} for tokenizer in tokenizers]
-    _check_base([model.folder for model in models], vocabularies, added)
     if len({*sizes}) == 1 and all(vocabulary == vocabularies[0] for vocabulary in vocabularies):
         return None
     new: dict[str, AddedToken] = {}
@@ -111,22 +107,3 @@ def _with_unnamed_rows(rows_V: Tensor, named: set[int], size: int) -> Tensor:
     for row in set(range(size)) - named:
         rows_V[row] = row
     return rows_V
-
-
-def _check_base(
-    folders: Sequence[Path], vocabularies: list[dict[str, int]], added: list[dict[str, AddedToken]]
-) -> None:
-    # Tokens that nobody added must have the same ids everywhere: they come from the models' common start.
-    bases = [
-        {token: row for token, row in vocabulary.items() if token not in tokens}
-        for vocabulary, tokens in zip(vocabularies, added, strict=True)
-    ]
-    for folder, base in zip(folders, bases, strict=True):
-        differing = sorted(token for token, _ in base.items() ^ bases[0].items())
-        if differing:
-            raise UnsupportedError(
-                "the models' tokenizers do not go together",
-                given=f"{folder} and {folders[0]} differ in {len(differing)} tokens, such as {differing[:3]}",
-                expected="one vocabulary, up to added tokens",
-                fix="merge models that were fine-tuned from one base",
-            )

@@ -1,0 +1,196 @@
+"""Whether whole models can be merged, as far as configs and tokenizers tell: no weights are opened.
+
+Models stand in lists in which the base, if there is one, is the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from moemerge.errors import CheckpointError, UnsupportedError, few
+from moemerge.models.families import FAMILIES, family_of
+from moemerge.models.families.dense import skeleton
+from moemerge.models.folder import ModelFolder
+from moemerge.models.loading import load_tokenizer
+from moemerge.models.pooling import named_pad, reads_before_the_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scope = Literal["all", "body", "mlp"]
+# What models of one architecture may differ in without computing something else.
+INCIDENTAL = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size",
+    "num_labels", "id2label", "label2id", "problem_type", "use_cache", "tie_word_embeddings", "is_decoder",
+    "finetuning_task",
+}  # fmt: skip
+WHICH_MODELS = "leave it out: only reward models of one architecture, trained from one start, can be merged"
+WHICH_BASE = "give as base the model that all others were trained from, or leave base out and average them"
+Difference = tuple[str, str]  # what the one has, and what the other
+
+
+def check_models(models: Sequence[str], base: str | None = None) -> None:
+    """Refuse reward models of which no merge can be made, heads and all, or changes from `base`.
+
+    Raises UnsupportedError for models that do not go together, CheckpointError for one that is no reward
+    model or cannot be read.
+    """
+    opened = [ModelFolder(source) for source in ([base] if base else []) + list(models)]
+    for model in opened:
+        model.require_dense()
+    for model in opened[base is not None :]:
+        if model.is_base:
+            raise CheckpointError(
+                f"{model.source} has no reward head",
+                given=f"architectures: {', '.join(model.architectures)}",
+                expected="reward models; only base may be without a head",
+                fix="train it first (moemerge train gives it a head), or leave it out",
+            )
+        model.require_one_output()
+    headless = [number for number, model in enumerate(opened) if model.is_base]
+    check_architectures(opened, base is not None, "all", headless)
+    tokenizers = [load_tokenizer(model) for model in opened]
+    first = len(headless)  # a base without a head reads no score
+    check_pooling(opened[first:], tokenizers[first:])
+    check_vocabularies(opened, tokenizers, base is not None)
+
+
+def names_in_scope(model: ModelFolder, scope: Scope) -> list[str]:
+    """The dense names of what is merged, in the class's order."""
+    own = skeleton(model.config)
+    # Buffers (such as positions) are no weights: they are kept, never averaged.
+    names = [name for name, _ in own.named_parameters(remove_duplicate=False)]
+    if scope == "mlp":
+        family_of(model.config)  # which refuses those whose MLPs are not known
+        mlps = mlp_names(model)
+        return [name for name in names if name in mlps]
+    return [name for name in names if scope == "all" or name not in model.head_names]
+
+
+def mlp_names(model: ModelFolder) -> set[str]:
+    """Dense names of the tensors of MLPs; none in an architecture whose MLPs are not known."""
+    if model.config.model_type not in FAMILIES:
+        return set()
+    return {tensor.dense for tensor in family_of(model.config).expert_tensors(model.config)}
+
+
+def embeddings_name(model: ModelFolder) -> str:
+    """The dense name of the embedding table."""
+    own = skeleton(model.config)
+    table = own.get_input_embeddings().weight
+    return next(name for name, weight in own.named_parameters() if weight is table)
+
+
+def differing_settings(model: ModelFolder, other: ModelFolder) -> list[str]:
+    """Keys of the configs that differ, but for those that change nothing in what a model computes."""
+    mine, theirs = (folder.config.to_dict() for folder in (model, other))
+    differing = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+    return sorted(differing - INCIDENTAL)
+
+
+def check_architectures(
+    models: Sequence[ModelFolder], has_base: bool, scope: Scope, headless: Collection[int]
+) -> None:
+    """Raise UnsupportedError unless all have one type, the same tensors, and those in scope in one shape.
+
+    Tables of embeddings may have rows of their own; heads of the `headless` are not compared.
+    """
+
+    def differ(number: int, other: int) -> Difference | None:
+        skipped = [*models[other].head_names] if {number, other} & {*headless} else []
+        return _difference(models[number], models[other], scope, skipped)
+
+    _refuse_odd_one(models, has_base, differ)
+
+
+def _difference(
+    model: ModelFolder, reference: ModelFolder, scope: Scope, skipped: Collection[str]
+) -> Difference | None:
+    if model.model_type != reference.model_type:
+        return f"model_type {model.model_type}", f"model_type {reference.model_type}"
+    shapes, wanted = _shapes(model), _shapes(reference)
+    if lone := sorted(shapes.keys() ^ wanted.keys()):
+        has, lacks = f"a {lone[0]}", f"no {lone[0]}"
+        return (has, lacks) if lone[0] in shapes else (lacks, has)
+    free = {embeddings_name(reference), *skipped}
+    for name in names_in_scope(reference, scope):
+        if shapes[name] != wanted[name] and name not in free:
+            return (
+                f"{name} {shapes[name]}{_sizes(model, reference)}",
+                f"{wanted[name]}{_sizes(reference, model)}",
+            )
+    return None
+
+
+def _shapes(model: ModelFolder) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in skeleton(model.config).state_dict().items()}
+
+
+def _sizes(model: ModelFolder, other: ModelFolder) -> str:
+    """The numbers in the model's config that are others there: what makes shapes differ."""
+    values = {key: getattr(model.config, key, None) for key in differing_settings(model, other)}
+    sizes = [f"{key} {value}" for key, value in values.items() if isinstance(value, int)]
+    return f" ({few(sizes)})" if sizes else ""
+
+
+def check_pooling(models: Sequence[ModelFolder], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """All reward models must read scores at one token, or the merged head is given foreign states."""
+    family = FAMILIES.get(models[0].model_type)
+    if family is not None and not family.causal:  # encoders read the first token
+        return
+    judges = [*zip(models, tokenizers, strict=True)]
+    if len({reads_before_the_end(model.config, tokenizer) for model, tokenizer in judges}) > 1:
+        pads = ", ".join(f"{model.source}: {named_pad(model.config)}" for model in models)
+        raise UnsupportedError(
+            "the models read their scores at different tokens",
+            given=f"pad_token_id in config.json: {pads}; one of them is an end token too",
+            expected="models that all read the end token's state, or all the state before it",
+            fix="leave out those that differ; or give them the others' pad_token_id and train them first",
+        )
+
+
+def check_vocabularies(
+    models: Sequence[ModelFolder], tokenizers: Sequence[PreTrainedTokenizerBase], has_base: bool
+) -> None:
+    """Raise UnsupportedError unless tokens that nobody added have the same ids: they come from one start."""
+    words = [_own_words(tokenizer) for tokenizer in tokenizers]
+
+    def differ(number: int, other: int) -> Difference | None:
+        differing = sorted({token for token, _ in words[number].items() ^ words[other].items()})
+        given = f"tokens that differ: {few(map(repr, differing))}"
+        return (given, "one vocabulary, up to added tokens") if differing else None
+
+    _refuse_odd_one(models, has_base, differ, "the tokenizer of ")
+
+
+def _own_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that were not added, with their ids."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return {token: row for token, row in tokenizer.get_vocab().items() if token not in added}
+
+
+def _refuse_odd_one(
+    models: Sequence[ModelFolder],
+    has_base: bool,
+    differ: Callable[[int, int], Difference | None],
+    part: str = "",
+) -> None:
+    """Raise UnsupportedError for the first model that differs from the one with which most agree.
+
+    So no other is blamed for it, a wrong base say. `part`: what of a model differs.
+    """
+    if all(differ(number, 0) is None for number in range(1, len(models))):
+        return
+    agreeing = [sum(differ(other, n) is None for other in range(len(models))) for n in range(len(models))]
+    reference = agreeing.index(max(agreeing))
+    odd, (given, expected) = next(
+        (number, found) for number in range(len(models)) if (found := differ(number, reference)) is not None
+    )
+    is_base = has_base and odd == 0
+    raise UnsupportedError(
+        f"{part}{'the base ' * is_base}{models[odd].source} does not go with the others",
+        given=given,
+        expected=f"{expected}, as of {models[reference].source}",
+        fix=WHICH_BASE if is_base else WHICH_MODELS,
+    )
