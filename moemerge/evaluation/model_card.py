@@ -24,6 +24,7 @@ from moemerge.artifacts.manifest import (
     stated_licence,
     written_by_stages,
 )
+from moemerge.artifacts.paths import reads_like_path
 from moemerge.errors import ArtifactError
 from moemerge.evaluation.measures import main_measures
 from moemerge.evaluation.page import numbers_to_see_first
@@ -216,7 +217,8 @@ def _sorted_sums(files: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _hub_base(chain: list[Manifest]) -> str | None:
-    return next((record["hub"] for record in _origins(chain) if "hub" in record), None)
+    names = (record.get("hub") for record in _origins(chain))
+    return next((name for name in names if name and not reads_like_path(name)), None)
 
 
 def _inherited_license(base: str | None, chain: list[Manifest]) -> dict[str, str]:

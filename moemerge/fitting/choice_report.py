@@ -68,7 +68,6 @@ class Shown:
     def _model(self, number: int) -> dict[str, Any]:
         judged, name = self.judged, self.judged.names[number]
         right_P, lead_P = judged.right_CP[number], judged.right_CP[number] - judged.right_CP[self.simplest]
-        gain_P = judged.losses_CP[self.simplest] - judged.losses_CP[number]
         of = np.array(self.subsets)
         return {
             "rank": self.options.ranks.get(name),
@@ -76,7 +75,6 @@ class Shown:
             "accuracy": self._mean(right_P),
             "loss": float(judged.losses_CP[number].mean()),
             "lead": self._mean(lead_P),
-            "gain": self._mean(gain_P),
             "by_subset": {subset: self._mean(right_P, of == subset) for subset in sorted({*self.subsets})},
         }
 

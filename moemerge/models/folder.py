@@ -38,7 +38,7 @@ ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_TOKENIZER_CONFIG_BYTES = 30_000_000
 # What older versions saved, and transformers replaces by what lies in the folder.
-REPLACED = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
+REPLACED_ON_LOADING = {"name_or_path", "tokenizer_file", "special_tokens_map_file"}
 # Where LLaMA-Factory and ms-swift put the head of a reward model, whose config.json then names a causal LM.
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 # The classes of models that never had a reward head.
@@ -263,7 +263,9 @@ class ModelFolder:
         for path in filter(None, map(self._file, TOKENIZER_FILES)):
             with self._tokenizer_faults(f"a JSON object in {path.name}"):
                 values = read_object(path, MAX_TOKENIZER_CONFIG_BYTES)
-            refuse_paths({key: values[key] for key in values.keys() - REPLACED}, path.parent, path.name)
+            refuse_paths(
+                {key: values[key] for key in values.keys() - REPLACED_ON_LOADING}, path.parent, path.name
+            )
             self._tokenizer_configs[path.name] = values
 
     @contextmanager

@@ -59,9 +59,13 @@ def _nameable(value: str | Path) -> str | Path:
 
 def _file_name(name: str) -> str:
     """A name of a data set or model, which also names files and tensors: it must not lead elsewhere."""
-    if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or len(name.encode()) > MAX_KEY:
+    if not name.strip() or name in (".", "..") or "/" in name or "\\" in name or _is_long(name):
         raise ValueError(f"a name of at most {MAX_KEY} bytes without slashes, such as test")
     return name
+
+
+def _is_long(name: str) -> bool:
+    return len(name.encode(errors="surrogatepass")) > MAX_KEY
 
 
 def name_of(source: str) -> str:
@@ -82,14 +86,22 @@ def _by_name(sources: Any) -> Any:
     return dict(zip(names, paths, strict=True))
 
 
+def _several(models: dict[str, str]) -> dict[str, str]:
+    """The models by name, if they are two at least."""
+    if len(models) < 2:
+        raise ValueError("two models at least, as name=source or sources alone")
+    return models
+
+
 MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 SHORTHAND = re.compile(r"^~|(^|/)\$[{A-Za-z_]")  # what a shell would have replaced
 INPUT, CODE = _Input(), _Code()
 Named = Annotated[str, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 Source = Annotated[str, INPUT, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
-Name = Annotated[str, AfterValidator(_nameable), AfterValidator(_file_name)]
+Name = Annotated[str, AfterValidator(_file_name), AfterValidator(_nameable)]
 Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name)]
+Several = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name), AfterValidator(_several)]
 SourceList = Annotated[list[Named], INPUT]
 Output = Annotated[Path, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Run, Source, Sources
+from moemerge.options.base import Run, Several, Source
 from moemerge.options.choose import ChooseSettings
 
 
 class CombineSettings(ChooseSettings):
     """Reward models that are good at different things -> the one dense model to use, and why."""
 
-    models: Sources = Field(description="two reward models or more, of one architecture")
+    models: Several = Field(description="two reward models or more, of one architecture")
     base: Source | None = Field(
         None,
         description="the model that all of them were trained from, with or without a reward head (default: "
@@ -44,9 +44,7 @@ class CombineSettings(ChooseSettings):
     max_epochs: int = Field(10, ge=1, description="fitted coefficients: most passes over the pairs")
 
     @model_validator(mode="after")
-    def _several(self) -> CombineSettings:
-        if len(self.models) < 2:
-            raise ValueError("models: give two at least")
+    def _names_apart(self) -> CombineSettings:
         candidates = {*RESERVED, *(f"{name}-tuned" for name in (*self.models, *RESERVED))}
         if clash := sorted(candidates & {*self.models}):
             raise ValueError(f"models: another name than {clash[0]}, which a candidate has")

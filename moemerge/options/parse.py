@@ -14,6 +14,7 @@ from moemerge.options.base import Options, Run
 MAX_FAULTS = 100
 STAGE = "options"  # where the options of a single stage are said to be: they need no section before them
 O = TypeVar("O", bound=Run)  # noqa: E741
+OF_KEY = "[key]"  # how pydantic ends the location of a fault in a name
 Location = tuple[str | int, ...]
 TAG = re.compile(r"(float|int|str|bool|literal\[.*\])$")  # how pydantic names the types of a union
 
@@ -38,6 +39,8 @@ def _by_location(errors: Sequence[Any]) -> list[tuple[Location, list[Any]]]:
 
 def _fault(kind: type[Options], where: str, location: Location, errors: Sequence[Any]) -> MoemergeError:
     error, value = errors[0], repr(errors[0]["input"])[:200]
+    if location[-1:] == (OF_KEY,):
+        return _bad_name(where, location[:-2], value, _plain(error["msg"]))
     path = ".".join(str(part) for part in (location if where == STAGE else (where, *location)))
     whole, parent = _section(kind, location), _section(kind, location[:-1])
     if error["type"] == "value_error" and whole is not None:
@@ -56,6 +59,18 @@ def _fault(kind: type[Options], where: str, location: Location, errors: Sequence
     choices = re.findall(r"'([^']*)'", expected) if errors[-1]["type"] == "literal_error" else []
     fix = suggest(str(error["input"]), choices) if choices else f"correct {itself}"
     return OptionError(f"bad option {path}", given=value, expected=expected, fix=fix)
+
+
+def _bad_name(where: str, location: Location, value: str, expected: str) -> MoemergeError:
+    """The fault of a name that the user gave to something, as a key of the option at `location`."""
+    option = ".".join(str(part) for part in location)
+    way = f"{_flag(option)} NAME=VALUE" if where == STAGE else f"{where}.{option}: {{NAME: VALUE}}"
+    return OptionError(
+        f"bad name in {option if where == STAGE else f'{where}.{option}'}",
+        given=value,
+        expected=expected,
+        fix=f"give another name, as in {way}",
+    )
 
 
 def _contradiction(section: type[Options], path: str, message: str, values: Any) -> OptionError:

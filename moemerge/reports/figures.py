@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from moemerge.artifacts.json_file import read_object
-from moemerge.reports.table import Table
+from moemerge.reports.table import Table, shortened
 
 Number = float | None  # None stands for a value that there is not
 SUFFIX = ".plot.json"
@@ -57,7 +57,7 @@ class Curves:
     def words(self) -> list[str]:
         """Per panel: every curve's ends, and where it is highest or lowest in between."""
         return [
-            f"{self.title}. {words}" if self.title not in ("", panel.title) else words
+            f"{shortened(self.title)}. {words}" if self.title not in ("", panel.title) else words
             for panel, words in zip(self.panels, map(_panel_words, self.panels), strict=True)
         ]
 
@@ -78,10 +78,10 @@ class Dots:
 
     def words(self) -> list[str]:
         """Per group: every value with its interval."""
-        last = f" {self.reference} is the reference." if self.reference else ""
+        last = f" {shortened(self.reference)} is the reference." if self.reference else ""
         return [
-            f"{self.x_label} on {group}, with intervals: "
-            f"{_listed([f'{name} {_interval(*ends)}' for name, ends in rows.items()])}.{last}"
+            f"{self.x_label} on {shortened(group)}, with intervals: "
+            f"{_listed([f'{shortened(name)} {_interval(*ends)}' for name, ends in rows.items()])}.{last}"
             for group, rows in self.groups.items()
         ]
 
@@ -110,16 +110,16 @@ class HeatMap:
         """Size of the matrix, and where its lowest and highest values are."""
         size = f"{len(self.y_ticks)} rows ({self.y_label}) by {len(self.x_ticks)} columns ({self.x_label})"
         cells = [
-            (value, f"{self.y_label} {row}, {self.x_label} {column}")
+            (value, f"{self.y_label} {shortened(row)}, {self.x_label} {shortened(column)}")
             for row, values in zip(self.y_ticks, self.matrix, strict=True)
             for column, value in zip(self.x_ticks, values, strict=True)
             if value is not None and math.isfinite(value)
         ]
         if not cells:
-            return [f"{self.title}: {size}, all without a value."]
+            return [f"{shortened(self.title)}: {size}, all without a value."]
         (low, where_low), (high, where_high) = min(cells), max(cells)
         ends = f"lowest {_text(low)} at {where_low}, highest {_text(high)} at {where_high}"
-        return [f"{self.title}: {size}; {ends}."]
+        return [f"{shortened(self.title)}: {size}; {ends}."]
 
     def tables(self) -> list[Table]:
         """The matrix itself."""
@@ -156,7 +156,8 @@ class Figure:
     @property
     def title(self) -> str:
         """The plot's title, or the file's name in words."""
-        return self.name or (self.plot.title if self.plot else "") or self.file.stem.replace("_", " ")
+        named = self.name or (self.plot.title if self.plot else "")
+        return shortened(named or self.file.stem.replace("_", " "))
 
     @property
     def alt(self) -> str:
@@ -217,8 +218,8 @@ def _panel_words(panel: Panel) -> str:
     all_x = [x for line in panel.lines.values() for x, _ in _points(line)]
     span = f" from {_text(min(all_x))} to {_text(max(all_x))}" if all_x else ""
     name = panel.title or panel.y_label
-    what = name if panel.y_label.lower() in name.lower() else f"{name}: {panel.y_label}"
-    lines = [_line_words(name, _points(line)) for name, line in panel.lines.items()]
+    what = shortened(name) if panel.y_label.lower() in name.lower() else f"{shortened(name)}: {panel.y_label}"
+    lines = [_line_words(shortened(name), _points(line)) for name, line in panel.lines.items()]
     return f"{what} against {panel.x_label}{span}: {_listed(lines)}."
 
 

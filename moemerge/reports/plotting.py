@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from moemerge.reports.figures import Curves, Dots, HeatMap, Line, Panel, Plot, save_plot
+from moemerge.reports.table import shortened
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), which differ for colour-blind readers; black comes last.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111")
@@ -99,7 +100,7 @@ def panels(
     for cell in cells[len(plots) :]:
         cell.remove()
     if title:
-        figure.suptitle(_drawn(title))
+        figure.suptitle(_drawn(shortened(title)))
     _legend(figure, cells[: len(plots)])
     name = title or (plots[0].title if len(plots) == 1 else "")
     return _save(figure, path, Curves(name, plots, log_x))
@@ -192,7 +193,7 @@ def _themed(svg: str) -> str:
 def _draw_heat_map(axes: Any, plot: HeatMap, title: str) -> Any:
     values = np.asarray(plot.matrix, dtype=float)
     image = axes.imshow(values, aspect="auto", cmap="cividis")
-    axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylabel=_drawn(plot.y_label))
+    axes.set(title=_drawn(shortened(title)), xlabel=_drawn(plot.x_label), ylabel=_drawn(plot.y_label))
     _ticks(axes.xaxis, plot.x_ticks)
     _ticks(axes.yaxis, plot.y_ticks)
     if values.size <= CELLS_WITH_NUMBERS:
@@ -205,7 +206,7 @@ def _draw_dots(axes: Any, title: str, plot: Dots) -> None:
     for height, (value, low, high) in enumerate(group.values()):
         axes.plot([low, high], [height, height], color=COLOURS[0], linewidth=2)
         axes.plot([value], [height], "o", color=COLOURS[0], markersize=6)
-    axes.set(title=_drawn(title), xlabel=_drawn(plot.x_label), ylim=(len(group) - 0.5, -0.5))
+    axes.set(title=_drawn(shortened(title)), xlabel=_drawn(plot.x_label), ylim=(len(group) - 0.5, -0.5))
     axes.set_yticks(range(len(group)), [_short(name) for name in group])
     mark = group[plot.reference][0] if plot.reference else 0
     axes.axvline(mark, color=GREY, linestyle="--", linewidth=1)
@@ -218,8 +219,7 @@ def _drawn(text: str) -> str:
 
 
 def _short(name: str) -> str:
-    half = LONGEST_NAME // 2
-    return _drawn(name if len(name) <= LONGEST_NAME else f"{name[:half]} … {name[-half:]}")
+    return _drawn(shortened(name, LONGEST_NAME))
 
 
 def _tidy(axes: Any) -> None:
@@ -260,7 +260,8 @@ def _draw(axes: Any, plot: Panel, styles: dict[str, dict[str, Any]], log_x: bool
         if line.low is not None and line.high is not None:
             low, high = np.asarray(line.low, dtype=float), np.asarray(line.high, dtype=float)
             axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.13, linewidth=0)
-    axes.set(title=_drawn(plot.title), xlabel=_drawn(plot.x_label), ylabel=_drawn(plot.y_label))
+    title, x_label, y_label = (_drawn(shortened(text)) for text in (plot.title, plot.x_label, plot.y_label))
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LONG_TEXT = 60  # letters of a cell that make its column prose
+LONGEST_NAME = 100  # letters of a column's or row's name; of a title twice as many
 HIDDEN = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)"
 )
@@ -18,12 +19,24 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report; cells are text already."""
+    """A table of the report; cells are text already.
+
+    Title, header and the names of rows are shortened: names in data may be of any length.
+    """
 
     title: str
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+
+    def __post_init__(self) -> None:
+        shown = {
+            "title": shortened(self.title, 2 * LONGEST_NAME),
+            "header": list(map(shortened, self.header)),
+            "rows": [[*map(shortened, row[:1]), *row[1:]] for row in self.rows],
+        }
+        for name, value in shown.items():
+            object.__setattr__(self, name, value)
 
     def markdown(self) -> str:
         """The table as GitHub markdown, headed by its title; columns of numbers keep to the right."""
@@ -66,6 +79,12 @@ def visible(text: str) -> str:
     what it is not. Tabs and line ends stay.
     """
     return HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def shortened(name: str, most: int = LONGEST_NAME) -> str:
+    """`name` with at most so many letters, and a mark in its middle if some are left out."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]} … {name[len(name) - half + 2 :]}"
 
 
 def one_line(text: str) -> str:

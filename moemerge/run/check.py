@@ -16,10 +16,9 @@ from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.run.combine_check import input_faults, model_faults
-from moemerge.run.faults import find_faults
+from moemerge.run.faults import MERGES, find_faults
 from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
-MERGES = "merges"  # the section that makes a recipe one of combine
 O = TypeVar("O", bound=Options)  # noqa: E741
 MAX_ROUNDS = 20  # of dropping what pydantic refuses: each round may show faults that hid behind others
 

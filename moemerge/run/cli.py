@@ -28,6 +28,7 @@ from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
     from moemerge.artifacts.weight_files import Fault
+    from moemerge.options.combine import Combine
     from moemerge.options.recipe import Recipe
     from moemerge.run.steps import RunReport, StepReport
 
@@ -150,28 +151,27 @@ def init(path: Path, template: str) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 def check(recipe: Path, overrides: Sequence[str]) -> None:
     """Find every fault of RECIPE, or print its plan."""
-    from moemerge.options.combine import Combine
     from moemerge.run.check import load_recipe
     from moemerge.run.plan import plan
 
     loaded = load_recipe(recipe, overrides)
     steps = plan(loaded)
     _say("ok")
-    if not isinstance(loaded, Combine):
-        for line in _doubts(loaded):
-            _say(line)
+    for line in _doubts(loaded):
+        _say(line)
     for step in steps:
         _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
 
 
-def _doubts(recipe: Recipe) -> Iterator[str]:
+def _doubts(recipe: Recipe | Combine) -> Iterator[str]:
     """What a recipe's user may want to know before it runs."""
+    from moemerge.options.combine import Combine
     from moemerge.run.budget import shortfalls
     from moemerge.run.faults import taken_for_hub_names
 
     for key, source in taken_for_hub_names(recipe).items():
         yield f"{key} {source} is not on this disk: it will be looked for on the hub"
-    for shortfall in shortfalls(recipe):
+    for shortfall in () if isinstance(recipe, Combine) else shortfalls(recipe):
         yield f"warning: {shortfall}"
 
 

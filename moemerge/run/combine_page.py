@@ -17,13 +17,13 @@ from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
 from moemerge.run.combine_plan import CHOICE, LOOK, MODEL
 from moemerge.run.page import steps_section
-from moemerge.run.steps import RunReport, StepReport
+from moemerge.run.steps import RunReport, StepReport, is_current
 
-SUMMARY = "summary.md"
+SUMMARY, PAGE = "summary.md", "report.html"
 
 
 def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
-    """Write report.html, report.md and summary.md into the run's folder.
+    """Write report.html, report.md and summary.md into the run's folder, unless nothing has changed.
 
     Raises ArtifactError for results that no stage wrote.
     """
@@ -31,23 +31,37 @@ def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
     fix = "remove the folders of the steps that you have not made yourself, then run the command again"
     with written_by_stages(f"what the steps of {run} wrote cannot be shown", fix):
         numbers, look = (read_object(run / name / "choice.json") for name in (CHOICE, LOOK))
-        manifests = {report.name: report.manifest for report in reports}
         first, *rest = tables(numbers, options.confidence)
         words = [text for text in (in_parts_sentence(numbers), look_sentence(look)) if text]
         figure = Figure.load(run / CHOICE / PICTURE)
-        agreement = read_object(run / "changes" / "changes.json") if options.base else None
-        sections = [
-            Section("Which model to take", words, [first, *rest], [figure], lead=sentence(numbers)),
-            *([_agreement(agreement, run)] if agreement else []),
-            steps_section(manifests),
-            provenance_section(manifests),
-        ]
-        page = write_report(run, f"Combination {run.resolve().name}", sections)
-        verdict = "\n".join([sentence(numbers), *words])
-        write_whole(
-            run / SUMMARY, f"# {sentence(numbers)}\n\n{first.markdown()}\n" + "\n\n".join(words) + "\n"
-        )
-    return RunReport(run, list(reports), first.aligned(), verdict, [figure.file], page, run / MODEL)
+        page = run / PAGE
+        if not is_current(page, reports, [report.name for report in reports]):
+            choice = Section("Which model to take", words, [first, *rest], [figure], lead=sentence(numbers))
+            _write(options, choice, reports)
+    return RunReport(
+        run,
+        list(reports),
+        first.aligned(),
+        "\n".join([sentence(numbers), *words]),
+        [figure.file],
+        page,
+        run / MODEL,
+    )
+
+
+def _write(options: Combine, choice: Section, reports: Sequence[StepReport]) -> None:
+    """The page, whose first section is `choice`, and the same in short."""
+    run, manifests = options.output, {report.name: report.manifest for report in reports}
+    agreement = read_object(run / "changes" / "changes.json") if options.base else None
+    sections = [
+        choice,
+        *([_agreement(agreement, run)] if agreement else []),
+        steps_section(manifests),
+        provenance_section(manifests),
+    ]
+    parts = [f"# {choice.lead}", choice.tables[0].markdown().rstrip(), *choice.text]
+    write_whole(run / SUMMARY, "\n\n".join(parts) + "\n")
+    write_report(run, f"Combination {run.resolve().name}", sections)
 
 
 def _agreement(numbers: dict[str, Any], run: Path) -> Section:

@@ -13,6 +13,7 @@ from moemerge.models.config_file import LAYERS
 from moemerge.models.families import FAMILIES, family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
+from moemerge.options.combine import Combine
 from moemerge.options.data import DataSettings
 from moemerge.options.layers import parse_layers
 from moemerge.options.recipe import WITH_INPUTS, Recipe
@@ -20,6 +21,7 @@ from moemerge.options.sample import SAMPLED
 from moemerge.run.baselines import model_names, scored_names
 from moemerge.run.recipe_file import Tree
 
+MERGES = "merges"  # the section that makes a recipe one of combine
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 Check = Callable[[Recipe], Iterator[MoemergeError]]
@@ -80,8 +82,11 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
         yield _fault("two sources of data", f"synthetic and {files}", "one of them", f"take out {files}")
 
 
-def _absent(recipe: Recipe) -> dict[str, str]:
+def _absent(recipe: Recipe | Combine) -> dict[str, str]:
     """The inputs that are neither files nor folders here, by the key in the recipe."""
+    if isinstance(recipe, Combine):
+        sources = _sources(input_fields(recipe), MERGES)
+        return {key: source for key, source in sources.items() if not Path(source).exists()}
     sources = {"model": recipe.model} if recipe.model else {}
     for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
         sources |= _sources(input_fields(settings) if settings else {}, section)
@@ -105,7 +110,7 @@ def missing_inputs(inputs: Mapping[str, Any], section: str = "") -> Iterator[Moe
             yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
 
 
-def taken_for_hub_names(recipe: Recipe) -> dict[str, str]:
+def taken_for_hub_names(recipe: Recipe | Combine) -> dict[str, str]:
     """The inputs that will be looked for on the hub, by the key in the recipe."""
     return {key: source for key, source in _absent(recipe).items() if not reads_like_path(source)}
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.manifest import written_by_stages
 from moemerge.artifacts.stage import refuse_several
@@ -25,6 +24,7 @@ from moemerge.run.steps import (
     StepReport,
     Tell,
     alone,
+    is_current,
     keep_recipe,
     recover_steps,
     run_steps,
@@ -105,7 +105,7 @@ def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     pictures = [recipe.output / "evaluate" / name for name in report["plots"]]
     steps = [step.name for step in plan(recipe)]
     page = recipe.output / PAGE
-    if any(report.reason is not None for report in reports) or not _is_current(page, steps):
+    if not is_current(page, reports, steps):
         page = _page(recipe.output, steps, learned)
     return RunReport(recipe.output, reports, table, words, pictures, page, recipe.output / learned)
 
@@ -114,9 +114,3 @@ def _page(run: Path, steps: Sequence[str], learned: str) -> Path:
     from moemerge.run.page import write_run_page
 
     return write_run_page(run, steps, learned)
-
-
-def _is_current(page: Path, steps: Sequence[str]) -> bool:
-    """Whether the run's page was written after all of its steps."""
-    newest = max((page.parent / step / MANIFEST).stat().st_mtime_ns for step in steps)
-    return page.exists() and page.stat().st_mtime_ns > newest

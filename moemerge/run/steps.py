@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, write_whole
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
@@ -95,6 +96,14 @@ def run_step(step: Step, again: str = "") -> StepReport:
         STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
     manifest = read_manifest(step.options.output)
     return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest)
+
+
+def is_current(page: Path, reports: Iterable[StepReport], steps: Iterable[str]) -> bool:
+    """Whether nothing was done, and a run's page was written after all of its steps."""
+    if not page.exists() or any(report.reason is not None for report in reports):
+        return False
+    newest = max((page.parent / step / MANIFEST).stat().st_mtime_ns for step in steps)
+    return page.stat().st_mtime_ns > newest
 
 
 def tell_versions(reports: Iterable[StepReport]) -> None:

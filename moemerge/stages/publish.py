@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from moemerge.artifacts.disk import link_or_copy
 from moemerge.artifacts.hub import bounded_hub, words_of
+from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.verify import verify_folder
 from moemerge.artifacts.weight_files import WEIGHTS
 from moemerge.errors import ArtifactError, MoemergeError, OptionError
 from moemerge.evaluation.model_card import find_evaluation, home_of, make_card
+from moemerge.models.folder import REPLACED_ON_LOADING, TOKENIZER_FILES
 from moemerge.options.publish import Publish
 from moemerge.stages import OPTIONS
 
@@ -43,6 +46,7 @@ MODEL_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+PLACES = {*REPLACED_ON_LOADING, "_name_or_path"}
 # What an earlier push may have left behind and the new model must not be mixed with.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "plots/*")
 
@@ -158,6 +162,22 @@ def _stage_model(model: Path, folder: Path) -> None:
             # Whoever edits a small file here must not change the one that it was published from.
             put = link_or_copy if path.suffix == WEIGHTS else shutil.copyfile
             put(path, folder / name)
+            if path.name in (*TOKENIZER_FILES, "config.json"):
+                _without_places(folder / name)
+
+
+def _without_places(file: Path) -> None:
+    """Take out of a JSON file where somebody's model or tokenizer lay: older versions saved that."""
+    text = file.read_text(encoding="utf-8")
+    places: list[str] = []
+
+    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        places.extend(key for key, _ in pairs if key in PLACES)
+        return {key: value for key, value in pairs if key not in PLACES}
+
+    values = json.loads(text, object_pairs_hook=kept)
+    if places:
+        write_json(file, values)
 
 
 def _stage_plots(model: Path, evaluation: str, folder: Path) -> None:

@@ -98,5 +98,5 @@ def test_a_base_whose_head_is_missing_has_no_size_to_compare_with(
 
 
 def test_one_model_alone_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="give two at least"):
+    with pytest.raises(OptionError, match="two models at least"):
         changes(models={"one": str(models["one"])}, base=str(models["base"]), output=tmp_path / "out")

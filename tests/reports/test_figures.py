@@ -12,6 +12,7 @@ import pytest
 
 from moemerge.reports import plotting
 from moemerge.reports.figures import Curves, Dots, Figure, HeatMap, Line, Panel
+from moemerge.reports.table import Table, shortened
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -109,3 +110,25 @@ def test_hostile_names_are_text_in_pictures(tmp_path: Path) -> None:
     texts = {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
     assert {names[0], names[1], "$x_$ <b>", "x & y", "a\ufffd\ufffd\ufffdb"} <= texts
     assert not list(root.iter(f"{SVG}script"))
+
+
+def test_long_names_are_shortened_wherever_they_are_shown(tmp_path: Path) -> None:
+    """In words, tables and pictures; what is kept of the plot has them whole. Texts in cells stay."""
+    long, most = "s" * 5000, 1000
+    line = Line([0.0, 1.0], [0.0, 1.0])
+    plots = [
+        Curves(long, [Panel(long, {long: line, "a": line}, "x", "y")]),
+        Dots("accuracy", {long: {long: (0.5, 0.4, 0.6)}}, "accuracy", long),
+        HeatMap([[1.0, 2.0]], long, "x", "y", [long, "b"], [long]),
+    ]
+    for plot in plots:
+        (words,) = plot.words()
+        (table,) = plot.tables()
+        assert len(words) < most and "s … s" in words
+        assert max(map(len, [table.title, *table.header, *table.rows[0]])) <= 200
+        (image,) = plotting.svgs(plot)
+        texts = ["".join(t.itertext()) for t in ElementTree.fromstring(image).iter(f"{SVG}text")]
+        assert max(map(len, texts)) <= 100 and any("s … s" in text for text in texts)
+    table = Table(long, ["model", long], [["a" + long, long], ["b", "1"]])
+    assert len(table.header[1]) == len(table.rows[0][0]) == 100 and table.rows[0][1] == long
+    assert table.rows[0][0].startswith("as") and shortened("short") == "short"

@@ -114,9 +114,12 @@ def test_every_candidate_is_judged_on_pairs_that_it_was_not_made_from(combined: 
 
 
 def test_what_is_done_is_not_done_again(combined: RunReport, world: Path) -> None:
+    """Nor is the page written again."""
+    before = combined.page.stat().st_mtime_ns
     again = combine(**given(world), output=world / "best")
     assert [step.name for step in again.steps if step.reason is not None] == []
-    assert again.verdict == combined.verdict
+    assert (again.verdict, again.table, again.page) == (combined.verdict, combined.table, combined.page)
+    assert again.page.stat().st_mtime_ns == before
 
 
 def test_equal_members_are_taken_as_they_are(world: Path) -> None:
@@ -169,7 +172,7 @@ def test_a_start_is_taken_only_if_it_is_what_it_was(world: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"models": {"a": "a"}}, "give two at least"),
+        ({"models": {"a": "a"}}, "two models at least"),
         ({"models": {"a": "a", "sum": "b"}}, "another name than sum"),
         ({"models": {"a": "a", "a-tuned": "b"}}, "another name than a-tuned"),
         ({"folds": 1}, "folds"),
@@ -258,7 +261,10 @@ def test_a_recipe_with_merges_is_checked(world: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         cli.main(["check", str(recipe_of(world))])
     shown = capsys.readouterr().out
-    assert shown.startswith("ok") and "part-2/made" in shown
+    assert shown.startswith("ok") and "part-2/made" in shown and "on the hub" not in shown
+    with pytest.raises(SystemExit):
+        cli.main(["check", str(recipe_of(world, base="owner/start"))])
+    assert "merges.base owner/start is not on this disk" in capsys.readouterr().out
     assert len(check_recipe(recipe_of(world, folds=1, l2=-1.0))) == 2
     (fault,) = check_recipe(recipe_of(world, pairs="./nowhere.jsonl"))
     assert "merges.pairs does not exist" in str(fault)

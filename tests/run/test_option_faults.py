@@ -8,6 +8,7 @@ import pytest
 
 from moemerge.errors import Faults, MoemergeError
 from moemerge.options.base import Options
+from moemerge.options.combine import Combine
 from moemerge.options.fit import Fit
 from moemerge.options.merge import Merge
 from moemerge.options.parse import parse_options
@@ -17,6 +18,7 @@ from moemerge.options.upcycle import Upcycle
 
 MOE = {"model": "moe", "output": "o"}
 TRAIN = {"model": "rm", "pairs": "p", "output": "o"}
+COMBINED = {"pairs": "p", "output": "o"}
 LISTED = {"models": ["a", "b"], "pairs": "p", "output": "o"}
 
 
@@ -48,6 +50,21 @@ def fault(kind: type[Options], fields: dict[str, Any], where: str = "options") -
             Upcycle,
             MOE | {"gate": "xtf"},
             ("bad option gate", "'xtf'", "'xft', 'topk'", "did you mean 'xft'?"),
+        ),
+        (
+            Combine,
+            COMBINED | {"models": {"../../x": "a", "b": "b"}},
+            (
+                "bad name in models",
+                "'../../x'",
+                "a name of at most",
+                "another name, as in --models NAME=VALUE",
+            ),
+        ),
+        (
+            Combine,
+            COMBINED | {"models": ["a"]},
+            ("bad option models", "'a'", "two models at least", "--models"),
         ),
         (
             Fit,  # a value of several types is one fault

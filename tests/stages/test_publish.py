@@ -23,7 +23,8 @@ from moemerge.options.publish import Publish
 from moemerge.options.train import Train
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.export import export
-from moemerge.stages.publish import publish
+from moemerge.stages.merge import merge
+from moemerge.stages.publish import PLACES, publish
 from moemerge.stages.upcycle import upcycle
 
 
@@ -126,6 +127,21 @@ def test_no_local_path_leaks(run: dict[str, Path], tmp_path: Path) -> None:
     root = str(run["merged"].parent)
     leaking = [p.name for p in out.rglob("*") if p.is_file() and root.encode() in p.read_bytes()]
     assert leaking == ["manifest.json"]  # stays on this machine
+
+
+def test_places_that_older_versions_saved_are_taken_out(tmp_path: Path) -> None:
+    models = [save_dense(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    (models[0] / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    edit_json(models[0] / "special_tokens_map.json", special_tokens_map_file=str(models[0]))
+    edit_json(models[0] / "tokenizer_config.json", name_or_path=str(models[0]), tokenizer_file=str(models[0]))
+    edit_json(models[0] / "config.json", _name_or_path=str(models[0]))
+    merged = merge(models=list(map(str, models)), output=tmp_path / "merged")
+    out = publish(model=str(merged), output=tmp_path / "p")
+    files = [path for path in out.iterdir() if path.name != "manifest.json"]
+    assert "special_tokens_map.json" in {path.name for path in files}
+    assert not [path.name for path in files if str(tmp_path).encode() in path.read_bytes()]
+    before, after = (json.loads((at / "tokenizer_config.json").read_text()) for at in (merged, out))
+    assert after == {key: value for key, value in before.items() if key not in PLACES} != before
 
 
 def test_licence_comes_from_the_dense_model(tmp_path: Path) -> None:
