@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from moemerge.stages.export import export as export
     from moemerge.stages.fit import fit as fit
     from moemerge.stages.fit import fit_models as fit_models
+    from moemerge.stages.gate import gate as gate
     from moemerge.stages.merge import merge as merge
     from moemerge.stages.merge import merge_models as merge_models
     from moemerge.stages.optimise import optimise as optimise
@@ -60,6 +61,7 @@ _HOMES = {
     "calibrate": "stages.calibrate",
     "changes": "stages.changes",
     "fit": "stages.fit",
+    "gate": "stages.gate",
     "merge": "stages.merge",
     "fit_models": "stages.fit",
     "merge_models": "stages.merge",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Options, Run, Source
+from moemerge.options.base import Options, Run, Source, Sources
 
 
 class UpcycleSettings(Options):
@@ -57,3 +57,22 @@ class Upcycle(UpcycleSettings, Run):
     """Options of `moemerge upcycle`."""
 
     model: Source = Field(description="dense reward model, base LM or encoder: folder or hub name")
+    experts: Sources = Field(
+        default_factory=dict,
+        description="models of the same architecture: the routed experts are their MLPs, all else is the "
+        "model's (default: copies of the model's own MLPs)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_expert_per_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With `experts` as many as there are models, and one of them per token, unless it is said."""
+        if not values.get("experts"):
+            return values
+        return {"num_routed_experts": len(values["experts"]), "num_experts_per_tok": 1} | values
+
+    @model_validator(mode="after")
+    def _as_many_experts(self) -> Upcycle:
+        if self.experts and len(self.experts) != self.num_routed_experts:
+            raise ValueError(f"num_routed_experts: {len(self.experts)}, as many as there are experts")
+        return self

@@ -45,8 +45,10 @@ def changes(results: Results) -> str:
 
 
 def upcycle(results: Results) -> str:
-    """Experts, and how exactly the MoE computes what the dense model does."""
+    """Experts, and how exactly the MoE computes what the dense model does, if it is to."""
     experts = f"{results['num_routed_experts']} routed experts, {results['num_experts_per_tok']} per token"
+    if "largest_difference" not in results:
+        return f"{experts}; each is another model's MLP"
     return f"{experts}; largest difference to the dense model {results['largest_difference']:.1e}"
 
 

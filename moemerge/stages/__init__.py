@@ -89,6 +89,13 @@ ROWS = (
         "{verdict}".format_map,
     ),
     Row(
+        "gate",
+        "moemerge.stages.gate:gate",
+        "moemerge.options.gate:Gate",
+        "Fit a MoE's routers: which expert suits which prompt.",
+        "{sentence}".format_map,
+    ),
+    Row(
         "merge",
         "moemerge.stages.merge:merge",
         "moemerge.options.merge:Merge",

@@ -1,14 +1,15 @@
 """Stage upcycle: a dense reward model becomes a mixture of experts that computes the same function.
 
-Every expert starts as a copy of the dense MLP (sparse upcycling, arXiv 2212.05055) and gate weights sum
-to one (XFT, arXiv 2404.15247). Letters: N routed experts.
+Every expert starts as a copy of the dense MLP (sparse upcycling, arXiv 2212.05055), or as the MLP of another
+model (Branch-Train-MiX, arXiv 2403.07816), and gate weights sum to one (XFT, arXiv 2404.15247). Letters: N
+routed experts.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.merging.sources.models import ModelList, ModelTensor
 from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import use_device
 from moemerge.models.equivalence import largest_difference, probe_scores, probe_texts, require_alike
@@ -42,9 +44,10 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     """Write the MoE of `options.model`, and check on a probe batch that it equals the dense model.
 
     A base language model or encoder, or with `fresh_head` any model that lacks its head, gets a fresh one
-    drawn from `seed`. Weights are read and written tensor by tensor, so no more than one shard is held.
+    drawn from `seed`. With `experts` the routed experts are these models' MLPs, and nothing is compared: the
+    function is another one. Weights are read and written tensor by tensor, so no more than one shard is held.
     Raises UnsupportedError for an unknown architecture and CheckpointError for a damaged model or when the
-    functions differ.
+    functions differ; UnsupportedError for experts of another architecture than the model's.
     """
     device = use_device(options)
     source = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)
@@ -61,7 +64,8 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     write_layout(draft.folder, layout)
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=source.missing_head)
-    _compare(options, source, draft, device)
+    if not options.experts:
+        _compare(options, source, draft, device)
 
 
 def _dense_config(source: ModelFolder) -> PretrainedConfig:
@@ -109,6 +113,7 @@ def _moe_tensors(
     settings = MoeSettings.read(moe.moemerge)
     tensors = family_of(moe).expert_tensors(moe)
     experts = {t.dense for t in tensors}
+    others = _others(options)
     shapes = skeleton(moe).state_dict()
     for name, held in tqdm(source.dense_names.items(), desc="backbone", disable=None):
         if held is None:
@@ -116,7 +121,7 @@ def _moe_tensors(
         elif name not in experts:
             yield name, finite(source.weights.tensor(held), held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
-        yield from _expert_copies(source, stack, settings, options.expert_noise, generator)
+        yield from _expert_copies(source, others, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
         yield from _routers(prefix, moe, settings, options.router_init, generator)
 
@@ -137,8 +142,16 @@ def _stacks(tensors: list[ExpertTensor]) -> list[list[ExpertTensor]]:
     return list(stacks.values())
 
 
+def _others(options: Upcycle) -> ModelList | None:
+    """The models whose MLPs become the routed experts, beside the model itself; None for copies."""
+    if not options.experts:
+        return None
+    return ModelList([*options.experts.values()], base=options.model, scope="mlp")
+
+
 def _expert_copies(
     source: ModelFolder,
+    others: ModelList | None,
     stack: list[ExpertTensor],
     settings: MoeSettings,
     noise: float,
@@ -148,8 +161,11 @@ def _expert_copies(
     dense = {t.dense: finite(source.weights.tensor(str(source.dense_names[t.dense])), t.dense) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
-    expert = torch.cat([dense[t.dense].T if t.transposed else dense[t.dense] for t in stack])
-    copies = expert.unsqueeze(0).repeat(settings.num_routed_experts, *[1] * expert.dim())
+    if others is None:
+        expert = _joined(stack, dense)
+        copies = expert.unsqueeze(0).repeat(settings.num_routed_experts, *[1] * expert.dim())
+    else:
+        copies = torch.stack([_joined(stack, mlp) for mlp in _mlps(others, stack, dense)])
     if noise:
         # Relative to each matrix's own standard deviation: those of one stack may differ in scale.
         for t in stack:
@@ -157,6 +173,20 @@ def _expert_copies(
             std = noise * dense[t.dense].float().std()
             copies[:, t.rows] = (part + std * torch.randn(part.shape, generator=generator)).to(part.dtype)
     yield stack[0].stacked, copies
+
+
+def _joined(stack: Sequence[ExpertTensor], mlp: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One expert's tensors of a stack, as they lie in it."""
+    return torch.cat([mlp[t.dense].T if t.transposed else mlp[t.dense] for t in stack])
+
+
+def _mlps(
+    others: ModelList, stack: Sequence[ExpertTensor], dense: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of one stack by name, of each of the other models, in the dtype of the model's own."""
+    for member in range(1, 1 + others.num_members):
+        held = {t.dense: others.matrix(ModelTensor(t.dense, t.shape), member) for t in stack}
+        yield {name: finite(tensor, name).to(dense[name].dtype) for name, tensor in held.items()}
 
 
 def _routers(
