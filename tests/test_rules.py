@@ -307,7 +307,8 @@ def test_commands_in_the_documents_have_the_flags_they_show() -> None:
     assert len(shown) > 30
     for name, flags in shown:
         if name != "mergekit":
-            known = {flag for option in cli.commands[name].get_params(Context(cli)) for flag in option.opts}
+            options = cli.commands[name].get_params(Context(cli))
+            known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
             assert flags <= known, f"moemerge {name}"
 
 

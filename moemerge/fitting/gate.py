@@ -35,26 +35,27 @@ class _Told(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         expert_B = torch.tensor(self.choice.experts, device=x_BD.device)
-        if self.choice.keep is not None:
-            self.choice.keep(self.layer, self.choice.rows, x_BD)
+        self.choice.keep(self.layer, self.choice.rows, x_BD)
         return SURE * nn.functional.one_hot(expert_B, self.choice.num_experts).to(x_BD.dtype)
 
 
 class _Choice:
-    """The experts of the batch that runs, by `of`: row of a text -> expert."""
+    """The expert of each text, and of the texts of the batch that runs; `keep` takes layer, rows, states."""
 
     def __init__(
-        self,
-        num_experts: int,
-        of: Callable[[int], int],
-        keep: Callable[[int, list[int], Tensor], None] | None,
+        self, num_experts: int, experts: Integers, keep: Callable[[int, list[int], Tensor], None]
     ) -> None:
-        self.num_experts, self.of, self.keep = num_experts, of, keep
+        self.num_experts, self.all_experts, self.keep = num_experts, experts, keep
         self.rows: list[int] = []
-        self.experts: list[int] = []
+
+    @property
+    def experts(self) -> list[int]:
+        """Of the batch that runs."""
+        return [int(self.all_experts[row]) for row in self.rows]
 
     def on_batch(self, rows: list[int]) -> None:
-        self.rows, self.experts = rows, [self.of(row) for row in rows]
+        """Take the batch of these texts to be the one that runs."""
+        self.rows = rows
 
 
 @contextmanager
@@ -71,29 +72,6 @@ def _told(model: PreTrainedModel, choice: _Choice) -> Iterator[None]:
             layer.gate = routers[number]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What each expert, alone in all layers, makes of the pairs, and the prompts' states.
-
-    margins_NP: score of chosen minus rejected. prompt_P: number of each pair's prompt. states_LQD: what each
-    layer's router sees of a prompt whose best expert runs below it.
-    """
-
-    margins_NP: Floats
-    prompt_P: Integers
-    states_LQD: Floats
-
-    @property
-    def count_Q(self) -> Floats:
-        """Pairs of each prompt."""
-        return np.bincount(self.prompt_P).astype(np.float64)
-
-    @property
-    def utility_QN(self) -> Floats:
-        """See `utilities`."""
-        return utilities(self.margins_NP, self.prompt_P)
-
-
 def utilities(margins_NP: Floats, prompt_P: Integers) -> Floats:
     """Mean of log sigmoid(margin / scale) over each prompt's pairs, minus the experts' mean; [Q, N].
 
@@ -107,41 +85,44 @@ def utilities(margins_NP: Floats, prompt_P: Integers) -> Floats:
     return mean_QN - mean_QN.mean(axis=1, keepdims=True)
 
 
-def judge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], tokens: int
-) -> Judged:
-    """Score the pairs with each expert alone, then once more to see the states below the best ones."""
-    texts, layers = texts_of(pairs), moe_layers(model)
-    count = next(iter(layers.values())).settings.num_routed_experts
-    prompt_P = np.array(numbered(prompt_key(pair.pair) for pair in pairs))
+class Passes:
+    """Passes of the pairs through a MoE whose experts are chosen from outside, the same one in all layers."""
 
-    def scored(progress: str, choice: _Choice) -> Floats:
-        with _told(model, choice):
-            scores_P2 = score(model, tokenizer, texts, tokens, progress, choice.on_batch).view(-1, 2)
-        return (scores_P2[:, 0] - scores_P2[:, 1]).double().numpy()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[EncodedPair],
+        tokens: int,
+    ) -> None:
+        self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.texts, layers = texts_of(pairs), moe_layers(model)
+        self.num_experts = next(iter(layers.values())).settings.num_routed_experts
+        self.prompt_P = np.array(numbered(prompt_key(pair.pair) for pair in pairs))
+        shape = (len(layers), int(self.prompt_P.max()) + 1, model.config.get_text_config().hidden_size)
+        self.states_LQD = np.zeros(shape)
 
-    def alone(expert: int) -> Floats:
-        return scored(f"expert {expert}", _Choice(count, lambda row: expert, None))
+    def margins(self, expert_Q: Integers, progress: str) -> Floats:
+        """Score of chosen minus rejected with these experts, [P]; `states_LQD` holds what the routers saw."""
+        both_sides = expert_Q[self.prompt_P].repeat(2)
+        choice = _Choice(self.num_experts, both_sides, self._keep)
+        with _told(self.model, choice):
+            scores = score(self.model, self.tokenizer, self.texts, self.tokens, progress, choice.on_batch)
+        scores_P2 = scores.double().view(-1, 2).numpy()
+        return np.asarray(scores_P2[:, 0] - scores_P2[:, 1])
 
-    margins_NP = np.stack([alone(expert) for expert in range(count)])
-    best_Q = utilities(margins_NP, prompt_P).argmax(axis=1)
-    states_LQD = np.zeros((len(layers), len(best_Q), int(model.config.get_text_config().hidden_size)))
-
-    def keep(layer: int, rows: list[int], x_BD: Tensor) -> None:
+    def _keep(self, layer: int, rows: list[int], x_BD: Tensor) -> None:
         # A decoder's prompt has the same states under each of its answers: the last one written stays.
-        states_LQD[layer, prompt_P[np.array(rows) // 2]] = x_BD.double().cpu().numpy()
-
-    scored("states", _Choice(count, lambda row: int(best_Q[prompt_P[row // 2]]), keep))
-    return Judged(margins_NP, prompt_P, states_LQD)
+        self.states_LQD[layer, self.prompt_P[np.array(rows) // 2]] = x_BD.double().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Fitted:
     """A ridge regression per layer, and what routing by them is worth; shares of pairs that are right.
 
-    routed: each prompt's expert chosen by the other prompts (first layer with experts); single: the expert
-    that is right most often, alone; known: each prompt's best expert, which only its own labels tell.
-    agreement: share of prompts for which all layers choose the same expert, each left out.
+    routed: each prompt's expert chosen by the other prompts; single: the expert that is right most often,
+    alone; known: each prompt's best expert, which only its own labels tell. agreement: share of prompts for
+    which all layers choose as the first one does, each prompt left out.
     """
 
     layers: list[Ridge]
@@ -151,20 +132,27 @@ class Fitted:
     agreement: float
 
 
-def fit_gate(judged: Judged) -> Fitted:
-    """Each layer's router: the prompts' utilities regressed on the states that the layer sees (ridge)."""
-    utility_QN, count_Q = judged.utility_QN, judged.count_Q
-    layers = [ridge(x_QD, utility_QN, count_Q) for x_QD in judged.states_LQD]
-    chosen_LQ = np.stack([layer.left_out_QN.argmax(axis=1) for layer in layers])
+def fit_gate(passes: Passes) -> Fitted:
+    """The routers, layer by layer, from what each expert makes of the pairs.
 
-    def right(expert_Q: Integers) -> float:
-        of_P = expert_Q[judged.prompt_P]
-        return float((judged.margins_NP[of_P, np.arange(len(of_P))] > 0).mean())
-
+    The first one regresses the prompts' utilities on its states. The others are to choose as it does, since
+    no mix of experts over layers has been measured: they regress its predictions of prompts that were left
+    out, on their states with the expert chosen so below them.
+    """
+    count_Q = np.bincount(passes.prompt_P).astype(np.float64)
+    every_NQ = np.arange(passes.num_experts)[:, None].repeat(len(count_Q), axis=1)
+    margins_NP = np.stack([passes.margins(expert_Q, f"expert {expert_Q[0]}") for expert_Q in every_NQ])
+    utility_QN = utilities(margins_NP, passes.prompt_P)
+    first = ridge(passes.states_LQD[0], utility_QN, count_Q)
+    chosen_Q = first.left_out_QN.argmax(axis=1)
+    routed_P = passes.margins(chosen_Q, "states")
+    upper = [ridge(x_QD, first.left_out_QN, count_Q) for x_QD in passes.states_LQD[1:]]
+    same_LQ = np.stack([layer.left_out_QN.argmax(axis=1) == chosen_Q for layer in (first, *upper)])
+    known_P = margins_NP[utility_QN.argmax(axis=1)[passes.prompt_P], np.arange(len(passes.prompt_P))]
     return Fitted(
-        layers,
-        routed=right(chosen_LQ[0]),
-        single=float((judged.margins_NP > 0).mean(axis=1).max()),
-        known=right(utility_QN.argmax(axis=1)),
-        agreement=float((chosen_LQ == chosen_LQ[0]).all(axis=0).mean()),
+        [first, *upper],
+        routed=float((routed_P > 0).mean()),
+        single=float((margins_NP > 0).mean(axis=1).max()),
+        known=float((known_P > 0).mean()),
+        agreement=float(same_LQ.all(axis=0).mean()),
     )

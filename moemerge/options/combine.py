@@ -30,6 +30,11 @@ class CombineSettings(ChooseSettings):
         "all",
         description="what is also tried after training on the pairs: models and merges, merges, nothing",
     )
+    form: Literal["dense", "moe"] = Field(
+        "dense",
+        description="moe: a mixture is tried too, whose gate picks one model's MLPs by the prompt: the cost "
+        "of one model, the memory of all (decoders only; needs moemerge where it is used)",
+    )
     epochs: float = Field(1.0, gt=0, description="tuning: passes over the pairs")
     learning_rate: float = Field(1e-5, gt=0, description="tuning: learning rate")
     batch_size: int = Field(8, ge=1, description="tuning: pairs per step")
@@ -56,4 +61,5 @@ class Combine(CombineSettings, Run):
 
 
 MARK = "scores"  # the ensemble that is shown beside the candidates, as MARK-mean
-RESERVED = {"uniform", "sum", "fitted", MARK, f"{MARK}-mean"}
+ROUTED = "routed"  # the candidate of form moe
+RESERVED = {"uniform", "sum", "fitted", ROUTED, MARK, f"{MARK}-mean"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.options.base import SCALE_OF_SUM
-from moemerge.options.combine import MARK, Combine
+from moemerge.options.combine import MARK, ROUTED, Combine
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
@@ -34,6 +34,7 @@ MERGES = {
     "fitted": Merge(2, "weights fitted to the pairs", fits=True),
 }
 AS_GIVEN, TUNED_MEMBER, TUNED_MERGE = 0, 2, 3
+MIXTURE = "mixture"  # the models' MLPs as experts of one MoE, before its gate is fitted
 
 
 class Plan:
@@ -65,12 +66,14 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """All candidates, with how much each takes."""
         ranks = dict.fromkeys(self.members, AS_GIVEN) | {n: m.rank for n, m in self.merges.items()}
+        ranks |= dict.fromkeys(self._routed(), TUNED_MERGE)
         tuned = {name: TUNED_MERGE if name in self.merges else TUNED_MEMBER for name in self.tuned}
         return ranks | {f"{name}-tuned": rank for name, rank in tuned.items()}
 
     def notes(self) -> dict[str, str]:
         """A few words on each candidate."""
         notes = dict.fromkeys(self.members, "as given") | {n: m.note for n, m in self.merges.items()}
+        notes |= dict.fromkeys(self._routed(), "one model's MLPs per prompt, in the average; memory of all")
         tuned = {f"{name}-tuned": f"{name}, trained on the pairs" for name in self.tuned}
         return notes | tuned | {f"{MARK}-mean": f"mean score of {len(self.members)} models, at their cost"}
 
@@ -87,6 +90,11 @@ class Plan:
             yield self.step("changes", "changes", models=self.members, base=o.base)
         for name in self._unfitted():
             yield self._merge(name, name)
+        for _ in self._routed():
+            yield self.step(
+                MIXTURE, "upcycle", model=self.path("uniform"), experts=self.members, gate="prompt",
+                shared_expert=False,
+            )  # fmt: skip
         for part in self.parts:
             yield self._scores(f"{part}/members", part, self.members | self._unfitted(), MARK)
         yield self._choice(LOOK, dict.fromkeys(self.members, AS_GIVEN), ["members"])
@@ -99,7 +107,9 @@ class Plan:
         start = taken if taken in self.members else taken.removesuffix("-tuned")
         if start in self._fits():
             yield self._fit(ALL, self._all_pairs())
-        if start != taken:
+        if taken in self._routed():
+            yield self._gate(MODEL, self._all_pairs())
+        elif start != taken:
             if start in self._fits():
                 yield self._merge(f"{ALL}/{start}", start, ALL)
             yield self._tune(MODEL, self._model_of(start, ALL), self._all_pairs())
@@ -122,6 +132,10 @@ class Plan:
 
     def _all_pairs(self) -> str:
         return self.path("data", "train.jsonl.gz")
+
+    def _routed(self) -> list[str]:
+        """The candidate that stays a MoE, if it is asked for."""
+        return [ROUTED] if self.options.form == "moe" else []
 
     def _unfitted(self) -> dict[str, str]:
         """The merges that need no pairs, with their folders."""
@@ -156,15 +170,20 @@ class Plan:
             batch_size=o.batch_size, train_layers=o.train_layers, patience=None, **self.format,
         )  # fmt: skip
 
+    def _gate(self, folder: str, pairs: str) -> Step:
+        return self.step(folder, "gate", model=self.path(MIXTURE), pairs=pairs, **self.format)
+
     def _made(self) -> list[str]:
         """The candidates that are made from pairs."""
-        return [*self._fits(), *(f"{name}-tuned" for name in self.tuned)]
+        return [*self._fits(), *self._routed(), *(f"{name}-tuned" for name in self.tuned)]
 
     def _made_on(self, part: str, pairs: str) -> Iterator[Step]:
         """Every candidate that is made from pairs, made from these, and their scores on the part."""
         for name in self._fits():
             yield self._fit(part, pairs)
             yield self._merge(f"{part}/{name}", name, part)
+        for name in self._routed():
+            yield self._gate(f"{part}/{name}", pairs)
         for name in self.tuned:
             yield self._tune(f"{part}/{name}-tuned", self._model_of(name, part), pairs)
         yield self._scores(f"{part}/made", part, {name: self.path(part, name) for name in self._made()})

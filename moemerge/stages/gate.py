@@ -18,7 +18,7 @@ from moemerge.data.pairs import prompt_key
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import encode_pairs
 from moemerge.errors import DataError, UnsupportedError
-from moemerge.fitting.gate import Fitted, fit_gate, judge
+from moemerge.fitting.gate import Fitted, Passes, fit_gate
 from moemerge.fitting.ridge import Ridge
 from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import free_memory, use_device
@@ -38,9 +38,10 @@ def gate(options: Gate, draft: Draft) -> None:
     """Write the MoE with routers fitted in closed form; gate.json says what routing is worth.
 
     Every expert scores the pairs alone; how much better than the others it does on a prompt's pairs is
-    regressed (ridge) on the prompt's mean state at each layer, which is what a prompt gate sees. All else
-    stays as it is. Raises UnsupportedError for a MoE that does not choose one expert by the prompt, DataError
-    for unusable pairs and for pairs of a single prompt.
+    regressed (ridge) on the prompt's mean state, which is what a prompt gate sees, at the first layer with
+    experts; the layers above learn to choose alike. All else stays as it is. Raises UnsupportedError for a
+    MoE that does not choose one expert by the prompt, DataError for unusable pairs and for pairs of a single
+    prompt.
     """
     device = use_device(options)
     folder = ModelFolder(options.model)
@@ -49,15 +50,15 @@ def gate(options: Gate, draft: Draft) -> None:
     tokenizer = load_tokenizer(folder)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
-    _require_prompts(len({prompt_key(pair.pair) for pair in encoded}))
+    prompts = len({prompt_key(pair.pair) for pair in encoded})
+    _require_prompts(prompts)
     model = load_moe(folder, str(device))
-    judged = judge(model, tokenizer, encoded, options.batch_tokens)
+    fitted = fit_gate(Passes(model, tokenizer, encoded, options.batch_tokens))
     del model
     free_memory()
-    fitted = fit_gate(judged)
     _write(options, folder, fitted.layers, draft)
     draft.results |= _numbers(fitted) | {
-        "pairs": len(encoded), "prompts": len(judged.count_Q), "rows": report.summary(),
+        "pairs": len(encoded), "prompts": prompts, "rows": report.summary(),
     }  # fmt: skip
     write_json(draft.folder / "gate.json", draft.results)
     log.info("gate: %s", draft.results["sentence"])

@@ -12,6 +12,7 @@ from small_policy import save_policy
 from tiny_models import save_dense
 
 from moemerge.stages.evaluate import evaluate
+from moemerge.stages.upcycle import upcycle
 
 SLOW = {"train", "route", "fit", "evaluate", "optimise"}
 # What other scenarios read.
@@ -50,6 +51,9 @@ def make_inputs(folder: Path) -> None:
     save_policy(folder / "policy")
     for seed, name in enumerate(("base", "one", "other")):
         save_dense(folder / name, seed=seed)
+    experts = {name: str(folder / name) for name in ("one", "other")}
+    mixture = {"experts": experts, "gate": "prompt", "shared_expert": False}
+    upcycle(model=str(folder / "base"), **mixture, output=folder / "mixture")
     models = {"a": str(folder / "dense"), "b": str(folder / "moe")}
     for seed in (1, 2):
         tests, output = {"t": str(folder / "validation.jsonl")}, folder / f"evaluated-{seed}"
@@ -84,7 +88,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     moe, dense, policy = str(inputs / "moe"), str(inputs / "dense"), str(inputs / "policy")
     pairs, held_out = str(inputs / "pairs.jsonl"), str(inputs / "validation.jsonl")
     routing, fitted = str(made / "route"), str(made / "fit")
-    upcycle = ["--num-routed-experts", "3", "--num-experts-per-tok", "2"]
+    upcycled = ["--num-routed-experts", "3", "--num-experts-per-tok", "2"]
     train = ["--max-steps", "6", "--eval-steps", "2", "--batch-size", "4", "--learning-rate", "1e-3"]
     world = ["--train-pairs", "12", "--validation-pairs", "10", "--test-pairs", "10", "--prompts", "2"]
     answers = ["--prompts", pairs, "--max-new-tokens", "2", "--max-length", "64", "--gold-model", dense]
@@ -93,11 +97,12 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     commands = {
         "synthetic": [*world, "--candidates", "3", "--hidden-size", "8", "--num-layers", "1"],
         "data": ["--train", pairs, "--tests", f"t={held_out}", "--validation-share", "0.2"],
-        "upcycle": ["--model", dense, *upcycle],
+        "upcycle": ["--model", dense, *upcycled],
         "train": ["--model", moe, "--pairs", pairs, "--validation", held_out, *train],
         "route": ["--model", moe, "--pairs", pairs],
         "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
         "calibrate": ["--models", f"a={dense}", f"b={moe}", "--pairs", held_out, "--resamples", "100"],
+        "gate": ["--model", str(inputs / "mixture"), "--pairs", pairs],
         "changes": ["--models", str(inputs / "one"), str(inputs / "other"), "--base", str(inputs / "base")],
         "merge": ["--model", moe, "--coefficients", fitted],
         "export": ["--model", moe, "--coefficients", fitted],

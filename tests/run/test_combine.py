@@ -16,13 +16,15 @@ from small_training import write
 from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
 
-from moemerge import check_recipe, combine, run_recipe
+from moemerge import check_recipe, combine, load_moe, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.errors import CheckpointError, OptionError, UnsupportedError
 from moemerge.evaluation.scoring_code import how_to_score
+from moemerge.options.combine import Combine
 from moemerge.run import cli
-from moemerge.run.steps import RunReport
+from moemerge.run.combine_plan import Plan
+from moemerge.run.steps import RunReport, run_steps
 from moemerge.stages.train import train
 
 KINDS = {"a": ("w1", "w2"), "b": ("w11", "w12"), "c": ("w21", "w22")}
@@ -134,6 +136,29 @@ def test_equal_members_are_taken_as_they_are(world: Path) -> None:
     )
     for name, weight in start.state_dict().items():
         assert torch.equal(taken.state_dict()[name], weight)
+
+
+def test_a_mixture_is_tried_where_it_is_asked_for(world: Path) -> None:
+    options = Combine(**given(world, tune="none", folds=2, max_epochs=1), form="moe", output=world / "moe")
+    combine(options)
+    told = choice(world / "moe")
+    assert told["models"]["routed"]["rank"] > told["models"]["uniform"]["rank"]
+    # Were it taken: made from all pairs, with a card whose code scores as evaluate does.
+    shutil.rmtree(world / "moe" / "model")
+    shutil.rmtree(world / "moe" / "card")
+    made, card = run_steps(Plan(options).winner("routed"))
+    assert made.manifest["options"]["pairs"].endswith("data/train.jsonl.gz")
+    assert load_moe(world / "moe" / "model").config.moemerge["gate"] == "prompt"
+    assert "prompt_lengths" in (world / "moe" / "card" / "README.md").read_text()
+
+
+def test_a_mixture_of_encoders_is_refused_at_the_start(world: Path) -> None:
+    for name in ("e", "f"):
+        save_dense(world / name, "bert")
+    models = {name: str(world / name) for name in ("e", "f")}
+    with pytest.raises(UnsupportedError, match="prompt") as caught:
+        combine(**given(world, models=models, base=None), form="moe", output=world / "encoders")
+    assert "dense" in caught.value.fix and not (world / "encoders").exists()
 
 
 def test_without_base_the_common_start_is_found(combined: RunReport, world: Path) -> None:

@@ -1,0 +1,155 @@
+"""Gates fitted in closed form: ridge against brute force, and a planted MoE whose experts suit prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_moe import make_moe, rewrite, write_rows
+from tiny_models import save_dense
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import encode_pairs
+from moemerge.errors import DataError, MoemergeError, UnsupportedError
+from moemerge.fitting.gate import utilities
+from moemerge.fitting.ridge import STRENGTHS, ridge
+from moemerge.models.loading import load_tokenizer
+from moemerge.models.modelling import load_moe
+from moemerge.models.scoring import score_pairs
+from moemerge.options.base import TextFormat
+from moemerge.stages.gate import gate
+from moemerge.stages.upcycle import upcycle
+
+EXPERTS = ("one", "other")
+
+
+@pytest.mark.parametrize(("rows", "features"), [(12, 4), (6, 9)])
+def test_ridge_equals_brute_force(rows: int, features: int) -> None:
+    draw = np.random.default_rng(0)
+    x_QD, y_QN = draw.normal(size=(rows, features)), draw.normal(size=(rows, 3))
+    weight_Q = draw.integers(1, 5, rows).astype(float)
+    unit = (np.linalg.svd(np.sqrt(weight_Q)[:, None] * x_QD, compute_uv=False) ** 2).mean()
+
+    def solved(kept: Any, strength: float) -> Any:
+        x, w = x_QD[kept], weight_Q[kept, None]
+        return np.linalg.solve(x.T @ (w * x) + strength * np.eye(features), x.T @ (w * y_QN[kept])).T
+
+    errors = []
+    for strength in STRENGTHS:
+        found = ridge(x_QD, y_QN, weight_Q, (strength,))
+        np.testing.assert_allclose(found.weight_ND, solved(np.arange(rows), strength * unit), rtol=1e-6)
+        for row in range(rows):
+            others = np.arange(rows) != row
+            by_others_N = solved(others, strength * unit) @ x_QD[row]
+            np.testing.assert_allclose(found.left_out_QN[row], by_others_N, rtol=1e-6, atol=1e-9)
+        errors.append((weight_Q[:, None] * (y_QN - found.left_out_QN) ** 2).sum())
+    best = STRENGTHS[int(np.argmin(errors))]
+    assert ridge(x_QD, y_QN, weight_Q).strength == pytest.approx(best * unit)
+
+
+def test_a_loud_expert_is_worth_no_more() -> None:
+    margins_NP = np.random.default_rng(1).normal(size=(3, 20))
+    prompt_P = np.arange(20) // 2
+    loud_NP = margins_NP * np.array([[1.0], [10.0], [0.1]])
+    np.testing.assert_allclose(utilities(loud_NP, prompt_P), utilities(margins_NP, prompt_P))
+    np.testing.assert_allclose(utilities(margins_NP, prompt_P).sum(1), 0, atol=1e-12)
+
+
+def hybrid(base: Path, expert: Path) -> Any:
+    """The base with the expert's MLPs, by plain transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(base).eval()
+    other = AutoModelForSequenceClassification.from_pretrained(expert).state_dict()
+    model.load_state_dict({name: value for name, value in other.items() if ".mlp." in name}, strict=False)
+    return model
+
+
+@torch.no_grad()
+def plain_score(model: Any, tokenizer: Any, row: dict[str, str], side: str) -> float:
+    inputs = tokenizer(row["prompt"] + row[side] + tokenizer.eos_token, return_tensors="pt")
+    return float(model(input_ids=inputs["input_ids"]).logits[0, 0])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MoE of two models' MLPs, and pairs of two kinds of prompts: each kind is judged by one of them."""
+    home, draw = tmp_path_factory.mktemp("planted"), random.Random(0)
+    for seed, name in enumerate(("base", *EXPERTS)):
+        save_dense(home / name, seed=seed)
+    for name in EXPERTS:  # as they are drawn, MLPs hardly move a score
+        rewrite(home / name, lambda name, tensor: 12 * tensor if ".mlp." in name else tensor)
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    judges = [hybrid(home / "base", home / name) for name in EXPERTS]
+    rows = []
+    for number in range(120):
+        kind = number % 2
+        prompt = " ".join(f"w{draw.randrange(10) + 30 * kind}" for _ in range(8)) + " "
+        one, other = (" ".join(f"w{draw.randrange(60)}" for _ in range(5)) for _ in range(2))
+        row = {"prompt": prompt, "chosen": one, "rejected": other, "subset": EXPERTS[kind]}
+        if plain_score(judges[kind], tokenizer, row, "chosen") < plain_score(
+            judges[kind], tokenizer, row, "rejected"
+        ):
+            row |= {"chosen": other, "rejected": one}
+        rows.append(row)
+    write_rows(home / "pairs.jsonl", rows[:80])
+    write_rows(home / "held-out.jsonl", rows[80:])
+    upcycle(
+        model=str(home / "base"), experts={name: str(home / name) for name in EXPERTS}, gate="prompt",
+        shared_expert=False, output=home / "moe",
+    )  # fmt: skip
+    gate(model=str(home / "moe"), pairs=str(home / "pairs.jsonl"), output=home / "gated")
+    return home
+
+
+def test_a_planted_gate_is_found(planted: Path) -> None:
+    found = json.loads((planted / "gated" / "gate.json").read_text())
+    assert found["known"] == 1.0 and 0.5 < found["single"] < 0.9
+    assert found["routed"] > 0.95 and found["agreement"] > 0.9
+
+
+def test_scores_are_those_of_the_model_with_the_right_expert(planted: Path) -> None:
+    """On prompts that the gate has not seen, text by text, against plain transformers."""
+    tokenizer = load_tokenizer(str(planted / "base"))
+    pairs, report = read_pairs(str(planted / "held-out.jsonl"), TextFormat())
+    encoded = encode_pairs(tokenizer, pairs, TextFormat(), report)
+    ours_P2 = score_pairs(load_moe(planted / "gated"), tokenizer, encoded, 400)
+    judges = {name: hybrid(planted / "base", planted / name) for name in EXPERTS}
+    near = []
+    for pair, ours_2 in zip(pairs, ours_P2.tolist(), strict=True):
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        theirs_2 = [plain_score(judges[pair.subset], tokenizer, row, side) for side in ("chosen", "rejected")]
+        near.append(np.abs(np.subtract(ours_2, theirs_2)).max() < 1e-5)
+    assert np.mean(near) > 0.9
+    assert float((ours_P2[:, 0] > ours_P2[:, 1]).double().mean()) > 0.9
+
+
+def test_only_the_routers_change(planted: Path) -> None:
+    before, after = (load_moe(planted / name).state_dict() for name in ("moe", "gated"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".gate." in name} and len(changed) == 3
+
+
+def test_what_has_no_prompt_gate_is_refused(planted: Path, tmp_path: Path) -> None:
+    moe, pairs = make_moe(tmp_path / "moe"), str(planted / "pairs.jsonl")
+    with pytest.raises(UnsupportedError, match="does not choose one expert by the prompt") as caught:
+        gate(model=str(moe), pairs=pairs, output=tmp_path / "out")
+    assert "shared_expert True" in caught.value.given and "upcycle" in caught.value.fix
+    row = json.loads((planted / "pairs.jsonl").read_text().splitlines()[0])
+    one = write_rows(tmp_path / "one.jsonl", [row, row | {"chosen": "w3"}])
+    with pytest.raises(DataError, match="one prompt"):
+        gate(model=str(planted / "moe"), pairs=str(one), output=tmp_path / "out")
+
+
+def test_experts_of_another_shape_are_refused(planted: Path, tmp_path: Path) -> None:
+    wide = save_dense(tmp_path / "wide", intermediate_size=40)
+    with pytest.raises(MoemergeError, match="intermediate_size|do not go together|architecture"):
+        upcycle(
+            model=str(planted / "base"), experts={"a": str(wide), "b": str(planted / "one")},
+            output=tmp_path / "out",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
