@@ -41,7 +41,7 @@ from moemerge.reports.table import Table, inert_markdown
 
 SHORT = 12
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
-MODEL_STAGES = ("merge", "train", "upcycle", "export")
+MODEL_STAGES = ("merge", "train", "upcycle", "gate", "export")
 MIXTURES = (PREFIX, "qwen2_moe")
 MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
 one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
@@ -51,6 +51,11 @@ merged per layer into one MLP ({way}) with moemerge. Its one output is the rewar
 together. To be known of the result:
 
 {caveats}"""
+ROUTED = """A mixture of experts made with moemerge: the experts are the MLPs of whole reward models, and one
+of them runs, picked by the prompt. It costs what one of them costs, and takes the memory of all. Its one
+output is the reward of prompt and answer together."""
+ASSEMBLED = """A mixture of experts made with moemerge of the MLPs of whole reward models. Nothing has been
+trained or fitted since: its routers are drawn at random."""
 AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
 moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
 answer together."""
@@ -309,7 +314,9 @@ def _kind(manifest: Manifest, folder: Path) -> str:
         )
         return MEMBER.format(member=folder.resolve().name, what=what)
     if manifest["stage"] != "merge":
-        return UPCYCLED if manifest["stage"] == "upcycle" else TRAINED
+        assembled = manifest["options"].get("experts")
+        upcycled = ASSEMBLED if assembled else UPCYCLED
+        return {"upcycle": upcycled, "gate": ROUTED}.get(manifest["stage"], TRAINED)
     host = _host_method(manifest)
     ours = SUM if manifest["results"].get("coordinates") == "sum" else AVERAGE
     way = ours if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
