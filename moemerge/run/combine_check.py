@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moemerge.errors import MoemergeError
+from moemerge.errors import MoemergeError, UnsupportedError
+from moemerge.models.families import family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
 from moemerge.options.combine import Combine
@@ -28,5 +29,16 @@ def model_faults(options: Combine, section: str = "", on_hub: bool = False) -> l
         check_models(models, base)
     except MoemergeError as fault:
         return [fault]
+    if options.form == "moe" and not family_called(ModelFolder(models[0]).dense_type).causal:
+        return [_encoders(models[0], section)]
     layers = {f"{section}.train_layers".strip("."): options.train_layers}
     return list(layer_faults(layers, ModelFolder(models[0]).config_json))
+
+
+def _encoders(model: str, section: str) -> MoemergeError:
+    return UnsupportedError(
+        "a mixture that is gated by the prompt needs decoders",
+        given=f"{'.'.join(filter(None, (section, 'form')))}: moe, {model}: {ModelFolder(model).model_type}",
+        expected="a decoder: in an encoder the states of a prompt see the answer",
+        fix="leave form at dense",
+    )
