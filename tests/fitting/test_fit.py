@@ -188,7 +188,7 @@ def test_a_planted_expert_is_found(moe: Path, planted: Path, tmp_path: Path) -> 
     before = fingerprint(moe)["sha256"]
     folder = fit(
         model=str(moe), pairs=str(planted), output=tmp_path / "fit", initial="uniform", shared_weight=0.0,
-        folds=3,
+        folds=3, micro_batch_size=80,
     )  # fmt: skip
     alpha_LN, report = Coefficients.load(folder).alpha_LN, report_of(folder)
     assert alpha_LN.argmax(1).tolist() == [1, 1, 1] and bool((alpha_LN[:, 1] > 0.45).all())
