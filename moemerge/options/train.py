@@ -113,6 +113,13 @@ class TrainSettings(Options):
     contrast_dropout: float = Field(
         0.1, gt=0, lt=1, description="contrast: share of a state's numbers that each of its two views lacks"
     )
+    lookahead: Source | None = Field(
+        None,
+        description="MetaRM: sets of three or more answers of the policy, whose gold is not used; gradients "
+        "are taken where the model tells these answers further apart",
+    )
+    lookahead_rate: float = Field(0.01, ge=0, description="lookahead: its step against the weights' norm")
+    lookahead_sets: int = Field(4, ge=1, description="lookahead: sets per batch")
     fresh_head: bool = Field(
         False,
         description="draw a new reward head where the model's own is missing or under another name (a plain "

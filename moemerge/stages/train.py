@@ -29,8 +29,8 @@ from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.pairs import Pair, margins_of
-from moemerge.data.reading import read_pairs
-from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
+from moemerge.data.reading import read_candidates, read_pairs
+from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.models.cost import flops_ratio
 from moemerge.models.device import use_training_device
@@ -43,6 +43,7 @@ from moemerge.models.token_limits import check_config
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
+from moemerge.training.lookahead import check_candidates
 from moemerge.training.losses import LOSSES
 from moemerge.training.report import report, results, standing, write_history
 
@@ -97,6 +98,7 @@ class _Bench:
     pairs: list[EncodedPair]
     held_out: list[EncodedPair]
     draft: Draft
+    candidates: Sequence[EncodedCandidates] = ()
 
 
 def _bench(options: Train, draft: Draft) -> _Bench:
@@ -108,7 +110,8 @@ def _bench(options: Train, draft: Draft) -> _Bench:
     sides = {"pairs": options.pairs, "validation": options.validation}
     read = {name: _read(source, options, model, tokenizer, name, draft) for name, source in sides.items()}
     _check_margins(options, [pair.pair for pair in read["pairs"]])
-    return _Bench(device, model, tokenizer, read["pairs"], read["validation"], draft)
+    candidates = _candidates(options, model, tokenizer, draft)
+    return _Bench(device, model, tokenizer, read["pairs"], read["validation"], draft, candidates)
 
 
 def _read(
@@ -125,6 +128,20 @@ def _read(
     encoded = encode_pairs(tokenizer, pairs, options, report)
     check_config(model.config, texts_of(encoded))
     draft.results.setdefault("rows", {})[name] = report.summary()
+    return encoded
+
+
+def _candidates(
+    options: Train, model: ModelFolder, tokenizer: PreTrainedTokenizerBase, draft: Draft
+) -> list[EncodedCandidates]:
+    """The answers that the lookahead tells apart."""
+    if options.lookahead is None:
+        return []
+    sets, report = read_candidates(options.lookahead, options, scored=False)
+    encoded = encode_candidates(tokenizer, sets, options, report)
+    check_candidates(encoded)
+    check_config(model.config, [answer for candidates in encoded for answer in candidates.answers])
+    draft.results["rows"]["lookahead"] = report.summary()
     return encoded
 
 
@@ -181,7 +198,8 @@ def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
     model, roles = _prepare(bench, options, bench.device)
     counts = _count(model, roles)
     bench.draft.reserve(checkpoint_space(counts), there=size_of(home.parent))
-    trainer = make_trainer(options, model, bench.tokenizer, roles, bench.pairs, bench.held_out, home)
+    data = (bench.pairs, bench.held_out, home, bench.candidates)
+    trainer = make_trainer(options, model, bench.tokenizer, roles, *data)
     before = trainer.measure() if bench.held_out else None
     state = _fit(trainer, options, before, home)
     assigned = trainer.schedule.sizes if trainer.schedule else []

@@ -19,8 +19,8 @@ from moemerge.data.rows import Text
 from moemerge.data.tokenise import Item
 from moemerge.options.optimise import Optimise
 from moemerge.reports.statistics import Floats
+from moemerge.training.arguments import autocasts, make_config
 from moemerge.training.policy import answer_text, prompt_ids
-from moemerge.training.trainer import autocasts, make_config
 
 
 class PolicyTrainer(RLOOTrainer):

@@ -18,7 +18,16 @@ from moemerge.training.losses import CENTER, LOSSES
 RATIO = "_gradient_ratio"
 TERMS = tuple(f"{name}_loss" for name in (*LOSSES, CENTER))
 RATIOS = tuple(f"{name}{RATIO}" for name in (*LOSSES, CENTER))
-LOGGED = ("loss", "accuracy", "balance_loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
+LOGGED = (
+    "loss",
+    "accuracy",
+    "balance_loss",
+    "lookahead_difference",
+    "learning_rate",
+    "grad_norm",
+    "eval_loss",
+    "eval_accuracy",
+)
 
 
 def standing(loss: float, accuracy: float, choose_by: str) -> float:

@@ -10,12 +10,11 @@ import itertools
 import json
 import math
 import shutil
-import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,40 +23,36 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainingArguments,
 )
-from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from moemerge.artifacts.disk import flush, flush_tree, write_whole
-from moemerge.data.tokenise import EncodedPair, texts_of
+from moemerge.data.tokenise import EncodedCandidates, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, gates_by_prompt, score_pairs
 from moemerge.options.train import Train
+from moemerge.training.arguments import reward_arguments, total_steps
 from moemerge.training.callbacks import Pooling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
+from moemerge.training.lookahead import Lookahead
 from moemerge.training.losses.base import Course
 from moemerge.training.losses.mixture import Mixture
 from moemerge.training.pair_columns import PairCollator, pair_columns
-
-C = TypeVar("C", bound=TrainingArguments)
 
 WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
 WHOLE = "whole"
 EVAL_TOKENS = 8192
-EVALUATIONS = 10
-LOGS_PER_EVALUATION = 10
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class PairTrainer(RewardTrainer):
     """A RewardTrainer that logs the balance loss and evaluates on all held-out pairs, each counted once.
 
     `groups` are AdamW parameter groups; `held_out` the pairs that `measure` and `evaluate` score; `schedule`,
-    if any, steers the gates of each training step. Its checkpoints hold the weights that train, and no
+    if any, steers the gates of each training step. `mixture`, if any, is minimised in place of TRL's loss;
+    `lookahead`, if any, says where gradients are taken. Its checkpoints hold the weights that train, and no
     others. It sends no telemetry and writes no model card.
     """
 
@@ -75,6 +70,7 @@ class PairTrainer(RewardTrainer):
         super().__init__(**trl)
         self.groups, self.held_out, self.schedule = groups, held_out, schedule
         self.mixture: Mixture | None = None
+        self.lookahead: Lookahead | None = None
         self.compared = False
         self.moe = list(moe_layers(self.model).values())
         self.remove_callback(PrinterCallback)
@@ -102,10 +98,38 @@ class PairTrainer(RewardTrainer):
     def _step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.mixture is not None and self.state.global_step == 0 and not self.compared:
             self._compare_gradients(model, self._prepare_inputs(inputs))
-        # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
+        with self._looking_ahead():
+            # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
+            for layer in self.moe:
+                layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def _looking_ahead(self) -> Iterator[None]:
+        """While open, the weights are the lookahead's, if there is one."""
+        if self.lookahead is None:
+            yield
+            return
+        self.model.train()
+        with self._unsteered(), self.compute_loss_context_manager():
+            difference = self.lookahead.difference(self.state.global_step)
+            step = self.lookahead.step(difference)
+        self._metrics["train"]["lookahead_difference"].append(difference.item())
+        with self.lookahead.moved(step):
+            yield
+
+    @contextmanager
+    def _unsteered(self) -> Iterator[None]:
+        """While open, gates are as the model has them, and nothing sends the balance loss along."""
+        contexts = [layer.context for layer in self.moe]
+        before = [context.steering for context in contexts]
         for layer in self.moe:
-            layer.balance_scale = 1 / (len(self.moe) * self.current_gradient_accumulation_steps)
-        return super().training_step(model, inputs, *args, **kwargs)
+            layer.balance_scale, layer.context.steering = 0.0, FREE
+        try:
+            yield
+        finally:
+            for context, steering in zip(contexts, before, strict=True):
+                context.steering = steering
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's Bradley-Terry loss, or the mixture; terms and the mean balance loss are kept for the log."""
@@ -197,6 +221,7 @@ def make_trainer(
     pairs: Sequence[EncodedPair],
     held_out: Sequence[EncodedPair],
     folder: Path,
+    candidates: Sequence[EncodedCandidates] = (),
 ) -> PairTrainer:
     """A trainer of the parameters in `roles` (name -> role) whose checkpoints go to `folder`, our own.
 
@@ -204,11 +229,12 @@ def make_trainer(
     """
     gated = gates_by_prompt(model)
     schedule = expert_schedule(options, model, pairs)
-    pad = safe_pad(model.config, texts_of([*pairs, *held_out]))
+    answers = [answer for sets in candidates for answer in sets.answers]
+    pad = safe_pad(model.config, [*texts_of([*pairs, *held_out]), *answers])
     mixed = is_mixed(options)
     trainer = PairTrainer(
         model=model,
-        args=_arguments(options, model.device, len(pairs), bool(held_out), folder),
+        args=reward_arguments(options, model.device, len(pairs), bool(held_out), folder),
         data_collator=PairCollator(pad_token_id=pad),
         train_dataset=pair_columns(
             pairs,
@@ -226,6 +252,9 @@ def make_trainer(
     set_pad(model.config, pad)  # for what is measured before training
     if mixed:
         trainer.mixture = Mixture(Course(options, model, pairs, pad, folder, trainer.accelerator.autocast))
+    if candidates:
+        rate, num_sets = options.lookahead_rate, options.lookahead_sets
+        trainer.lookahead = Lookahead(model, candidates, pad, rate, num_sets, options.seed)
     return trainer
 
 
@@ -282,85 +311,6 @@ def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> li
 def _decays(name: str) -> bool:
     """Whether weight decay is for this parameter: not for biases and norms."""
     return not (name.endswith("bias") or "norm" in name.lower())
-
-
-def _arguments(
-    options: Train, device: torch.device, num_pairs: int, evaluates: bool, folder: Path
-) -> RewardConfig:
-    every, logged = _intervals(options, num_pairs)
-    settings = {
-        "output_dir": str(folder.resolve()),
-        "seed": options.seed,
-        "num_train_epochs": options.epochs,
-        "max_steps": options.max_steps or -1,
-        "per_device_train_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.gradient_accumulation,
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": SCHEDULES[options.schedule],
-        # Rounded down: a short run must not spend its only step at rate zero.
-        "warmup_steps": int(options.warmup * total_steps(options, num_pairs)),
-        "max_grad_norm": options.max_grad_norm,
-        "bf16": autocasts(options.precision, device),
-        "use_cpu": device.type == "cpu",
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "train_sampling_strategy": "group_by_length" if options.group_by_length else "random",
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": every,
-        "save_steps": every,
-        "save_total_limit": 2,  # the best and the last; older ones go once the last is whole
-        "metric_for_best_model": f"eval_{options.choose_by}",
-        "greater_is_better": options.choose_by == "accuracy",
-        "logging_steps": logged,
-        # By default transformers leaves a loss that is not finite out of the sum, and tells 0.0 in its place.
-        "logging_nan_inf_filter": False,
-    }
-    return make_config(RewardConfig, settings | _quiet(device))
-
-
-def _quiet(device: torch.device) -> dict[str, Any]:
-    """No reports to trackers, and data as it comes: pairs are cut to length before."""
-    return {
-        "report_to": "none",
-        "disable_tqdm": not sys.stderr.isatty(),
-        "max_length": None,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
-        "include_num_input_tokens_seen": "non_padding",
-    }
-
-
-def make_config(kind: type[C], settings: dict[str, Any]) -> C:
-    """TRL's training arguments of a `kind` for one device."""
-    with warnings.catch_warnings():
-        # TRL still uses transformers' old name for activation checkpointing.
-        warnings.simplefilter("ignore", FutureWarning)
-        config = kind(**settings)
-    config._n_gpu = min(config.n_gpu, 1)  # TRL refuses DataParallel; one process trains on one GPU
-    return config
-
-
-def autocasts(precision: str, device: torch.device) -> bool:
-    """Whether training runs under bfloat16 autocast."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bfloat16"
-
-
-def total_steps(options: Train, num_pairs: int) -> int:
-    """Optimiser steps of a whole run over `num_pairs` pairs."""
-    passes = math.ceil(num_pairs / options.batch_size)
-    per_epoch = math.ceil(passes / options.gradient_accumulation)
-    return options.max_steps or math.ceil(options.epochs * per_epoch)
-
-
-def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
-    """Steps between evaluations, and between log entries: a divisor, so that a resumed log goes on evenly."""
-    every = options.eval_steps or max(1, total_steps(options, num_pairs) // EVALUATIONS)
-    wanted = max(1, every // LOGS_PER_EVALUATION)
-    # The trainer logs means since its last entry. Checkpoints are written at evaluations, so an entry has to
-    # end at each: else the first one after a resume would be of fewer steps than in an unbroken run.
-    return every, next(steps for steps in range(wanted, 0, -1) if every % steps == 0)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
