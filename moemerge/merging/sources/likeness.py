@@ -36,10 +36,11 @@ def check_models(models: Sequence[str], base: str | None = None) -> None:
     Raises UnsupportedError for models that do not go together, CheckpointError for one that is no reward
     model or cannot be read.
     """
+    has_base = bool(base)
     opened = [ModelFolder(source) for source in ([base] if base else []) + list(models)]
     for model in opened:
         model.require_dense()
-    for model in opened[base is not None :]:
+    for model in opened[has_base:]:
         if model.is_base:
             raise CheckpointError(
                 f"{model.source} has no reward head",
@@ -49,11 +50,11 @@ def check_models(models: Sequence[str], base: str | None = None) -> None:
             )
         model.require_one_output()
     headless = [number for number, model in enumerate(opened) if model.is_base]
-    check_architectures(opened, base is not None, "all", headless)
+    check_architectures(opened, has_base, "all", headless)
     tokenizers = [load_tokenizer(model) for model in opened]
     first = len(headless)  # a base without a head reads no score
     check_pooling(opened[first:], tokenizers[first:])
-    check_vocabularies(opened, tokenizers, base is not None)
+    check_vocabularies(opened, tokenizers, has_base)
 
 
 def names_in_scope(model: ModelFolder, scope: Scope) -> list[str]:
