@@ -29,6 +29,10 @@ NOTE = (
     "both changed whose signs differ; one half is what chance gives. attention: whatever in a layer is not "
     "its MLP."
 )
+BARRIERS = (
+    "barrier: how far the Bradley-Terry loss rises, in nats, on the straight line from one model to the "
+    "other, over the mixture of the losses at its ends; 0 where averaging them loses nothing."
+)
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,14 @@ def numbers_of(measured: Changes, names: list[str]) -> dict[str, Any]:
     for number, group in enumerate(measured.groups):
         groups[group] = {
             "size": dict(zip(names, measured.size_GN[number].tolist(), strict=True)),
-            "cosine": _pairs(measured.cosine_GNN[number], names),
-            "conflict": _pairs(measured.conflict_GNN[number], names),
+            "cosine": by_pair(measured.cosine_GNN[number], names),
+            "conflict": by_pair(measured.conflict_GNN[number], names),
         }
     return {"models": names, "groups": plain(groups)}
 
 
-def _pairs(values_NN: Tensor, names: list[str]) -> dict[str, float]:
-    """Each pair's value."""
+def by_pair(values_NN: Tensor, names: list[str]) -> dict[str, float]:
+    """Each pair of models' value, by their names."""
     pairs = combinations(range(len(names)), 2)
     return {f"{names[i]} and {names[j]}": float(values_NN[i, j]) for i, j in pairs}
 
@@ -104,7 +108,14 @@ def tables_of(numbers: dict[str, Any]) -> list[Table]:
     return [
         Table("Size of changes", ["model", *groups], sizes),
         Table("How far changes agree", ["models", *header], rows, NOTE),
+        *_barriers(numbers.get("barriers")),
     ]
+
+
+def _barriers(barriers: dict[str, float] | None) -> Iterator[Table]:
+    if barriers is not None:
+        rows = [[pair, _cell(value)] for pair, value in barriers.items()]
+        yield Table("Loss barriers", ["models", "barrier"], rows, BARRIERS)
 
 
 def _agreement(groups: dict[str, Any], pair: str) -> Iterator[str]:

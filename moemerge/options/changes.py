@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from moemerge.options.base import Run, Several, Source
+from moemerge.options.base import Run, Several, Source, TextFormat
 
 
-class ChangesOptions(Run):
+class ChangesOptions(TextFormat, Run):
     """Options of `moemerge changes`."""
 
     models: Several = Field(description="two models or more; without name= each gets its own")
     base: Source = Field(description="the model that all of them were trained from")
+    pairs: Source | None = Field(
+        None, description="labelled pairs: the loss barriers between the models are measured on them too"
+    )
+    max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")

@@ -87,7 +87,9 @@ class Plan:
         )  # fmt: skip
         yield self.step("scales", "calibrate", models=self.members, pairs=self._all_pairs(), **self.format)
         if o.base:
-            yield self.step("changes", "changes", models=self.members, base=o.base)
+            yield self.step(
+                "changes", "changes", models=self.members, base=o.base, pairs=self._all_pairs(), **self.format
+            )
         for name in self._unfitted():
             yield self._merge(name, name)
         for _ in self._routed():

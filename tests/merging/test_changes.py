@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_moe import random_pairs, write_rows
 from tiny_models import save_dense
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from moemerge.artifacts.manifest import read_manifest
+from moemerge.data.reading import read_pairs
+from moemerge.data.tokenise import encode_pairs
 from moemerge.errors import OptionError
+from moemerge.models.loading import load_tokenizer
+from moemerge.models.scoring import bradley_terry, score_pairs
+from moemerge.options.base import TextFormat
 from moemerge.run.headlines import headline
 from moemerge.stages.changes import changes
 
@@ -69,6 +76,33 @@ def test_sizes_cosines_and_conflicts_are_those_of_the_whole_changes(
     assert told["mlp"]["conflict"]["one and other"] > 0.99
     assert told["attention"]["cosine"]["one and other"] == pytest.approx(1, abs=1e-6)
     assert headline(read_manifest(tmp_path / "out")).startswith("cosines: one and other")
+
+
+def test_barriers_are_those_of_models_merged_on_the_way(models: dict[str, Path], tmp_path: Path) -> None:
+    """Two models of one function whose hidden units have other places: what lies between them is another."""
+    one = {n: 4 * w if ".mlp." in n else w for n, w in load_file(models["one"] / "model.safetensors").items()}
+    other = {n: w.flip(1 if "down_proj" in n else 0) if ".mlp." in n else w for n, w in one.items()}
+    ends = {"one": one, "turned": other}
+    named = {name: str(shutil.copytree(models["one"], tmp_path / "ends" / name)) for name in ends}
+    for name, weights in ends.items():
+        save_file({n: w.contiguous() for n, w in weights.items()}, f"{named[name]}/model.safetensors")
+    rows = write_rows(tmp_path / "pairs.jsonl", random_pairs(12))
+    tokenizer = load_tokenizer(str(models["base"]))
+    pairs, report = read_pairs(str(rows), TextFormat())
+    encoded = encode_pairs(tokenizer, pairs, TextFormat(), report)
+
+    def loss(t: float) -> float:
+        """Of the model that lies at t between the two, by weights in plain torch."""
+        model = AutoModelForSequenceClassification.from_pretrained(models["one"]).eval()
+        model.load_state_dict({name: (1 - t) * one[name] + t * other[name] for name in one})
+        return bradley_terry(score_pairs(model, tokenizer, encoded, 1000))[0]
+
+    changes(models=named, base=str(models["base"]), pairs=str(rows), output=tmp_path / "out")
+    assert loss(0) == pytest.approx(loss(1), abs=1e-6)
+    above = [loss(t) - loss(0) for t in (0.25, 0.5, 0.75)]
+    told = json.loads((tmp_path / "out/changes.json").read_text())["barriers"]
+    assert max(above) > 0.01 and told == {"one and turned": pytest.approx(max(above), abs=1e-6)}
+    assert "Loss barriers" in (tmp_path / "out/changes.md").read_text()
 
 
 def test_a_model_that_did_not_change_has_no_cosine(models: dict[str, Path], tmp_path: Path) -> None:
