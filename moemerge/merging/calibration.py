@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from moemerge.artifacts.json_file import read_object, write_json
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.errors import ArtifactError, CheckpointError, DataError
 from moemerge.models.folder import ModelFolder
-from moemerge.reports.statistics import Floats, Integers
+
+if TYPE_CHECKING:
+    from moemerge.reports.statistics import Floats, Integers  # imports scipy
 
 FILE = "calibration.json"
 FORMAT = 1

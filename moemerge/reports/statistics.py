@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: f
     return float(low[0]), float(high[0])
 
 
+@lru_cache(maxsize=2**16)  # of many models on the same pairs, most tests are of numbers seen before
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p of McNemar's test: are the two kinds of disagreement equally likely? 1 without any.
 
@@ -66,13 +68,19 @@ def clustered_mcnemar(differences_K: Integers) -> float:
     signs. With one pair per prompt this is `mcnemar`.
     """
     sizes, counts = np.unique(np.abs(differences_K[differences_K != 0]), return_counts=True)
+    return _sign_flip_p(tuple(sizes.tolist()), tuple(counts.tolist()), abs(int(differences_K.sum())))
+
+
+@lru_cache(maxsize=2**16)
+def _sign_flip_p(sizes: tuple[int, ...], counts: tuple[int, ...], total: int) -> float:
+    """The chance that so many numbers (`counts`) of each size, of random signs, sum to +-`total` or more."""
     chances = np.ones(1)  # of the sums -(len - 1) / 2 ... (len - 1) / 2
-    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+    for size, count in zip(sizes, counts, strict=True):
         spaced = np.zeros(2 * size * count + 1)
         spaced[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
         chances = np.convolve(chances, spaced)
     sums = np.abs(np.arange(len(chances)) - len(chances) // 2)
-    return min(1.0, float(chances[sums >= abs(int(differences_K.sum()))].sum()))
+    return min(1.0, float(chances[sums >= total].sum()))
 
 
 def resampled_p(difference: float, draws_R: Floats, units: int) -> float:
@@ -138,13 +146,25 @@ def resampled_curves(curves_XQMV: Floats, resamples: int, seed: int) -> Floats:
 
 def _draws(clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
     """How often each cluster is drawn in each resample, some resamples at a time."""
-    random = np.random.default_rng(seed)
     size = max(1, MOST_COUNTS // clusters)
+    if resamples <= size:
+        yield _drawn_at_once(clusters, resamples, seed).astype(np.float64)
+        return
+    random = np.random.default_rng(seed)
     for start in range(0, resamples, size):
-        rows = min(size, resamples - start)
-        drawn = random.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * clusters)
-        yield counts.reshape(rows, clusters).astype(np.float64)
+        yield _drawn(random, clusters, min(size, resamples - start)).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _drawn_at_once(clusters: int, resamples: int, seed: int) -> NDArray[np.int32]:
+    """All of `_draws`, which the parts and probes of one evaluation share."""
+    return _drawn(np.random.default_rng(seed), clusters, resamples)
+
+
+def _drawn(random: np.random.Generator, clusters: int, rows: int) -> NDArray[np.int32]:
+    drawn = random.integers(0, clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=rows * clusters)
+    return counts.reshape(rows, clusters).astype(np.int32)
 
 
 def percentile_interval(draws_RX: Floats, confidence: float) -> tuple[Floats, Floats]:

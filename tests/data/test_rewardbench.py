@@ -299,6 +299,18 @@ def test_models_are_compared_on_the_same_rows() -> None:
     assert width["a", "b"] < 0.6 * width["a", "c"], "noise that two models share must cancel"
 
 
+def test_of_many_models_each_is_compared_with_the_baseline() -> None:
+    random = np.random.default_rng(0)
+    rows = [
+        {"scores": {f"m{i}": random.normal(size=2) for i in range(21)}, "subset": subset} for subset in ROWS_1
+    ]
+    measured = PROBES.get("rewardbench").measure({"v1": choice_scores(rows, 1)}, SETTINGS, 0)
+    part = measured["sets"]["v1"]["overall"]["four sections"]
+    assert [(c["first"], c["second"]) for c in part["comparisons"]] == [("m0", f"m{i}") for i in range(1, 21)]
+    titles = [table.title for table in PROBES.get("rewardbench").tables(measured)]
+    assert titles[1] == "Each model and the baseline on RewardBench 1, v1"
+
+
 # Reading and encoding
 
 

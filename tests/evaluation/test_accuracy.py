@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,27 @@ def test_every_two_models_are_compared_as_by_hand() -> None:
     assert [c["p_holm"] for c in part["comparisons"]] == pytest.approx(adjusted.tolist())
     versus = part["models"]["m2"]["vs_baseline"]
     assert versus["difference"] == pytest.approx(-part["comparisons"][1]["difference"])
+
+
+def test_of_many_models_each_is_compared_with_the_baseline() -> None:
+    """Of one more than 20: with the numbers that every two of 20 have, but Holm's factor is that of fewer."""
+    scores = random_pairs(40, models=21, prompts=20)
+    settings = EvaluateSettings(resamples=100, baseline="m3")
+    found = measure("accuracy", scores, settings)["all"]["comparisons"]
+    every = itertools.combinations([f"m{number}" for number in range(21)], 2)
+    assert [(c["first"], c["second"]) for c in found] == [both for both in every if "m3" in both]
+    assert {c["tests"] for c in found} == {20}
+    fewer = replace(scores, scores={m: values for m, values in scores.scores.items() if m != "m20"})
+    by_models = {
+        (c["first"], c["second"]): c for c in measure("accuracy", fewer, settings)["all"]["comparisons"]
+    }
+    assert len(by_models) == 190
+    for one in found[:-1]:
+        other = by_models[one["first"], one["second"]]
+        assert [one[k] for k in ("interval", "p")] == [other[k] for k in ("interval", "p")]
+    tables = PROBES.get("accuracy").tables(PROBES.get("accuracy").measure({"t": scores}, settings, 0))
+    titles = [table.title for table in tables]
+    assert "Each model and the baseline on t" in titles and "Minus m3 on t, by subset" in titles
 
 
 def test_sections_are_their_pairs_and_unknown_subsets_are_refused() -> None:

@@ -13,6 +13,7 @@ from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.probes.base import CandidateScores, PairScores
 from moemerge.evaluation.probes.best_of_n import best_of, kl, rank_weights, sample_sizes
 from moemerge.options.evaluate import EvaluateSettings
+from moemerge.reports import statistics
 from moemerge.reports.statistics import bootstrap_means, cluster_sums, mcnemar, percentile_interval, wilson
 from moemerge.reports.table import Table
 
@@ -249,6 +250,16 @@ def test_bootstrap_of_a_mean_has_the_closed_form_width() -> None:
         (values.mean() - spread, values.mean() + spread), abs=0.08 * spread
     )
     np.testing.assert_array_equal(draws, bootstrap_means(cluster_sums(values, np.arange(4000)), 4000, 0))
+
+
+def test_resamples_are_the_means_of_the_rows_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn at once, drawn before, and drawn some at a time."""
+    values = np.random.default_rng(1).normal(size=(7, 2))
+    drawn = np.random.default_rng(5).integers(0, 7, size=(30, 7))
+    for most in (10**6, 10**6, 35):
+        monkeypatch.setattr(statistics, "MOST_COUNTS", most)
+        found = bootstrap_means(cluster_sums(values, np.arange(7)), 30, 5)
+        np.testing.assert_allclose(found, values[drawn].mean(axis=1), rtol=1e-12)
 
 
 def test_small_tests_of_statistics() -> None:

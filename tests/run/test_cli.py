@@ -425,6 +425,55 @@ def test_importing_and_asking_for_help_load_nothing_heavy() -> None:
     assert run.stdout.strip() == "[]", run.stderr
 
 
+HEAVY = {
+    "datasets", "huggingface_hub", "matplotlib", "mergekit", "numpy", "peft", "scipy", "tokenizers", "torch",
+    "transformers", "trl",
+}  # fmt: skip
+SHOWS = {"numpy", "scipy", "matplotlib"}
+# What each command may import of these, where no model is built.
+MAY_IMPORT: dict[str, set[str]] = {
+    "check": set(),
+    "verify": {"numpy"},
+    "compare": SHOWS,
+    "publish": {*SHOWS, "huggingface_hub"},
+    "merge": {"numpy", "torch"},
+    "export": {"numpy", "torch"},
+}
+STARTED = """
+import sys
+from moemerge.run.cli import main
+try:
+    main(sys.argv[2:])
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1].split())))
+"""
+
+
+def test_commands_import_only_what_they_need(small_run: tuple[Path, str], tmp_path: Path) -> None:
+    root, home = small_run[0], small_run[0] / "out"
+    merged = read_manifest(home / "merge-learned")["options"]
+    members = ["--model", merged["model"], "--coefficients", merged["coefficients"]]
+    given = {
+        "check": [root / "recipe.yml"],
+        "verify": [merged["coefficients"]],
+        "compare": ["--runs", home / "evaluate"],
+        "publish": ["--model", home / "merge-learned", "--evaluation", home / "evaluate"],
+        "merge": members,
+        "export": members,
+    }
+    found = {}
+    for name, flags in given.items():
+        output = [] if name in ("check", "verify") else ["--output", tmp_path / name]
+        arguments = [" ".join(HEAVY), name, *map(str, [*flags, *output])]
+        run = subprocess.run(
+            [sys.executable, "-c", STARTED, *arguments], capture_output=True, text=True, cwd=ROOT
+        )
+        assert run.returncode == 0, f"{name}: {run.stderr}"
+        found[name] = set(run.stdout.splitlines()[-1].split()[1:])
+    assert {name: more for name in found if (more := found[name] - MAY_IMPORT[name])} == {}
+
+
 @pytest.mark.parametrize("name", [name for name in moemerge.__all__ if name != "__version__"])
 def test_public_names_are_what_they_say(name: str) -> None:
     value = getattr(moemerge, name)

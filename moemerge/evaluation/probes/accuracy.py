@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from moemerge.errors import OptionError, suggest
 from moemerge.evaluation.probes import comparisons
@@ -24,7 +23,6 @@ from moemerge.evaluation.results import (
     ModelAccuracy,
     Paired,
 )
-from moemerge.models.scoring import loss_and_accuracy
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, sampling_units, share_interval
@@ -50,8 +48,9 @@ def measure(sets: Mapping[str, PairScores], settings: EvaluateSettings, seed: in
 
     Intervals are Wilson's, or from a bootstrap over prompts where prompts repeat (`interval_kind`); of a part
     with one prompt, Wilson's over its pairs.
-    `comparisons`: every two models on the same pairs, with Holm's p over all of a set; over all its sections;
-    over all its subsets. A section's accuracy is the mean over its pairs.
+    `comparisons`: every two models on the same pairs (of more than 20 each and the baseline), with Holm's p
+    over all of a set; over all its sections; over all its subsets. A section's accuracy is the mean over its
+    pairs.
     """
     measured = {name: _measure_set(scores, settings, seed) for name, scores in sets.items()}
     return {"confidence": settings.confidence, "sets": measured}
@@ -102,7 +101,9 @@ def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> A
         "interval_kind": "bootstrap over prompts" if len(sums) < len(right_PM) else "wilson",
         "baseline": models[baseline],
         "models": measured,
-        "comparisons": comparisons.all_pairs(models, right_PM, draws_RM, units, settings.confidence),
+        "comparisons": comparisons.all_pairs(
+            models, baseline, right_PM, draws_RM, units, settings.confidence
+        ),
         "always_longer": float((pairs.lengths[:, 0] > pairs.lengths[:, 1]).mean()),
         "always_shorter": float((pairs.lengths[:, 0] < pairs.lengths[:, 1]).mean()),
     }
@@ -119,6 +120,10 @@ def _against_baseline(versus: Paired) -> AccuracyVersus:
 
 
 def _plain_numbers(scores_P2: Floats, interval: Interval) -> ModelAccuracy:
+    import torch  # not where tables and plots of earlier results are made
+
+    from moemerge.models.scoring import loss_and_accuracy
+
     margin_P = scores_P2[:, 0] - scores_P2[:, 1]
     loss, accuracy = loss_and_accuracy(torch.from_numpy(margin_P))
     ties = int((margin_P == 0).sum())

@@ -1,4 +1,4 @@
-"""Every model against every other on the same pairs.
+"""Every model against every other on the same pairs; of many models, each against the baseline.
 
 M models, P pairs, R resamples.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.evaluation.results import AccuracyPart, Comparison, Paired
+from moemerge.evaluation.results import AccuracyPart, Comparison, Paired, ScoreComparison
 from moemerge.reports.statistics import (
     Floats,
     Integers,
@@ -21,6 +21,14 @@ from moemerge.reports.statistics import (
     percentile_interval,
 )
 from moemerge.reports.table import Table, percent, with_interval
+
+MOST_MODELS = 20  # of which every two are compared: their number, and Holm's factor, grow with the square
+
+
+def compared(models: int, baseline: int) -> list[tuple[int, int]]:
+    """The two models of each comparison: every two, or of more than MOST_MODELS each and the baseline."""
+    every = itertools.combinations(range(models), 2)
+    return [both for both in every if models <= MOST_MODELS or baseline in both]
 
 
 def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers, confidence: float) -> Paired:
@@ -45,18 +53,19 @@ def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers,
 
 def all_pairs(
     models: Sequence[str],
+    baseline: int,
     right_PM: NDArray[np.bool_],
     draws_RM: Floats,
     units_P: Integers,
     confidence: float,
 ) -> list[Comparison]:
-    """`difference` of each two models, in the order of `models`; each a family of its own until `adjust`."""
-    compared: list[Comparison] = []
-    for both in itertools.combinations(range(len(models)), 2):
+    """`difference` of the models that `compared` names, in order; each a family of its own until `adjust`."""
+    found: list[Comparison] = []
+    for both in compared(len(models), baseline):
         paired = difference(right_PM[:, both], draws_RM[:, both], units_P, confidence)
         first, second = (models[number] for number in both)
-        compared.append({"first": first, "second": second, **paired, "p_holm": paired["p"], "tests": 1})
-    return compared
+        found.append({"first": first, "second": second, **paired, "p_holm": paired["p"], "tests": 1})
+    return found
 
 
 def adjust(comparisons: Iterable[Comparison]) -> None:
@@ -82,7 +91,14 @@ def table(name: str, comparisons: Sequence[Comparison], confidence: float) -> Ta
         rows.append([*row, *alone, f"{versus['p']:.3g}", f"{versus['p_holm']:.3g}"])
     note = f"{len(rows)} comparisons of the same pairs. Intervals and p take each by itself; "
     note += "p (Holm) is adjusted for their number."
-    return Table(f"Every two models on {name}", [*header, "p", "p (Holm)"], rows, note)
+    return Table(f"{whole_or_part(comparisons)} on {name}", [*header, "p", "p (Holm)"], rows, note)
+
+
+def whole_or_part(comparisons: Sequence[Comparison] | Sequence[ScoreComparison]) -> str:
+    """What the comparisons are of, as a title begins."""
+    models = {name for one in comparisons for name in (one["first"], one["second"])}
+    every = len(comparisons) == len(models) * (len(models) - 1) // 2
+    return "Every two models" if every else "Each model and the baseline"
 
 
 def against(name: str, parts: Mapping[str, AccuracyPart], baseline: str, confidence: float) -> Table:

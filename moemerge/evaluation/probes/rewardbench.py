@@ -14,7 +14,6 @@ C answers of all rows, M models and baselines, Q rows, R resamples; V = 1 + R, t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moemerge.evaluation.probes.base import ChoiceScores, Probe
+from moemerge.evaluation.probes.comparisons import compared, whole_or_part
 from moemerge.evaluation.probes.rewardbench_ties import TIES, ties_scores
 from moemerge.evaluation.results import Benchmark, BenchmarkPart, ModelScore, RewardBench, ScoreComparison
 from moemerge.options.evaluate import EvaluateSettings
@@ -117,7 +117,8 @@ def results(scores_C: Floats, rows: ChoiceScores) -> tuple[Floats, NDArray[np.bo
 
 
 def measure(sets: Mapping[str, ChoiceScores], settings: EvaluateSettings, seed: int) -> RewardBench:
-    """Scores of every model, of always preferring the longer and the shorter answer, and of every two models.
+    """Scores of every model, of always preferring the longer and the shorter answer, and of every two models
+    (of many, each and the baseline: see `compared`).
 
     Per file that is no prior set: overall scores, sections, subsets. The prior sets go with each file of
     version 1. Intervals: Wilson's for a subset in which no prompt repeats, else from a bootstrap over prompts
@@ -145,10 +146,11 @@ def _measure_benchmark(files: Mapping[str, ChoiceScores], settings: EvaluateSett
     sections, overall = aggregate(values, version)
     models, expected = list(next(iter(parts.values())).scores), ROWS_1 if version == 1 else ROWS_2
     units = {subset: _units(rows) for subset, rows in parts.items()}
+    baseline = settings.baseline or models[0]
 
     def summarised(averages: Mapping[str, Floats]) -> dict[str, BenchmarkPart]:
         return {
-            name: _summary(models, values_VM, _units_of(name, units), settings.confidence)
+            name: _summary(models, baseline, values_VM, _units_of(name, units), settings.confidence)
             for name, values_VM in averages.items()
         }
 
@@ -160,7 +162,7 @@ def _measure_benchmark(files: Mapping[str, ChoiceScores], settings: EvaluateSett
             part["models"][model]["tied"] = tied
     return {
         "version": version,
-        "baseline": settings.baseline or models[0],
+        "baseline": baseline,
         "overall": summarised(overall),
         "sections": summarised(sections),
         "subsets": subsets,
@@ -217,13 +219,15 @@ def _measure_subset(
     return np.vstack([counted_QM.mean(axis=0), draws_RM]), by_model
 
 
-def _summary(models: list[str], values_VM: Floats, units: int, confidence: float) -> BenchmarkPart:
-    """Value and interval of each model, the two baselines, and the differences of every two models."""
+def _summary(
+    models: list[str], baseline: str, values_VM: Floats, units: int, confidence: float
+) -> BenchmarkPart:
+    """Value and interval of each model, the two rules that go by length, and the differences of models."""
     low, high = (ends.tolist() for ends in percentile_interval(values_VM[1:], confidence))
     scores = values_VM[0].tolist()
     comparisons = [
         _comparison((models[i], models[j]), values_VM[:, i] - values_VM[:, j], units, confidence)
-        for i, j in itertools.combinations(range(len(models)), 2)
+        for i, j in compared(len(models), models.index(baseline))
     ]
     return {
         "models": {m: {"score": scores[i], "interval": (low[i], high[i])} for i, m in enumerate(models)},
@@ -283,14 +287,16 @@ def _cell(score: ModelScore) -> str:
 
 def _comparison_table(name: str, measured: Benchmark, confidence: float) -> Table:
     rows = []
-    for part, numbers in {**measured["overall"], **measured["sections"]}.items():
+    parts = {**measured["overall"], **measured["sections"]}
+    for part, numbers in parts.items():
         for versus in numbers["comparisons"]:
             low, high = versus["interval"]
             names = [part, versus["first"], versus["second"]]
             rows.append([*names, f"{versus['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"])
     note = f"{len(rows)} paired differences; each interval takes its own by itself."
     header = ["score", "A", "B", "A minus B", f"{percent(confidence)} interval"]
-    return Table(f"Every two models on RewardBench {measured['version']}, {name}", header, rows, note)
+    which = whole_or_part(next((numbers["comparisons"] for numbers in parts.values()), []))
+    return Table(f"{which} on RewardBench {measured['version']}, {name}", header, rows, note)
 
 
 def plot(result: RewardBench, folder: Path) -> list[str]:
