@@ -57,8 +57,8 @@ class PairObjective:
         numbers = [self.train[rows[index]] for index in mine]
         # Divided by the number of all rows, not of this process's: the sum over processes is the mean then.
         scaled = weights[mine] / len(rows)
-        # All pairs make the same batches each time; some of them (Adam) new ones, which do not come again.
-        self.merged.serve(self, again=len(rows) == self.num_train)
+        # All pairs in order make the same batches each time; Adam's draws make others, which do not.
+        self.merged.serve(self, again=list(rows) == list(range(self.num_train)))
         return self.merged.gradient(self._parts(numbers, scaled))
 
     def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:

@@ -213,6 +213,7 @@ class MergedModel:
             begin = end
         if equal:
             self.equal.add(tensor.dense)
+            (self._whole or {}).pop(tensor.dense, None)  # not needed again
         return out
 
     def _watch(self, name: str, reduce: Callable[[Tensor], None]) -> None:

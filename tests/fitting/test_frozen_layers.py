@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_moe import gradient_of, make_moe, random_pairs, rewrite, write_rows
+from small_moe import gradient_of, make_moe, objective_of, random_pairs, rewrite, write_rows
 from tiny_models import batch, save_dense, tiny_dense
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
@@ -145,6 +146,26 @@ def test_models_that_are_equal_have_no_gradient(
     read, report = read_pairs(pairs, TextFormat())
     found = gradient_of(merged, encode_pairs(source.tokenizer(), read[:2], TextFormat(), report))
     assert found.loss > 0 and not found.alpha_LN.any()
+
+
+def test_only_batches_that_come_again_are_kept_while_they_may(
+    models: Callable[[str], dict[str, Any]], pairs: str, tmp_path: Path
+) -> None:
+    source = ModelList(**models("llama"))
+    shape = (len(source.blocks()), 2)
+    point = torch.full(shape, 0.5).double(), torch.full(shape[:1], 0.5).double()
+    merged = MergedModel(source, *point)
+    read, report = read_pairs(pairs, TextFormat())
+    objective = objective_of(merged, encode_pairs(source.tokenizer(), read[:8], TextFormat(), report), size=4)
+    with StateStore(tmp_path, 1e9) as store:
+        merged.run_lower_layers_once(objective.pairs[0], store)
+        objective.gradient(*point, [*reversed(range(8))])  # as Adam draws them, if all go into one batch
+        assert len(store) == 0
+        for _ in range(2):
+            objective.gradient(*point, range(8))
+            assert len(store) == 2
+        replace(objective, train=[0, 1, 2]).measure(*point, "train")
+        assert len(store) == 1
 
 
 @pytest.mark.parametrize("family", ["bloom", "deberta-v2", "falcon", "gpt2", "modernbert", "mpnet", "opt"])
