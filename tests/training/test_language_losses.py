@@ -183,18 +183,17 @@ def test_policy_starts_at_ln_2_and_leaves_an_ordinary_reward_model(spoken: Path,
     )
 
 
-def test_a_killed_run_keeps_the_odds_of_the_start(
+def test_a_killed_run_with_every_loss_ends_as_an_unbroken_one(
     spoken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are computed once; with them a resumed run ends as an unbroken one."""
+    """Odds of the start are computed once; what is drawn (contrast, lookahead) follows from seed and step."""
     from moemerge.training.trainer import PairTrainer
 
-    objectives = {"bradley_terry": 1, "policy": 0.5, "language": 0.1}
+    sets = [{"prompt": "w1 ", "candidates": [{"text": f"w{i} w{j}"} for j in range(3)]} for i in range(5)]
     options: dict[str, Any] = {
-        "objectives": objectives,
-        "max_steps": 4,
-        "eval_steps": 1,
-        "learning_rate": 3e-3,
+        "objectives": {"bradley_terry": 1, "policy": 0.5, "language": 0.1, "contrast": 0.3},
+        **{"label_smoothing": 0.1, "center": 0.1, "lookahead": write(tmp_path / "sets.jsonl", sets)},
+        **{"max_steps": 3, "eval_steps": 1, "learning_rate": 3e-3, "batch_size": 7},
     }
     step = PairTrainer.training_step
     straight = run(spoken, tmp_path / "straight", "lm", True, **options)

@@ -160,31 +160,6 @@ def test_the_first_update_is_by_the_gradient_ahead(world: Path, tmp_path: Path) 
     assert max(change.abs().max().item() for change in near.values()) < 1e-4, "the update began at theta"
 
 
-def test_a_killed_run_looks_ahead_at_the_same_sets(
-    world: Path, sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from moemerge.training.trainer import PairTrainer
-
-    options = {
-        "lookahead": str(sampled),
-        "max_steps": 3,
-        "eval_steps": 1,
-        "learning_rate": 3e-3,
-        "held": True,
-    }
-    step, straight = PairTrainer.training_step, run(world, tmp_path / "straight", "dense", **options)
-
-    def killed(self: Any, *given: Any) -> Any:
-        return raiser("killed")() if self.state.global_step == 2 else step(self, *given)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(PairTrainer, "training_step", killed)
-        run(world, tmp_path / "killed", "dense", **options)
-    resumed = run(world, tmp_path / "killed", "dense", **options)
-    assert not moved(tmp_path / "straight", tmp_path / "killed")
-    assert {**straight, "seconds": 0} == {**resumed, "seconds": 0}
-
-
 def test_sets_of_two_are_refused(world: Path, tmp_path: Path) -> None:
     rows = [*answers(2, 4), *answers(1, 2)]
     path = tmp_path / "few.jsonl"
