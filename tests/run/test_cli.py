@@ -430,23 +430,22 @@ HEAVY = {
     "transformers", "trl",
 }  # fmt: skip
 SHOWS = {"numpy", "scipy", "matplotlib"}
-# What each command may import of these, where no model is built.
-MAY_IMPORT: dict[str, set[str]] = {
-    "check": set(),
-    "verify": {"numpy"},
-    "compare": SHOWS,
-    "publish": {*SHOWS, "huggingface_hub"},
-    "merge": {"numpy", "torch"},
-    "export": {"numpy", "torch"},
-}
+# What each command may import of these, where no model is built. Commands of a row run one after the other in
+# one process, so each may import what those before it may.
+MAY_IMPORT: list[dict[str, set[str]]] = [
+    {"check": set(), "verify": {"numpy"}, "compare": SHOWS, "publish": {*SHOWS, "huggingface_hub"}},
+    {"merge": {"numpy", "torch"}, "export": {"numpy", "torch"}},
+]
 STARTED = """
-import sys
+import json, sys
 from moemerge.run.cli import main
-try:
-    main(sys.argv[2:])
-except SystemExit as end:
-    assert not end.code, end.code
-print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1].split())))
+heavy, commands = json.loads(sys.argv[1])
+for command in commands:
+    try:
+        main(command)
+    except SystemExit as end:
+        assert not end.code, command
+    print("imported:", *sorted({name.partition(".")[0] for name in sys.modules} & set(heavy)))
 """
 
 
@@ -462,16 +461,17 @@ def test_commands_import_only_what_they_need(small_run: tuple[Path, str], tmp_pa
         "merge": members,
         "export": members,
     }
-    found = {}
-    for name, flags in given.items():
-        output = [] if name in ("check", "verify") else ["--output", tmp_path / name]
-        arguments = [" ".join(HEAVY), name, *map(str, [*flags, *output])]
-        run = subprocess.run(
-            [sys.executable, "-c", STARTED, *arguments], capture_output=True, text=True, cwd=ROOT
-        )
-        assert run.returncode == 0, f"{name}: {run.stderr}"
-        found[name] = set(run.stdout.splitlines()[-1].split()[1:])
-    assert {name: more for name in found if (more := found[name] - MAY_IMPORT[name])} == {}
+    found: dict[str, set[str]] = {}
+    for row in MAY_IMPORT:
+        outputs = {name: ["--output", tmp_path / name] for name in row if name not in ("check", "verify")}
+        commands = [[name, *map(str, [*given[name], *outputs.get(name, [])])] for name in row]
+        command = [sys.executable, "-c", STARTED, json.dumps([sorted(HEAVY), commands])]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 0, run.stderr
+        lines = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("imported:")]
+        found |= {name: set(line) for name, line in zip(row, lines, strict=True)}
+    allowed = {name: names for row in MAY_IMPORT for name, names in row.items()}
+    assert {name: more for name in given if (more := found[name] - allowed[name])} == {}
 
 
 @pytest.mark.parametrize("name", [name for name in moemerge.__all__ if name != "__version__"])
