@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moemerge.artifacts.checksums import MANIFEST, fingerprint, holds_more
 from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.manifest import holds_manifest, read_manifest
-from moemerge.errors import ArtifactError
+from moemerge.errors import ArtifactError, OptionError
+from moemerge.options.base import Members
 
 MOST_ADDED = 100  # files in a start beyond those that were recorded, before it is called another folder
+
+
+M = TypeVar("M", bound=Members)
+log = logging.getLogger(__name__)
 
 
 class NoStart(Exception):
@@ -35,6 +41,26 @@ def common_start(models: Sequence[str]) -> Path:
     if not _is_still(path, first[1]):
         raise NoStart(f"{path}, their start, is not what it was")
     return path
+
+
+def with_base(options: M) -> M:
+    """The options with the models' common start as base, where they ask for a sum of changes without one.
+
+    Raises OptionError, with the reason, if none is known.
+    """
+    if not options.models or options.coordinates != "sum" or options.base is not None:
+        return options
+    try:
+        start = common_start(options.models)
+    except NoStart as reason:
+        raise OptionError(
+            "coordinates sum needs base, and none is found",
+            given=f"no base; {reason}",
+            expected="the model that all others were trained from: changes from it are added",
+            fix="give base; without one use coordinates average",
+        ) from None
+    log.info("all models were trained from %s, which is the base", start)
+    return options.model_copy(update={"base": str(start)})
 
 
 def _start(model: Path) -> dict[str, Any]:

@@ -89,9 +89,12 @@ class Stage(Generic[O]):
     options: type[O]
     body: Callable[[O, Draft], None]
     shares_work: bool = False
+    complete: Callable[[O], O] | None = None
 
     def __call__(self, options: O | None = None, /, **fields: Any) -> Path:
         options = options if options is not None else parse_options(self.options, fields)
+        if self.complete is not None:
+            options = self.complete(options)
         if not self.shares_work:
             refuse_several(self.name)
         with artifact(self.name, options) as draft:
@@ -100,15 +103,19 @@ class Stage(Generic[O]):
 
 
 def stage(
-    name: str, options: type[O], shares_work: bool = False
+    name: str,
+    options: type[O],
+    shares_work: bool = False,
+    complete: Callable[[O], O] | None = None,
 ) -> Callable[[Callable[[O, Draft], None]], Stage[O]]:
     """Turn `body(options, draft)` into a Stage; its docstring stays.
 
-    shares_work: whether several processes, as torchrun starts them, do it together.
+    shares_work: whether several processes, as torchrun starts them, do it together. complete: puts into the
+    options what can be found out, before anything is written: the manifest has it.
     """
 
     def make(body: Callable[[O, Draft], None]) -> Stage[O]:
-        made = Stage(name, options, body, shares_work)
+        made = Stage(name, options, body, shares_work, complete)
         object.__setattr__(made, "__doc__", body.__doc__)
         object.__setattr__(made, "__signature__", _signature(options))
         return made

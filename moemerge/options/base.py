@@ -168,7 +168,8 @@ class Members(Options):
     base: Source | None = Field(
         None,
         description="with models: a reward model that is merged as a shared expert is; it gives config, "
-        "tokenizer and what is not merged (default: the first of models gives these, and nothing is shared)",
+        "tokenizer and what is not merged (default: the first of models gives these, and nothing is shared; "
+        "with coordinates sum the start that moemerge train recorded in all models)",
     )
     scope: Literal["all", "body", "mlp"] = Field(
         "all", description="with models: what is merged: all; body, which is all but the head; mlp"
@@ -186,10 +187,9 @@ class Members(Options):
             raise ValueError("what is merged is either a MoE, named by model, or models, and not both")
         if self.model and (self.base or self.scope != "all"):
             raise ValueError("base and scope go with models, not with a MoE")
-        if self.models and len(self.models) + bool(self.base) < 2:
+        found = self.base is not None or self.coordinates == "sum"
+        if self.models and len(self.models) + found < 2:
             raise ValueError("one model alone cannot be merged: give two models, or one and base")
-        if self.models and self.coordinates == "sum" and self.base is None:
-            raise ValueError("coordinates sum needs base, the model that all others were trained from")
         if self.calibration and (self.model or self.scope != "all"):
             raise ValueError("calibration goes with models and scope all: it divides their heads")
         return self

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moemerge.artifacts.origin import with_base
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
 from moemerge.merging.coefficients import Coefficients
@@ -30,7 +31,7 @@ COMMENT = """# Written by moemerge export; stock mergekit merges it: mergekit-ya
 """
 
 
-@stage("export", Export)
+@stage("export", Export, complete=with_base)
 def export(options: Export, draft: Draft) -> None:
     """Write the members as dense checkpoints, and linear.yml if coefficients are given.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moemerge.artifacts.origin import with_base
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
@@ -42,7 +43,7 @@ from moemerge.options.fit import Fit
 log = logging.getLogger(__name__)
 
 
-@stage("fit", Fit, shares_work=True)
+@stage("fit", Fit, shares_work=True, complete=with_base)
 def fit(options: Fit, draft: Draft) -> None:
     """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
 

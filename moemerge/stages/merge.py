@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moemerge.artifacts.origin import with_base
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
 from moemerge.merging.average import as_average, as_changes, row_chunks, shared_of_sum
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@stage("merge", Merge)
+@stage("merge", Merge, complete=with_base)
 def merge(options: Merge, draft: Draft) -> None:
     """Write the dense model: what `options` name is merged by `options.method`, everything else is kept.
 

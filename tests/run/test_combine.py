@@ -16,7 +16,7 @@ from small_training import write
 from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
 
-from moemerge import check_recipe, combine, load_moe, run_recipe
+from moemerge import check_recipe, combine, load_moe, merge, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.errors import CheckpointError, OptionError, UnsupportedError
@@ -164,6 +164,18 @@ def test_a_mixture_of_encoders_is_refused_at_the_start(world: Path) -> None:
 def test_without_base_the_common_start_is_found(combined: RunReport, world: Path) -> None:
     again = combine(**given(world, base=None), output=world / "best")
     assert [step.name for step in again.steps if step.reason is not None] == []
+
+
+def test_sums_find_the_common_start_too(world: Path) -> None:
+    models = [str(world / kind) for kind in KINDS]
+    given_base, found = (
+        merge(models=models, coordinates="sum", output=world / name, base=base)
+        for name, base in (("sum-given", str(world / "base")), ("sum-found", None))
+    )
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (found, given_base)]
+    assert weights[0] == weights[1]
+    manifest = read_manifest(found)
+    assert manifest["options"]["base"] == str(world / "base") and "base" in manifest["inputs"]
 
 
 def test_without_any_base_there_are_averages_only(
