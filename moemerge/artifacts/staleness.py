@@ -9,11 +9,13 @@ from moemerge.artifacts.manifest import Manifest, expect_stage, own_digest
 from moemerge.errors import ArtifactError
 from moemerge.options.base import Run
 
+NOT_MADE = "not made yet"
+
 
 def why_stale(name: str, options: Run) -> str | None:
     """None if `options.output` already holds what `options` would make, else the reason why not."""
     if not options.output.exists():
-        return "not made yet"
+        return NOT_MADE
     try:
         manifest = expect_stage(options.output, name)
     except ArtifactError as error:

@@ -228,7 +228,8 @@ def verify(folder: Path, inputs: bool) -> int:
 
 def _tell_step(step: StepReport) -> None:
     what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
-    _say(f"{step.name:<14} {what:>8}  {headline(step.manifest)}")
+    width = 2 * len(step.place.split("/")[1]) + 3  # of the last one, such as [12/12]
+    _say(f"{f'[{step.place}]':>{width}} {step.name:<14} {what:>8}  {headline(step.manifest)}")
 
 
 for _row in ROWS:

@@ -19,6 +19,7 @@ from moemerge.run.combine_plan import CHOICE, Plan
 from moemerge.run.steps import RunReport, Tell, alone, keep_recipe, recover_steps, run_steps, tell_versions
 
 log = logging.getLogger(__name__)
+FINAL_STEPS = 2  # model and card; a fit or a merge may come before them
 
 
 def combine(options: Combine | None = None, tell: Tell | None = None, /, **fields: Any) -> RunReport:
@@ -45,11 +46,11 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
         recover_steps(steps.trials())
         keep_recipe(options)
         again = "overwrite" if options.overwrite else ""
-        reports = [*run_steps(steps.trials(), tell, again)]
+        reports = [*run_steps(steps.trials(), tell, again, after=FINAL_STEPS)]
         taken = read_object(options.output / CHOICE / "choice.json")["taken"]
         final = list(steps.winner(taken))
         recover_steps(final)
-        reports += run_steps(final, tell, again)
+        reports += run_steps(final, tell, again, before=len(reports))
         tell_versions(reports)
         from moemerge.run.combine_page import write_pages
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, read_manifest
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
-from moemerge.artifacts.staleness import other_versions, why_stale
+from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
 from moemerge.evaluation.report import outdated
 from moemerge.options.base import Run
 from moemerge.options.combine import Combine
@@ -25,6 +27,8 @@ from moemerge.options.recipe import Recipe
 from moemerge.stages import STAGES
 
 LOCK = ".lock"
+BEAT = 30.0  # seconds
+TOLD_BY_RUNS = ("moemerge.artifacts.stage", "moemerge.stages.publish")
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +44,17 @@ class Step:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What became of a step: why it ran (None if it was skipped), how long it took, its manifest."""
+    """What became of a step: why it ran (None if it was skipped), how long it took, its manifest.
+
+    place: the how manyth it is of how many, such as 3/12.
+    """
 
     name: str
     stage: str
     reason: str | None
     seconds: float
     manifest: Manifest
+    place: str = "1/1"
 
     @property
     def results(self) -> dict[str, Any]:
@@ -70,10 +78,16 @@ class RunReport:
     merged: Path
 
 
-def run_steps(steps: Iterable[Step], tell: Tell | None = None, again: str = "") -> Iterator[StepReport]:
-    """Do the steps in order, as `run_step` does, and tell of each once it is done."""
-    for step in steps:
-        report = run_step(step, again)
+def run_steps(
+    steps: Iterable[Step], tell: Tell | None = None, again: str = "", before: int = 0, after: int = 0
+) -> Iterator[StepReport]:
+    """Do the steps in order, as `run_step` does, and tell of each once it is done.
+
+    `before`, `after`: how many steps of the run are not among these, for counting.
+    """
+    ordered = [*steps]
+    for number, step in enumerate(ordered, before + 1):
+        report = run_step(step, again, f"{number}/{before + len(ordered) + after}")
         if tell is not None:
             tell(report)
         yield report
@@ -86,16 +100,54 @@ def keep_recipe(run: Recipe | Combine) -> None:
     write_whole(run.output / RECIPE_COPY, text + "\n")
 
 
-def run_step(step: Step, again: str = "") -> StepReport:
+def run_step(step: Step, again: str = "", place: str = "1/1") -> StepReport:
     """Do the step unless what it wrote still fits; `again`: a reason to do it in any case."""
     started = time.perf_counter()
     output = step.options.output
     reason = again or why_stale(step.stage, step.options) or outdated(output, step.stage)
     if reason is not None:
-        log.info("%s starts: %s", step.name, reason)
-        STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
+        log.log(
+            logging.DEBUG if reason == NOT_MADE else logging.INFO, "[%s] %s: %s", place, step.name, reason
+        )
+        with _one_line(), _sign_of_life(f"[{place}] {step.name}"):
+            STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
     manifest = read_manifest(step.options.output)
-    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest)
+    return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest, place)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """While open, stages do not say what the run's own line on them says; with --verbose they do."""
+    loggers = [logging.getLogger(name) for name in TOLD_BY_RUNS]
+    levels = {logger: logger.level for logger in loggers if not logger.isEnabledFor(logging.DEBUG)}
+    for logger in levels:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextmanager
+def _sign_of_life(what: str) -> Iterator[None]:
+    """While open, a line every 30 s where no progress bar is seen, as in a file of logs."""
+    if sys.stderr.isatty():
+        yield
+        return
+    done, started = threading.Event(), time.perf_counter()
+
+    def beat() -> None:
+        while not done.wait(BEAT):
+            log.info("%s: %.0f s so far", what, time.perf_counter() - started)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def is_current(page: Path, reports: Iterable[StepReport], steps: Iterable[str]) -> bool:

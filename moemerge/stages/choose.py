@@ -55,7 +55,7 @@ def choose(options: Choose, draft: Draft) -> None:
     first, *rest = tables(numbers, options.confidence)
     section = Section("Choice", words, [first, *rest], figures, lead=sentence(numbers))
     write_report(draft.folder, "Which model to take", [section])
-    log.info("choose: %s", sentence(numbers))
+    log.debug("choose: %s", sentence(numbers))
     draft.results |= {"taken": numbers["taken"], "sentence": sentence(numbers), "pairs": len(pairs)}
 
 

@@ -72,7 +72,7 @@ def fit(options: Fit, draft: Draft) -> None:
         blocks, outcome.alpha_LN, outcome.shared_L, meta, options.coordinates, source.scales
     )
     coefficients.save(draft.folder)
-    log.info("fit: %s", outcome.report["verdict"])
+    log.debug("fit: %s", outcome.report["verdict"])
     write_report(draft, coefficients, outcome, source.member_names[source.has_shared :])
 
 

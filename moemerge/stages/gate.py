@@ -61,7 +61,7 @@ def gate(options: Gate, draft: Draft) -> None:
         "pairs": len(encoded), "prompts": prompts, "rows": report.summary(),
     }  # fmt: skip
     write_json(draft.folder / "gate.json", draft.results)
-    log.info("gate: %s", draft.results["sentence"])
+    log.debug("gate: %s", draft.results["sentence"])
 
 
 def _require_prompt_gate(folder: ModelFolder) -> None:

@@ -59,7 +59,7 @@ def merge(options: Merge, draft: Draft) -> None:
     source.write_config(draft.folder, dtype)
     source.write_side_files(draft.folder)
     _require_all(draft.folder, source)
-    log.info("merge: largest rounding error %.2e", way.largest_difference)
+    log.debug("merge: largest rounding error %.2e", way.largest_difference)
     draft.results |= {
         "method": options.method,
         "largest_difference": way.largest_difference,

@@ -214,7 +214,7 @@ def _compare(options: Upcycle, source: ModelFolder, draft: Draft, device: torch.
     dense.load_state_dict(head, strict=False)
     theirs_B = probe_scores(dense, texts)
     difference = draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
-    log.info("upcycle: largest difference to the dense model %.2e", difference)
+    log.debug("upcycle: largest difference to the dense model %.2e", difference)
     if not options.expert_noise:
         what = "the MoE does not equal the dense model"
         fix = "report this architecture; the model may change its MLP in a way that is not known here"

@@ -317,7 +317,8 @@ def test_run_prints_steps_table_verdict_and_how_to_load(small_run: tuple[Path, s
     root, out = small_run
     steps = plan(load_recipe(root / "recipe.yml"))
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[: len(steps)]] == [step.name for step in steps]
+    told = [line.split()[:2] for line in lines[: len(steps)]]
+    assert told == [[f"[{n}/{len(steps)}]", step.name] for n, step in enumerate(steps, 1)]
     table = (root / "out/summary.md").read_text()
     for model in ("dense", "control", "moe", "merge-uniform", "merge-learned"):
         row = next(line for line in lines if line.startswith(f"| {model} "))

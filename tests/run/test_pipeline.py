@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from moemerge.evaluation import report as report_file
 from moemerge.evaluation.report import FORMAT
 from moemerge.options.base import Run, input_fields
 from moemerge.options.recipe import Recipe
+from moemerge.options.synthetic import Synthetic
 from moemerge.run import pipeline, recipe_file, steps
 from moemerge.run.check import check_recipe, load_recipe
 from moemerge.run.headlines import headline
@@ -30,6 +33,12 @@ from moemerge.run.page import write_run_page
 from moemerge.run.plan import plan
 from moemerge.run.templates import templates, write_template
 from moemerge.stages import OPTIONS
+from moemerge.stages.synthetic import write_world
+
+TINY_WORLD = {
+    "train_pairs": 10, "validation_pairs": 10, "test_pairs": 10, "own_pairs": 10, "prompts": 2,
+    "candidates": 2, "hidden_size": 8, "num_layers": 1,
+}  # fmt: skip
 
 
 class Killed(BaseException):
@@ -673,3 +682,26 @@ def test_headlines_say_what_a_stage_came_to() -> None:
     assert told("train", before=None, after=None, steps=3, train_loss=0.5).startswith("3 steps")
     assert told("fit", verdict="Kept.") == "Kept."
     assert told("merge", largest_difference=1.25e-7) == "largest rounding error 1.2e-07"
+
+
+def test_a_long_step_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no progress bar is seen; and what the run tells in its own line, the stage does not tell too."""
+
+    def slow(options: Any) -> None:
+        end = time.monotonic() + 10
+        while "so far" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.01)
+        write_world(options)
+
+    monkeypatch.setattr(steps, "BEAT", 0.01)
+    monkeypatch.setattr(steps.STAGES, "get", lambda name: slow)
+    options = Synthetic(**TINY_WORLD, output=tmp_path / "world")
+    with caplog.at_level(logging.INFO, logger="moemerge"):
+        (report,) = steps.run_steps([steps.Step("world", "synthetic", options)], before=2, after=1)
+    assert report.place == "3/4" and "[3/4] world: 0 s so far" in caplog.text
+    assert "wrote" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="moemerge"):
+        write_world(options.model_copy(update={"overwrite": True}))
+    assert "wrote" in caplog.text
