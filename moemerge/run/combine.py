@@ -5,20 +5,17 @@ Candidates are made without the part of the pairs that they are judged on; then 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from moemerge.artifacts.json_file import read_object
-from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.artifacts.stage import refuse_several
 from moemerge.errors import together
 from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.run.combine_check import input_faults, model_faults
-from moemerge.run.combine_plan import CHOICE, Plan
+from moemerge.run.combine_plan import CHOICE, Plan, with_start
 from moemerge.run.steps import RunReport, Tell, alone, keep_recipe, recover_steps, run_steps, tell_versions
 
-log = logging.getLogger(__name__)
 FINAL_STEPS = 2  # model and card; a fit or a merge may come before them
 
 
@@ -38,7 +35,7 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
         options = parse_options(Combine, fields)
     if faults := input_faults(options):
         raise together("combine", faults)
-    options = _with_base(options)
+    options = with_start(options)
     if faults := model_faults(options, on_hub=True):
         raise together("combine", faults)
     steps = Plan(options)
@@ -55,17 +52,3 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
         from moemerge.run.combine_page import write_pages
 
         return write_pages(options, reports)
-
-
-def _with_base(options: Combine) -> Combine:
-    """The options with the models' common start as base, if none is given and one is known."""
-    if options.base is not None:
-        return options
-    try:
-        start = common_start(list(options.models.values()))
-    except NoStart as reason:
-        log.warning("combine: no base is given, and none is found: %s. Without one only averages are tried; "
-                    "give base, what all were trained from", reason)  # fmt: skip
-        return options
-    log.info("combine: all models were trained from %s, which is the base", start)
-    return options.model_copy(update={"base": str(start)})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.options.base import SCALE_OF_SUM
 from moemerge.options.combine import MARK, ROUTED, Combine
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
+log = logging.getLogger(__name__)
 MODEL, CARD, CHOICE, LOOK = "model", "card", "choice", "look"
 ALL, COEFFICIENTS = "all", "coefficients"  # what is made from all pairs; what a fit writes beside its merge
 
@@ -205,3 +208,17 @@ class Plan:
             folder, "choose", evaluations=evaluations, pairs=self.parts, ranks=ranks, notes=self.notes(),
             level=o.level, confidence=o.confidence, resamples=o.resamples, **self.format,
         )  # fmt: skip
+
+
+def with_start(options: Combine) -> Combine:
+    """The options with the models' common start as base, if none is given and one is known."""
+    if options.base is not None:
+        return options
+    try:
+        start = common_start(list(options.models.values()))
+    except NoStart as reason:
+        log.warning("combine: no base is given, and none is found: %s. Without one only averages are tried; "
+                    "give base, what all were trained from", reason)  # fmt: skip
+        return options
+    log.info("combine: all models were trained from %s, which is the base", start)
+    return options.model_copy(update={"base": str(start)})

@@ -19,7 +19,7 @@ from moemerge.options.recipe import Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
-from moemerge.run.combine_plan import Plan
+from moemerge.run.combine_plan import Plan, with_start
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
@@ -35,10 +35,11 @@ WORLD = {
 def plan(recipe: Recipe | Combine) -> list[Step]:
     """The steps of a recipe in order, of a combination up to its choice.
 
-    Reads nothing, so the recipe must be free of faults.
+    Reads nothing but, for a combination without base, what its models' manifests name as their start; so the
+    recipe must be free of faults.
     """
     if isinstance(recipe, Combine):
-        return list(Plan(recipe).trials())
+        return list(Plan(with_start(recipe)).trials())
     if not recipe.seeds:
         return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
     runs = by_seed(recipe)

@@ -23,7 +23,9 @@ from moemerge.errors import CheckpointError, OptionError, UnsupportedError
 from moemerge.evaluation.scoring_code import how_to_score
 from moemerge.options.combine import Combine
 from moemerge.run import cli
+from moemerge.run.check import load_recipe
 from moemerge.run.combine_plan import Plan
+from moemerge.run.plan import plan
 from moemerge.run.steps import RunReport, run_steps
 from moemerge.stages.train import train
 
@@ -164,6 +166,11 @@ def test_a_mixture_of_encoders_is_refused_at_the_start(world: Path) -> None:
 def test_without_base_the_common_start_is_found(combined: RunReport, world: Path) -> None:
     again = combine(**given(world, base=None), output=world / "best")
     assert [step.name for step in again.steps if step.reason is not None] == []
+
+
+def test_a_plan_finds_the_common_start_too(world: Path) -> None:
+    recipe = load_recipe(recipe_of(world, base=None))
+    assert "sum" in [step.name for step in plan(recipe)]
 
 
 def test_sums_find_the_common_start_too(world: Path) -> None:
