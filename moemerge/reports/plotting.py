@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import wraps
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,6 +40,9 @@ SVG_STYLE: dict[Any, Any] = {
 }
 SVG_WIDTH = 4.3
 LONGEST_NAME = 32
+# Characters of SVGs that are kept, since the page of a run shows what its stages' pages have shown.
+KEPT_SVGS = 2**24
+_svgs_by_plot: OrderedDict[str, list[str]] = OrderedDict()
 UNDRAWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 P = ParamSpec("P")
@@ -130,9 +137,21 @@ def dots(
     return _save(figure, path, plot)
 
 
-@_plainly
 def svgs(plot: Plot) -> list[str]:
-    """`plot` as SVG images, one per panel: as wide as a phone, no background, following light and dark."""
+    """`plot` as SVG images, one per panel: as wide as a phone, no background, following light and dark.
+
+    The same plot is drawn once: the last ones' images are kept.
+    """
+    key = sha256(json.dumps(asdict(plot), default=lambda array: array.tolist()).encode()).hexdigest()
+    images = _svgs_by_plot.pop(key, None) or _drawn_svgs(plot)
+    _svgs_by_plot[key] = images
+    while sum(len(image) for kept in _svgs_by_plot.values() for image in kept) > KEPT_SVGS:
+        _svgs_by_plot.popitem(last=False)
+    return list(images)
+
+
+@_plainly
+def _drawn_svgs(plot: Plot) -> list[str]:
     import matplotlib
 
     with matplotlib.rc_context(SVG_STYLE):
@@ -168,9 +187,7 @@ def _narrow_heat_map(plot: HeatMap) -> Any:
 
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
-    # With a layout engine, matplotlib draws everything once more than it needs to.
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")
+    _lay_out(figure)
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(buffer.getvalue())
 
@@ -290,7 +307,14 @@ def _write_numbers(axes: Any, values: Any) -> None:
         axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
 
 
+def _lay_out(figure: Any) -> None:
+    """What savefig would do; as long as there is a layout engine, even "none", it draws everything twice."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
+
+
 def _save(figure: Any, path: Path, plot: Plot) -> Path:
+    _lay_out(figure)
     # Without matplotlib's version in its metadata the same figure gives the same bytes.
     figure.savefig(path, metadata={"Software": None})
     save_plot(plot, path)

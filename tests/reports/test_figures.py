@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +92,7 @@ def test_a_foreign_picture_is_told_by_its_name(tmp_path: Path) -> None:
 def test_svgs_are_one_per_panel_with_text_and_two_themes(curves: Curves) -> None:
     twice = Curves("t", [*curves.panels, Panel("other", curves.panels[0].lines, "x", "y")])
     images = plotting.svgs(twice)
-    assert len(images) == len(twice.words()) == 2 and images == plotting.svgs(twice)
+    assert len(images) == len(twice.words()) == 2 and images == plotting._drawn_svgs(twice)
     for image, title in zip(images, ("gold score", "other"), strict=True):
         root = ElementTree.fromstring(image)
         texts = {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
@@ -97,6 +100,22 @@ def test_svgs_are_one_per_panel_with_text_and_two_themes(curves: Curves) -> None
         assert "prefers-color-scheme:dark" in image
         for colour in (plotting.INK, plotting.COLOURS[0], plotting.GRID):
             assert image.count(colour) == 1, "once, where the theme defines it"
+
+
+def test_the_same_plot_is_drawn_once(curves: Curves, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plotting, "_svg", lambda figure: drawn.append(figure) or f"svg {len(drawn)}")
+    monkeypatch.setattr(plotting, "_svgs_by_plot", OrderedDict())
+    dots = [Dots("t", {"g": {"a": (value, 0.0, 1.0)}}, "x") for value in (0.5, math.nan, math.inf, None)]
+    kept = [plotting.svgs(plot) for plot in (curves, *dots, replace(curves, log_x=True))]
+    assert len({image for images in kept for image in images}) == len(drawn) == 6, "each is its own"
+    plotting.svgs(curves).clear()
+    arrays = HeatMap(np.array([[0.5]]), "", "", "", ["a"], ["b"])
+    assert [plotting.svgs(plot) for plot in (curves, *dots)] == kept[:5]
+    assert plotting.svgs(arrays) == plotting.svgs(arrays) == ["svg 7"]
+    monkeypatch.setattr(plotting, "KEPT_SVGS", 5)
+    assert plotting.svgs(dots[0]) == kept[1] and len(plotting._svgs_by_plot) == 1
+    assert plotting.svgs(curves) == ["svg 8"], "what is kept has a bound"
 
 
 def test_hostile_names_are_text_in_pictures(tmp_path: Path) -> None:
