@@ -271,9 +271,9 @@ class MergedModel:
             return _apart(list(self.matrices(tensor)), self.device)
         stack = self.source.stack(tensor)
         assert stack is not None
-        stack_NX = stack.flatten(1)
-        if self.source.has_shared:
-            return Piece(self.source.matrix(tensor, 0).flatten(), stack_NX, False)
+        shared, stack_NX = stack[0], stack[1].flatten(1)
+        if shared is not None:
+            return Piece(shared.flatten(), stack_NX, False)
         return Piece(stack_NX[0], stack_NX[1:], False)  # without a shared member expert 0 is the first
 
 

@@ -25,6 +25,7 @@ from moemerge.artifacts.disk import flush_and_forget, link_or_copy, usual_mode
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.errors import CheckpointError, few
+from moemerge.models.mapped_file import MappedFile
 
 if TYPE_CHECKING:
     from moemerge.models.families.base import ExpertTensor
@@ -75,6 +76,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self._files = self._weight_files()
         self._open: dict[str, Any] = {}
+        self._mapped: dict[str, MappedFile] = {}
 
     @property
     def names(self) -> list[str]:
@@ -140,14 +142,17 @@ class Checkpoint:
         rows: torch.Tensor = self._slice(tensor.stacked)[index, tensor.rows]
         return rows.T if tensor.transposed else rows
 
-    def experts(self, tensor: ExpertTensor) -> torch.Tensor:
-        """All routed experts' copies of a dense MLP tensor as they are stored, [N, ...]: a view."""
-        experts: torch.Tensor = self._slice(tensor.stacked)[:, tensor.rows]
-        return experts
+    def mapped(self, name: str) -> torch.Tensor:
+        """The tensor `name` as stored, a view that can only be read and costs no memory while it is kept."""
+        dtype, file = self.dtype(name), self._files[name]
+        if file not in self._mapped:
+            self._mapped[file] = MappedFile(self.folder / file)
+        return self._mapped[file].tensor(name, dtype)
 
     def release(self) -> None:
         """Let go of open files; they are opened again when asked for."""
         self._open.clear()
+        self._mapped.clear()
 
     def _slice(self, name: str) -> Any:
         return self._handle(name).get_slice(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_any_tensor_comes_back(shard_size: int, tmp_path: Path) -> None:
     for name, tensor in awkward().items():
         found = written.tensor(name)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+        where_it_lies = written.mapped(name)
+        assert where_it_lies.dtype == tensor.dtype and torch.equal(where_it_lies, tensor), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_kept_views_of_many_shards_are_mapped_to_be_read_only(tmp_path: Path) -> None:
+    """Private mappings that may be written to are what `ulimit -d` and strict overcommit count."""
+    write_checkpoint(tmp_path, iter(awkward().items()), 1)
+    written = Checkpoint(tmp_path)
+    views = {name: written.mapped(name) for name in written.names}
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    kept = [line for line in maps if line.split()[1] == "r--s"]
+    assert len(kept) >= len(views) and sum("w" in line.split()[1] for line in maps) <= checkpoint.OPEN_FILES
 
 
 def test_shards_are_filled_in_order_named_and_indexed(tmp_path: Path) -> None:

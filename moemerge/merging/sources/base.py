@@ -86,8 +86,11 @@ class MergeSource(ABC):
         """All copies of `tensor`, in the order of `member_names`."""
         return (self.matrix(tensor, member) for member in range(len(self.member_names)))
 
-    def stack(self, tensor: MergedTensor) -> Tensor | None:
-        """The N members' copies in one mapped [N, ...] tensor, if they lie so on disk in the dense layout."""
+    def stack(self, tensor: MergedTensor) -> tuple[Tensor | None, Tensor] | None:
+        """The shared member's copy, if there is one, and the N others' in one [N, ...] tensor.
+
+        Mapped and only to be read; None unless they lie so on disk in the dense layout.
+        """
         return None
 
     @abstractmethod

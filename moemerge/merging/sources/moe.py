@@ -90,10 +90,13 @@ class MoeCheckpoint(ExpertSource):
             return self.weights.tensor(tensor.shared)
         return self.weights.expert(tensor, member - self.has_shared)
 
-    def stack(self, tensor: MergedTensor) -> Tensor | None:
-        """The routed experts' copies, a view of the file; None where they are stored transposed."""
+    def stack(self, tensor: MergedTensor) -> tuple[Tensor | None, Tensor] | None:
+        """Views of the files; None where experts are stored transposed."""
         assert isinstance(tensor, ExpertTensor)
-        return None if tensor.transposed else self.weights.experts(tensor)
+        if tensor.transposed:
+            return None
+        shared = self.weights.mapped(tensor.shared) if self.has_shared else None
+        return shared, self.weights.mapped(tensor.stacked)[:, tensor.rows]
 
     def _members(self) -> tuple[int, bool]:
         """Number of routed experts, and whether there is a shared one, as config and layout both say."""
