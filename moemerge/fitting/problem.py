@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moemerge.data.pairs import numbered
 from moemerge.errors import OptionError
+from moemerge.merging.average import changes
 from moemerge.merging.blocks import HEAD, layer_of
 from moemerge.merging.merged_model import MergeGradient
 from moemerge.options.fit import FitSettings
@@ -161,13 +162,15 @@ class FitOutcome:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def movement(blocks: list[str], first: FitOutcome, last: FitOutcome) -> list[dict[str, Any]]:
-    """How far each block's coefficients went: L1, half of it, and the shared weight's change."""
-    l1_L = (last.alpha_LN - first.alpha_LN).abs().sum(1)
+def movement(problem: FitProblem, first: FitOutcome, last: FitOutcome) -> list[dict[str, Any]]:
+    """How far each block's alpha, or the c of a sum, went: L1, half of it, and the shared weight's change."""
+    adds = problem.settings.coordinates == "sum"
+    before_LN, after_LN = (changes(at.alpha_LN, at.shared_L) if adds else at.alpha_LN for at in (first, last))
+    l1_L = (after_LN - before_LN).abs().sum(1)
     shared_L = last.shared_L - first.shared_L
     return [
         {"block": name, "l1": float(l1), "total_variation": float(l1) / 2, "shared": float(shared)}
-        for name, l1, shared in zip(blocks, l1_L, shared_L, strict=True)
+        for name, l1, shared in zip(problem.blocks, l1_L, shared_L, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ def write_report(draft: Draft, coefficients: Coefficients, outcome: FitOutcome, 
     """Write report and pictures into the draft's folder, and the numbers of the report into its results."""
     write_json(draft.folder / "report.json", outcome.report)
     plotting.heat_map(
-        coefficients.alpha_LN.numpy(),
+        [values for _, _, values in coefficients.table()],
         draft.folder / "alpha.png",
         "Merge coefficients",
         "member",

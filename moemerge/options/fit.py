@@ -78,7 +78,10 @@ class FitSettings(Options):
     micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
     kl: float = Field(0.0, ge=0, description="weight of the KL divergence from the initial coefficients")
     l2: float = Field(
-        0.0, ge=0, description="pull towards the start, squared distance: of logits, or of a sum's c"
+        0.0,
+        ge=0,
+        description="pull towards the start, squared distance: of logits, or of a sum's c (of these in "
+        "least_squares too, whose error then counts in units of what one model's change makes of outputs)",
     )
     patience: int = Field(5, ge=1, description="evaluations without progress before stopping")
     evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch (Adam)")
@@ -129,10 +132,10 @@ class FitSettings(Options):
 
     def _check_sum(self) -> None:
         """What only averages have."""
-        if self.method in ("grid", "least_squares") or self.learns_shared or self.kl:
+        if self.method == "grid" or self.learns_shared or self.kl:
             raise ValueError(
                 "coordinates sum has no weight of the shared member, and takes no kl: choose method learned, "
-                "uniform, usage or one_hot, leave shared_weight out, and use l2"
+                "least_squares, uniform, usage or one_hot, leave shared_weight out, and use l2"
             )
 
     @property

@@ -107,6 +107,12 @@ def _opened(options: Fit) -> MergeSource:
 def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) -> FitProblem:
     if not source.has_shared and isinstance(options.shared_weight, str):
         log.warning("shared_weight %s is ignored: no member is shared", options.shared_weight)
+    if options.method == "least_squares" and options.coordinates == "sum" and _all_own_all(options):
+        log.warning(
+            "every model is imitated on all pairs alike, so their sum comes out near their average (each c "
+            "near 1/%d): say by owners whose the pairs of a subset are",
+            len(options.models),
+        )
     return FitProblem(
         blocks=blocks,
         num_experts=source.num_members,
@@ -119,6 +125,11 @@ def _problem(options: Fit, source: MergeSource, blocks: list[str], data: _Data) 
         start=_start(options.start, source, blocks, options.coordinates),
         output_grams=data.output_grams if options.pairs else None,
     )
+
+
+def _all_own_all(options: Fit) -> bool:
+    """Whether all pairs belong to several models alike."""
+    return len(options.models) > 1 and not options.owners
 
 
 def _start(

@@ -122,7 +122,7 @@ def _report(
         "optimizer": trajectories[0].optimizer,
         "passes": round(sum(trajectory.passes for trajectory in trajectories), 3),
         "best_point": selection.best,
-        "moved": movement(problem.blocks, first, last),
+        "moved": movement(problem, first, last),
         "sensitivity": _sensitivity(problem, objective, first, last) if selection.moved else [],
         "trajectory": trajectories[0].history,
     }

@@ -15,15 +15,20 @@ from torch import Tensor
 from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.problem import FitOutcome, FitProblem, movement
 from moemerge.fitting.significance import gain, measures, paired
+from moemerge.merging.average import as_changes, changes
+
+# Of the largest eigenvalue: what float32 outputs say of directions below this is rounding.
+SMALLEST = 1e-6
 
 
 def least_squares(problem: FitProblem) -> FitOutcome:
     """Weights w on the simplex that minimise, per block, sum over its matrices and members i of
     |X_i (W(w) - W_i)'|^2, W(w) = sum_j w_j W_j; X_i is what member i itself gives it, on its own pairs.
 
-    lambda = w_0 is fixed, or found too if shared_weight is to be learned. A block without matrices keeps its
-    start. Labels are not used; held-out pairs only report. Raises OptionError without pairs. Source: the
-    regression of RegMean (arXiv 2212.09849), its free matrix narrowed to the averages that a merge can be.
+    lambda = w_0 is fixed, or found too if shared_weight is to be learned. In a sum w_0 = 1 - sum_i c_i and
+    w_i = c_i, of any sign (see `nearest_changes`). A block without matrices keeps its start. Labels are not
+    used; held-out pairs only report. Raises OptionError without pairs. Source: the regression of RegMean
+    (arXiv 2212.09849), its free matrix narrowed to what a merge can be.
     """
     first = initial_coefficients(problem)
     gram_LMM = problem.grams(first)
@@ -40,16 +45,22 @@ def least_squares(problem: FitProblem) -> FitOutcome:
 
 def _row(problem: FitProblem, gram_MM: Tensor, first: FitOutcome, row: int) -> tuple[Tensor, Tensor]:
     """alpha_N and lambda of one row: those that minimise `gram_MM`, or of `first` where that says nothing."""
+    kept = first.alpha_LN[row], first.shared_L[row]
+    if not bool(gram_MM.any()):
+        return kept
+    if problem.settings.coordinates == "sum":
+        start_N = changes(first.alpha_LN, first.shared_L)[row]
+        alpha_N, total = as_changes(nearest_changes(gram_MM, start_N, problem.settings.l2))
+        return alpha_N, 1 - total
     free = problem.settings.learns_shared and problem.has_shared
-    shared = None if free else float(first.shared_L[row])
-    # All weight on the shared member, or no matrix in the block: every alpha is as good.
-    if shared == 1 or not bool(gram_MM.any()):
-        return first.alpha_LN[row], first.shared_L[row]
+    shared = None if free else float(kept[1])
+    if shared == 1:  # every alpha is as good
+        return kept
     weights_M = on_simplex(gram_MM, shared if problem.has_shared else 0.0)
     # w_0 = lambda and w_i = (1 - lambda) alpha_i, so alpha is the rest of w, made to sum to one.
     routed = weights_M[1:].sum()
-    alpha_N = weights_M[1:] / routed if routed > 0 else first.alpha_LN[row]
-    return alpha_N, weights_M[0] if free else first.shared_L[row]
+    alpha_N = weights_M[1:] / routed if routed > 0 else kept[0]
+    return alpha_N, weights_M[0] if free else kept[1]
 
 
 def on_simplex(gram_MM: Tensor, first_weight: float | None) -> Tensor:
@@ -80,6 +91,23 @@ def on_simplex(gram_MM: Tensor, first_weight: float | None) -> Tensor:
     return weights_M
 
 
+def nearest_changes(gram_MM: Tensor, start_N: Tensor, l2: float) -> Tensor:
+    """c that minimises w' S w / u + l2 |c - start|^2 for w = (1 - sum_i c_i, c), S symmetric and >= 0.
+
+    u is the mean over members of w' S w's growth by the square of their own c: what one member's change makes
+    of the outputs. What S leaves open, such as how two equal members share their weight, stays as near as
+    possible to the start, also with l2 = 0.
+    """
+    # w = e_0 + B c with B = (-1 ... -1; identity): a quadratic form in c, with A = B'SB and -b = B'S e_0.
+    away_NM = gram_MM[1:] - gram_MM[0]
+    A, b = away_NM[:, 1:] - away_NM[:, :1], -away_NM[:, 0]
+    size_N, V = torch.linalg.eigh((A + A.T) / 2)
+    pull = l2 * A.diagonal().mean()
+    step_N = V.T @ (b - A @ start_N) / (size_N + pull)
+    told_N = size_N > SMALLEST * size_N[-1]
+    return start_N + V @ step_N.where(told_N, 0.0)
+
+
 def _report(problem: FitProblem, first: FitOutcome, alpha_LN: Tensor, shared_L: Tensor) -> dict[str, Any]:
     objective = problem.data()
     after = FitOutcome(alpha_LN, shared_L)
@@ -106,5 +134,5 @@ def _report(problem: FitProblem, first: FitOutcome, alpha_LN: Tensor, shared_L: 
             "gain": gain(held_P[0], held_P[1]),
             "change": paired(held_P[0], held_P[1], objective.prompts("held_out"), problem.seed),
         },
-        "moved": movement(problem.blocks, first, after),
+        "moved": movement(problem, first, after),
     }
