@@ -25,7 +25,7 @@ from moemerge.artifacts.disk import flush_and_forget, link_or_copy, usual_mode
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.errors import CheckpointError, few
-from moemerge.models.mapped_file import MappedFile
+from moemerge.models.mapped_file import DTYPES, MappedFile
 
 if TYPE_CHECKING:
     from moemerge.models.families.base import ExpertTensor
@@ -44,16 +44,6 @@ NOT_COPIED = {
     "moemerge_layout.json",
 }
 MORE_TEMPLATES = "additional_chat_templates"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 # What bitsandbytes, GPTQ, AWQ, FP8 and compressed-tensors store in place of a weight, or beside it.
@@ -144,10 +134,11 @@ class Checkpoint:
 
     def mapped(self, name: str) -> torch.Tensor:
         """The tensor `name` as stored, a view that can only be read and costs no memory while it is kept."""
-        dtype, file = self.dtype(name), self._files[name]
+        file = self._files[name]
         if file not in self._mapped:
+            self._open.pop(file, None)  # whose mapping does cost
             self._mapped[file] = MappedFile(self.folder / file)
-        return self._mapped[file].tensor(name, dtype)
+        return self._mapped[file].tensor(name)
 
     def release(self) -> None:
         """Let go of open files; they are opened again when asked for."""

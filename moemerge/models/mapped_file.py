@@ -14,6 +14,17 @@ from pathlib import Path
 
 import torch
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 class MappedFile:
     """A whole safetensors file, which safetensors has opened before and so found sound. Keeps a file open."""
@@ -24,10 +35,11 @@ class MappedFile:
             self._header = json.loads(handle.read(self._start - 8))
             self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A view of the tensor `name`, which is of `dtype`; whoever writes to it ends the process."""
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the tensor `name`, which is of one of DTYPES; whoever writes to it ends the process."""
         entry = self._header[name]
         begin, end = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
         if begin == end:
             return torch.empty(entry["shape"], dtype=dtype)
         with warnings.catch_warnings():

@@ -21,6 +21,7 @@ import moemerge
 from moemerge import fit, load_moe
 from moemerge.stages.fit import MergedModel
 import torch, scipy.optimize, transformers.models.llama.modeling_llama
+import matplotlib.figure, matplotlib.backends.backend_agg
 torch.set_num_threads(1)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 limit = int(status["VmData"].split()[0]) * 1024 + 450 * 2**20
