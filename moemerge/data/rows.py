@@ -23,7 +23,7 @@ from moemerge.errors import DataError
 
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
 SHOWN, MOST_REASONS = 10, 40
-CORRECT = "correct these rows, or say what the file calls its fields: fields chosen=NAME (--fields)"
+CORRECT = "correct these rows, or say what the file calls its fields: fields such as chosen=NAME (--fields)"
 SHORTEN = "raise max_length, or shorten these rows"
 MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100

@@ -52,6 +52,26 @@ def texts_of(pairs: Sequence[EncodedPair]) -> list[Encoded]:
     return [text for pair in pairs for text in (pair.chosen, pair.rejected)]
 
 
+def require_prompts(pairs: Sequence[EncodedPair]) -> None:
+    """Raise DataError unless a pair has a prompt whose tokens are known; warn if some have none.
+
+    A gate that looks at prompts sees zeros in place of a missing one, and always chooses the same expert.
+    """
+    # A BOS token alone is no prompt, though both texts begin with it.
+    lacking = sum(not (pair.pair.prompt and pair.chosen.prompt_length) for pair in pairs)
+    if lacking and lacking == len(pairs):
+        raise DataError(
+            "a gate that looks at prompts cannot learn from pairs without them",
+            given=f"{len(pairs)} pairs, none with a prompt whose tokens are known",
+            expected="pairs with a prompt: as text, or as messages that the chat template renders alone",
+            fix="give the prompts a column of their own (its name: fields prompt=NAME); else use another "
+            "gate, in combine form dense",
+        )
+    if lacking:
+        log.warning("%d of %d pairs have no prompt that a gate could see: it treats these all alike",
+                    lacking, len(pairs))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class EncodedCandidates:
     """A candidate set and the tokens of each answer."""

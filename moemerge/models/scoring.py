@@ -59,7 +59,7 @@ def score(
             bar.update(len(rows))
         for rows, scores_B in done:
             scores[rows] = scores_B.cpu()
-    _refuse_non_finite(scores)
+    _refuse_non_finite(scores, progress)
     return scores
 
 
@@ -104,12 +104,13 @@ def _refuse_empty(encoded: Sequence[Encoded]) -> None:
         )
 
 
-def _refuse_non_finite(scores: Tensor) -> None:
+def _refuse_non_finite(scores: Tensor, progress: str) -> None:
     bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         raise CheckpointError(
             "the model gives scores that are not finite",
-            given=f"{len(bad)} of {len(scores)} texts, first at position {bad[0]}: {scores[bad[0]].item()}",
+            given=f"{progress}{': ' * bool(progress)}{len(bad)} of {len(scores)} texts, first at position "
+            f"{bad[0]}: {scores[bad[0]].item()}",
             expected="finite scores",
             fix="check the checkpoint for NaN, or load it in float32 or bfloat16 in place of float16",
         )

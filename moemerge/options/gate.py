@@ -14,7 +14,9 @@ class Gate(TextFormat, Run):
         description="MoE folder with gate prompt, one expert per token and no shared one, as upcycle writes "
         "with experts"
     )
-    pairs: Source = Field(description="preference pairs of many prompts: they say which expert suits which")
+    pairs: Source = Field(
+        description="preference pairs with many different prompts: they say which expert suits which prompt"
+    )
     max_pairs: int | None = Field(
         None, ge=1, description="number of pairs to use, the first ones (default: all)"
     )

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SEARCHABLE = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
+# What takes part only beside one of these objectives.
+ONLY_WITH = {
+    "language_head": ("policy", "language"),
+    "policy_temperature": ("policy", "language"),
+    "language_form": ("language",),
+    "contrast_temperature": ("contrast",),
+    "contrast_dropout": ("contrast",),
+}
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
@@ -159,7 +167,16 @@ class TrainSettings(Options):
             raise ValueError("objectives needs one or more with a weight above 0, and none below")
         if (self.label_smoothing or self.margin != "none") and not self.objectives.get("bradley_terry"):
             raise ValueError("label_smoothing and margin need bradley_terry among objectives")
+        for name, wanted in ONLY_WITH.items():
+            if self._is_set(name) and not any(map(self.objectives.get, wanted)):
+                raise ValueError(f"{name} needs {' or '.join(wanted)} among objectives")
+        for name in ("lookahead_rate", "lookahead_sets"):
+            if self._is_set(name) and self.lookahead is None:
+                raise ValueError(f"{name} needs lookahead")
         return self
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def minimised(self) -> dict[str, float]:
@@ -168,8 +185,7 @@ class TrainSettings(Options):
 
     def steered(self) -> list[str]:
         """Names of the options set here that only a MoE can follow."""
-        defaults = {name: type(self).model_fields[name].default for name in STEERING}
-        return [name for name, default in defaults.items() if getattr(self, name) != default]
+        return [name for name in STEERING if self._is_set(name)]
 
     def scaled(self, factor: float) -> Self:
         """These with `factor` times the epochs, those of a search too, and steps (rounded, at least one).

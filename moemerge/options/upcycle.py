@@ -69,6 +69,8 @@ class Upcycle(UpcycleSettings, Run):
         """With `experts` as many as there are models, and one of them per token, unless it is said."""
         if not values.get("experts"):
             return values
+        if len(values["experts"]) < 2:
+            raise ValueError("experts: two models or more, each the MLPs of one expert; or none, for copies")
         return {"num_routed_experts": len(values["experts"]), "num_experts_per_tok": 1} | values
 
     @model_validator(mode="after")

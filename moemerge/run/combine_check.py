@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moemerge.errors import MoemergeError, UnsupportedError
+from moemerge.data.reading import read_pairs
+from moemerge.errors import DataError, MoemergeError, UnsupportedError
 from moemerge.models.families import family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
@@ -31,8 +32,27 @@ def model_faults(options: Combine, section: str = "", on_hub: bool = False) -> l
         return [fault]
     if options.form == "moe" and not family_called(ModelFolder(models[0]).dense_type).causal:
         return [_encoders(models[0], section)]
+    if options.form == "moe" and (on_hub or Path(options.pairs).exists()) and not _prompted(options):
+        return [_no_prompts(options, section)]
     layers = {f"{section}.train_layers".strip("."): options.train_layers}
     return list(layer_faults(layers, ModelFolder(models[0]).config_json))
+
+
+def _prompted(options: Combine) -> bool:
+    """Whether any pair has a prompt; also true of pairs that cannot be read, of which the step data tells."""
+    try:
+        return any(pair.prompt for pair in read_pairs(options.pairs, options)[0])
+    except MoemergeError:
+        return True
+
+
+def _no_prompts(options: Combine, section: str) -> MoemergeError:
+    return DataError(
+        "a mixture that is gated by the prompt needs pairs with prompts",
+        given=f"{'.'.join(filter(None, (section, 'form')))}: moe, {options.pairs}: none has a prompt",
+        expected="pairs whose prompts stand in a column of their own, or as messages before the answers",
+        fix="give the prompts (their column's name: fields prompt=NAME), or leave form at dense",
+    )
 
 
 def _encoders(model: str, section: str) -> MoemergeError:

@@ -16,7 +16,7 @@ from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.pairs import prompt_key
 from moemerge.data.reading import read_pairs
-from moemerge.data.tokenise import encode_pairs
+from moemerge.data.tokenise import encode_pairs, require_prompts
 from moemerge.errors import DataError, UnsupportedError
 from moemerge.fitting.gate import Fitted, Passes, fit_gate
 from moemerge.fitting.ridge import Ridge
@@ -40,8 +40,8 @@ def gate(options: Gate, draft: Draft) -> None:
     Every expert scores the pairs alone; how much better than the others it does on a prompt's pairs is
     regressed (ridge) on the prompt's mean state, which is what a prompt gate sees, at the first layer with
     experts; the layers above learn to choose alike. All else stays as it is. Raises UnsupportedError for a
-    MoE that does not choose one expert by the prompt, DataError for unusable pairs and for pairs of a single
-    prompt.
+    MoE that does not choose one expert by the prompt, DataError for unusable pairs, and for pairs without
+    prompts or of a single one.
     """
     device = use_device(options)
     folder = ModelFolder(options.model)
@@ -50,8 +50,9 @@ def gate(options: Gate, draft: Draft) -> None:
     tokenizer = load_tokenizer(folder)
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
+    require_prompts(encoded)
     prompts = len({prompt_key(pair.pair) for pair in encoded})
-    _require_prompts(prompts)
+    _require_several(prompts)
     model = load_moe(folder, str(device))
     fitted = fit_gate(Passes(model, tokenizer, encoded, options.batch_tokens))
     del model
@@ -78,7 +79,7 @@ def _require_prompt_gate(folder: ModelFolder) -> None:
         )
 
 
-def _require_prompts(count: int) -> None:
+def _require_several(count: int) -> None:
     if count < 2:
         raise DataError(
             "a gate cannot be fitted to one prompt",

@@ -119,7 +119,7 @@ def _moe_tensors(
         if held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
-            yield name, finite(source.weights.tensor(held), held)
+            yield name, _finite(source, held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
         yield from _expert_copies(source, others, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
@@ -132,6 +132,11 @@ def _fresh(
     """A tensor of a head that the model lacks, drawn as transformers draws it: biases are 0."""
     std = 0.0 if name.endswith("bias") else getattr(config, "initializer_range", 0.02)
     return (torch.randn(shape, generator=generator) * std).to(config.dtype)
+
+
+def _finite(source: ModelFolder, held: str) -> torch.Tensor:
+    """The tensor that the model calls `held`. Raises CheckpointError if it is not finite."""
+    return finite(source.weights.tensor(held), f"{held} of {source.source}")
 
 
 def _stacks(tensors: list[ExpertTensor]) -> list[list[ExpertTensor]]:
@@ -158,7 +163,7 @@ def _expert_copies(
     generator: torch.Generator,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The shared copies of the tensors of one stack, then the stack."""
-    dense = {t.dense: finite(source.weights.tensor(str(source.dense_names[t.dense])), t.dense) for t in stack}
+    dense = {t.dense: _finite(source, str(source.dense_names[t.dense])) for t in stack}
     if settings.shared_expert:
         yield from ((t.shared, dense[t.dense]) for t in stack)
     if others is None:
@@ -186,7 +191,8 @@ def _mlps(
     """The tensors of one stack by name, of each of the other models, in the dtype of the model's own."""
     for member in range(1, 1 + others.num_members):
         held = {t.dense: others.matrix(ModelTensor(t.dense, t.shape), member) for t in stack}
-        yield {name: finite(tensor, name).to(dense[name].dtype) for name, tensor in held.items()}
+        whose = f"of {others.models[member].folder}"
+        yield {n: finite(tensor, f"{n} {whose}").to(dense[n].dtype) for n, tensor in held.items()}
 
 
 def _routers(

@@ -27,7 +27,7 @@ from transformers import (
 from trl.trainer.reward_trainer import RewardTrainer
 
 from moemerge.artifacts.disk import flush, flush_tree, write_whole
-from moemerge.data.tokenise import EncodedCandidates, EncodedPair, texts_of
+from moemerge.data.tokenise import EncodedCandidates, EncodedPair, require_prompts, texts_of
 from moemerge.errors import CheckpointError, OptionError
 from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
@@ -225,9 +225,11 @@ def make_trainer(
 ) -> PairTrainer:
     """A trainer of the parameters in `roles` (name -> role) whose checkpoints go to `folder`, our own.
 
-    Raises OptionError for options of experts that the model lacks.
+    Raises OptionError for options of experts that the model lacks, DataError for pairs without prompts if
+    its gates look at prompts.
     """
-    gated = gates_by_prompt(model)
+    if gated := gates_by_prompt(model):
+        require_prompts(pairs)
     schedule = expert_schedule(options, model, pairs)
     answers = [answer for sets in candidates for answer in sets.answers]
     pad = safe_pad(model.config, [*texts_of([*pairs, *held_out]), *answers])

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import encode_pairs
-from moemerge.errors import DataError, MoemergeError, UnsupportedError
+from moemerge.errors import CheckpointError, DataError, MoemergeError, UnsupportedError
 from moemerge.fitting.gate import utilities
 from moemerge.fitting.ridge import STRENGTHS, ridge
 from moemerge.models.loading import load_tokenizer
@@ -24,6 +24,7 @@ from moemerge.models.modelling import load_moe
 from moemerge.models.scoring import score_pairs
 from moemerge.options.base import TextFormat
 from moemerge.stages.gate import gate
+from moemerge.stages.train import train
 from moemerge.stages.upcycle import upcycle
 
 EXPERTS = ("one", "other")
@@ -143,6 +144,29 @@ def test_what_has_no_prompt_gate_is_refused(planted: Path, tmp_path: Path) -> No
     one = write_rows(tmp_path / "one.jsonl", [row, row | {"chosen": "w3"}])
     with pytest.raises(DataError, match="one prompt"):
         gate(model=str(planted / "moe"), pairs=str(one), output=tmp_path / "out")
+
+
+def test_pairs_without_prompts_teach_no_gate(
+    planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in (planted / "pairs.jsonl").read_text().splitlines()[:12]]
+    without = [row | {"prompt": "", "chosen": row["prompt"] + row["chosen"]} for row in rows]
+    none = write_rows(tmp_path / "none.jsonl", without)
+    for stage in (gate, train):
+        with pytest.raises(DataError, match="looks at prompts cannot learn"):
+            stage(model=str(planted / "moe"), pairs=str(none), output=tmp_path / "out")
+    some = write_rows(tmp_path / "some.jsonl", [*without[:5], *rows[5:]])
+    gate(model=str(planted / "moe"), pairs=str(some), output=tmp_path / "out")
+    assert "5 of 12 pairs have no prompt" in caplog.text
+
+
+def test_an_expert_with_nan_is_named(planted: Path, tmp_path: Path) -> None:
+    broken = save_dense(tmp_path / "broken")
+    rewrite(broken, lambda name, tensor: tensor * float("nan") if "mlp.up" in name else tensor)
+    experts = {"one": str(planted / "one"), "broken": str(broken)}
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        upcycle(model=str(planted / "base"), experts=experts, output=tmp_path / "out")
+    assert caught.value.given.endswith(f"mlp.up_proj.weight of {broken}")
 
 
 def test_experts_of_another_shape_are_refused(planted: Path, tmp_path: Path) -> None:

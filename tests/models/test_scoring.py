@@ -126,8 +126,9 @@ def test_no_texts_and_empty_texts(dense_folder: Path) -> None:
 def test_scores_that_are_not_finite_are_refused(dense_folder: Path) -> None:
     model = load_reward_model(str(dense_folder), "cpu")
     model.score.weight.data.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="not finite"):
-        score(model, load_tokenizer(str(dense_folder)), texts(3), 100)
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        score(model, load_tokenizer(str(dense_folder)), texts(3), 100, "rm-b on own")
+    assert caught.value.given.startswith("rm-b on own: 3 of 3 texts")
 
 
 def test_pairs_and_bradley_terry(dense_folder: Path) -> None:

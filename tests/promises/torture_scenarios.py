@@ -94,6 +94,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     answers = ["--prompts", pairs, "--max-new-tokens", "2", "--max-length", "64", "--gold-model", dense]
     steps = ["--steps", "2", "--batch-size", "4", "--answers-per-prompt", "2", "--learning-rate", "1e-3"]
     measured = ["--measure-prompts", "2", "--measure-answers", "2", "--resamples", "100"]
+    compared = ["--base", str(inputs / "base"), "--pairs", pairs]
     commands = {
         "synthetic": [*world, "--candidates", "3", "--hidden-size", "8", "--num-layers", "1"],
         "data": ["--train", pairs, "--tests", f"t={held_out}", "--validation-share", "0.2"],
@@ -103,7 +104,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
         "calibrate": ["--models", f"a={dense}", f"b={moe}", "--pairs", held_out, "--resamples", "100"],
         "gate": ["--model", str(inputs / "mixture"), "--pairs", pairs],
-        "changes": ["--models", str(inputs / "one"), str(inputs / "other"), "--base", str(inputs / "base")],
+        "changes": ["--models", str(inputs / "one"), str(inputs / "other"), *compared],
         "merge": ["--model", moe, "--coefficients", fitted],
         "export": ["--model", moe, "--coefficients", fitted],
         "sample": ["--model", policy, *answers, "--per-prompt", "3", "--batch-tokens", "64"],

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from hostile_files import edit_json
+from small_moe import write_rows
 from small_training import write
 from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
@@ -19,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from moemerge import check_recipe, combine, load_moe, merge, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
-from moemerge.errors import CheckpointError, OptionError, UnsupportedError
+from moemerge.errors import CheckpointError, DataError, OptionError, UnsupportedError
 from moemerge.evaluation.scoring_code import how_to_score
 from moemerge.options.combine import Combine
 from moemerge.run import cli
@@ -161,6 +162,14 @@ def test_a_mixture_of_encoders_is_refused_at_the_start(world: Path) -> None:
     with pytest.raises(UnsupportedError, match="prompt") as caught:
         combine(**given(world, models=models, base=None), form="moe", output=world / "encoders")
     assert "dense" in caught.value.fix and not (world / "encoders").exists()
+
+
+def test_a_mixture_without_prompts_is_refused_at_the_start(world: Path) -> None:
+    rows = [json.loads(line) for line in (world / "own.jsonl").read_text().splitlines()]
+    pairs = write_rows(world / "promptless.jsonl", [row | {"prompt": ""} for row in rows])
+    with pytest.raises(DataError, match="needs pairs with prompts") as caught:
+        combine(**given(world, pairs=str(pairs)), form="moe", output=world / "promptless")
+    assert "dense" in caught.value.fix and not (world / "promptless").exists()
 
 
 def test_without_base_the_common_start_is_found(combined: RunReport, world: Path) -> None:

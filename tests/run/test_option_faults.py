@@ -94,6 +94,17 @@ def test_a_bad_option(kind: type[Options], fields: dict[str, Any], said: tuple[s
             ("is larger than", "num_experts_per_tok 5, num_routed_experts 3", "num_experts_per_tok or"),
         ),
         (
+            Upcycle,
+            {"model": "m", "output": "o", "experts": ["a"]},
+            ("two models or more", "experts ['a']", "correct experts"),
+        ),
+        (
+            Train,
+            TRAIN | {"contrast_dropout": 0.5},
+            ("contrast_dropout needs contrast", "contrast_dropout 0.5", "objectives"),
+        ),
+        (Train, TRAIN | {"lookahead_sets": 2}, ("needs lookahead", "lookahead nothing", "or lookahead")),
+        (
             Fit,
             LISTED | {"shared_weight": 2.0},
             ("outside [0, 1]", "shared_weight 2.0", "correct shared_weight"),
