@@ -10,10 +10,7 @@ from moemerge.options.base import Run, Source, TextFormat
 class Gate(TextFormat, Run):
     """Options of `moemerge gate`."""
 
-    model: Source = Field(
-        description="MoE folder with gate prompt, one expert per token and no shared one, as upcycle writes "
-        "with experts"
-    )
+    model: Source = Field(description="MoE folder of upcycle with experts, gate prompt and no shared_expert")
     pairs: Source = Field(
         description="preference pairs with many different prompts: they say which expert suits which prompt"
     )

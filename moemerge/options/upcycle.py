@@ -59,8 +59,9 @@ class Upcycle(UpcycleSettings, Run):
     model: Source = Field(description="dense reward model, base LM or encoder: folder or hub name")
     experts: Sources = Field(
         default_factory=dict,
-        description="models of the same architecture: the routed experts are their MLPs, all else is the "
-        "model's (default: copies of the model's own MLPs)",
+        description="two models or more of the same architecture: the routed experts are their MLPs, one of "
+        "which a token takes unless num_experts_per_tok says otherwise; all else is the model's (default: "
+        "copies of the model's own MLPs)",
     )
 
     @model_validator(mode="before")
