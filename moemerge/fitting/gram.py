@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from moemerge.errors import CheckpointError
 from moemerge.fitting.targets import Targets
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.base import MergedTensor
@@ -25,7 +26,8 @@ def output_grams(targets: Targets, blocks: int) -> Tensor:
 
     This holds for weights w with sum 1. X_i is what member i gives the matrix itself, being the dense model
     alone, on its own pairs, padding left out; one pass each, and nothing but G is kept. Biases take part. The
-    shared member is no target; its row and column are 0 where there is none.
+    shared member is no target; its row and column are 0 where there is none. Raises CheckpointError for
+    outputs that are not finite.
     """
     merged = targets.merged
     size = merged.source.num_members + 1
@@ -46,6 +48,13 @@ def output_grams(targets: Targets, blocks: int) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
+    if not bool(gram_LMM.isfinite().all()):
+        raise CheckpointError(
+            "members' matrices give outputs that are not finite",
+            given=f"{int((~gram_LMM.isfinite()).flatten(1).any(1).sum())} of {blocks} blocks",
+            expected="outputs whose squares float32 can add up",
+            fix="check the members for NaN and for weights that are far too large; or choose method uniform",
+        )
     return gram_LMM
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs
+from moemerge.errors import CheckpointError
 from moemerge.fitting.methods.least_squares import nearest_changes
 from moemerge.merging.coefficients import Coefficients
 from moemerge.models.loading import load_tokenizer
@@ -216,6 +217,13 @@ def test_experts_of_a_moe(tmp_path: Path) -> None:
     found = Coefficients.load(fit(model=str(moe), output=tmp_path / "c", **given))
     assert found.coordinates == "sum" and bool(found.changes_LN.isfinite().all())
     assert not torch.allclose(found.changes_LN, torch.full((3,), 2 / 3).double(), atol=0.05)
+
+
+def test_outputs_that_are_not_finite_are_told(world: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(world, tmp_path / "world")
+    rewrite(home / "c", lambda name, tensor: tensor * 1e30 if name.endswith("v_proj.weight") else tensor)
+    with pytest.raises(CheckpointError, match="outputs that are not finite"):
+        fitted(home, tmp_path / "c")
 
 
 # By hand
