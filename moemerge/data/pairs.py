@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moemerge.data.rows import SHOWN, BadRow, Row, Text
+from moemerge.data.rows import BadRow, Row, Text, listed
 from moemerge.data.texts import encodable, is_blank, parse_text, repeats
 from moemerge.errors import DataError
 from moemerge.options.base import TextFormat
@@ -54,10 +54,9 @@ def margins_of(pairs: Sequence[Pair]) -> list[float]:
     """The margin of each pair. One that is missing or not finite is not 0: DataError names its row."""
     lacking = [pair.row for pair in pairs if pair.margin is None or not math.isfinite(pair.margin)]
     if lacking:
-        more = ", ..." if len(lacking) > SHOWN else ""
         raise DataError(
             f"{len(lacking)} of {len(pairs)} pairs have no margin",
-            given=f"none in rows {', '.join(map(str, lacking[:SHOWN]))}{more}",
+            given=f"none in rows {listed(lacking)}",
             expected="a finite number in the column margin of every pair",
             fix="give these rows a margin, name the column in fields (margin=NAME), or set margin to none",
         )

@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
@@ -61,6 +61,11 @@ class RowSummary(TypedDict):
     bad: dict[str, BadRows]
 
 
+def listed(rows: Sequence[int]) -> str:
+    """The first of these row numbers, for people to look the rows up."""
+    return ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+
+
 @dataclass
 class RowReport:
     """What became of the rows of one source: how many there were, and which were bad for what reason.
@@ -110,8 +115,7 @@ class RowReport:
 
     def _lines(self) -> Iterator[str]:
         for reason, rows in itertools.islice(self.reasons.items(), MOST_REASONS):
-            more = ", ..." if len(rows) > SHOWN else ""
-            yield f"{reason}: {len(rows)} (row {', '.join(map(str, rows[:SHOWN]))}{more})"
+            yield f"{reason}: {len(rows)} (row {listed(rows)})"
         if len(self.reasons) > MOST_REASONS:
             yield f"{len(self.reasons) - MOST_REASONS} other reasons"
 

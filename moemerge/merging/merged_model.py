@@ -110,6 +110,21 @@ class MergedModel:
         for tensor in self._unequal():
             self._watch(tensor.dense, self._reducer(tensor))
 
+    @classmethod
+    def at_average(
+        cls,
+        source: MergeSource,
+        device: torch.device | str,
+        blocks: Sequence[str] | None = None,
+        shared: float = 0.0,
+    ) -> MergedModel:
+        """At equal weights, in the members' dtype or float32; `shared` is the shared member's weight."""
+        shape = (len(source.blocks() if blocks is None else blocks), source.num_members)
+        alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
+        shared_L = torch.full(shape[:1], shared, dtype=torch.float64)
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        return cls(source, alpha_LN, shared_L, device, dtype, blocks)
+
     @torch.no_grad()
     def merge(self, alpha_LN: Tensor, shared_L: Tensor) -> None:
         """Set every merged tensor to the average with these weights."""

@@ -132,7 +132,7 @@ def native_tensors(source: MoeCheckpoint) -> Iterator[tuple[str, Tensor]]:
         yield name, source.weights.tensor(name)
     for tensor in tqdm(source.tensors, desc="export", leave=False, disable=None):
         yield from _copies(source, tensor)
-    for home in dict.fromkeys(_home(tensor) for tensor in source.tensors):
+    for home in dict.fromkeys(tensor.home for tensor in source.tensors):
         gate_ND = source.weights.tensor(f"{home}.gate.weight")
         yield f"{home}.gate.weight", gate_ND
         # sigmoid(0 x) = 1/2 whatever x is; _scales makes up for the half.
@@ -150,7 +150,7 @@ def _copies(source: MoeCheckpoint, tensor: ExpertTensor) -> Iterator[tuple[str, 
         shape = (rows, IDLE) if tensor.matrix == "down" else (IDLE, columns)
         yield tensor.shared, torch.zeros(shape, dtype=source.dtype)
     for index in range(source.settings.num_routed_experts):
-        name = f"{_home(tensor)}.experts.{index}.{tensor.matrix}_proj.weight"
+        name = f"{tensor.home}.experts.{index}.{tensor.matrix}_proj.weight"
         yield name, source.weights.expert(tensor, index) * routed
 
 
@@ -158,10 +158,6 @@ def _scales(source: MoeCheckpoint) -> tuple[float, float]:
     """What the shared and the routed down_proj are multiplied by: the MLP's output is linear in it."""
     weight = source.settings.gate_shared_weight if source.settings.shared_expert else 0.0
     return 2 * weight, 1 - weight
-
-
-def _home(tensor: ExpertTensor) -> str:
-    return tensor.stacked.rsplit(".experts.", 1)[0]
 
 
 def _refuse_inexpressible(source: MoeCheckpoint) -> None:

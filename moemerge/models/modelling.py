@@ -257,6 +257,13 @@ def _mark_tokens(
         context.prompt_BT = mask_BT & (number_BT <= prompt_lengths.to(number_BT.device)[:, None])
 
 
+def write_moe_config(folder: Path, config: PretrainedConfig, layout: Layout) -> None:
+    """Write what lies beside a MoE's weights: its config, the shim, and the layout that follows from it."""
+    config.save_pretrained(folder)
+    install_shim(folder, family_of(config).model_type)
+    write_layout(folder, layout)
+
+
 def install_shim(folder: str | Path, family: str) -> None:
     """Write the few lines that tell people without moemerge what to install, and name them in the config."""
     folder = Path(folder)

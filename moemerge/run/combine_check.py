@@ -34,8 +34,13 @@ def model_faults(options: Combine, section: str = "", on_hub: bool = False) -> l
         return [_encoders(models[0], section)]
     if options.form == "moe" and (on_hub or Path(options.pairs).exists()) and not _prompted(options):
         return [_no_prompts(options, section)]
-    layers = {f"{section}.train_layers".strip("."): options.train_layers}
+    layers = {_named("train_layers", section): options.train_layers}
     return list(layer_faults(layers, ModelFolder(models[0]).config_json))
+
+
+def _named(option: str, section: str) -> str:
+    """The option as the user wrote it: in a recipe it stands in a section."""
+    return f"{section}.{option}" if section else option
 
 
 def _prompted(options: Combine) -> bool:
@@ -49,7 +54,7 @@ def _prompted(options: Combine) -> bool:
 def _no_prompts(options: Combine, section: str) -> MoemergeError:
     return DataError(
         "a mixture that is gated by the prompt needs pairs with prompts",
-        given=f"{'.'.join(filter(None, (section, 'form')))}: moe, {options.pairs}: none has a prompt",
+        given=f"{_named('form', section)}: moe, {options.pairs}: none has a prompt",
         expected="pairs whose prompts stand in a column of their own, or as messages before the answers",
         fix="give the prompts (their column's name: fields prompt=NAME), or leave form at dense",
     )
@@ -58,7 +63,7 @@ def _no_prompts(options: Combine, section: str) -> MoemergeError:
 def _encoders(model: str, section: str) -> MoemergeError:
     return UnsupportedError(
         "a mixture that is gated by the prompt needs decoders",
-        given=f"{'.'.join(filter(None, (section, 'form')))}: moe, {model}: {ModelFolder(model).model_type}",
+        given=f"{_named('form', section)}: moe, {model}: {ModelFolder(model).model_type}",
         expected="a decoder: in an encoder the states of a prompt see the answer",
         fix="leave form at dense",
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.reading import read_pairs
@@ -50,11 +48,7 @@ def _barriers(options: ChangesOptions, pairs: str) -> dict[str, float]:
     """The loss barrier between each pair of models, in nats."""
     device = use_device(options)
     source = ModelList(list(options.models.values()))
-    shape = (len(source.blocks()), source.num_members)
-    alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
-    shared_L = torch.zeros(shape[0], dtype=torch.float64)
-    dtype = torch.promote_types(source.dtype, torch.float32)
-    merged = MergedModel(source, alpha_LN, shared_L, device, dtype)
+    merged = MergedModel.at_average(source, device)
     tokenizer = source.tokenizer()
     read, report = read_pairs(pairs, options)
     encoded = encode_pairs(tokenizer, read[: options.max_pairs], options, report)

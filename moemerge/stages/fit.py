@@ -197,11 +197,7 @@ class _Data:
 
     @cached_property
     def merged(self) -> MergedModel:
-        shape = (len(self.blocks), self.source.num_members)
-        alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
-        shared_L = torch.zeros(shape[0], dtype=torch.float64)
-        dtype = torch.promote_types(self.source.dtype, torch.float32)
-        merged = MergedModel(self.source, alpha_LN, shared_L, self.device, dtype, self.blocks)
+        merged = MergedModel.at_average(self.source, self.device, self.blocks)
         if self.options.cache_memory:
             shortest = min(self.split[0], key=lambda pair: len(pair.chosen.ids) + len(pair.rejected.ids))
             merged.run_lower_layers_once(shortest, self.store)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -24,9 +23,8 @@ from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import free_memory, use_device
 from moemerge.models.families import family_of
 from moemerge.models.folder import ModelFolder
-from moemerge.models.layout import write_layout
 from moemerge.models.loading import load_tokenizer
-from moemerge.models.modelling import install_shim, layout_of, load_moe
+from moemerge.models.modelling import layout_of, load_moe, write_moe_config
 from moemerge.models.moe_settings import MoeSettings
 from moemerge.options.gate import Gate
 
@@ -91,18 +89,15 @@ def _require_several(count: int) -> None:
 
 def _write(options: Gate, folder: ModelFolder, layers: Sequence[Ridge], draft: Draft) -> None:
     """The MoE's checkpoint with other routers."""
-    config = deepcopy(folder.config)
     draft.reserve(sum(path.stat().st_size for path in folder.folder.glob("*.safetensors")))
     write_checkpoint(draft.folder, _tensors(folder, layers), options.shard_size)
-    config.save_pretrained(draft.folder)
-    install_shim(draft.folder, family_of(config).model_type)
-    write_layout(draft.folder, layout_of(config))
+    write_moe_config(draft.folder, folder.config, layout_of(folder.config))
     copy_side_files(folder.folder, draft.folder)
 
 
 def _tensors(folder: ModelFolder, layers: Sequence[Ridge]) -> Iterator[tuple[str, Tensor]]:
     stacks = family_of(folder.config).expert_tensors(folder.config)
-    prefixes = dict.fromkeys(tensor.stacked.rsplit(".experts.", 1)[0] for tensor in stacks)
+    prefixes = dict.fromkeys(tensor.home for tensor in stacks)
     routers = {
         f"{prefix}.gate.weight": torch.from_numpy(layer.weight_ND)
         for prefix, layer in zip(prefixes, layers, strict=True)

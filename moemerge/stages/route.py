@@ -98,12 +98,10 @@ def _diversity(
     updates = measure_updates(source)
     if speculation is None:
         return Diversity(updates)
-    settings, tokens = source.settings, options.batch_tokens
-    shape = (len(settings.layers), settings.num_routed_experts)
-    alpha_LN = torch.full(shape, 1 / shape[1], dtype=torch.float64)
-    shared_L = torch.full(shape[:1], PROBE_SHARED_WEIGHT * settings.shared_expert, dtype=torch.float64)
-    merged = MergedModel(source, alpha_LN, shared_L, device, torch.promote_types(source.dtype, torch.float32))
-    scores_NP2 = score_pairs_at(merged, tokenizer, pairs, member_points(alpha_LN, shared_L), tokens)
+    tokens, shared = options.batch_tokens, PROBE_SHARED_WEIGHT * source.settings.shared_expert
+    merged = MergedModel.at_average(source, device, shared=shared)
+    points = member_points(merged.alpha_LN, merged.shared_L)
+    scores_NP2 = score_pairs_at(merged, tokenizer, pairs, points, tokens)
     barriers_MM = barriers(merged, tokenizer, pairs, tokens)
     return Diversity(updates, ScoreDiversity(disagreement(scores_NP2), barriers_MM, speculation))
 

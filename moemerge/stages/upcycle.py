@@ -27,9 +27,8 @@ from moemerge.models.families.dense import skeleton
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder
 from moemerge.models.heads import warn_of_fresh_head
-from moemerge.models.layout import write_layout
 from moemerge.models.loading import load_reward_model
-from moemerge.models.modelling import install_shim, layout_of, load_moe, moe_config
+from moemerge.models.modelling import layout_of, load_moe, moe_config, write_moe_config
 from moemerge.models.moe import make_router
 from moemerge.models.moe_settings import MoeSettings
 from moemerge.models.pooling import name_pad_of_fresh_head
@@ -59,9 +58,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     layout = layout_of(moe)
     draft.reserve(sum(map(math.prod, layout.moe.values())) * _dtype(source).itemsize)
     write_checkpoint(draft.folder, _moe_tensors(source, moe, options), options.shard_size)
-    moe.save_pretrained(draft.folder)
-    install_shim(draft.folder, config.model_type)
-    write_layout(draft.folder, layout)
+    write_moe_config(draft.folder, moe, layout)
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=source.missing_head)
     if not options.experts:
@@ -122,7 +119,7 @@ def _moe_tensors(
             yield name, _finite(source, held)
     for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
         yield from _expert_copies(source, others, stack, settings, options.expert_noise, generator)
-    for prefix in dict.fromkeys(t.stacked.rsplit(".experts.", 1)[0] for t in tensors):
+    for prefix in dict.fromkeys(t.home for t in tensors):
         yield from _routers(prefix, moe, settings, options.router_init, generator)
 
 

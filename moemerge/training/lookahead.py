@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moemerge.data.rows import SHOWN
+from moemerge.data.rows import listed
 from moemerge.data.tokenise import EncodedCandidates
 from moemerge.errors import DataError
 from moemerge.models.scoring import collate, gates_by_prompt
@@ -93,10 +93,9 @@ def check_candidates(candidates: Sequence[EncodedCandidates]) -> None:
     """Raise DataError for sets whose standardised scores say nothing: two are always as far apart."""
     small = [c.candidates.row for c in candidates if len(c.answers) < LEAST_ANSWERS]
     if small:
-        more = ", ..." if len(small) > SHOWN else ""
         raise DataError(
             f"{len(small)} of {len(candidates)} sets for the lookahead have too few answers",
-            given=f"fewer than {LEAST_ANSWERS} in rows {', '.join(map(str, small[:SHOWN]))}{more}",
+            given=f"fewer than {LEAST_ANSWERS} in rows {listed(small)}",
             expected=f"{LEAST_ANSWERS} answers or more, whose scores are standardised within the set",
             fix="sample more answers per prompt (moemerge sample --per-prompt), or leave these sets out",
         )

@@ -33,6 +33,11 @@ class ExpertTensor:
     shape: tuple[int, ...]
 
     @property
+    def home(self) -> str:
+        """Path of the MoE layer, whose experts, shared expert and router lie below it."""
+        return self.stacked.rsplit(".experts.", 1)[0]
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of one expert's copy inside the stack."""
         return self.shape[::-1] if self.transposed else self.shape
