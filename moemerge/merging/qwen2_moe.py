@@ -70,6 +70,7 @@ def write_native(options: Export, draft: Draft) -> None:
     """
     assert options.model is not None, "recipe.Export asks for it"
     source = MoeCheckpoint(options.model)
+    source.require_one_head()
     config = native_config(source)
     draft.reserve(_num_parameters(config) * source.dtype.itemsize)
     write_checkpoint(draft.folder, native_tensors(source), options.shard_size)

@@ -34,10 +34,11 @@ from moemerge.models.families import FAMILIES, family_of
 from moemerge.models.families.base import PREFIX, Family
 from moemerge.models.families.dense import dense_class, dense_config, describes_model, skeleton
 from moemerge.models.folder import ModelFolder, opened
+from moemerge.models.heads import output_layer
 from moemerge.models.layout import Layout, write_layout
 from moemerge.models.loading import check_loading, load_weights
-from moemerge.models.moe import MoELayer, StackedExperts, TokenContext, moe_layers
-from moemerge.models.moe_settings import MoeSettings
+from moemerge.models.moe import HeadByExpert, MoELayer, StackedExperts, TokenContext, moe_layers
+from moemerge.models.moe_settings import BY_EXPERT, MoeSettings
 
 __all__ = ["dense_class", "dense_config", "install_shim", "load_moe", "moe_config", "register"]
 
@@ -97,7 +98,12 @@ class MoemergeModelMixin:
 
 
 class MoemergeRewardMixin(MoemergeModelMixin):
-    """A MoE with a reward head: its layers learn which tokens count; it saves its shim."""
+    """A MoE with a reward head, or one for each expert: learns which tokens count, and saves its shim."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        if MoeSettings.read(config.moemerge).heads == BY_EXPERT:
+            install_heads(cast(PreTrainedModel, self))
 
     def forward(
         self,
@@ -216,6 +222,16 @@ def install_experts(model: PreTrainedModel) -> None:
             _install(layer, family, settings, model)
     for moe in moe_layers(model).values():
         moe.context, moe.balance_scale = context, 1 / len(settings.layers)
+
+
+def install_heads(model: PreTrainedModel) -> None:
+    """Put a fresh head for each expert where the one head was."""
+    layer = next(iter(moe_layers(model).values()))
+    name = output_layer(model)
+    dense = cast(torch.nn.Linear, model.get_submodule(name))
+    heads = HeadByExpert(dense, layer.settings.num_routed_experts, layer.context)
+    model.set_submodule(name, heads)
+    model._init_weights(heads)
 
 
 def _install(layer: torch.nn.Module, family: Family, settings: MoeSettings, model: PreTrainedModel) -> None:

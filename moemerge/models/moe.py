@@ -60,14 +60,36 @@ class TokenContext:
     """Which tokens of the running forward pass are real, which are the prompt's, and what steers the gates.
 
     The model fills the first two before its layers run; a trainer may set `steering`, which eval mode
-    ignores. A recomputation during backward reads all three again, so run backward before the next forward
-    when gradient checkpointing is on.
+    ignores. Under a gate that picks one expert, the layers leave their choice in `expert_B` for the head. A
+    recomputation during backward reads all of this again, so run backward before the next forward when
+    gradient checkpointing is on.
     """
 
     def __init__(self) -> None:
         self.mask_BT: torch.Tensor | None = None
         self.prompt_BT: torch.Tensor | None = None
+        self.expert_B: torch.Tensor | None = None
         self.steering = FREE
+
+
+class HeadByExpert(nn.Linear):
+    """N reward heads in one matrix [N, D]: each sequence has the score of the expert that it went through.
+
+    Where layers chose several experts, that of the last one counts.
+    """
+
+    def __init__(self, head: nn.Linear, num_experts: int, context: TokenContext) -> None:
+        made = {"device": head.weight.device, "dtype": head.weight.dtype}
+        super().__init__(head.in_features, num_experts, bias=head.bias is not None, **made)
+        self.context = context
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, ..., D] -> [B, ..., 1]."""
+        expert_B = self.context.expert_B
+        assert expert_B is not None, "the layers with experts run before the head"
+        scores = super().forward(x)
+        index = expert_B.to(x.device).view(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-1], 1)
+        return scores.gather(-1, index)
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -298,6 +320,8 @@ class MoELayer(nn.Module):
         prompt_gated = self.settings.gate == "prompt"
         rows_RD, rows_R = self._prompts(x_TD) if prompt_gated else (x_TD, mask_T)
         gating = self._route(rows_RD, rows_R)
+        if self.settings.picks_one_expert:
+            self.context.expert_B = gating.index_TK[:, 0]
         if prompt_gated:
             gating = _repeat(gating, len(x_TD) // len(rows_RD), mask_T)
         if self.observer is not None:

@@ -10,6 +10,7 @@ import torch
 from moemerge.errors import CheckpointError, suggest
 
 GATES, ROUTERS, BALANCE_LOSSES = ("xft", "topk", "prompt"), ("linear", "mlp"), ("cv", "switch")
+HEADS = SHARED, BY_EXPERT = "shared", "by_expert"
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class MoeSettings:
     """What makes a dense model's config a MoE's; stored in the config as the field `moemerge`.
 
     `dense_dtype` is that of the dense checkpoint, for the merge to give back: training widens to float32.
+    `heads`: one for all texts, or under a prompt gate with one expert per prompt one for each expert.
     """
 
     num_routed_experts: int
@@ -30,12 +32,13 @@ class MoeSettings:
     balance_coefficient: float
     balance_loss: str
     dense_dtype: str
+    heads: str = SHARED  # not in the configs of older MoEs
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> MoeSettings:
         """Settings from a config's field; CheckpointError when a key is unknown or missing."""
         known = {field.name for field in fields(cls)}
-        for name in values.keys() ^ known:
+        for name in sorted((values.keys() | {"heads"}) ^ known):
             raise CheckpointError(
                 "the MoE config cannot be read",
                 given=f"{'unknown' if name in values else 'missing'} key {name!r}",
@@ -61,6 +64,8 @@ class MoeSettings:
             and self.gate in GATES
             and self.router in ROUTERS
             and self.balance_loss in BALANCE_LOSSES
+            and self.heads in HEADS
+            and (self.heads == SHARED or self.picks_one_expert)
             and isinstance(getattr(torch, self.dense_dtype, None), torch.dtype)
         )
         if not sound:
@@ -70,6 +75,11 @@ class MoeSettings:
                 expected="numbers, texts and layers as upcycle writes them",
                 fix="copy the MoE again whole, or make it again",
             )
+
+    @property
+    def picks_one_expert(self) -> bool:
+        """Whether each prompt goes through one routed expert and no other."""
+        return self.gate == "prompt" and self.num_experts_per_tok == 1 and not self.shared_expert
 
     def to_dict(self) -> dict[str, Any]:
         """The values as they stand in the config."""

@@ -63,6 +63,16 @@ class Upcycle(UpcycleSettings, Run):
         "which a token takes unless num_experts_per_tok says otherwise; all else is the model's (default: "
         "copies of the model's own MLPs)",
     )
+    heads: Literal["shared", "by_expert"] = Field(
+        "shared",
+        description="shared: the model's own head; by_expert, with gate prompt and experts: a text is scored "
+        "by the head of the model whose MLPs it goes through",
+    )
+    calibration: Source | None = Field(
+        None,
+        description="with heads by_expert: folder written by calibrate; each model's head is divided by its "
+        "scale",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,4 +88,16 @@ class Upcycle(UpcycleSettings, Run):
     def _as_many_experts(self) -> Upcycle:
         if self.experts and len(self.experts) != self.num_routed_experts:
             raise ValueError(f"num_routed_experts: {len(self.experts)}, as many as there are experts")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_have_experts(self) -> Upcycle:
+        if self.calibration and self.heads == "shared":
+            raise ValueError("calibration goes with heads by_expert: it divides the experts' heads")
+        one = self.gate == "prompt" and self.num_experts_per_tok == 1 and not self.shared_expert
+        if self.heads == "by_expert" and not (self.experts and one):
+            raise ValueError(
+                "heads by_expert goes with experts, gate prompt, shared_expert false and "
+                "num_experts_per_tok 1: one model's MLPs and head for each prompt"
+            )
         return self

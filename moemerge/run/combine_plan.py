@@ -98,7 +98,7 @@ class Plan:
         for _ in self._routed():
             yield self.step(
                 MIXTURE, "upcycle", model=self.path("uniform"), experts=self.members, gate="prompt",
-                shared_expert=False,
+                shared_expert=False, heads="by_expert", calibration=self.path("scales"),
             )  # fmt: skip
         for part in self.parts:
             yield self._scores(f"{part}/members", part, self.members | self._unfitted(), MARK)

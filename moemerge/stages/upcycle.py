@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.errors import UnsupportedError
+from moemerge.merging.calibration import Calibration
 from moemerge.merging.sources.models import ModelList, ModelTensor
 from moemerge.models.checkpoint import copy_side_files, write_checkpoint
 from moemerge.models.device import use_device
@@ -26,11 +28,11 @@ from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import skeleton
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder
-from moemerge.models.heads import warn_of_fresh_head
+from moemerge.models.heads import output_names, warn_of_fresh_head
 from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import layout_of, load_moe, moe_config, write_moe_config
 from moemerge.models.moe import make_router
-from moemerge.models.moe_settings import MoeSettings
+from moemerge.models.moe_settings import BY_EXPERT, MoeSettings
 from moemerge.models.pooling import name_pad_of_fresh_head
 from moemerge.options.layers import parse_layers
 from moemerge.options.upcycle import Upcycle
@@ -98,6 +100,7 @@ def _settings(options: Upcycle, config: PretrainedConfig) -> MoeSettings:
         balance_coefficient=options.balance_coefficient,
         balance_loss=options.balance_loss,
         dense_dtype=str(config.dtype).removeprefix("torch."),
+        heads=options.heads,
     )
 
 
@@ -110,10 +113,12 @@ def _moe_tensors(
     settings = MoeSettings.read(moe.moemerge)
     tensors = family_of(moe).expert_tensors(moe)
     experts = {t.dense for t in tensors}
-    others = _others(options)
-    shapes = skeleton(moe).state_dict()
+    others, dense = _others(options), skeleton(moe)
+    shapes, outputs = dense.state_dict(), output_names(dense)
     for name, held in tqdm(source.dense_names.items(), desc="backbone", disable=None):
-        if held is None:
+        if name in outputs and settings.heads == BY_EXPERT:
+            yield name, _heads(others, ModelTensor(name, tuple(shapes[name].shape))).to(moe.dtype)
+        elif held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
             yield name, _finite(source, held)
@@ -148,7 +153,26 @@ def _others(options: Upcycle) -> ModelList | None:
     """The models whose MLPs become the routed experts, beside the model itself; None for copies."""
     if not options.experts:
         return None
-    return ModelList([*options.experts.values()], base=options.model, scope="mlp")
+    models = [*options.experts.values()]
+    scales = Calibration.load(options.calibration).scales_of(models) if options.calibration else None
+    others = ModelList(models, base=options.model, scope="mlp", scales=scales)
+    for model in others.models if options.heads == BY_EXPERT else []:
+        if model.lacks:
+            raise UnsupportedError(
+                f"{model.folder} has no reward head to give its expert",
+                given=f"heads {BY_EXPERT}",
+                expected="reward models only",
+                fix="leave heads as it is: shared, which is the model's own",
+            )
+    return others
+
+
+def _heads(others: ModelList | None, tensor: ModelTensor) -> torch.Tensor:
+    """The head of every expert, one below the other."""
+    assert others is not None  # the options say so
+    members = range(1, 1 + others.num_members)
+    whose = [f"{tensor.dense} of {others.models[member].folder}" for member in members]
+    return torch.cat([finite(others.matrix(tensor, n), what) for n, what in zip(members, whose, strict=True)])
 
 
 def _expert_copies(

@@ -12,22 +12,26 @@ import pytest
 import torch
 from small_moe import make_moe, rewrite, write_rows
 from tiny_models import save_dense
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import encode_pairs
-from moemerge.errors import CheckpointError, DataError, MoemergeError, UnsupportedError
+from moemerge.errors import CheckpointError, DataError, MoemergeError, OptionError, UnsupportedError
 from moemerge.fitting.gate import utilities
 from moemerge.fitting.ridge import STRENGTHS, ridge
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.modelling import load_moe
+from moemerge.models.moe import moe_layers
 from moemerge.models.scoring import score_pairs
 from moemerge.options.base import TextFormat
+from moemerge.stages.calibrate import calibrate
+from moemerge.stages.fit import fit
 from moemerge.stages.gate import gate
 from moemerge.stages.train import train
 from moemerge.stages.upcycle import upcycle
 
-EXPERTS = ("one", "other")
+EXPERTS, SIDES = ("one", "other"), ("chosen", "rejected")
 
 
 @pytest.mark.parametrize(("rows", "features"), [(12, 4), (6, 9)])
@@ -133,6 +137,82 @@ def test_only_the_routers_change(planted: Path) -> None:
     before, after = (load_moe(planted / name).state_dict() for name in ("moe", "gated"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".gate." in name} and len(changed) == 3
+
+
+@pytest.fixture(scope="module")
+def own_heads(planted: Path) -> Path:
+    """A MoE of the same experts, each with its model's head, divided by the model's scale."""
+    experts = {name: str(planted / name) for name in EXPERTS}
+    calibrate(models=experts, pairs=str(planted / "pairs.jsonl"), output=planted / "scales")
+    upcycle(
+        model=str(planted / "base"), experts=experts, gate="prompt", shared_expert=False,
+        heads="by_expert", calibration=str(planted / "scales"), output=planted / "own-heads",
+    )  # fmt: skip
+    gated = planted / "own-heads-gated"
+    gate(model=str(planted / "own-heads"), pairs=str(planted / "pairs.jsonl"), output=gated)
+    return gated
+
+
+def with_own_head(planted: Path, name: str) -> Any:
+    """The base with the expert's MLPs and its head on one scale, by plain transformers."""
+    model = hybrid(planted / "base", planted / name)
+    other = AutoModelForSequenceClassification.from_pretrained(planted / name)
+    scales = json.loads((planted / "scales" / "calibration.json").read_text())["models"]
+    model.score.weight.data = other.score.weight.data / scales[name]["scale"]
+    return model
+
+
+def test_a_text_has_the_head_of_the_expert_that_it_goes_through(planted: Path, own_heads: Path) -> None:
+    """Text by text against plain transformers, whichever expert is chosen; both are chosen now and then."""
+    model, tokenizer = load_moe(own_heads), load_tokenizer(str(planted / "base"))
+    judges = [with_own_head(planted, name) for name in EXPERTS]
+    pairs, report = read_pairs(str(planted / "held-out.jsonl"), TextFormat())
+    encoded = encode_pairs(tokenizer, pairs, TextFormat(), report)
+    chosen: list[Tensor] = []
+    for layer in moe_layers(model).values():
+        layer.observer = lambda gating: chosen.append(gating.index_TK[0, 0])
+    ours_P2 = [score_pairs(model, tokenizer, [pair], 400)[0] for pair in encoded]
+    choice_PL = torch.stack(chosen).view(len(pairs), -1)
+    agree_P = (choice_PL == choice_PL[:, :1]).all(1)
+    for pair, ours_2, expert_L, agree in zip(pairs, ours_P2, choice_PL, agree_P, strict=True):
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        if agree:
+            theirs_2 = [plain_score(judges[expert_L[0]], tokenizer, row, side) for side in SIDES]
+            assert ours_2.tolist() == pytest.approx(theirs_2, abs=1e-5)
+    assert float(agree_P.double().mean()) > 0.8 and len(choice_PL[agree_P].unique()) == 2
+    together_P2 = score_pairs(model, tokenizer, encoded, 400)  # in batches of many, padded
+    torch.testing.assert_close(together_P2, torch.stack(ours_P2), atol=1e-5, rtol=1e-5)
+
+
+def test_heads_by_expert_train_and_are_kept(planted: Path, own_heads: Path, tmp_path: Path) -> None:
+    train(
+        model=str(own_heads), pairs=str(planted / "pairs.jsonl"), output=tmp_path / "trained",
+        epochs=1, learning_rate=1e-3,
+    )  # fmt: skip
+    before, after = load_moe(own_heads).state_dict(), load_moe(tmp_path / "trained").state_dict()
+    assert before["score.weight"].shape == (2, 32)
+    assert (before["score.weight"] != after["score.weight"]).any(1).all()
+
+
+def test_what_heads_by_expert_cannot_do_is_refused(planted: Path, own_heads: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="cannot be merged") as caught:
+        fit(model=str(own_heads), pairs=str(planted / "pairs.jsonl"), output=tmp_path / "out")
+    assert "merge --models" in caught.value.fix
+    experts = {name: str(planted / name) for name in EXPERTS}
+    base = {"model": str(planted / "base"), "output": tmp_path / "out"}
+    with pytest.raises(OptionError, match="shared_expert false"):
+        upcycle(experts=experts, heads="by_expert", gate="prompt", **base)
+    with pytest.raises(OptionError, match="calibration goes with heads by_expert"):
+        upcycle(experts=experts, calibration=str(planted / "scales"), **base)
+    headless = tmp_path / "headless"
+    LlamaForCausalLM(AutoConfig.from_pretrained(planted / "base")).save_pretrained(headless)
+    load_tokenizer(str(planted / "base")).save_pretrained(headless)
+    with pytest.raises(UnsupportedError, match="no reward head to give its expert"):
+        upcycle(
+            experts={"one": experts["one"], "headless": str(headless)}, heads="by_expert", gate="prompt",
+            shared_expert=False, **base,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_prompt_gate_is_refused(planted: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import ExpertSource, MergedTensor
 from moemerge.models.families.base import ExpertTensor
 from moemerge.models.folder import ModelFolder, misfit, opened
 from moemerge.models.layout import Layout, read_layout
+from moemerge.models.moe_settings import SHARED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -97,6 +98,18 @@ class MoeCheckpoint(ExpertSource):
             return None
         shared = self.weights.mapped(tensor.shared) if self.has_shared else None
         return shared, self.weights.mapped(tensor.stacked)[:, tensor.rows]
+
+    def require_one_head(self) -> None:
+        """Raise UnsupportedError if each expert has a head of its own: a dense model has no place for it."""
+        heads = self.opened.config_json["moemerge"].get("heads", SHARED)
+        if heads != SHARED:
+            raise UnsupportedError(
+                f"the experts of {self.folder} cannot be merged",
+                given=f"heads {heads}: one for each expert",
+                expected="a MoE with one head",
+                fix="merge the models that its experts come from: moemerge merge --models A B C --base X "
+                "--coordinates sum",
+            )
 
     def _members(self) -> tuple[int, bool]:
         """Number of routed experts, and whether there is a shared one, as config and layout both say."""

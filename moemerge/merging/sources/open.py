@@ -42,4 +42,6 @@ def open_source(options: Members, coefficients: Coefficients | None = None) -> M
         return NativeMoe(folder)
     from moemerge.merging.sources.moe import MoeCheckpoint
 
-    return MoeCheckpoint(folder)
+    moe = MoeCheckpoint(folder)
+    moe.require_one_head()
+    return moe
