@@ -1,53 +1,34 @@
-"""Training of a reward model, MoE or dense, on preference pairs with TRL's RewardTrainer.
+"""Stage train: a reward model, MoE or dense, on preference pairs with TRL's RewardTrainer.
 
-A run is one trial, or a grid of them (`search`). Each trial works in its own folder of the workspace, so that
-a killed run goes on from its last checkpoint; the winner's weights are put into a freshly loaded model.
+A run is one trial, or a grid of them (`search`): training/trials.py.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
 import logging
-import math
-import shutil
-import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from moemerge.artifacts.disk import flush_and_forget, flush_tree, size_of
+from moemerge.artifacts.disk import flush_and_forget, flush_tree
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
-from moemerge.artifacts.workspace import once, workspace
+from moemerge.artifacts.workspace import workspace
 from moemerge.data.pairs import Pair, margins_of
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
-from moemerge.errors import OptionError, UnsupportedError
 from moemerge.models.cost import flops_ratio
 from moemerge.models.device import use_training_device
-from moemerge.models.families import family_of
 from moemerge.models.folder import ModelFolder
-from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model, load_tokenizer
-from moemerge.models.moe import moe_layers
 from moemerge.models.token_limits import check_config
-from moemerge.options.layers import parse_layers
-from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
 from moemerge.training.lookahead import check_candidates
 from moemerge.training.losses import LOSSES
-from moemerge.training.report import report, results, standing, write_history
-
-DONE = "done.json"
+from moemerge.training.report import results, write_history
+from moemerge.training.trials import Bench, best_model, trials_of
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +45,10 @@ def train(options: Train, draft: Draft) -> None:
     Raises OptionError, DataError, CheckpointError or UnsupportedError.
     """
     options, ratio = _budgeted(options)
-    trials = _trials(options)
+    trials = trials_of(options)
     bench = _bench(options, draft)
     with workspace(options) as folder:
-        reports = _compete(bench, trials, folder)
-        best = _winner(reports, options.choose_by)
-        model = _finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
+        model, reports, best = best_model(bench, trials, folder)
         model.save_pretrained(draft.folder)
         bench.tokenizer.save_pretrained(draft.folder)
         _read_back(model, draft.folder, options.trust_remote_code)
@@ -88,20 +67,7 @@ def _budgeted(options: Train) -> tuple[Train, float | None]:
     return options.scaled(ratio), ratio
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What all trials share."""
-
-    device: torch.device
-    model: ModelFolder
-    tokenizer: PreTrainedTokenizerBase
-    pairs: list[EncodedPair]
-    held_out: list[EncodedPair]
-    draft: Draft
-    candidates: Sequence[EncodedCandidates] = ()
-
-
-def _bench(options: Train, draft: Draft) -> _Bench:
+def _bench(options: Train, draft: Draft) -> Bench:
     for name in options.objectives:
         LOSSES.get(name)  # raises for an unknown one
     device = use_training_device(options)
@@ -111,7 +77,7 @@ def _bench(options: Train, draft: Draft) -> _Bench:
     read = {name: _read(source, options, model, tokenizer, name, draft) for name, source in sides.items()}
     _check_margins(options, [pair.pair for pair in read["pairs"]])
     candidates = _candidates(options, model, tokenizer, draft)
-    return _Bench(device, model, tokenizer, read["pairs"], read["validation"], draft, candidates)
+    return Bench(device, model, tokenizer, read["pairs"], read["validation"], draft, candidates)
 
 
 def _read(
@@ -153,160 +119,6 @@ def _check_margins(options: Train, pairs: Sequence[Pair]) -> None:
         log.warning("%s has margins, which are not used: margin column uses them", options.pairs)
 
 
-def _trials(options: Train) -> list[Train]:
-    """The grid that `search` spans, in order; without a search, the options themselves."""
-    if not options.search:
-        return [options]
-    base = options.model_dump() | {"search": {}}
-    grid = itertools.product(*options.search.values())
-    return [parse_options(Train, base | dict(zip(options.search, v, strict=True)), "search") for v in grid]
-
-
-def _compete(bench: _Bench, trials: list[Train], folder: Path) -> list[dict[str, Any]]:
-    """The reports of all trials; only the winner's weights are left in `folder`."""
-    reports: list[dict[str, Any]] = []
-    for number, options in enumerate(trials):
-        home = folder / f"trial-{number}"
-        home.mkdir(exist_ok=True)
-        reports.append(once(home / DONE, partial(_trial, bench, options, home)))
-        if len(trials) > 1:
-            gc.collect()  # the last trial's model, which a cycle in the trainer holds
-        best = _winner(reports, options.choose_by)
-        for other in range(number + 1):
-            _keep_only(folder / f"trial-{other}", reports[best]["best_step"] if other == best else None)
-    return reports
-
-
-def _keep_only(home: Path, step: int | None) -> None:
-    for path in home.glob("checkpoint-*"):
-        if path.name != f"checkpoint-{step}":
-            shutil.rmtree(path)
-
-
-def _winner(reports: list[dict[str, Any]], choose_by: str) -> int:
-    standings = [
-        standing(**report["after"], choose_by=choose_by) if report["after"] else 0.0 for report in reports
-    ]
-    return standings.index(min(standings))
-
-
-def _trial(bench: _Bench, options: Train, home: Path) -> dict[str, Any]:
-    """Train one trial in `home`, or go on with it; the report on it, as JSON values."""
-    from moemerge.training.trainer import make_trainer
-
-    clock = time.perf_counter()
-    model, roles = _prepare(bench, options, bench.device)
-    counts = _count(model, roles)
-    bench.draft.reserve(checkpoint_space(counts), there=size_of(home.parent))
-    data = (bench.pairs, bench.held_out, home, bench.candidates)
-    trainer = make_trainer(options, model, bench.tokenizer, roles, *data)
-    before = trainer.measure() if bench.held_out else None
-    state = _fit(trainer, options, before, home)
-    assigned = trainer.schedule.sizes if trainer.schedule else []
-    return report(state, before, options.choose_by) | {
-        "parameters": counts,
-        **({"assigned": assigned} if assigned else {}),
-        "seconds": round(time.perf_counter() - clock, 3),
-    }
-
-
-def _fit(trainer: Any, options: Train, before: dict[str, float] | None, home: Path) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one; the state that the trainer left."""
-    from moemerge.training.callbacks import Patience, exhausted
-    from moemerge.training.trainer import last_checkpoint, read_state
-
-    start = standing(**before, choose_by=options.choose_by) if before else math.inf
-    last = last_checkpoint(home)
-    if last is not None:
-        state = read_state(last)
-        stopped = before is not None and exhausted(state["log_history"], options, start)
-        if stopped or state["global_step"] >= state["max_steps"]:
-            return state
-        log.info("going on from step %d", state["global_step"])
-    if before and options.patience is not None:
-        trainer.add_callback(Patience(options, start))
-    trainer.train(resume_from_checkpoint=last and str(last))
-    last = last_checkpoint(home)
-    assert last is not None
-    return read_state(last)
-
-
-def _finished(bench: _Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
-    """The model as loaded, with the weights of `step` (0: its own) and without any trace of LoRA."""
-    from moemerge.training.trainer import load_trained
-
-    model, roles = _prepare(bench, options, torch.device("cpu"))
-    if step:
-        load_trained(model, home / f"checkpoint-{step}")
-    broken = [name for name in roles if not model.get_parameter(name).isfinite().all()]
-    if broken:
-        raise OptionError(
-            "training diverged",
-            given=f"{len(broken)} tensors are no longer finite, such as {broken[0]}",
-            expected="finite weights",
-            fix="lower the learning rates, or give validation pairs so that the best weights are kept",
-        )
-    _merge_lora(model)
-    return model
-
-
-def _prepare(bench: _Bench, options: Train, device: torch.device) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The model in float32 with exactly the intended parameters to train, and the role of each of these."""
-    model = load_reward_model(bench.model, device, torch.float32, options.seed)
-    if options.trainable == "lora":
-        _add_lora(model, options)
-    roles = trained_parameters(model, options)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in roles)
-    return model, roles
-
-
-def trained_parameters(model: PreTrainedModel, options: Train) -> dict[str, str]:
-    """Name -> role (experts, routers or rest) of every parameter that `options` let train.
-
-    Experts of a dense model are its MLPs. The head, in an encoder with its pooler, always trains; so do
-    LoRA's own parameters. Raises OptionError for layers that the model lacks.
-    """
-    path, layers = family_of(model.config).dense_layers(model)
-    chosen = parse_layers(options.train_layers, len(layers))
-    prefixes = tuple(f"{path}.{number}." for number in chosen) if options.train_layers != "all" else ("",)
-    roles = _roles(model)
-
-    def trains(name: str) -> bool:
-        wanted = options.trainable == "full" or name in roles or ".lora_" in name
-        return in_head(model, name) or (wanted and name.startswith(prefixes))
-
-    return {name: roles.get(name, "rest") for name, _ in model.named_parameters() if trains(name)}
-
-
-def _roles(model: PreTrainedModel) -> dict[str, str]:
-    """Role of each parameter that belongs to an expert or a router."""
-    # By identity, as names differ from family to family.
-    parts: list[tuple[str, nn.Module]] = []
-    for layer in moe_layers(model).values():
-        experts = [layer.experts, *([layer.shared_expert] if layer.shared_expert is not None else [])]
-        parts += [("routers", layer.router), *(("experts", part) for part in experts)]
-    if not parts:
-        family = family_of(model.config)
-        _, layers = family.dense_layers(model)
-        parts = [("experts", part) for layer in layers for part in family.linears(layer).values()]
-    roles = {id(weight): role for role, part in parts for weight in part.parameters()}
-    return {name: roles[id(weight)] for name, weight in model.named_parameters() if id(weight) in roles}
-
-
-def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:
-    """Numbers of parameters: per role, and of the whole model in training."""
-    counts: Counter[str] = Counter()
-    for name, role in roles.items():
-        counts[role] += model.get_parameter(name).numel()
-    return {**counts, "trained": sum(counts.values()), "model": sum(p.numel() for p in model.parameters())}
-
-
-def checkpoint_space(parameters: dict[str, int]) -> int:
-    """Bytes that training writes: three checkpoints at most with two moments of AdamW each, and the model."""
-    return 4 * (3 * 3 * parameters["trained"] + parameters["model"])
-
-
 def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
     """Load what was saved from the disk, and compare it with `model`, bit for bit."""
     flush_tree(folder)
@@ -315,41 +127,3 @@ def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) ->
     meant = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
     saved = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", torch.float32)
     require_as_meant(folder, meant, saved.state_dict().items())
-
-
-def _add_lora(model: PreTrainedModel, options: Train) -> None:
-    """Put LoRA on the attention linears of the layers that train, drawn from the seed."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    path, layers = family_of(model.config).dense_layers(model)
-    targets = [
-        f"{path}.{number}.{name}"
-        for number in parse_layers(options.train_layers, len(layers))
-        for name, module in layers[number].named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and ("attn" in name or "attention" in name)
-    ]
-    if not targets:
-        raise UnsupportedError(
-            "LoRA finds no attention linears",
-            given=f"model_type {model.config.model_type}",
-            expected="linear modules under a name with attn or attention",
-            fix="set trainable to full or experts",
-        )
-    torch.manual_seed(options.seed)
-    alpha: Any = options.lora_alpha  # peft takes any number, its annotation says int
-    transposed = isinstance(model.get_submodule(targets[0]), Conv1D)
-    config = LoraConfig(
-        r=options.lora_rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=transposed
-    )
-    inject_adapter_in_model(config, model)
-
-
-def _merge_lora(model: PreTrainedModel) -> None:
-    """Add LoRA's products to the weights and put the plain linears back."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    vars(model).pop("peft_config", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 from pathlib import Path
@@ -20,9 +19,9 @@ from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
 from moemerge.options.base import TextFormat
 from moemerge.options.train import Train
+from moemerge.stages.train import train
+from moemerge.training import trials
 
-module = importlib.import_module("moemerge.stages.train")
-train = module.train
 EXPERTS, ROUTERS = (".mlp.experts.", ".mlp.shared_expert."), (".mlp.gate.",)
 
 
@@ -80,8 +79,8 @@ def trainer_of(world: Path, home: Path, model: str = "moe", pairs: str = "train"
     folder = ModelFolder(given["model"])
     tokenizer = load_tokenizer(folder)
     held, fitted = (encoded(tokenizer, world / f"{name}.jsonl") for name in ("held", pairs))
-    bench = module._Bench(torch.device("cpu"), folder, tokenizer, fitted, held, Draft(home, home))
-    loaded, roles = module._prepare(bench, chosen, bench.device)
+    bench = trials.Bench(torch.device("cpu"), folder, tokenizer, fitted, held, Draft(home, home))
+    loaded, roles = trials._prepare(bench, chosen, bench.device)
     return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
 
 

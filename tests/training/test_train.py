@@ -20,13 +20,13 @@ from small_training import (
     encoded,
     gradients,
     history,
-    module,
     moved,
     raiser,
     rows,
     run,
     train,
     trainer_of,
+    trials,
     weights,
     write,
 )
@@ -263,7 +263,7 @@ def test_run_killed_after_its_last_step_trains_no_further(
     stopped = run(world, tmp_path / "straight", **options)
     assert stopped["best_step"] < stopped["steps"] < 36
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(module, "report", raiser("killed"))
+        patch.setattr(trials, "report", raiser("killed"))
         run(world, tmp_path / "killed", **options)
     from moemerge.training.trainer import PairTrainer
 
@@ -390,22 +390,22 @@ def test_search_goes_on_with_the_trial_it_was_killed_in(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"held": True, "max_steps": 4, "search": {"learning_rate": [5e-3, 1e-4]}}
-    whole, trial, calls = run(world, tmp_path / "whole", **options), module._trial, []
+    whole, trial, calls = run(world, tmp_path / "whole", **options), trials._trial, []
 
     def fails_second(*given: Any) -> Any:
         calls.append(given)
         return trial(*given) if len(calls) == 1 else raiser("killed")()
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(module, "_trial", fails_second)
+        patch.setattr(trials, "_trial", fails_second)
         run(world, tmp_path / "killed", **options)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(module, "_finished", raiser("killed"))
+        patch.setattr(trials, "_finished", raiser("killed"))
         run(world, tmp_path / "killed", **options)
     (work,) = tmp_path.glob(".killed.*.work")
     kept = [path.parent.name for path in work.glob("trial-*/checkpoint-*")]
     assert kept == ["trial-0"]
-    monkeypatch.setattr(module, "_trial", raiser("done before"))
+    monkeypatch.setattr(trials, "_trial", raiser("done before"))
     assert run(world, tmp_path / "killed", **options)["after"] == whole["after"]
     assert not moved(tmp_path / "whole", tmp_path / "killed")
 
