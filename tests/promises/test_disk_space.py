@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def test_too_little_space_is_told_before_anything_is_written(
         "moemerge.stages.export",
         "moemerge.merging.qwen2_moe",
     ):
-        monkeypatch.setattr(sys.modules[place], "write_checkpoint", wrote)
+        monkeypatch.setattr(importlib.import_module(place), "write_checkpoint", wrote)
     with pytest.raises(ArtifactError, match="not enough space"):
         run(kind, world, dense_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
@@ -119,7 +119,7 @@ def test_training_reads_back_what_it_saved(
         tensors["model.norm.weight"][0] += torch.tensor(1e-3)
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(sys.modules["moemerge.stages.train"], "flush_and_forget", spoil)
+    monkeypatch.setattr(importlib.import_module("moemerge.stages.train"), "flush_and_forget", spoil)
     with pytest.raises(CheckpointError, match="not written as meant"):
         run("train", world, dense_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
