@@ -2,6 +2,7 @@
 
 Importing this package loads nothing heavy. What it offers is imported when first used, and its model
 types and merge method are made known to transformers and mergekit when those are imported.
+What type checkers and editors see of it is __init__.pyi, which is made from the options.
 """
 
 from __future__ import annotations
@@ -14,45 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
-
-    from moemerge.artifacts.verify import verify as verify
-    from moemerge.artifacts.verify import verify_folder as verify_folder
-    from moemerge.errors import ArtifactError as ArtifactError
-    from moemerge.errors import CheckpointError as CheckpointError
-    from moemerge.errors import DataError as DataError
-    from moemerge.errors import Faults as Faults
-    from moemerge.errors import MoemergeError as MoemergeError
-    from moemerge.errors import OptionError as OptionError
-    from moemerge.errors import UnsupportedError as UnsupportedError
-    from moemerge.merging.coefficients import Coefficients as Coefficients
-    from moemerge.models.modelling import load_moe as load_moe
-    from moemerge.models.routing import RoutingStatistics as RoutingStatistics
-    from moemerge.run.check import check_recipe as check_recipe
-    from moemerge.run.check import load_recipe as load_recipe
-    from moemerge.run.combine import combine as combine
-    from moemerge.run.pipeline import run_recipe as run_recipe
-    from moemerge.stages.attack import attack as attack
-    from moemerge.stages.calibrate import calibrate as calibrate
-    from moemerge.stages.changes import changes as changes
-    from moemerge.stages.choose import choose as choose
-    from moemerge.stages.compare import compare as compare
-    from moemerge.stages.data import prepare as prepare
-    from moemerge.stages.evaluate import evaluate as evaluate
-    from moemerge.stages.export import export as export
-    from moemerge.stages.fit import fit as fit
-    from moemerge.stages.fit import fit_models as fit_models
-    from moemerge.stages.gate import gate as gate
-    from moemerge.stages.merge import merge as merge
-    from moemerge.stages.merge import merge_models as merge_models
-    from moemerge.stages.optimise import optimise as optimise
-    from moemerge.stages.publish import publish as publish
-    from moemerge.stages.route import route as route
-    from moemerge.stages.sample import sample as sample
-    from moemerge.stages.synthetic import write_world as write_world
-    from moemerge.stages.train import train as train
-    from moemerge.stages.upcycle import upcycle as upcycle
-
-    __version__: str
 
 _HOMES = {
     "upcycle": "stages.upcycle",
@@ -80,6 +42,10 @@ _HOMES = {
     "check_recipe": "run.check",
     "load_recipe": "run.check",
     "load_moe": "models.modelling",
+    "open_result": "run.steps",
+    "Result": "artifacts.result",
+    "RunReport": "run.steps",
+    "StepReport": "run.steps",
     "verify": "artifacts.verify",
     "verify_folder": "artifacts.verify",
     "RoutingStatistics": "models.routing",

@@ -41,7 +41,7 @@ def row(name: str, settings: list[str]) -> str:
     slowest = ", ".join(f"{n} {s:.0f} s" for n, s in sorted(trained.items(), key=lambda i: -i[1])[:4])
     fitted = json.loads((done.output / "fit-learned" / "report.json").read_text())
     title = f"### {name}: {seconds / 60:.1f} min ({slowest})"
-    return "\n\n".join([title, done.table, done.verdict, fitted["verdict"], ""])
+    return "\n\n".join([title, done.overview, done.verdict, fitted["verdict"], ""])
 
 
 def main() -> None:

@@ -21,6 +21,21 @@ def read_object(
     `values` (or commas in texts), is not UTF-8, is nested too deep or holds anything but one object; with
     `once` also if an object in it has a key twice, of which another program may take the other value.
     """
+    value = _read(path, most, once, values)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_list(path: Path) -> list[Any]:
+    """The JSON list in the file `path`. Raises as read_object."""
+    value = _read(path, MAX_BYTES, False, MAX_VALUES)
+    if not isinstance(value, list):
+        raise ValueError(f"{path.name} holds a {type(value).__name__}, not a list")
+    return value
+
+
+def _read(path: Path, most: int, once: bool, values: int) -> Any:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path.name} is no file")
@@ -30,12 +45,9 @@ def read_object(
         text = path.read_text(encoding="utf-8")
         if text.count(",") > values:
             raise ValueError(f"{path.name} holds more than {values} values")
-        value = json.loads(text, object_pairs_hook=_once if once else None)
+        return json.loads(text, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deep") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from inspect import Parameter, Signature
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from moemerge.artifacts.checksums import MANIFEST, added, fingerprint, is_hidden
 from moemerge.artifacts.disk import (
@@ -43,10 +43,11 @@ from moemerge.artifacts.manifest import (
 )
 from moemerge.artifacts.memory import memory_faults
 from moemerge.artifacts.redaction import redacted
+from moemerge.artifacts.result import Result, RowsOf, results_of
 from moemerge.artifacts.weight_files import weight_faults
 from moemerge.errors import ArtifactError, OptionError, few
 from moemerge.options.base import Run
-from moemerge.options.parse import parse_options
+from moemerge.options.signature import parse_call, show_options, signature
 
 RECIPE_COPY = "recipe.json"  # what a run was started with, in the run's folder
 
@@ -77,29 +78,12 @@ class Draft:
         return disk_faults(self.output, self.folder, lambda: self.needed)
 
 
-@dataclass(frozen=True)
-class Stage(Generic[O]):
-    """A stage as a callable: `stage(Options(...))` or `stage(output=..., ...)` writes one artifact.
+class Stage(Protocol):
+    """A stage as a function; `opened` gives the Result of a folder that it wrote before."""
 
-    Returns the artifact's folder. Raises OptionError for bad options, ArtifactError when the output
-    exists already, and whatever MoemergeError the stage itself finds.
-    """
+    opened: Callable[[Path], Result]
 
-    name: str
-    options: type[O]
-    body: Callable[[O, Draft], None]
-    shares_work: bool = False
-    complete: Callable[[O], O] | None = None
-
-    def __call__(self, options: O | None = None, /, **fields: Any) -> Path:
-        options = options if options is not None else parse_options(self.options, fields)
-        if self.complete is not None:
-            options = self.complete(options)
-        if not self.shares_work:
-            refuse_several(self.name)
-        with artifact(self.name, options) as draft:
-            self.body(options, draft)
-        return options.output
+    def __call__(self, *inputs: Any, **options: Any) -> Result: ...
 
 
 def stage(
@@ -107,30 +91,35 @@ def stage(
     options: type[O],
     shares_work: bool = False,
     complete: Callable[[O], O] | None = None,
-) -> Callable[[Callable[[O, Draft], None]], Stage[O]]:
-    """Turn `body(options, draft)` into a Stage; its docstring stays.
+    rows: RowsOf = results_of,
+) -> Callable[[Callable[[O, Draft], None]], Stage]:
+    """Turn `body(options, draft)` into a stage: `stage(input, output=..., ...)` writes one artifact.
 
-    shares_work: whether several processes, as torchrun starts them, do it together. complete: puts into the
-    options what can be found out, before anything is written: the manifest has it.
+    A stage takes its inputs in the order of `options.POSITIONAL` and every option by name, or ready-made
+    options alone. It gives the artifact's folder as a Result, whose table is what `rows` reads from it.
+    Raises OptionError for bad options, ArtifactError when the output exists already, and whatever the body
+    finds. shares_work: whether several processes, as torchrun starts them, do it together. complete: puts
+    into the options what can be found out, before anything is written: the manifest has it.
     """
 
-    def make(body: Callable[[O, Draft], None]) -> Stage[O]:
-        made = Stage(name, options, body, shares_work, complete)
-        object.__setattr__(made, "__doc__", body.__doc__)
-        object.__setattr__(made, "__signature__", _signature(options))
+    def make(body: Callable[[O, Draft], None]) -> Stage:
+        @wraps(body)
+        def run(*inputs: Any, **fields: Any) -> Result:
+            chosen: O = parse_call(options, name, inputs, fields)
+            if complete is not None:
+                chosen = complete(chosen)
+            if not shares_work:
+                refuse_several(name)
+            with artifact(name, chosen) as draft:
+                body(chosen, draft)
+            return made.opened(chosen.output)
+
+        show_options(run, options, signature(options, Result))
+        made = cast(Stage, run)
+        made.opened = partial(Result.of, rows=rows)
         return made
 
     return make
-
-
-def _signature(options: type[Run]) -> Signature:
-    """What `help` and editors show of a stage: its options by name, those without a default first."""
-    named = []
-    for name, option in sorted(options.model_fields.items(), key=lambda item: not item[1].is_required()):
-        default = Parameter.empty if option.is_required() else option.get_default(call_default_factory=True)
-        kind = Parameter.KEYWORD_ONLY
-        named.append(Parameter(name, kind, default=default, annotation=option.annotation))
-    return Signature(named, return_annotation=Path)
 
 
 @contextmanager

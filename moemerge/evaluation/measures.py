@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moemerge.evaluation.report import (
+    COSTS,
     Report,
     accuracy_sets,
     best_of_n_sets,
@@ -36,7 +37,7 @@ class Measure:
     """A number of every model on the set `dataset`, and its difference to the baseline for all others.
 
     title: as tables and verdicts call it. metric, metric_name: as model cards do. cells: the values as a
-    table shows them.
+    table shows them. intervals: those of the values.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Measure:
     metric: str
     metric_name: str
     values: dict[str, float]
+    intervals: dict[str, Interval]
     cells: dict[str, str]
     differences: dict[str, Difference]
 
@@ -53,6 +55,23 @@ def main_measures(report: Report) -> Iterator[Measure]:
     yield from accuracy_measures(report)
     yield from rewardbench_measures(report)
     yield from best_of_n_measures(report)
+
+
+def model_rows(report: Report) -> Iterator[dict[str, Any]]:
+    """A row per model: every main measure with its interval, its difference to the baseline, the cost."""
+    for model, facts in report["models"].items():
+        row: dict[str, Any] = {"model": model}
+        for measure in main_measures(report):
+            row |= _with_ends(measure.title, measure.values[model], measure.intervals[model])
+            if difference := measure.differences.get(model):
+                minus = f"{measure.title} minus {report['baseline']}"
+                row |= _with_ends(minus, difference.value, (difference.low, difference.high))
+                row[f"{minus} p"] = difference.p
+        yield row | {name: facts[name] for name in COSTS}
+
+
+def _with_ends(name: str, value: float, interval: Interval) -> dict[str, float]:
+    return {name: value, f"{name} low": interval[0], f"{name} high": interval[1]}
 
 
 def differences(report: Report, model: str) -> list[Difference]:
@@ -72,6 +91,7 @@ def accuracy_measures(report: Report) -> Iterator[Measure]:
             "accuracy",
             "Accuracy on preference pairs",
             values={model: numbers["accuracy"] for model, numbers in models.items()},
+            intervals={model: numbers["interval"] for model, numbers in models.items()},
             cells={m: _with_range(numbers["accuracy"], numbers["interval"]) for m, numbers in models.items()},
             differences={
                 model: Difference(title, versus["difference"], *versus["interval"], versus["p"])
@@ -95,6 +115,7 @@ def rewardbench_measures(report: Report) -> Iterator[Measure]:
                 f"rewardbench_{version}_score",
                 f"RewardBench {version}, {part}",
                 values={model: score["score"] for model, score in models.items()},
+                intervals={model: score["interval"] for model, score in models.items()},
                 cells={m: _with_range(score["score"], score["interval"]) for m, score in models.items()},
                 differences={m: _compared(title, numbers, m, baseline) for m in models if m != baseline},
             )
@@ -111,6 +132,7 @@ def best_of_n_measures(report: Report) -> Iterator[Measure]:
             f"gold_best_of_{last}",
             f"Gold score of the best of {last}",
             values={model: curves["gold"][-1] for model, curves in models.items()},
+            intervals={m: (curves["gold_low"][-1], curves["gold_high"][-1]) for m, curves in models.items()},
             cells={model: f"{curves['gold'][-1]:.2f}" for model, curves in models.items()},
             differences={
                 model: _at_last_n(title, curves)

@@ -5,13 +5,14 @@ Shapes: M models (candidates first, then models that are only shown), P pairs, X
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moemerge.artifacts.json_file import read_object
 from moemerge.fitting.choice import Choice, Judged, choose_in_parts
 from moemerge.options.choose import Choose
 from moemerge.reports import plotting
@@ -25,6 +26,16 @@ from moemerge.reports.statistics import (
 from moemerge.reports.table import Table, percent, with_interval
 
 PICTURE = "accuracy.png"
+
+
+def candidate_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each model on all pairs: accuracy, and its lead over the simplest, with intervals; calibrated loss."""
+    for name, numbers in read_object(folder / "choice.json")["models"].items():
+        row = {"model": name, "rank": numbers["rank"], "loss": numbers["loss"]}
+        for measure in ("accuracy", "lead"):
+            ends = {f"{measure} {end}": numbers[measure][end] for end in ("low", "high")}
+            row |= {measure: numbers[measure]["value"], **ends}
+        yield row
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Shapes: N weighted members (routed experts, or models besides the base).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.json_file import write_json
@@ -34,6 +36,13 @@ def write_report(draft: Draft, coefficients: Coefficients, outcome: FitOutcome, 
     parts = ["# Merge coefficients\n", outcome.report["verdict"] + "\n", *(t.markdown() for t in tables)]
     (draft.folder / "fit.md").write_text("\n".join([*parts, "![alpha](alpha.png)\n"]), encoding="utf-8")
     draft.results |= {k: v for k, v in outcome.report.items() if k != "trajectory"}
+
+
+def coefficient_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each block's weights, as coefficients.json shows them: of the shared member, then of the others."""
+    for block, shared, values in Coefficients.load(folder).table():
+        members = {f"member {number}": value for number, value in enumerate(values)}
+        yield {"block": block, "shared": shared, **members}
 
 
 def _loss_tables(report: dict[str, Any]) -> list[Table]:

@@ -76,6 +76,21 @@ class Coefficients:
         return self.alpha_LN.shape[1]
 
     @property
+    def alpha(self) -> Tensor:
+        """alpha_LN: a row per block, a column per routed expert, or per model besides the base."""
+        return self.alpha_LN
+
+    @property
+    def shared(self) -> Tensor:
+        """shared_L: the shared expert's or the base's weight in each block."""
+        return self.shared_L
+
+    @property
+    def changes(self) -> Tensor:
+        """changes_LN: the c of a sum, alike."""
+        return self.changes_LN
+
+    @property
     def changes_LN(self) -> Tensor:
         """c of W = W_shared + sum_i c_i (W_i - W_shared): (1 - shared) alpha."""
         return changes(self.alpha_LN, self.shared_L)

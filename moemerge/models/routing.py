@@ -146,6 +146,18 @@ class RoutingStatistics:
         total = self.total(subset, side)
         return total.entropy_L / total.tokens_L
 
+    def gate_mass(self, subset: str | None = None, side: str | None = None) -> Tensor:
+        """gate_mass_LN: a row per layer, a column per routed expert."""
+        return self.gate_mass_LN(subset, side)
+
+    def shared_mass(self, subset: str | None = None, side: str | None = None) -> Tensor:
+        """shared_mass_L: a number per layer."""
+        return self.shared_mass_L(subset, side)
+
+    def entropy(self, subset: str | None = None, side: str | None = None) -> Tensor:
+        """entropy_L: a number per layer."""
+        return self.entropy_L(subset, side)
+
     def save(self, folder: str | Path) -> Path:
         """Write statistics.safetensors: all sums, exact, with a header a person can read."""
         path = Path(folder) / FILE

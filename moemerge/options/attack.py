@@ -33,6 +33,8 @@ class AttackSettings(GoldSource):
 class Attack(AttackSettings, TextFormat, Run):
     """Options of `moemerge attack`."""
 
+    POSITIONAL = ("model", "pairs")
+
     model: Source = Field(description="reward model: folder or hub name")
     pairs: Source = Field(description="preference pairs whose rejected answers are edited")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")

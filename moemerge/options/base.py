@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -31,13 +31,14 @@ class _Code:
     """Marks a field whose value names a function, as FILE.py:NAME or MODULE:NAME, or is one."""
 
 
-def _as_text(path: str | Path) -> str:
+def _as_text(path: str | os.PathLike[str]) -> str:
     """A path as text, `~` in front as the home folder that it stands for."""
     return os.path.expanduser(os.fspath(path))
 
 
-def _path_as_text(value: Any) -> Any:
-    return _as_text(value) if isinstance(value, str | Path) else value
+def path_as_text(value: Any) -> Any:
+    """A path of any kind as text; what is no path stays, for the type's own check."""
+    return _as_text(value) if isinstance(value, str | os.PathLike) else value
 
 
 def _nameable(value: str | Path) -> str | Path:
@@ -74,10 +75,12 @@ def name_of(source: str) -> str:
     return last if os.path.isdir(source) else SUFFIX.sub("", last)
 
 
-def _by_name(sources: Any) -> Any:
+def by_name(sources: Any) -> Any:
     """A list of sources, or a single one, by their own names."""
-    listed = [sources] if isinstance(sources, str | Path) else sources
-    if not isinstance(listed, list) or not all(isinstance(source, str | Path) for source in listed):
+    listed = [sources] if isinstance(sources, str | os.PathLike) else sources
+    if not isinstance(listed, list | tuple) or not all(
+        isinstance(source, str | os.PathLike) for source in listed
+    ):
         return sources
     paths = [_as_text(source) for source in listed]
     names = [name_of(path) for path in paths]
@@ -97,13 +100,13 @@ MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 SHORTHAND = re.compile(r"^~|(^|/)\$[{A-Za-z_]")  # what a shell would have replaced
 INPUT, CODE = _Input(), _Code()
-Named = Annotated[str, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
-Source = Annotated[str, INPUT, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
+Named = Annotated[str, BeforeValidator(path_as_text), AfterValidator(_nameable)]
+Source = Annotated[str, INPUT, BeforeValidator(path_as_text), AfterValidator(_nameable)]
 Name = Annotated[str, AfterValidator(_file_name), AfterValidator(_nameable)]
-Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name)]
-Several = Annotated[dict[Name, Named], INPUT, BeforeValidator(_by_name), AfterValidator(_several)]
+Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(by_name)]
+Several = Annotated[dict[Name, Named], INPUT, BeforeValidator(by_name), AfterValidator(_several)]
 SourceList = Annotated[list[Named], INPUT]
-Output = Annotated[Path, BeforeValidator(_path_as_text), AfterValidator(_nameable)]
+Output = Annotated[Path, BeforeValidator(path_as_text), AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers
 Coordinates = Literal["average", "sum"]
 COORDINATES: Any = Field(
@@ -125,7 +128,12 @@ class Options(BaseModel):
 
 
 class Run(Options):
-    """What every stage takes besides its own settings."""
+    """What every stage takes besides its own settings.
+
+    POSITIONAL: the inputs that a call in Python may give without their names, in order.
+    """
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()
 
     output: Output = Field(description="folder to write; must not exist yet")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of every random draw")

@@ -10,6 +10,8 @@ from moemerge.options.base import Run, Source, Sources, TextFormat
 class Calibrate(TextFormat, Run):
     """Options of `moemerge calibrate`."""
 
+    POSITIONAL = ("models", "pairs")
+
     models: Sources = Field(description="folders or hub names; without name= each gets its own")
     pairs: Source = Field(description="two answers a prompt; which one is better does not matter")
     max_pairs: int | None = Field(None, ge=1, description="use the first so many pairs")

@@ -10,6 +10,8 @@ from moemerge.options.base import Run, Several, Source, TextFormat
 class ChangesOptions(TextFormat, Run):
     """Options of `moemerge changes`."""
 
+    POSITIONAL = ("models", "base")
+
     models: Several = Field(description="two models or more; without name= each gets its own")
     base: Source = Field(description="the model that all of them were trained from")
     pairs: Source | None = Field(

@@ -23,6 +23,8 @@ class ChooseSettings(TextFormat):
 class Choose(ChooseSettings, Run):
     """Options of `moemerge choose`."""
 
+    POSITIONAL = ("evaluations", "pairs")
+
     evaluations: SourceList = Field(description="folders written by evaluate on the parts")
     pairs: Sources = Field(
         description="parts of the data under their names in the evaluations; no candidate was made from "

@@ -59,6 +59,8 @@ class CombineSettings(ChooseSettings):
 class Combine(CombineSettings, Run):
     """Options of `moemerge combine`."""
 
+    POSITIONAL = ("models", "pairs")
+
 
 MARK = "scores"  # the ensemble that is shown beside the candidates, as MARK-mean
 ROUTED = "routed"  # the candidate of form moe

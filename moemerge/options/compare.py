@@ -13,6 +13,8 @@ from moemerge.options.base import Run, SourceList
 class Compare(Run):
     """Options of `moemerge compare`."""
 
+    POSITIONAL = ("runs",)
+
     runs: SourceList = Field(description="runs, evaluations, or folders of these: one per seed")
     baseline: str | None = Field(
         None, description="model that the others are compared with (default: control, or evaluate's own)"

@@ -41,6 +41,8 @@ class DataSettings(TextFormat):
 class Data(DataSettings, Run):
     """Options of `moemerge data`."""
 
+    POSITIONAL = ("train",)
+
     tokenizer: Source | None = Field(None, description="model whose tokenizer measures max_length")
     folds: int = Field(
         0,

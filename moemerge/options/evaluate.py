@@ -69,6 +69,8 @@ class EvaluateSettings(GoldSource):
 class Evaluate(EvaluateSettings, TextFormat, Run):
     """Options of `moemerge evaluate`."""
 
+    POSITIONAL = ("models", "data")
+
     models: Sources = Field(description="folders or hub names; without name= each has the name of its folder")
     data: Sources = Field(
         default_factory=dict,

@@ -12,6 +12,8 @@ from moemerge.options.base import Members, Run, Source
 class Export(Members, Run):
     """Options of `moemerge export`."""
 
+    POSITIONAL = ("model", "coefficients")
+
     form: Literal["dense", "qwen2_moe"] = Field(
         "dense", description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it"
     )

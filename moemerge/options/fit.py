@@ -152,6 +152,8 @@ class FitSettings(Options):
 class Fit(FitSettings, Members, TextFormat, Run):
     """Options of `moemerge fit`."""
 
+    POSITIONAL = ("model", "pairs")
+
     routing: Source | None = Field(None, description="folder written by route; needed by usage and match")
     pairs: Source | None = Field(None, description="fitting pairs; needed by learned, grid and least_squares")
     validation: Source | None = Field(

@@ -10,6 +10,8 @@ from moemerge.options.base import Run, Source, TextFormat
 class Gate(TextFormat, Run):
     """Options of `moemerge gate`."""
 
+    POSITIONAL = ("model", "pairs")
+
     model: Source = Field(description="MoE folder of upcycle with experts, gate prompt and no shared_expert")
     pairs: Source = Field(
         description="preference pairs with many different prompts: they say which expert suits which prompt"

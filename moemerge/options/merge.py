@@ -32,6 +32,8 @@ class MergeSettings(Options):
 class Merge(MergeSettings, Members, Run):
     """Options of `moemerge merge`."""
 
+    POSITIONAL = ("model", "coefficients")
+
     coefficients: Source | None = Field(
         None, description="folder written by fit; a method of mergekit takes them as its weight"
     )

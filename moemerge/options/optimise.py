@@ -55,6 +55,8 @@ class OptimiseSettings(GoldSource):
 class Optimise(OptimiseSettings, TextFormat, Run):
     """Options of `moemerge optimise`."""
 
+    POSITIONAL = ("policy", "models", "prompts")
+
     models: Sources = Field(
         description="reward models, name=folder or hub name; the policy is optimised against each by itself"
     )

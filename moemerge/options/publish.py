@@ -35,6 +35,8 @@ class PublishSettings(Options):
 class Publish(PublishSettings, Run):
     """Options of `moemerge publish`."""
 
+    POSITIONAL = ("model", "evaluation")
+
     model: Source = Field(description="folder with a model, written by merge, train, upcycle or export")
     evaluation: Source | None = Field(None, description="folder written by evaluate, for the card")
     endpoint: str | None = Field(None, description="another hub's address (default: huggingface.co)")

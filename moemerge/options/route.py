@@ -29,5 +29,7 @@ class RouteSettings(Options):
 class Route(RouteSettings, TextFormat, Run):
     """Options of `moemerge route`."""
 
+    POSITIONAL = ("model", "pairs")
+
     model: Source = Field(description="MoE folder")
     pairs: Source = Field(description="preference pairs")

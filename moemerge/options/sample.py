@@ -34,4 +34,6 @@ class SampleSettings(GoldSource):
 class Sample(SampleSettings, TextFormat, Run):
     """Options of `moemerge sample`."""
 
+    POSITIONAL = ("model", "prompts")
+
     trust_remote_code: bool = Field(False, description="run code that comes with the model")

@@ -204,6 +204,8 @@ class TrainSettings(Options):
 class Train(TrainSettings, TextFormat, Run):
     """Options of `moemerge train`."""
 
+    POSITIONAL = ("model", "pairs")
+
     model: Source = Field(
         description="MoE or dense reward model, or a base model (fresh head): folder or hub name"
     )

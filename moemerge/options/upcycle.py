@@ -56,6 +56,8 @@ class UpcycleSettings(Options):
 class Upcycle(UpcycleSettings, Run):
     """Options of `moemerge upcycle`."""
 
+    POSITIONAL = ("model",)
+
     model: Source = Field(description="dense reward model, base LM or encoder: folder or hub name")
     experts: Sources = Field(
         default_factory=dict,

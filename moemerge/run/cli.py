@@ -192,7 +192,7 @@ def _tell_run(report: RunReport) -> None:
     from moemerge.evaluation.scoring_code import how_to_score
 
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
-    _say(f"\n{report.table}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
+    _say(f"\n{report.overview}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
     _say(how_to_score(report.merged))
 
 
@@ -244,7 +244,7 @@ def run_combine(**values: Any) -> None:
     """Combine reward models as the flags say, and tell which one to take."""
     from moemerge.run.combine import combine
 
-    _tell_run(combine(None, _tell_step, **given_options("combine", values)))
+    _tell_run(combine(tell=_tell_step, **given_options("combine", values)))
 
 
 cli.add_command(

@@ -11,7 +11,7 @@ from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.stage import refuse_several
 from moemerge.errors import together
 from moemerge.options.combine import Combine
-from moemerge.options.parse import parse_options
+from moemerge.options.signature import parse_call, with_options_of
 from moemerge.run.combine_check import input_faults, model_faults
 from moemerge.run.combine_plan import CHOICE, Plan, with_start
 from moemerge.run.steps import RunReport, Tell, alone, keep_recipe, recover_steps, run_steps, tell_versions
@@ -19,7 +19,8 @@ from moemerge.run.steps import RunReport, Tell, alone, keep_recipe, recover_step
 FINAL_STEPS = 2  # model and card; a fit or a merge may come before them
 
 
-def combine(options: Combine | None = None, tell: Tell | None = None, /, **fields: Any) -> RunReport:
+@with_options_of(Combine)
+def combine(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
     """Find the reward model to use, given several and some labelled pairs of one's own.
 
     Tries each model as it is, their average, the sum of their changes from `base`, a merge with fitted
@@ -31,8 +32,7 @@ def combine(options: Combine | None = None, tell: Tell | None = None, /, **field
     (arXiv 2401.12187).
     """
     refuse_several("combine")
-    if options is None:
-        options = parse_options(Combine, fields)
+    options: Combine = parse_call(Combine, "combine", inputs, fields)
     if faults := input_faults(options):
         raise together("combine", faults)
     options = with_start(options)

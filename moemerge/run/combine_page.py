@@ -46,6 +46,7 @@ def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
         [figure.file],
         page,
         run / MODEL,
+        CHOICE,
     )
 
 

@@ -76,8 +76,10 @@ def flags(stage: str) -> list[Flag]:
 
 
 def _flag(name: str, field: FieldInfo) -> Flag:
+    from moemerge.options.signature import default_text
+
     dashed = "--" + name.replace("_", "-")
-    help = f"{field.description}{_default_text(field)}"
+    help = f"{field.description}{default_text(field)}"
     kinds = _kinds(field.annotation)
     if kinds == [bool]:
         return Flag([f"{dashed}/--no-{dashed[2:]}", name], default=None, help=help)
@@ -121,17 +123,6 @@ def _value_type(annotation: Any) -> Any:
     while hasattr(annotation, "__metadata__"):
         annotation = annotation.__origin__
     return get_args(annotation)[1]
-
-
-def _default_text(field: FieldInfo) -> str:
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
-    if field.is_required():
-        return "  [required]"
-    if default is None or default == {} or default == []:
-        return ""
-    text = ("no", "yes")[default] if isinstance(default, bool) else default
-    text = [f"{key}={value}" for key, value in text.items()] if isinstance(text, dict) else text
-    return f"  [default: {', '.join(map(str, text)) if isinstance(text, list) else text}]"
 
 
 def given_options(stage: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def run_recipe(
     if not isinstance(recipe, Recipe):
         loaded = load_recipe(recipe, overrides, output)
         if isinstance(loaded, Combine):
-            return combine(loaded, tell)
+            return combine(loaded, tell=tell)
         recipe = loaded
     elif faults := find_faults(recipe):
         raise Faults("recipe", list(faults))
@@ -92,7 +92,8 @@ def _report(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     verdict = verdict_over_seeds(report["groups"][0], learned, report["confidence"])
     pictures = [folder / name for name in report["plots"]]
     page = folder / "report.html"
-    return RunReport(recipe.output, reports, table, verdict, pictures, page, runs[0].merged)
+    merged, shown = runs[0].merged, folder.name
+    return RunReport(recipe.output, reports, table, verdict, pictures, page, merged, shown)
 
 
 def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
@@ -107,7 +108,8 @@ def _last_word(recipe: Recipe, reports: list[StepReport]) -> RunReport:
     page = recipe.output / PAGE
     if not is_current(page, reports, steps):
         page = _page(recipe.output, steps, learned)
-    return RunReport(recipe.output, reports, table, words, pictures, page, recipe.output / learned)
+    merged = recipe.output / learned
+    return RunReport(recipe.output, reports, table, words, pictures, page, merged, "evaluate")
 
 
 def _page(run: Path, steps: Sequence[str], learned: str) -> Path:

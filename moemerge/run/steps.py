@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -11,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moemerge.artifacts.checksums import MANIFEST
 from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, write_whole
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
-from moemerge.artifacts.manifest import Manifest, read_manifest
+from moemerge.artifacts.manifest import Manifest, expect_stage, read_manifest
+from moemerge.artifacts.result import Result, data_frame, html_table
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
 from moemerge.evaluation.report import outdated
@@ -25,6 +28,9 @@ from moemerge.options.base import Run
 from moemerge.options.combine import Combine
 from moemerge.options.recipe import Recipe
 from moemerge.stages import STAGES
+
+if TYPE_CHECKING:
+    import pandas
 
 LOCK = ".lock"
 BEAT = 30.0  # seconds
@@ -67,15 +73,51 @@ Tell = Callable[[StepReport], None]
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished run: folder, what became of each step, final table, pictures and page, the merged model."""
+    """A finished run: folder, what became of each step, final table, pictures and page, the merged model.
+
+    overview: the table as text. shown: the step that it shows.
+    """
 
     output: Path
     steps: list[StepReport]
-    table: str
+    overview: str
     verdict: str
     pictures: list[Path]
     page: Path
     merged: Path
+    shown: str
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.output
+
+    @property
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """The results of every step."""
+        return {step.name: step.results for step in self.steps}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the final table."""
+        return open_result(self.output / self.shown).rows()
+
+    def table(self) -> pandas.DataFrame:
+        """The final table as a DataFrame. Raises UnsupportedError where pandas is not installed."""
+        return data_frame(self.rows())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        verdict, page = (f"<p>{html.escape(text)}</p>" for text in (self.verdict, str(self.page)))
+        return verdict + html_table(self.rows()) + page
+
+
+def open_result(folder: str | os.PathLike) -> Result:
+    """The Result of a stage that ran before, from its folder.
+
+    Raises ArtifactError if no stage wrote it.
+    """
+    stage = expect_stage(Path(folder), *STAGES)["stage"]
+    return STAGES.get(stage).opened(Path(folder))
 
 
 def run_steps(

@@ -1,6 +1,6 @@
 """The stages, a row each, in pipeline order: commands, flags, the Python door and headlines follow from here.
 
-To add one: its file beside this one, its options in options/, a row, and two lines in moemerge/__init__.py
+To add one: its file beside this one, its options in options/, a row, and a line in moemerge/__init__.py
 (docs/extending.md). Importing this loads no stage.
 """
 
@@ -160,5 +160,5 @@ ROWS = (
     ),
 )
 
-STAGES: Registry[Stage[Any]] = Registry("stage", {row.name: row.function for row in ROWS})
+STAGES: Registry[Stage] = Registry("stage", {row.name: row.function for row in ROWS})
 OPTIONS: Registry[type[Run]] = Registry("stage", {row.name: row.options for row in ROWS})

@@ -22,7 +22,15 @@ from moemerge.data.reading import read_pairs
 from moemerge.errors import ArtifactError, DataError, unknown
 from moemerge.fitting import choice as rule
 from moemerge.fitting.choice import Judged
-from moemerge.fitting.choice_report import PICTURE, Shown, draw, in_parts_sentence, sentence, tables
+from moemerge.fitting.choice_report import (
+    PICTURE,
+    Shown,
+    candidate_rows,
+    draw,
+    in_parts_sentence,
+    sentence,
+    tables,
+)
 from moemerge.options.choose import Choose
 from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section, write_report
@@ -32,7 +40,7 @@ log = logging.getLogger(__name__)
 Scores = dict[str, dict[int, float]]  # by model: score differences by the pair's row
 
 
-@stage("choose", Choose)
+@stage("choose", Choose, rows=candidate_rows)
 def choose(options: Choose, draft: Draft) -> None:
     """Write which candidate is taken: choice.json, report.html, report.md and accuracy.png.
 

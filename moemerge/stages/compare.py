@@ -19,7 +19,15 @@ from moemerge.artifacts.manifest import expect_stage, written_by_stages
 from moemerge.artifacts.stage import RECIPE_COPY, Draft, stage
 from moemerge.errors import ArtifactError, unknown
 from moemerge.evaluation import verdict
-from moemerge.evaluation.report import COSTS, FORMAT, SeedComparison, SeedGroup, SeedNumbers, read_report
+from moemerge.evaluation.report import (
+    COSTS,
+    FORMAT,
+    SeedComparison,
+    SeedGroup,
+    SeedNumbers,
+    read_comparison,
+    read_report,
+)
 from moemerge.options.compare import Compare
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line, Panel
@@ -34,7 +42,22 @@ FEW_SEEDS, SHOWN = 3, 4
 Values = dict[str, float]
 
 
-@stage("compare", Compare)
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each measure of each model in each group of runs."""
+    for group in read_comparison(folder)["groups"]:
+        for measure, models in group["measures"].items():
+            for model, numbers in models.items():
+                low, high = numbers.get("interval") or (None, None)
+                yield {
+                    "group": group["title"],
+                    "measure": measure,
+                    "model": model,
+                    **{name: numbers.get(name) for name in ("mean", "sd", "difference")},
+                    **{"low": low, "high": high, "p": numbers.get("p")},
+                }
+
+
+@stage("compare", Compare, rows=_rows)
 def compare(options: Compare, draft: Draft) -> None:
     """Compare models over runs with different seeds; writes compare.json, compare.md, report.html and plots.
 

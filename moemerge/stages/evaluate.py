@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -20,12 +21,12 @@ from moemerge.errors import OptionError, unknown
 from moemerge.evaluation import gold, protocol
 from moemerge.evaluation.cautions import equal_models
 from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores
-from moemerge.evaluation.measures import main_numbers
+from moemerge.evaluation.measures import main_numbers, model_rows
 from moemerge.evaluation.page import evaluation_sections
 from moemerge.evaluation.probes import PROBES, expand
 from moemerge.evaluation.probes.accuracy import check_sections
 from moemerge.evaluation.probes.base import Probe
-from moemerge.evaluation.report import FORMAT, ModelFacts, Probes, Report, TimedFacts
+from moemerge.evaluation.report import FORMAT, ModelFacts, Probes, Report, TimedFacts, read_report
 from moemerge.evaluation.sets import (
     EvaluationSet,
     by_kind,
@@ -47,7 +48,11 @@ from moemerge.reports.provenance import provenance_section
 log = logging.getLogger(__name__)
 
 
-@stage("evaluate", Evaluate)
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    return model_rows(read_report(folder))
+
+
+@stage("evaluate", Evaluate, rows=_rows)
 def evaluate(options: Evaluate, draft: Draft) -> None:
     """Score every model on every set, once, and run the probes on the scores.
 

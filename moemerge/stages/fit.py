@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moemerge.artifacts.origin import with_base
+from moemerge.artifacts.result import Result
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
@@ -24,7 +25,7 @@ from moemerge.fitting.methods import METHODS
 from moemerge.fitting.objectives.base import mixture
 from moemerge.fitting.pair_objective import PairObjective
 from moemerge.fitting.problem import FitOutcome, FitProblem
-from moemerge.fitting.report import write_report
+from moemerge.fitting.report import coefficient_rows, write_report
 from moemerge.fitting.splits import hold_out
 from moemerge.fitting.targets import Targets
 from moemerge.merging import distributed
@@ -39,11 +40,12 @@ from moemerge.models.state_store import StateStore
 from moemerge.models.token_limits import check_config
 from moemerge.options.base import Coordinates
 from moemerge.options.fit import Fit
+from moemerge.options.signature import with_options_of
 
 log = logging.getLogger(__name__)
 
 
-@stage("fit", Fit, shares_work=True, complete=with_base)
+@stage("fit", Fit, shares_work=True, complete=with_base, rows=coefficient_rows)
 def fit(options: Fit, draft: Draft) -> None:
     """Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
 
@@ -76,20 +78,20 @@ def fit(options: Fit, draft: Draft) -> None:
     write_report(draft, coefficients, outcome, source.member_names[source.has_shared :])
 
 
+@with_options_of(Fit, without=("model",))
 def fit_models(
-    models: Sequence[str | Path],
-    pairs: str | Path | None,
-    output: str | Path,
-    base: str | Path | None = None,
+    models: Sequence[str | PathLike],
+    pairs: str | PathLike | None,
+    output: str | PathLike,
+    base: str | PathLike | None = None,
     **options: Any,
-) -> Path:
+) -> Result:
     """Merge coefficients for whole models of one architecture: `fit(models=..., pairs=..., output=..., ...)`.
 
     `options` are those of `moemerge fit`: scope, method, shared_weight, ... Returns `output`, which
     `merge_models` takes as coefficients; raises as fit does.
     """
-    members = {"models": [str(model) for model in models], "base": base and str(base)}
-    return fit(output=output, pairs=pairs and str(pairs), **members, **options)
+    return fit(output=output, pairs=pairs, models=list(models), base=base, **options)
 
 
 def _opened(options: Fit) -> MergeSource:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.artifacts.origin import with_base
+from moemerge.artifacts.result import Result
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
 from moemerge.merging.average import as_average, as_changes, row_chunks, shared_of_sum
@@ -28,6 +30,7 @@ from moemerge.models.device import one_thread, use_device
 from moemerge.models.finite import finite, magnitude
 from moemerge.options.base import OURS, SCALE_OF_SUM
 from moemerge.options.merge import Merge
+from moemerge.options.signature import with_options_of
 
 if TYPE_CHECKING:
     from moemerge.merging.mergekit.methods import HostMethod
@@ -84,22 +87,23 @@ class _Way(Protocol):
     def merged(self, tensor: MergedTensor) -> Tensor: ...
 
 
+@with_options_of(Merge, without=("model", "weights"))
 def merge_models(
-    models: Sequence[str | Path],
-    output: str | Path,
-    base: str | Path | None = None,
-    coefficients: str | Path | Sequence[float] | None = None,
+    models: Sequence[str | PathLike],
+    output: str | PathLike,
+    base: str | PathLike | None = None,
+    coefficients: str | PathLike | Sequence[float] | None = None,
     **options: Any,
-) -> Path:
+) -> Result:
     """Merge whole models of one architecture: `merge(models=..., output=..., ...)`.
 
     `coefficients` is the folder that `fit_models` wrote, or one weight per model, the base first if there is
     one (default: equal). `options` are those of `moemerge merge`: scope, method, parameters, dtype, ...
     Returns `output`; raises as merge does.
     """
-    members: dict[str, Any] = {"models": [str(model) for model in models], "base": base and str(base)}
-    if isinstance(coefficients, str | Path):
-        members["coefficients"] = str(coefficients)
+    members: dict[str, Any] = {"models": list(models), "base": base}
+    if isinstance(coefficients, str | PathLike):
+        members["coefficients"] = coefficients
     elif coefficients is not None:
         members["weights"] = list(coefficients)
     return merge(output=output, **members, **options)

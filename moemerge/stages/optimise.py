@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.json_file import read_object, write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.pairs import CandidateSet, as_answer
@@ -43,7 +43,16 @@ TITLES = {
 UNITS = {"gold": "gold score", "proxy": "own score", "kl": "KL"}
 
 
-@stage("optimise", Optimise)
+def _rows(folder: Path) -> Iterator[Row]:
+    """Each model at each step that was measured: gold, proxy and KL with their intervals."""
+    report = read_object(folder / "report.json")
+    for model, curves in report["models"].items():
+        for number, step in enumerate(report["steps"]):
+            ends = [name + end for name in MEASURED for end in ("", "_low", "_high")]
+            yield {"model": model, "step": step, **{name: curves[name][number] for name in ends}}
+
+
+@stage("optimise", Optimise, rows=_rows)
 def optimise(options: Optimise, draft: Draft) -> None:
     """Optimise the policy against each reward model; measure gold, proxy and KL on prompts set aside.
 

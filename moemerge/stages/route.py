@@ -6,7 +6,8 @@ Shapes: L layers with experts, N routed experts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,12 @@ PROBE_SHARED_WEIGHT = 0.5
 log = logging.getLogger(__name__)
 
 
-@stage("route", Route)
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each layer's gates: mean weight of the shared expert, entropy in nats, the other experts' shares."""
+    return _layer_rows(RoutingStatistics.load(folder))
+
+
+@stage("route", Route, rows=_rows)
 def route(options: Route, draft: Draft) -> None:
     """Write routing statistics by subset and side: statistics.safetensors, routing.md, gate_mass.png.
 
@@ -156,16 +162,21 @@ def _report(tables: Sequence[Table], pictures: Sequence[str]) -> str:
 
 
 def _layer_table(statistics: RoutingStatistics) -> Table:
-    experts = [f"expert {i}" for i in range(statistics.num_experts)]
-    columns = [statistics.shared_mass_L(), statistics.entropy_L(), *statistics.gate_mass_LN().T]
-    rows = zip(statistics.layers, *(column.tolist() for column in columns), strict=True)
+    rows = [*_layer_rows(statistics)]
     return Table(
         "Gate mass per layer",
-        ["layer", "shared", "entropy", *experts],
-        [[str(number), *(f"{value:.4f}" for value in values)] for number, *values in rows],
+        [*rows[0]],
+        [[str(number), *(f"{value:.4f}" for value in values)] for number, *values in map(dict.values, rows)],
         "shared: mean gate weight of the shared expert. entropy: of the routing probabilities, in nats. "
         "experts: shares of the routed gate mass.",
     )
+
+
+def _layer_rows(statistics: RoutingStatistics) -> Iterator[dict[str, Any]]:
+    names = ["layer", "shared", "entropy", *(f"expert {i}" for i in range(statistics.num_experts))]
+    columns = [statistics.shared_mass_L(), statistics.entropy_L(), *statistics.gate_mass_LN().T]
+    for values in zip(statistics.layers, *(column.tolist() for column in columns), strict=True):
+        yield dict(zip(names, values, strict=True))
 
 
 def _group_table(statistics: RoutingStatistics) -> Table:

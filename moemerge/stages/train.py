@@ -27,13 +27,13 @@ from moemerge.models.token_limits import check_config
 from moemerge.options.train import Train
 from moemerge.training.lookahead import check_candidates
 from moemerge.training.losses import LOSSES
-from moemerge.training.report import results, write_history
+from moemerge.training.report import logged_rows, results, write_history
 from moemerge.training.trials import Bench, best_model, trials_of
 
 log = logging.getLogger(__name__)
 
 
-@stage("train", Train)
+@stage("train", Train, rows=logged_rows)
 def train(options: Train, draft: Draft) -> None:
     """Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
 

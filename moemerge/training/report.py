@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moemerge.artifacts.json_file import write_json
+from moemerge.artifacts.json_file import read_list, write_json
 from moemerge.options.train import Train
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.plotting import panels
@@ -98,6 +98,11 @@ def write_history(history: list[dict[str, Any]], folder: Path) -> None:
         plots.append(Panel("Terms of the loss", terms, "step", "mean, without weight"))
     if plots:
         panels(plots, folder / "history.png", "Training")
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """The log that `write_history` wrote: a row per step at which anything was measured."""
+    return read_list(folder / "history.json")
 
 
 def _curves(history: Sequence[dict[str, Any]], names: dict[str, str]) -> dict[str, Line]:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from moemerge.artifacts import verify as verify_module
 from moemerge.artifacts.manifest import own_digest
-from moemerge.artifacts.stage import Draft, Stage
+from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.verify import verify, verify_folder
 from moemerge.artifacts.weight_files import Fault
 from moemerge.errors import ArtifactError
@@ -38,7 +38,7 @@ def write_shards(options: Copy, draft: Draft) -> None:
     (draft.folder / "config.json").write_text("{}")
 
 
-copy = Stage("copy", Copy, write_shards)
+copy = stage("copy", Copy)(write_shards)
 
 
 @pytest.fixture

@@ -209,6 +209,7 @@ def test_stage_writes_what_it_counted(moe: Path, pairs_file: Path, tmp_path: Pat
     assert results["dead_experts"] == {}
     assert (folder / "gate_mass.png").read_bytes().startswith(b"\x89PNG")
     assert f"{found.gate_mass_LN()[2, 1]:.4f}" in (folder / "routing.md").read_text()
+    assert folder.rows()[2]["expert 1"] == found.gate_mass()[2, 1] and len(folder.rows()) == len(found.layers)
 
 
 def test_dead_experts_are_reported(tmp_path: Path, pairs_file: Path) -> None:

@@ -24,7 +24,7 @@ from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.inputs import inputs_of
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.artifacts.stage import Draft, Stage
+from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.staleness import why_stale
 from moemerge.artifacts.verify import verify_folder
 from moemerge.artifacts.workspace import workspace
@@ -56,14 +56,14 @@ def nothing(draft: Draft) -> None:
 
 
 HOOK: Callable[[Draft], object] = nothing
-write = Stage("write", Write, body)
+write = stage("write", Write)(body)
 
 
 class Grade(GoldSource, Run):
     """Options of a stage that calls a function of the user's."""
 
 
-grade = Stage("grade", Grade, lambda options, draft: None)
+grade = stage("grade", Grade)(lambda options, draft: None)
 
 
 @pytest.fixture
@@ -554,7 +554,7 @@ def wait(draft):
 t.HOOK = wait
 class Stages:
     def get(self, name):
-        return t.Stage("synthetic", synthetic.Synthetic, lambda options, draft: wait(draft))
+        return t.stage("synthetic", synthetic.Synthetic)(lambda options, draft: wait(draft))
 moemerge.stages.STAGES = Stages()
 cli.main(["synthetic", "--output", sys.argv[2]])
 """

@@ -29,7 +29,7 @@ from moemerge.run.baselines import scored_names
 from moemerge.run.budget import shortfalls
 from moemerge.run.faults import find_faults
 from moemerge.run.plan import plan
-from moemerge.run.steps import RunReport
+from moemerge.run.steps import RunReport, open_result
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.train import train
@@ -359,7 +359,7 @@ def test_a_study_ends_with_its_comparison(study: RunReport) -> None:
         assert group["measures"]["accuracy in_distribution"][name]["mean"] == numbers["accuracy"]
     assert all(costs["tokens_per_second"] > 0 for costs in group["costs"].values())
     assert "merge-uniform against control, 1 seed." in study.verdict
-    assert study.table.startswith("### 8 models")
+    assert study.overview.startswith("### 8 models")
     assert study.pictures[0].exists() and study.merged == out / "seed-4/merge-uniform"
 
 
@@ -391,3 +391,34 @@ def test_a_second_run_finds_everything_valid_and_compare_takes_the_folder(
     assert {step.reason for step in again.steps} == {None}
     compare(runs=[str(study.output)], output=tmp_path / "c")
     assert (tmp_path / "c/compare.md").read_text() == (study.output / "compare/compare.md").read_text()
+
+
+def test_the_tables_of_steps_say_what_their_files_say(study: RunReport) -> None:
+    run = study.output / "seed-4"
+    rows = {name: open_result(run / name).rows() for name in ("train", "fit-uniform", "evaluate", "upcycle")}
+    assert rows["train"] == json.loads((run / "train/history.json").read_text())
+    blocks = json.loads((run / "fit-uniform/coefficients.json").read_text())["blocks"]
+    shown = [[row["block"], row["shared"], *list(row.values())[2:]] for row in rows["fit-uniform"]]
+    assert shown == [[block["block"], block["shared"], *block["alpha"]] for block in blocks]
+    report = json.loads((run / "evaluate/report.json").read_text())
+    accuracy = report["probes"]["accuracy"]["sets"]["in_distribution"]["all"]["models"]
+    title = "accuracy in_distribution"
+    for row in rows["evaluate"]:
+        numbers = accuracy[row["model"]]
+        assert [row[f"{title}{end}"] for end in ("", " low", " high")] == [
+            numbers["accuracy"],
+            *numbers["interval"],
+        ]
+        assert row.get(f"{title} minus {report['baseline']}") == numbers.get("vs_baseline", {}).get(
+            "difference"
+        )
+    assert {"name": "num_routed_experts", "value": 3} in rows["upcycle"]
+    (group,) = json.loads((study.output / "compare/compare.json").read_text())["groups"]
+    assert study.rows() == open_result(study.output / "compare").rows()
+    assert {(row["measure"], row["model"], row["mean"]) for row in study.table().to_dict("records")} == {
+        (measure, model, numbers["mean"])
+        for measure, models in group["measures"].items()
+        for model, numbers in models.items()
+    }
+    assert study.numbers["seed-4/evaluate"]["models"].keys() == report["models"].keys()
+    assert study.path == study.output and "merge-uniform against control" in study._repr_html_()

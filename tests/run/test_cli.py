@@ -26,7 +26,7 @@ from small_reports import report_of
 import moemerge
 from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.artifacts.stage import Draft, Stage
+from moemerge.artifacts.stage import Draft, Stage, stage
 from moemerge.errors import DataError
 from moemerge.options.base import Run
 from moemerge.options.evaluate import Evaluate
@@ -61,8 +61,8 @@ class FakeStages:
         self.options: Any = None
         self.fault: BaseException | None = None
 
-    def get(self, name: str) -> Stage[Any]:
-        return Stage(name, OPTIONS.get(name), self.body)
+    def get(self, name: str) -> Stage:
+        return stage(name, OPTIONS.get(name))(self.body)
 
     def body(self, options: Run, draft: Draft) -> None:
         self.options = options

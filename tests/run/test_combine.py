@@ -97,6 +97,17 @@ def test_of_members_that_know_different_things_a_merge_is_taken(combined: RunRep
         assert look[kind]["by_subset"][kind]["value"] > 0.9 > look[kind]["accuracy"]["value"]
 
 
+def test_the_table_is_that_of_the_choice(combined: RunReport) -> None:
+    told = choice(combined.output)["models"]
+    table = combined.table().set_index("model")
+    assert list(table.index) == list(told)
+    for name, numbers in told.items():
+        assert table.loc[name, ["accuracy", "accuracy low"]].tolist() == [
+            numbers["accuracy"]["value"],
+            numbers["accuracy"]["low"],
+        ]
+
+
 def test_the_winner_is_an_ordinary_checkpoint_with_a_card(combined: RunReport) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(combined.merged)
     assert model.config.num_labels == 1
@@ -123,7 +134,7 @@ def test_what_is_done_is_not_done_again(combined: RunReport, world: Path) -> Non
     before = combined.page.stat().st_mtime_ns
     again = combine(**given(world), output=world / "best")
     assert [step.name for step in again.steps if step.reason is not None] == []
-    assert (again.verdict, again.table, again.page) == (combined.verdict, combined.table, combined.page)
+    assert (again.verdict, again.overview, again.page) == (combined.verdict, combined.overview, combined.page)
     assert again.page.stat().st_mtime_ns == before
 
 

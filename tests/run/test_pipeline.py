@@ -18,7 +18,7 @@ from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import read_manifest
-from moemerge.artifacts.stage import Draft, Stage
+from moemerge.artifacts.stage import Draft, Stage, stage
 from moemerge.errors import ArtifactError, Faults, OptionError
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation import report as report_file
@@ -52,8 +52,8 @@ class FakeStages:
         self.calls: list[str] = []
         self.kill_in = ""
 
-    def get(self, name: str) -> Stage[Any]:
-        return Stage(name, OPTIONS.get(name), self.body)
+    def get(self, name: str) -> Stage:
+        return stage(name, OPTIONS.get(name))(self.body)
 
     def body(self, options: Run, draft: Draft) -> None:
         self.calls.append(options.output.name)
@@ -145,7 +145,7 @@ def test_runs_in_order_and_skips_what_is_valid(folder: Path, stages: FakeStages)
     second = pipeline.run_recipe("recipe.yml")
     assert stages.calls == []
     assert all(step.reason is None for step in second.steps)
-    assert second.table == first.table and second.merged == folder / "out/merge-learned"
+    assert second.overview == first.overview and second.merged == folder / "out/merge-learned"
 
 
 def test_changed_option_reruns_from_there(folder: Path, stages: FakeStages) -> None:
@@ -305,7 +305,7 @@ def test_no_secret_gets_into_the_copy_of_the_recipe(folder: Path, stages: FakeSt
 def test_summary_and_recipe_are_written(folder: Path, stages: FakeStages) -> None:
     report = pipeline.run_recipe("recipe.yml")
     text = (folder / "out/summary.md").read_text()
-    assert report.table in text and text.rstrip().endswith(report.verdict)
+    assert report.overview in text and text.rstrip().endswith(report.verdict)
     assert Recipe(**json.loads((folder / "out/recipe.json").read_text())).also_merge == ["usage"]
 
 

@@ -61,6 +61,10 @@ def test_the_proxy_rises_and_a_hack_is_found(given: dict[str, Any], tmp_path: Pa
     last = [row for row in rows if row["model"] == "w5" and row["step"] == 24]
     assert len(rows) == 2 * 4 * 64 and np.mean([row["gold"] for row in last]) == hacked["gold"][-1]
     assert [row["gold"] for row in last] == [dislikes_w5("", row["answer"]) for row in last]
+    shown = [(row["model"], row["step"], row["gold_low"]) for row in out.rows()]
+    assert shown[4:] == [
+        ("w5", step, low) for step, low in zip(report["steps"], hacked["gold_low"], strict=True)
+    ]
     text = (out / "report.md").read_text()
     assert "| w5 minus w7 |" in text and (out / "optimise.png").stat().st_size > 1000
 

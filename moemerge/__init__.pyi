@@ -1,0 +1,1469 @@
+"""Upcycle a reward model into a mixture of experts, train it, and merge it back."""
+
+# Made from the options: `make stub` writes it anew. Do not edit.
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from moemerge.artifacts.result import Result as Result
+from moemerge.artifacts.verify import verify as verify
+from moemerge.artifacts.verify import verify_folder as verify_folder
+from moemerge.errors import ArtifactError as ArtifactError
+from moemerge.errors import CheckpointError as CheckpointError
+from moemerge.errors import DataError as DataError
+from moemerge.errors import Faults as Faults
+from moemerge.errors import MoemergeError as MoemergeError
+from moemerge.errors import OptionError as OptionError
+from moemerge.errors import UnsupportedError as UnsupportedError
+from moemerge.merging.coefficients import Coefficients as Coefficients
+from moemerge.models import modelling as modelling
+from moemerge.models.modelling import load_moe as load_moe
+from moemerge.models.routing import RoutingStatistics as RoutingStatistics
+from moemerge.run.check import check_recipe as check_recipe
+from moemerge.run.check import load_recipe as load_recipe
+from moemerge.run.pipeline import run_recipe as run_recipe
+from moemerge.run.steps import RunReport as RunReport
+from moemerge.run.steps import StepReport as StepReport
+from moemerge.run.steps import open_result as open_result
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+__version__: str
+
+def upcycle(
+    model: StrPath,
+    *,
+    output: StrPath,
+    num_routed_experts: int = 7,
+    num_experts_per_tok: int = 5,
+    shared_expert: bool = True,
+    layers: str = "all",
+    gate: Literal["xft", "topk", "prompt"] = "xft",
+    gate_shared_weight: float = 0.5,
+    router: Literal["linear", "mlp"] = "linear",
+    router_init: Literal["normal", "zero"] = "normal",
+    router_init_std: float = 0.02,
+    expert_noise: float = 0.0,
+    balance_coefficient: float = 0.01,
+    balance_loss: Literal["cv", "switch"] = "cv",
+    fresh_head: bool = False,
+    shard_size: int = 5000000000,
+    trust_remote_code: bool = False,
+    experts: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    heads: Literal["shared", "by_expert"] = "shared",
+    calibration: StrPath | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the MoE of `options.model`, and check on a probe batch that it equals the dense model.
+
+    A base language model or encoder, or with `fresh_head` any model that lacks its head, gets a fresh one
+    drawn from `seed`. With `experts` the routed experts are these models' MLPs, and nothing is compared: the
+    function is another one. Weights are read and written tensor by tensor, so no more than one shard is held.
+    Raises UnsupportedError for an unknown architecture and CheckpointError for a damaged model or when the
+    functions differ; UnsupportedError for experts of another architecture than the model's.
+
+    Options:
+        model: dense reward model, base LM or encoder: folder or hub name  [required]
+        output: folder to write; must not exist yet  [required]
+        num_routed_experts: routed experts per layer (N)  [default: 7]
+        num_experts_per_tok: routed experts per token (K)  [default: 5]
+        shared_expert: keep one expert that sees every token  [default: yes]
+        layers: which layers: all, first:4, last:4, or 0,2,5-7  [default: all]
+        gate: xft: the shared expert weighs 1 - the largest router probability, the routed ones the
+            rest; topk: renormalised, beside a shared expert of fixed weight; prompt: xft, one gate per
+            prompt (xft, topk, prompt)  [default: xft]
+        gate_shared_weight: shared expert's weight under gate topk  [default: 0.5]
+        router: router network (linear, mlp)  [default: linear]
+        router_init: router's last layer at the start; zero always picks the first K experts at first
+            (normal, zero)  [default: normal]
+        router_init_std: standard deviation of router_init: normal  [default: 0.02]
+        expert_noise: noise on the copies, in units of each matrix's standard deviation  [default: 0.0]
+        balance_coefficient: weight of the balance loss, kept in the config  [default: 0.01]
+        balance_loss: cv: squared variation of importance and load; switch: that of Switch Transformers
+            (cv, switch)  [default: cv]
+        fresh_head: draw a new reward head where the model's own is missing or under another name (a
+            plain base model always gets one)  [default: no]
+        shard_size: largest shard in bytes  [default: 5000000000]
+        trust_remote_code: run code that comes with the model  [default: no]
+        experts: two models or more of the same architecture: the routed experts are their MLPs, one of
+            which a token takes unless num_experts_per_tok says otherwise; all else is the model's
+            (default: copies of the model's own MLPs)
+        heads: shared: the model's own head; by_expert, with gate prompt and experts: a text is scored
+            by the head of the model whose MLPs it goes through (shared, by_expert)  [default: shared]
+        calibration: with heads by_expert: folder written by calibrate; each model's head is divided by
+            its scale
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def train(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    learning_rate: float = 1e-05,
+    expert_learning_rate: float | None = None,
+    router_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    warmup: float = 0.03,
+    schedule: Literal["linear", "cosine", "constant"] = "linear",
+    max_grad_norm: float = 1.0,
+    trainable: Literal["full", "experts", "lora"] = "full",
+    train_layers: str = "all",
+    lora_rank: int = 16,
+    lora_alpha: float = 32.0,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = False,
+    eval_steps: int | None = None,
+    patience: int | None = 3,
+    choose_by: Literal["loss", "accuracy"] = "loss",
+    shared_dropout: float = 0.0,
+    router_temperature: float = 1.0,
+    temperature_share: float = 0.5,
+    top1_warmup: float = 0.0,
+    assign: Literal["router", "subset", "shards"] = "router",
+    assign_share: float = 0.5,
+    assign_order: Sequence[str] = [],
+    objectives: Mapping[str, float] = {"bradley_terry": 1.0},
+    label_smoothing: float = 0.0,
+    margin: Literal["none", "column"] = "none",
+    center: float = 0.0,
+    language_head: StrPath | None = None,
+    policy_temperature: float = 0.1,
+    language_form: Literal["mean", "sigmoid"] = "mean",
+    contrast_temperature: float = 0.05,
+    contrast_dropout: float = 0.1,
+    lookahead: StrPath | None = None,
+    lookahead_rate: float = 0.01,
+    lookahead_sets: int = 4,
+    fresh_head: bool = False,
+    search: Mapping[str, Sequence[float]] = {},
+    validation: StrPath | None = None,
+    flops_of: StrPath | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
+
+    Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
+    that stand best by `choose_by` are kept, which may be those of the start (best_step 0). A killed run,
+    started again with equal options, goes on from its last checkpoint, and on CPU ends with the very same
+    weights. Also writes history.json and history.png. Losses are in nats, `seconds` those since the last
+    start.
+    Raises OptionError, DataError, CheckpointError or UnsupportedError.
+
+    Options:
+        model: MoE or dense reward model, or a base model (fresh head): folder or hub name  [required]
+        pairs: training pairs  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        epochs: passes over the training pairs  [default: 1.0]
+        max_steps: optimiser steps; overrides epochs
+        batch_size: pairs per device and step  [default: 8]
+        gradient_accumulation: batches per optimiser step  [default: 1]
+        learning_rate: learning rate of all that has none of its own  [default: 1e-05]
+        expert_learning_rate: learning rate of experts, the shared one too, or of a dense model's MLPs
+            (default: learning_rate)
+        router_learning_rate: learning rate of routers (default: learning_rate)
+        weight_decay: AdamW weight decay  [default: 0.0]
+        warmup: share of steps with rising learning rate  [default: 0.03]
+        schedule: learning rate after warm-up (linear, cosine, constant)  [default: linear]
+        max_grad_norm: gradient clipping  [default: 1.0]
+        trainable: full; experts: experts, routers and head; lora: those plus LoRA on attention (full,
+            experts, lora)  [default: full]
+        train_layers: transformer layers that train; the head always does  [default: all]
+        lora_rank: rank of LoRA on attention  [default: 16]
+        lora_alpha: scale of LoRA on attention  [default: 32.0]
+        precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
+            auto]
+        gradient_checkpointing: less memory, about a third more time  [default: no]
+        group_by_length: batches of similar length: faster where lengths vary, but a less random order
+            [default: no]
+        eval_steps: steps between evaluations (default: ten per run)
+        patience: evaluations without progress before stopping; none: never  [default: 3]
+        choose_by: what chooses steps and trials on validation pairs; loss minds how sure the scores
+            are, accuracy only their order (and takes the first of equals) (loss, accuracy)  [default:
+            loss]
+        shared_dropout: chance that a pair is scored without the shared expert, in all layers  [default:
+            0.0]
+        router_temperature: divides the router's logits at the first step, then falls or rises to 1
+            [default: 1.0]
+        temperature_share: share of steps after which the router's temperature is 1  [default: 0.5]
+        top1_warmup: share of steps with one routed expert per token, at the start  [default: 0.0]
+        assign: who picks a pair's routed expert at the start: its router, subset, or random shard
+            (router, subset, shards)  [default: router]
+        assign_share: share of steps with experts by subset or shard  [default: 0.5]
+        assign_order: subsets of expert 0, 1, ..., and round again (default: all, by name)
+        objectives: what training minimises, with weights (0: left out): bradley_terry, on labels;
+            policy, DPO on the same pairs by a language head on the trunk; language, likely chosen
+            answers by it; contrast, which tells the pairs of a batch apart by their states' differences
+            [default: bradley_terry=1.0]
+        label_smoothing: bradley_terry: share of labels that are assumed wrong  [default: 0.0]
+        margin: bradley_terry: margin that chosen must win by: the data's margin column (none, column)
+            [default: none]
+        center: weight of mean (chosen score + rejected score)^2, which keeps scores near 0  [default:
+            0.0]
+        language_head: policy and language: the language model that the reward model was made from,
+            whose head is used, frozen (default: the model's own head, or its embeddings where the
+            architecture ties them)
+        policy_temperature: policy: factor on log-odds; language_form sigmoid: on the log-probability
+            [default: 0.1]
+        language_form: language: -log pi per token of the chosen answer; sigmoid: GRM's, -log sigmoid of
+            policy_temperature times their sum (mean, sigmoid)  [default: mean]
+        contrast_temperature: contrast: divides cosines  [default: 0.05]
+        contrast_dropout: contrast: share of a state's numbers that each of its two views lacks
+            [default: 0.1]
+        lookahead: MetaRM: sets of three or more answers of the policy, whose gold is not used;
+            gradients are taken where the model tells these answers further apart
+        lookahead_rate: lookahead: its step against the weights' norm  [default: 0.01]
+        lookahead_sets: lookahead: sets per batch  [default: 4]
+        fresh_head: draw a new reward head where the model's own is missing or under another name (a
+            plain base model always gets one)  [default: no]
+        search: values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses
+        validation: held-out pairs for early stopping and search
+        flops_of: train longer: for as many FLOPs as these options take with this model, such as a MoE
+        trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def route(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    max_pairs: int | None = None,
+    batch_tokens: int = 8192,
+    diversity: Literal["none", "weights", "all"] = "none",
+    probe_pairs: int = 200,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write routing statistics by subset and side: statistics.safetensors, routing.md, gate_mass.png.
+
+    Padding is never counted; batches change nothing beyond rounding. With `diversity`, also how the experts
+    differ: diversity.json, heat maps, more tables. Raises CheckpointError if the model is no MoE, DataError
+    for unusable pairs.
+
+    Options:
+        model: MoE folder  [required]
+        pairs: preference pairs  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        max_pairs: number of pairs to use, the first ones (default: all)
+        batch_tokens: tokens per forward pass  [default: 8192]
+        diversity: how experts differ; weights: their updates; all: also verdicts, loss barriers and
+            speculative experts (with 7 experts 100 passes over probe_pairs) (none, weights, all)
+            [default: none]
+        probe_pairs: with diversity all: number of pairs to use, the first ones  [default: 200]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def calibrate(
+    models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    max_pairs: int | None = None,
+    batch_tokens: int = 8192,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write each model's scale, with an interval: calibration.json, for merge and fit, and calibration.md.
+
+    A scale is the median difference, whatever its sign, of the scores of two answers to one prompt, over
+    0.6745: their standard deviation where they are normal. Labels are not used. One model is in memory at a
+    time. Raises DataError for unusable pairs and for a model that gives most answers the same score.
+
+    Options:
+        models: folders or hub names; without name= each gets its own  [required]
+        pairs: two answers a prompt; which one is better does not matter  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        max_pairs: use the first so many pairs
+        batch_tokens: tokens per forward pass  [default: 8192]
+        resamples: bootstrap resamples for the intervals  [default: 1000]
+        confidence: of the intervals  [default: 0.95]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def changes(
+    models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    base: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    pairs: StrPath | None = None,
+    max_pairs: int | None = None,
+    batch_tokens: int = 8192,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write sizes, cosines and sign conflicts of the models' changes: changes.json, changes.md, cosine.png.
+
+    With `pairs` also the loss barriers between models, on the straight line from one to another: for M models
+    3/2 M (M - 1) + M passes of one of them over the pairs, and all are in memory; without, one tensor of each
+    is at a time. Raises UnsupportedError for models that do not go together, CheckpointError for one that is
+    not whole, DataError for unusable pairs. Source: TIES (arXiv 2306.01708); barriers: linear mode
+    connectivity (arXiv 1912.05671).
+
+    Options:
+        models: two models or more; without name= each gets its own  [required]
+        base: the model that all of them were trained from  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        pairs: labelled pairs: the loss barriers between the models are measured on them too
+        max_pairs: use the first so many pairs
+        batch_tokens: tokens per forward pass  [default: 8192]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def fit(
+    model: StrPath | None = None,
+    pairs: StrPath | None = None,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    models: Sequence[StrPath] = [],
+    base: StrPath | None = None,
+    scope: Literal["all", "body", "mlp"] = "all",
+    coordinates: Literal["average", "sum"] = "average",
+    calibration: StrPath | None = None,
+    method: str = "learned",
+    granularity: Literal["layer", "matrix", "group", "global"] = "layer",
+    initial: Literal["auto", "uniform", "usage", "usage_chosen", "one_hot"] = "auto",
+    initial_member: int = 0,
+    grid: Sequence[float] = [
+        0.0,
+        0.05,
+        0.1,
+        0.15,
+        0.2,
+        0.25,
+        0.3,
+        0.35,
+        0.4,
+        0.45,
+        0.5,
+        0.55,
+        0.6,
+        0.65,
+        0.7,
+        0.75,
+        0.8,
+        0.85,
+        0.9,
+        0.95,
+        1.0,
+    ],
+    shared_weight: float | Literal["match", "learned", "learned_global"] = 0.5,
+    scale: float = 2.0,
+    objectives: Mapping[str, float] = {"bradley_terry": 1.0},
+    label_smoothing: float = 0.0,
+    margin: Literal["none", "column", "strength"] = "none",
+    owners: Mapping[str, int] = {},
+    optimizer: str = "auto",
+    learning_rate: float = 0.05,
+    max_epochs: int = 30,
+    batch_size: int = 32,
+    micro_batch_size: int = 8,
+    kl: float = 0.0,
+    l2: float = 0.0,
+    patience: int = 5,
+    evals_per_epoch: int = 4,
+    holdout: float = 0.3,
+    folds: int = 0,
+    level: float = 0.05,
+    judge: Literal["calibrated", "preferences", "objective"] = "calibrated",
+    robust_rounds: int = 0,
+    robust_temperature: float = 1.0,
+    sensitivity: bool = True,
+    cache_memory: float = 1.0,
+    routing: StrPath | None = None,
+    validation: StrPath | None = None,
+    start: StrPath | None = None,
+    candidates: StrPath | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write merge coefficients: coefficients.safetensors and .json, report.json, fit.md, alpha.png.
+
+    uniform and one_hot need nothing but the members, usage routing statistics of the MoE, the others
+    preference pairs. Nothing but coefficients is fitted; models on disk are only read. Started by torchrun,
+    processes share the pairs and the first one writes. Raises OptionError when the method lacks an input,
+    CheckpointError for a foreign or damaged one, UnsupportedError for models that do not go together,
+    DataError for unusable pairs.
+
+    Options:
+        model: MoE folder
+        pairs: fitting pairs; needed by learned, grid and least_squares
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        models: in place of a MoE: models of one architecture; two or more, or one and base
+        base: with models: a reward model that is merged as a shared expert is; it gives config,
+            tokenizer and what is not merged (default: the first of models gives these, and nothing is
+            shared; with coordinates sum the start that moemerge train recorded in all models)
+        scope: with models: what is merged: all; body, which is all but the head; mlp (all, body, mlp)
+            [default: all]
+        coordinates: average: weights that sum to one; sum: changes from the base (of a MoE: from the
+            shared expert) are added, W = base + sum_i c_i (W_i - base), with any c (average, sum)
+            [default: average]
+        calibration: with models: folder written by calibrate; each model's scores are divided by its
+            scale first (saved coefficients know this of themselves)
+        method: uniform, usage, usage_chosen, one_hot, learned, grid, least_squares  [default: learned]
+        granularity: what shares a row of coefficients: a layer; a matrix with its bias; all layers'
+            MLPs, all layers' rest (attention, norms), the head, and what is in no layer, each (group);
+            everything (layer, matrix, group, global)  [default: layer]
+        initial: where methods that learn start; auto: usage if there is routing, else uniform;
+            usage_chosen: gate mass on chosen answers (auto, uniform, usage, usage_chosen, one_hot)
+            [default: auto]
+        initial_member: one_hot: number of the member that has all the weight  [default: 0]
+        grid: method grid: the shared weights to try  [default: 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3,
+            0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
+        shared_weight: weight of the shared member: a number in [0, 1], match (as in routing), learned
+            (per block, as granularity says) or learned_global (one for all) (match, learned,
+            learned_global)  [default: 0.5]
+        scale: coordinates sum: what the c sum to at the start; the heads' sum to one  [default: 2.0]
+        objectives: what method learned minimises, with weights: bradley_terry, on labels; distillation,
+            to the MoE's scores; alignment, with each member on its own pairs, without labels  [default:
+            bradley_terry=1.0]
+        label_smoothing: bradley_terry: share of labels that are assumed wrong  [default: 0.0]
+        margin: bradley_terry: margin that chosen must win by: the data's margin column, or the MoE's
+            (the models' mean) own score difference (none, column, strength)  [default: none]
+        owners: for alignment and least_squares, subset=number of the member to which its pairs belong
+            (default: a MoE's routing decides; to a list of models all pairs belong alike)
+        optimizer: lbfgs, adam, cma; auto: lbfgs up to 2048 pairs, else adam  [default: auto]
+        learning_rate: of the coefficient logits (Adam)  [default: 0.05]
+        max_epochs: most passes over the fitting pairs (a generation of cma counts as one)  [default:
+            30]
+        batch_size: pairs per step (Adam)  [default: 32]
+        micro_batch_size: pairs per forward pass; changes memory, not results  [default: 8]
+        kl: weight of the KL divergence from the initial coefficients  [default: 0.0]
+        l2: pull towards the start, squared distance: of logits, or of a sum's c (of these in
+            least_squares too, whose error then counts in units of what one model's change makes of
+            outputs)  [default: 0.0]
+        patience: evaluations without progress before stopping  [default: 5]
+        evals_per_epoch: evaluations on held-out pairs per epoch (Adam)  [default: 4]
+        holdout: share of pairs held out when no validation pairs are given  [default: 0.3]
+        folds: 0, or number of parts: each is held out in turn, and the coefficients are averaged
+            [default: 0]
+        level: the initial coefficients are kept unless p on held-out pairs is below  [default: 0.05]
+        judge: loss that decides on held-out pairs: calibrated, which is Bradley-Terry after the best
+            factor on each candidate's scores, so that no scale is rewarded; preferences, which is
+            without; or what is fitted (calibrated, preferences, objective)  [default: calibrated]
+        robust_rounds: further rounds on pairs weighted by how badly the merged model ranks them
+            [default: 0]
+        robust_temperature: robust_rounds: weights are exp(loss / temperature); wrong labels gain too
+            [default: 1.0]
+        sensitivity: report what each layer's coefficients bring  [default: yes]
+        cache_memory: GB of memory for states of the layers below the first merged one, computed once
+            per batch; what does not fit goes into a file beside output; 0: computed anew; the results
+            are the same  [default: 1.0]
+        routing: folder written by route; needed by usage and match
+        validation: held-out pairs (default: a share of the fitting pairs)
+        start: coefficients of the same members to start from, in place of initial
+        candidates: robust_rounds: scored candidates, whose overrated answers become pairs
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def gate(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    max_pairs: int | None = None,
+    batch_tokens: int = 8192,
+    shard_size: int = 5000000000,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the MoE with routers fitted in closed form; gate.json says what routing is worth.
+
+    Every expert scores the pairs alone; how much better than the others it does on a prompt's pairs is
+    regressed (ridge) on the prompt's mean state, which is what a prompt gate sees, at the first layer with
+    experts; the layers above learn to choose alike. All else stays as it is. Raises UnsupportedError for a
+    MoE that does not choose one expert by the prompt, DataError for unusable pairs, and for pairs without
+    prompts or of a single one.
+
+    Options:
+        model: MoE folder of upcycle with experts, gate prompt and no shared_expert  [required]
+        pairs: preference pairs with many different prompts: they say which expert suits which prompt
+            [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        max_pairs: number of pairs to use, the first ones (default: all)
+        batch_tokens: tokens per forward pass  [default: 8192]
+        shard_size: largest shard in bytes  [default: 5000000000]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def merge(
+    model: StrPath | None = None,
+    coefficients: StrPath | None = None,
+    *,
+    output: StrPath,
+    models: Sequence[StrPath] = [],
+    base: StrPath | None = None,
+    scope: Literal["all", "body", "mlp"] = "all",
+    coordinates: Literal["average", "sum"] = "average",
+    calibration: StrPath | None = None,
+    method: str = "routing_normalized_average",
+    parameters: Mapping[str, float | bool | str] = {},
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
+    shard_size: int = 5000000000,
+    weights: Sequence[float] = [],
+    scale: float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the dense model: what `options` name is merged by `options.method`, everything else is kept.
+
+    From a MoE the MLPs are merged, from models what `scope` says. Keeps class, config, tokenizer, chat
+    template and, unless another is asked for, dtype. Holds one shard at once. Our average is compared with
+    a sum in float64 before it is written; everything is read back and compared with it, bit for bit.
+    Raises CheckpointError when tensors are missing, left over, misshapen or not finite, when the coefficients
+    belong to another model, or when a comparison fails; UnsupportedError for models that do not go together;
+    OptionError for what the method does not take. Source: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724);
+    of models: WARM (arXiv 2401.12187), DogeRM (arXiv 2407.01470); other methods: mergekit (arXiv 2403.13257).
+
+    Options:
+        model: MoE folder
+        coefficients: folder written by fit; a method of mergekit takes them as its weight
+        output: folder to write; must not exist yet  [required]
+        models: in place of a MoE: models of one architecture; two or more, or one and base
+        base: with models: a reward model that is merged as a shared expert is; it gives config,
+            tokenizer and what is not merged (default: the first of models gives these, and nothing is
+            shared; with coordinates sum the start that moemerge train recorded in all models)
+        scope: with models: what is merged: all; body, which is all but the head; mlp (all, body, mlp)
+            [default: all]
+        coordinates: average: weights that sum to one; sum: changes from the base (of a MoE: from the
+            shared expert) are added, W = base + sum_i c_i (W_i - base), with any c (average, sum)
+            [default: average]
+        calibration: with models: folder written by calibrate; each model's scores are divided by its
+            scale first (saved coefficients know this of themselves)
+        method: our own, or a method of mergekit: linear, ties, karcher, ...  [default:
+            routing_normalized_average]
+        parameters: of a method of mergekit, e.g. density=0.5, for all experts
+        dtype: dtype of the result; keep: that of the dense model (keep, float32, bfloat16, float16)
+            [default: keep]
+        shard_size: largest shard in bytes  [default: 5000000000]
+        weights: with models: a weight for each, the base first if there is one; no coefficients then;
+            their sum does not matter (default: equal). With coordinates sum: the c of each but the base
+        scale: coordinates sum: what the c sum to, if no weights are given (default: 2, so 2/M for each
+            of M models)
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def fit_models(
+    models: Sequence[StrPath],
+    pairs: StrPath | None,
+    output: StrPath,
+    base: StrPath | None = None,
+    *,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    scope: Literal["all", "body", "mlp"] = "all",
+    coordinates: Literal["average", "sum"] = "average",
+    calibration: StrPath | None = None,
+    method: str = "learned",
+    granularity: Literal["layer", "matrix", "group", "global"] = "layer",
+    initial: Literal["auto", "uniform", "usage", "usage_chosen", "one_hot"] = "auto",
+    initial_member: int = 0,
+    grid: Sequence[float] = [
+        0.0,
+        0.05,
+        0.1,
+        0.15,
+        0.2,
+        0.25,
+        0.3,
+        0.35,
+        0.4,
+        0.45,
+        0.5,
+        0.55,
+        0.6,
+        0.65,
+        0.7,
+        0.75,
+        0.8,
+        0.85,
+        0.9,
+        0.95,
+        1.0,
+    ],
+    shared_weight: float | Literal["match", "learned", "learned_global"] = 0.5,
+    scale: float = 2.0,
+    objectives: Mapping[str, float] = {"bradley_terry": 1.0},
+    label_smoothing: float = 0.0,
+    margin: Literal["none", "column", "strength"] = "none",
+    owners: Mapping[str, int] = {},
+    optimizer: str = "auto",
+    learning_rate: float = 0.05,
+    max_epochs: int = 30,
+    batch_size: int = 32,
+    micro_batch_size: int = 8,
+    kl: float = 0.0,
+    l2: float = 0.0,
+    patience: int = 5,
+    evals_per_epoch: int = 4,
+    holdout: float = 0.3,
+    folds: int = 0,
+    level: float = 0.05,
+    judge: Literal["calibrated", "preferences", "objective"] = "calibrated",
+    robust_rounds: int = 0,
+    robust_temperature: float = 1.0,
+    sensitivity: bool = True,
+    cache_memory: float = 1.0,
+    routing: StrPath | None = None,
+    validation: StrPath | None = None,
+    start: StrPath | None = None,
+    candidates: StrPath | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Merge coefficients for whole models of one architecture: `fit(models=..., pairs=..., output=..., ...)`.
+
+    `options` are those of `moemerge fit`: scope, method, shared_weight, ... Returns `output`, which
+    `merge_models` takes as coefficients; raises as fit does.
+
+    Options:
+        models: in place of a MoE: models of one architecture; two or more, or one and base
+        pairs: fitting pairs; needed by learned, grid and least_squares
+        output: folder to write; must not exist yet  [required]
+        base: with models: a reward model that is merged as a shared expert is; it gives config,
+            tokenizer and what is not merged (default: the first of models gives these, and nothing is
+            shared; with coordinates sum the start that moemerge train recorded in all models)
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        scope: with models: what is merged: all; body, which is all but the head; mlp (all, body, mlp)
+            [default: all]
+        coordinates: average: weights that sum to one; sum: changes from the base (of a MoE: from the
+            shared expert) are added, W = base + sum_i c_i (W_i - base), with any c (average, sum)
+            [default: average]
+        calibration: with models: folder written by calibrate; each model's scores are divided by its
+            scale first (saved coefficients know this of themselves)
+        method: uniform, usage, usage_chosen, one_hot, learned, grid, least_squares  [default: learned]
+        granularity: what shares a row of coefficients: a layer; a matrix with its bias; all layers'
+            MLPs, all layers' rest (attention, norms), the head, and what is in no layer, each (group);
+            everything (layer, matrix, group, global)  [default: layer]
+        initial: where methods that learn start; auto: usage if there is routing, else uniform;
+            usage_chosen: gate mass on chosen answers (auto, uniform, usage, usage_chosen, one_hot)
+            [default: auto]
+        initial_member: one_hot: number of the member that has all the weight  [default: 0]
+        grid: method grid: the shared weights to try  [default: 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3,
+            0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
+        shared_weight: weight of the shared member: a number in [0, 1], match (as in routing), learned
+            (per block, as granularity says) or learned_global (one for all) (match, learned,
+            learned_global)  [default: 0.5]
+        scale: coordinates sum: what the c sum to at the start; the heads' sum to one  [default: 2.0]
+        objectives: what method learned minimises, with weights: bradley_terry, on labels; distillation,
+            to the MoE's scores; alignment, with each member on its own pairs, without labels  [default:
+            bradley_terry=1.0]
+        label_smoothing: bradley_terry: share of labels that are assumed wrong  [default: 0.0]
+        margin: bradley_terry: margin that chosen must win by: the data's margin column, or the MoE's
+            (the models' mean) own score difference (none, column, strength)  [default: none]
+        owners: for alignment and least_squares, subset=number of the member to which its pairs belong
+            (default: a MoE's routing decides; to a list of models all pairs belong alike)
+        optimizer: lbfgs, adam, cma; auto: lbfgs up to 2048 pairs, else adam  [default: auto]
+        learning_rate: of the coefficient logits (Adam)  [default: 0.05]
+        max_epochs: most passes over the fitting pairs (a generation of cma counts as one)  [default:
+            30]
+        batch_size: pairs per step (Adam)  [default: 32]
+        micro_batch_size: pairs per forward pass; changes memory, not results  [default: 8]
+        kl: weight of the KL divergence from the initial coefficients  [default: 0.0]
+        l2: pull towards the start, squared distance: of logits, or of a sum's c (of these in
+            least_squares too, whose error then counts in units of what one model's change makes of
+            outputs)  [default: 0.0]
+        patience: evaluations without progress before stopping  [default: 5]
+        evals_per_epoch: evaluations on held-out pairs per epoch (Adam)  [default: 4]
+        holdout: share of pairs held out when no validation pairs are given  [default: 0.3]
+        folds: 0, or number of parts: each is held out in turn, and the coefficients are averaged
+            [default: 0]
+        level: the initial coefficients are kept unless p on held-out pairs is below  [default: 0.05]
+        judge: loss that decides on held-out pairs: calibrated, which is Bradley-Terry after the best
+            factor on each candidate's scores, so that no scale is rewarded; preferences, which is
+            without; or what is fitted (calibrated, preferences, objective)  [default: calibrated]
+        robust_rounds: further rounds on pairs weighted by how badly the merged model ranks them
+            [default: 0]
+        robust_temperature: robust_rounds: weights are exp(loss / temperature); wrong labels gain too
+            [default: 1.0]
+        sensitivity: report what each layer's coefficients bring  [default: yes]
+        cache_memory: GB of memory for states of the layers below the first merged one, computed once
+            per batch; what does not fit goes into a file beside output; 0: computed anew; the results
+            are the same  [default: 1.0]
+        routing: folder written by route; needed by usage and match
+        validation: held-out pairs (default: a share of the fitting pairs)
+        start: coefficients of the same members to start from, in place of initial
+        candidates: robust_rounds: scored candidates, whose overrated answers become pairs
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def merge_models(
+    models: Sequence[StrPath],
+    output: StrPath,
+    base: StrPath | None = None,
+    coefficients: StrPath | Sequence[float] | None = None,
+    *,
+    scope: Literal["all", "body", "mlp"] = "all",
+    coordinates: Literal["average", "sum"] = "average",
+    calibration: StrPath | None = None,
+    method: str = "routing_normalized_average",
+    parameters: Mapping[str, float | bool | str] = {},
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
+    shard_size: int = 5000000000,
+    scale: float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Merge whole models of one architecture: `merge(models=..., output=..., ...)`.
+
+    `coefficients` is the folder that `fit_models` wrote, or one weight per model, the base first if there is
+    one (default: equal). `options` are those of `moemerge merge`: scope, method, parameters, dtype, ...
+    Returns `output`; raises as merge does.
+
+    Options:
+        models: in place of a MoE: models of one architecture; two or more, or one and base
+        output: folder to write; must not exist yet  [required]
+        base: with models: a reward model that is merged as a shared expert is; it gives config,
+            tokenizer and what is not merged (default: the first of models gives these, and nothing is
+            shared; with coordinates sum the start that moemerge train recorded in all models)
+        coefficients: folder written by fit; a method of mergekit takes them as its weight
+        scope: with models: what is merged: all; body, which is all but the head; mlp (all, body, mlp)
+            [default: all]
+        coordinates: average: weights that sum to one; sum: changes from the base (of a MoE: from the
+            shared expert) are added, W = base + sum_i c_i (W_i - base), with any c (average, sum)
+            [default: average]
+        calibration: with models: folder written by calibrate; each model's scores are divided by its
+            scale first (saved coefficients know this of themselves)
+        method: our own, or a method of mergekit: linear, ties, karcher, ...  [default:
+            routing_normalized_average]
+        parameters: of a method of mergekit, e.g. density=0.5, for all experts
+        dtype: dtype of the result; keep: that of the dense model (keep, float32, bfloat16, float16)
+            [default: keep]
+        shard_size: largest shard in bytes  [default: 5000000000]
+        scale: coordinates sum: what the c sum to, if no weights are given (default: 2, so 2/M for each
+            of M models)
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def export(
+    model: StrPath | None = None,
+    coefficients: StrPath | None = None,
+    *,
+    output: StrPath,
+    models: Sequence[StrPath] = [],
+    base: StrPath | None = None,
+    scope: Literal["all", "body", "mlp"] = "all",
+    coordinates: Literal["average", "sum"] = "average",
+    calibration: StrPath | None = None,
+    form: Literal["dense", "qwen2_moe"] = "dense",
+    shard_size: int = 5000000000,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the members as dense checkpoints, and linear.yml if coefficients are given.
+
+    Of a MoE: shared/ (if there is one), expert-0/ ... expert-{N-1}/. What they have in common is stored once
+    and hard-linked, or copied where that cannot be; so rewrite such a file as a new one, not in place. Of a
+    list of models: those that are not the reward models which take part in the merge (a language model, or a
+    model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
+    they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
+    for stock transformers (see qwen2_moe). Raises CheckpointError for what is not whole and for
+    coefficients of another source, UnsupportedError for a MoE that the form cannot express.
+
+    Options:
+        model: MoE folder
+        coefficients: folder written by fit: also writes linear.yml, the merge for stock mergekit
+        output: folder to write; must not exist yet  [required]
+        models: in place of a MoE: models of one architecture; two or more, or one and base
+        base: with models: a reward model that is merged as a shared expert is; it gives config,
+            tokenizer and what is not merged (default: the first of models gives these, and nothing is
+            shared; with coordinates sum the start that moemerge train recorded in all models)
+        scope: with models: what is merged: all; body, which is all but the head; mlp (all, body, mlp)
+            [default: all]
+        coordinates: average: weights that sum to one; sum: changes from the base (of a MoE: from the
+            shared expert) are added, W = base + sum_i c_i (W_i - base), with any c (average, sum)
+            [default: average]
+        calibration: with models: folder written by calibrate; each model's scores are divided by its
+            scale first (saved coefficients know this of themselves)
+        form: dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it (dense,
+            qwen2_moe)  [default: dense]
+        shard_size: largest shard in bytes  [default: 5000000000]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def sample(
+    model: StrPath,
+    prompts: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    gold_model: StrPath | None = None,
+    gold_function: str | Callable[..., Any] | None = None,
+    per_prompt: int = 16,
+    max_prompts: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_tokens: int = 8192,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Draw `per_prompt` answers to every prompt; write candidates.jsonl.gz, which evaluate reads.
+
+    Answers get gold scores if gold_model or gold_function is given, else evaluate must be given one of them.
+    Answers without text are left out and counted, and so are prompts with fewer than two answers. Each batch
+    has a seed of its own and is kept as soon as it is drawn: a killed run, started again, goes on and ends
+    with the same answers. Raises DataError for unusable rows, CheckpointError for an unusable policy,
+    OptionError if there is no such gold function.
+
+    Options:
+        model: policy: a causal language model, folder or hub name  [required]
+        prompts: rows with a prompt; equal prompts count once  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        gold_model: reward model whose scores are gold
+        gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
+            score
+        per_prompt: answers to each prompt  [default: 16]
+        max_prompts: number of prompts to use, the first ones (default: all)
+        max_new_tokens: longest answer in tokens; longer ones are cut  [default: 256]
+        temperature: divides the policy's logits  [default: 1.0]
+        top_p: draw from the likeliest tokens that have this probability together; below 1, the KL of
+            best-of-n is not log n - (n - 1) / n  [default: 1.0]
+        batch_tokens: tokens of prompts and answers in one batch  [default: 8192]
+        trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def optimise(
+    policy: StrPath,
+    models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    prompts: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    gold_model: StrPath | None = None,
+    gold_function: str | Callable[..., Any] | None = None,
+    steps: int = 200,
+    batch_size: int = 32,
+    gradient_accumulation: int = 1,
+    answers_per_prompt: int = 4,
+    learning_rate: float = 1e-05,
+    kl_penalty: float = 0.0,
+    max_grad_norm: float = 1.0,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    measure_steps: int | None = None,
+    measure_prompts: int = 64,
+    measure_answers: int = 4,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    gradient_checkpointing: bool = False,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    baseline: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Optimise the policy against each reward model; measure gold, proxy and KL on prompts set aside.
+
+    Policy, its first state, reward model and gold model are in memory at once. All models meet the same
+    prompts with the same seeds, so that differences are paired. A finished model's run is kept: a killed run,
+    started again, goes on with the next. Writes report.json, report.md, optimise.png and samples.jsonl.gz,
+    the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
+
+    Options:
+        policy: policy to start from: a causal language model, folder or hub name  [required]
+        models: reward models, name=folder or hub name; the policy is optimised against each by itself
+            [required]
+        prompts: rows with a prompt; equal prompts count once  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        gold_model: reward model whose scores are gold
+        gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
+            score
+        steps: optimiser steps  [default: 200]
+        batch_size: answers per pass  [default: 32]
+        gradient_accumulation: passes per optimiser step  [default: 1]
+        answers_per_prompt: answers to each prompt, which are each other's baseline  [default: 4]
+        learning_rate: learning rate, constant  [default: 1e-05]
+        kl_penalty: weight of KL to the first policy in the reward  [default: 0.0]
+        max_grad_norm: gradient clipping  [default: 1.0]
+        max_new_tokens: longest answer in tokens; longer ones are cut  [default: 64]
+        temperature: divides the policy's logits  [default: 1.0]
+        measure_steps: steps between measurements (default: 20 of them)
+        measure_prompts: prompts set aside to measure on, at most half  [default: 64]
+        measure_answers: answers to each of these  [default: 4]
+        precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
+            auto]
+        gradient_checkpointing: less memory, about a third more time  [default: no]
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
+        baseline: model that the others are compared with
+        trust_remote_code: run code that comes with the models  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def evaluate(
+    models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    data: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    gold_model: StrPath | None = None,
+    gold_function: str | Callable[..., Any] | None = None,
+    probes: Sequence[str] = ["accuracy", "calibration", "rewardbench", "best_of_n"],
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    sections: Mapping[str, Sequence[str]] = {},
+    rewardbench: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    rewardbench_template: Literal["chat", "plain"] = "chat",
+    rewardbench_max_length: int = 2048,
+    batch_tokens: int = 8192,
+    bias_pairs: int = 500,
+    ensembles: Mapping[str, Sequence[str]] = {},
+    ensemble_by: Sequence[Literal["mean", "worst", "variance"]] = ["mean", "worst", "variance"],
+    variance_penalty: float = 0.5,
+    pairs: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    candidates: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    calibration: StrPath | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Score every model on every set, once, and run the probes on the scores.
+
+    One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
+    so that comparisons stay paired. Candidates' gold scores are those of the file, or of `gold_model` or
+    `gold_function`. Writes scores.safetensors, report.json, report.html, report.md and plots.
+    Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
+
+    Options:
+        models: folders or hub names; without name= each has the name of its folder  [required]
+        data: files or hub name:split; their columns show which are pairs, candidates or RewardBench
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        gold_model: reward model whose scores are gold
+        gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
+            score
+        probes: what to measure; biases stands for all bias probes  [default: accuracy, calibration,
+            rewardbench, best_of_n]
+        baseline: model that the others are compared with, pair by pair
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
+        sections: groups of subsets to give an accuracy for, section=subset,subset
+        rewardbench: name=file, RewardBench 1 or 2 in its own columns; the prior sets of version 1 by
+            their names (anthropic_helpful, anthropic_hhh, shp, summarize)
+        rewardbench_template: how RewardBench's rows become text; chat: by the tokenizer's template;
+            plain: turns joined by newlines, for tokenizers without one (chat, plain)  [default: chat]
+        rewardbench_max_length: longest text of RewardBench in tokens; longer ones are cut, as in its
+            own code  [default: 2048]
+        batch_tokens: tokens per forward pass  [default: 8192]
+        bias_pairs: largest number of pairs per test set that bias probes edit  [default: 500]
+        ensembles: name: models whose scores are combined, as ensemble_by says
+        ensemble_by: mean; worst: the lowest score (WCO); variance: mean - variance_penalty * variance
+            (UWO) (mean, worst, variance)  [default: mean, worst, variance]
+        variance_penalty: of ensemble_by variance (arXiv 2310.02743)  [default: 0.5]
+        pairs: files or hub name:split, preference pairs
+        candidates: files or hub name:split, prompts with scored candidates
+        calibration: folder written by calibrate; in ensembles each member's scores are divided by its
+            scale
+        trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def choose(
+    evaluations: Sequence[StrPath],
+    pairs: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    *,
+    ranks: Mapping[str, int],
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    level: float = 0.05,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    notes: Mapping[str, str] = {},
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write which candidate is taken: choice.json, report.html, report.md and accuracy.png.
+
+    The simplest candidate is taken, of several the best, unless a dearer one is better beyond chance and no
+    less accurate. Pairs that one of the models has no score of are left out for all. Raises ArtifactError for
+    an evaluation that was not made on these pairs, OptionError for a candidate that none of them has,
+    DataError if no pair is left.
+
+    Options:
+        evaluations: folders written by evaluate on the parts  [required]
+        pairs: parts of the data under their names in the evaluations; no candidate was made from the
+            part on which it is scored  [required]
+        ranks: the candidates, with how much each takes to make: name=0 for the simplest; other models
+            of the evaluations are shown, and never taken  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        level: a dearer candidate is taken only if its lead would be chance with p below this  [default:
+            0.05]
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples for the intervals  [default: 2000]
+        notes: a few words on each, for the report
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def attack(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    gold_model: StrPath | None = None,
+    gold_function: str | Callable[..., Any] | None = None,
+    max_pairs: int | None = 200,
+    edits: Sequence[str] = [],
+    words: Sequence[str] = [],
+    steps: int = 6,
+    proposals: int = 12,
+    beam: int = 1,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    batch_tokens: int = 8192,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Search among edits of rejected answers for some that the model scores above the chosen answer.
+
+    Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
+    one. Writes attacks.jsonl.gz (what came of each), patch.jsonl (the found pairs as training data for
+    `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
+    be attacked, OptionError for unknown edits or an unusable gold function.
+
+    Options:
+        model: reward model: folder or hub name  [required]
+        pairs: preference pairs whose rejected answers are edited  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        gold_model: reward model whose scores are gold
+        gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
+            score
+        max_pairs: largest number of pairs; they are drawn at random  [default: 200]
+        edits: edits to search among (default: all that keep the content; with gold all)
+        words: words that insert_word adds, in place of the built-in ones
+        steps: largest number of edits of one answer, one after another  [default: 6]
+        proposals: edits tried per step and answer of the beam  [default: 12]
+        beam: answers kept per step; 1: greedy  [default: 1]
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
+        batch_tokens: tokens per forward pass  [default: 8192]
+        trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def publish(
+    model: StrPath,
+    evaluation: StrPath | None = None,
+    *,
+    output: StrPath,
+    repo: str | None = None,
+    push: bool = False,
+    public: bool = False,
+    license: str | None = None,
+    datasets: Sequence[str] = [],
+    base_model: str | None = None,
+    endpoint: str | None = None,
+    yes: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the repository: model files (weights linked, not copied, where the disk allows), card and plots.
+
+    Without `push` nothing is sent: results say what would be. With `push` and `yes` the repository is made if
+    there is none, private unless `public`, and the files go up in one commit; with `push` alone nothing is
+    sent or written, and the error says what would have been. Raises OptionError for that, for a bad or
+    missing repo name, an endpoint with a password in it, and a public repository that was to be private;
+    ArtifactError for a folder that no stage wrote as a model or that is not as it was written; HubError for
+    what the hub refuses.
+
+    Options:
+        model: folder with a model, written by merge, train, upcycle or export  [required]
+        evaluation: folder written by evaluate, for the card
+        output: folder to write; must not exist yet  [required]
+        repo: owner/name on the hub; without it only the card is written
+        push: push; otherwise only write and show what would be pushed  [default: no]
+        public: make the repository public  [default: no]
+        license: licence id for the card (default: taken from the dense model)
+        datasets: dataset ids for the card
+        base_model: hub name of the dense model for the card
+        endpoint: another hub's address (default: huggingface.co)
+        yes: confirm the push; without it, push shows what would be sent  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def compare(
+    runs: Sequence[StrPath],
+    *,
+    output: StrPath,
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Compare models over runs with different seeds; writes compare.json, compare.md, report.html and plots.
+
+    Per model and measure (what evaluate calls main numbers): mean and standard deviation over seeds, and the
+    difference to the baseline, paired by seed, with a t-interval over seeds. Per model its cost at inference:
+    parameters, FLOPs and measured tokens per second. Runs of different recipes make groups, each compared in
+    itself. Raises ArtifactError if a folder is no evaluation, a seed occurs twice in a group, or a model or
+    measure lacks a seed; OptionError if the baseline is no model.
+
+    Options:
+        runs: runs, evaluations, or folders of these: one per seed  [required]
+        output: folder to write; must not exist yet  [required]
+        baseline: model that the others are compared with (default: control, or evaluate's own)
+        confidence: coverage of intervals over seeds  [default: 0.95]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def prepare(
+    train: StrPath | None = None,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    validation: StrPath | None = None,
+    fit: StrPath | None = None,
+    tests: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    candidates: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    split_by: str | None = None,
+    validation_share: float = 0.1,
+    test_share: float = 0.0,
+    max_train: int | None = None,
+    max_validation: int | None = None,
+    max_test: int | None = None,
+    max_prompts: int | None = None,
+    tokenizer: StrPath | None = None,
+    folds: int = 0,
+    scored: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Read, check, split and cap preference data; write it as gzip'd JSON lines in plain field names.
+
+    Writes train, validation and fit .jsonl.gz (each only if there is one), tests/NAME.jsonl.gz,
+    candidates/NAME.jsonl.gz, folds/N/train and held_out .jsonl.gz, and report.json with the row numbers of
+    all bad rows. Lengths are checked if `tokenizer` is given. Values of `split_by` (else equal prompts) never
+    straddle a split.
+    Raises DataError for unusable data, OptionError if no data are named.
+
+    Options:
+        train: training pairs: file or hub name:split
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        validation: held-out pairs (default: split off train)
+        fit: pairs for fitting coefficients (default: the validation pairs)
+        tests: test pairs, a file per name
+        candidates: scored candidates for best-of-n, a file per name
+        split_by: row field, e.g. topic: rows with the same value stay in one split
+        validation_share: share split off train for validation  [default: 0.1]
+        test_share: share split off train as test set 'test'  [default: 0.0]
+        max_train: largest number of training pairs; they are drawn at random
+        max_validation: largest number of validation pairs; they are drawn at random
+        max_test: largest number of pairs per test set; they are drawn at random
+        max_prompts: largest number of prompts per candidate set; they are drawn at random
+        tokenizer: model whose tokenizer measures max_length
+        folds: parts of train for cross-fitting, whole groups each: folds/N/held_out, and the others'
+            rows as folds/N/train  [default: 0]
+        scored: whether candidates must have gold scores  [default: yes]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def write_world(
+    *,
+    output: StrPath,
+    train_pairs: int = 5000,
+    validation_pairs: int = 600,
+    test_pairs: int = 2000,
+    own_pairs: int = 500,
+    prompts: int = 100,
+    candidates: int = 256,
+    label_noise: float = 0.2,
+    hidden_size: int = 64,
+    num_layers: int = 3,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the world: a tiny untrained Llama reward model with its tokenizer, and data in every split.
+
+    model/ loads with transformers' Auto classes. data/ is laid out as the stage data does it: train and
+    validation .jsonl.gz with noisy labels, tests/in_distribution and tests/out_of_distribution with true
+    ones, candidates/wide with gold scores; `subset` is the regime. For models trained apart there are
+    regimes/NAME, the training pairs of one regime each, and own, pairs with true labels of all regimes but
+    the last, which is left to what these models start from.
+
+    Options:
+        output: folder to write; must not exist yet  [required]
+        train_pairs: training pairs  [default: 5000]
+        validation_pairs: held-out pairs for early stopping and fitting  [default: 600]
+        test_pairs: test pairs, in and out of distribution each  [default: 2000]
+        own_pairs: pairs with true labels of three of the four regimes, to combine models trained apart
+            [default: 500]
+        prompts: prompts with candidate answers  [default: 100]
+        candidates: answers per prompt for best-of-n  [default: 256]
+        label_noise: share of flipped labels in training and validation pairs  [default: 0.2]
+        hidden_size: width of the tiny Llama  [default: 64]
+        num_layers: layers of the tiny Llama  [default: 3]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def combine(
+    models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    tell: Callable[[StepReport], None] | None = None,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    level: float = 0.05,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    base: StrPath | None = None,
+    split_by: str | None = None,
+    folds: int = 3,
+    tune: Literal["all", "merges", "none"] = "all",
+    form: Literal["dense", "moe"] = "dense",
+    epochs: float = 1.0,
+    learning_rate: float = 1e-05,
+    batch_size: int = 8,
+    train_layers: str = "all",
+    scale: float | None = None,
+    granularity: Literal["global", "group", "layer", "matrix"] = "global",
+    l2: float = 0.03,
+    max_epochs: int = 10,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> RunReport:
+    r"""Find the reward model to use, given several and some labelled pairs of one's own.
+
+    Tries each model as it is, their average, the sum of their changes from `base`, a merge with fitted
+    weights, and each of these trained on the pairs; every candidate is judged on pairs that it was not made
+    from, and a simpler one is taken unless a dearer one is better beyond chance. Writes a run's folder: the
+    winner, made from all pairs, as an ordinary checkpoint in OUTPUT/model, its card in OUTPUT/card, and
+    OUTPUT/report.html. Steps that are done are not done again. Raises OptionError, ArtifactError if another
+    run is at work there, and whatever the stages raise. Source: task arithmetic (arXiv 2212.04089), WARM
+    (arXiv 2401.12187).
+
+    Options:
+        models: two reward models or more, of one architecture  [required]
+        pairs: your own labelled pairs, some dozen at least; a file or hub name:split  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        level: a dearer candidate is taken only if its lead would be chance with p below this  [default:
+            0.05]
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples for the intervals  [default: 2000]
+        base: the model that all of them were trained from, with or without a reward head (default: the
+            start that moemerge train recorded in all; without one, averages only, no sums)
+        split_by: row field, e.g. topic: rows with the same value are held out together
+        folds: parts of the pairs; each is held out in turn  [default: 3]
+        tune: what is also tried after training on the pairs: models and merges, merges, nothing (all,
+            merges, none)  [default: all]
+        form: moe: a mixture is tried too, whose gate picks one model's MLPs by the prompt: the cost of
+            one model, the memory of all (decoders only; needs moemerge where it is used) (dense, moe)
+            [default: dense]
+        epochs: tuning: passes over the pairs  [default: 1.0]
+        learning_rate: tuning: learning rate  [default: 1e-05]
+        batch_size: tuning: pairs per step  [default: 8]
+        train_layers: tuning: transformer layers that train, such as last:4  [default: all]
+        scale: what the sum's c add up to (default: 2, so 2/M for each of M models)
+        granularity: fitted coefficients: what shares a row of them (global, group, layer, matrix)
+            [default: global]
+        l2: fitted coefficients: pull towards those of the sum  [default: 0.03]
+        max_epochs: fitted coefficients: most passes over the pairs  [default: 10]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
