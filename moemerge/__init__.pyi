@@ -152,6 +152,7 @@ def train(
     lookahead_sets: int = 4,
     fresh_head: bool = False,
     search: Mapping[str, Sequence[float]] = {},
+    trainer: Mapping[str, Any] = {},
     validation: StrPath | None = None,
     flops_of: StrPath | None = None,
     trust_remote_code: bool = False,
@@ -240,6 +241,7 @@ def train(
         fresh_head: draw a new reward head where the model's own is missing or under another name (a
             plain base model always gets one)  [default: no]
         search: values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses
+        trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
         validation: held-out pairs for early stopping and search
         flops_of: train longer: for as many FLOPs as these options take with this model, such as a MoE
         trust_remote_code: run code that comes with the model  [default: no]
@@ -973,6 +975,7 @@ def optimise(
     measure_answers: int = 4,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     gradient_checkpointing: bool = False,
+    report_to: Sequence[str] = [],
     confidence: float = 0.95,
     resamples: int = 2000,
     baseline: str | None = None,
@@ -1017,6 +1020,7 @@ def optimise(
         precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
             auto]
         gradient_checkpointing: less memory, about a third more time  [default: no]
+        report_to: where TRL's curves go while it runs: tensorboard, wandb, ...
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
         baseline: model that the others are compared with

@@ -15,8 +15,9 @@ from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.manifest import holds_manifest, read_manifest, stated_licence
 from moemerge.artifacts.redaction import redact, redacted
 from moemerge.options.base import Options, Run, functions, input_fields
+from moemerge.options.trainer import deciding_keys
 
-WITHOUT_EFFECT = {"output", "overwrite", "threads", "cache_memory"}
+WITHOUT_EFFECT = {"output", "overwrite", "threads", "cache_memory", "report_to"}
 
 
 def plain_options(options: Options) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def deciding_options(options: Options, recorded: dict[str, Any] | None = None) -
     named = functions(options)
     values = plain_options(options) if recorded is None else recorded
     plain = {key: value for key, value in values.items() if key not in left_out}
+    if isinstance(plain.get("trainer"), dict):
+        plain["trainer"] = deciding_keys(plain["trainer"])
     return {key: function_name(value) if key in named else value for key, value in plain.items()}
 
 

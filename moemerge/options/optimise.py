@@ -35,6 +35,10 @@ class OptimiseSettings(GoldSource):
         "auto", description="auto: bfloat16 autocast on a GPU, float32 on CPU"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="where TRL's curves go while it runs: tensorboard, wandb, ...",
+    )
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
 

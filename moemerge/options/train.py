@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moemerge.options.base import Options, Run, Source, TextFormat
+from moemerge.options.trainer import own_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -136,6 +137,11 @@ class TrainSettings(Options):
     search: dict[str, list[float]] = Field(
         default_factory=dict,
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses",
+    )
+
+    trainer: Annotated[dict[str, Any], AfterValidator(own_keys)] = Field(
+        default_factory=dict,
+        description="any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor",
     )
 
     @field_validator("search")

@@ -220,6 +220,10 @@ def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
     for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
         for objective in section.objectives if section else ():
             yield from _unknown(f"{name}.objectives", objective, LOSSES)
+        if section and section.trainer:
+            from moemerge.training.arguments import trainer_faults
+
+            yield from trainer_faults(section.trainer, f"{name}.trainer")
         if section and section.search and not _has_validation(recipe):
             yield _fault(
                 f"{name}.search needs validation pairs",
@@ -329,6 +333,10 @@ def _check_policies(recipe: Recipe) -> Iterator[MoemergeError]:
             "another name",
             f"rename data.candidates.{SAMPLED}",
         )
+    if recipe.optimise and recipe.optimise.report_to:
+        from moemerge.training.arguments import tracker_faults
+
+        yield from tracker_faults(recipe.optimise.report_to, "optimise.report_to")
     for name, section in {"sample": recipe.sample, "optimise": recipe.optimise}.items():
         if section and section.max_new_tokens >= data.max_length:
             yield _fault(

@@ -22,7 +22,7 @@ from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import Row, RowSummary, Text, write_rows
-from moemerge.errors import DataError, OptionError, unknown
+from moemerge.errors import DataError, OptionError, together, unknown
 from moemerge.evaluation import gold
 from moemerge.evaluation.gold import Reward
 from moemerge.evaluation.policy_page import MEASURED, table
@@ -62,6 +62,7 @@ def optimise(options: Optimise, draft: Draft) -> None:
     the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
     """
     _check_baseline(options)
+    _check_trackers(options)
     device = use_training_device(options)
     gold_reward = gold.load_gold(options, device, options, options.trust_remote_code)
     assert gold_reward is not None  # the options see to it
@@ -80,6 +81,14 @@ def _check_baseline(options: Optimise) -> None:
         raise OptionError("no models", given="none", expected="name=folder", fix="give models")
     if options.baseline is not None and options.baseline not in options.models:
         raise unknown("baseline", options.baseline, options.models)
+
+
+def _check_trackers(options: Optimise) -> None:
+    if options.report_to:
+        from moemerge.training.arguments import tracker_faults
+
+        if faults := [*tracker_faults(options.report_to, "report_to")]:
+            raise together("options", faults)
 
 
 @dataclass
@@ -129,7 +138,7 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     held = min(options.measure_prompts, len(prompts) // 2)
     meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, gold_reward, [])
     meter.measure(0)
-    optimise_policy(options, policy, tokenizer, prompts[held:], proxy, meter.measure, folder)
+    optimise_policy(options, name, policy, tokenizer, prompts[held:], proxy, meter.measure, folder)
     return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": rows}
 
 

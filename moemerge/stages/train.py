@@ -19,6 +19,7 @@ from moemerge.artifacts.workspace import workspace
 from moemerge.data.pairs import Pair, margins_of
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
+from moemerge.errors import together
 from moemerge.models.cost import flops_ratio
 from moemerge.models.device import use_training_device
 from moemerge.models.folder import ModelFolder
@@ -70,6 +71,11 @@ def _budgeted(options: Train) -> tuple[Train, float | None]:
 def _bench(options: Train, draft: Draft) -> Bench:
     for name in options.objectives:
         LOSSES.get(name)  # raises for an unknown one
+    if options.trainer:
+        from moemerge.training.arguments import trainer_faults
+
+        if faults := trainer_faults(options.trainer):
+            raise together("options", faults)
     device = use_training_device(options)
     model = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)
     tokenizer = load_tokenizer(model)

@@ -19,7 +19,7 @@ from moemerge.data.rows import Text
 from moemerge.data.tokenise import Item
 from moemerge.options.optimise import Optimise
 from moemerge.reports.statistics import Floats
-from moemerge.training.arguments import autocasts, make_config
+from moemerge.training.arguments import autocasts, curves_of, keep_curves, make_config
 from moemerge.training.policy import answer_text, prompt_ids
 
 
@@ -56,6 +56,7 @@ class Visits(TrainerCallback):
 
 def optimise_policy(
     options: Optimise,
+    name: str,
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
@@ -66,7 +67,8 @@ def optimise_policy(
     """Train `policy` in place for `options.steps` towards `reward`, calling `visit` at every measurement.
 
     Answers are drawn at `temperature` from all tokens. Each answer's baseline is the mean reward of the other
-    answers to its prompt. Nothing is saved; TRL wants `folder` for an output folder.
+    answers to its prompt. Nothing is saved; TRL wants `folder` for an output folder. `name`: the reward
+    model's, for trackers.
     """
 
     def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
@@ -77,12 +79,13 @@ def optimise_policy(
     trainer = PolicyTrainer(
         model=policy,
         reward_funcs=rewards,
-        args=_arguments(options, policy.device, folder),
+        args=_arguments(options, name, policy.device, folder),
         train_dataset=_dataset(options, prompts),
         processing_class=tokenizer,
         callbacks=[Visits(visit, options.measured_every)],
     )
     trainer.remove_callback(PrinterCallback)
+    keep_curves(trainer, curves_of(options, name))
     trainer.train()
 
 
@@ -93,7 +96,7 @@ def _dataset(options: Optimise, prompts: Sequence[Text]) -> Dataset:
     return Dataset.from_dict({"prompt": rows})
 
 
-def _arguments(options: Optimise, device: torch.device, folder: Path) -> RLOOConfig:
+def _arguments(options: Optimise, name: str, device: torch.device, folder: Path) -> RLOOConfig:
     return make_config(
         RLOOConfig,
         {
@@ -114,9 +117,11 @@ def _arguments(options: Optimise, device: torch.device, folder: Path) -> RLOOCon
             "gradient_checkpointing": options.gradient_checkpointing,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
             "disable_dropout": True,
-            "report_to": "none",
+            "report_to": options.report_to or "none",
+            "run_name": f"{options.output.name}/{name}",
             "disable_tqdm": not sys.stderr.isatty(),
             "save_strategy": "no",
-            "logging_strategy": "no",
+            "logging_strategy": "steps" if options.report_to else "no",
+            "logging_steps": 1,
         },
     )

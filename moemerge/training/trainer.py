@@ -33,7 +33,7 @@ from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, gates_by_prompt, score_pairs
 from moemerge.options.train import Train
-from moemerge.training.arguments import reward_arguments, total_steps
+from moemerge.training.arguments import curves_of, keep_curves, reward_arguments, total_steps
 from moemerge.training.callbacks import Pooling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
 from moemerge.training.lookahead import Lookahead
@@ -251,6 +251,7 @@ def make_trainer(
         schedule=schedule,
     )
     trainer.add_callback(Pooling(pad))
+    keep_curves(trainer, curves_of(options, folder.name))
     set_pad(model.config, pad)  # for what is measured before training
     if mixed:
         trainer.mixture = Mixture(Course(options, model, pairs, pad, folder, trainer.accelerator.autocast))
