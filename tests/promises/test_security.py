@@ -24,4 +24,4 @@ def test_every_promise_names_tests_that_exist() -> None:
 
 def test_the_package_is_typed() -> None:
     assert (ROOT / "moemerge" / "py.typed").is_file()
-    assert 'moemerge = ["py.typed"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'moemerge = ["py.typed", "__init__.pyi"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
