@@ -99,14 +99,16 @@ SETTINGS = {
 class Seed:
     """A seed's pairs, and the models trained on them, which all settings share."""
 
-    def __init__(self, home: Path, arguments: argparse.Namespace, base: str, seed: int) -> None:
+    def __init__(
+        self, home: Path, arguments: argparse.Namespace, base: str, seed: int, whole: str = "minilm"
+    ) -> None:
         self.home, self.base, self.seed = home, base, seed
         draw = random.Random(seed)
-        dealt = deal(sources(arguments.data, arguments.models / "minilm"), SIZES, draw)
+        dealt = deal(sources(arguments.data, arguments.models / whole), SIZES, draw)
         dealt["train"][FLIPPED] = flipped(dealt["train"]["argued"], 0.3, draw)
         self.pairs = dealt
         tests = dealt["test"]["summaries"]
-        self.candidates = candidate_sets(arguments.data, arguments.models / "minilm", tests)
+        self.candidates = candidate_sets(arguments.data, arguments.models / whole, tests)
 
     def members(self, setting: Setting) -> dict[str, str]:
         """The setting's members by the name of their kind."""
