@@ -142,11 +142,12 @@ def in_parts_sentence(numbers: Mapping[str, Any]) -> str:
     parts = numbers["in_parts"]
     if parts is None:
         return ""
-    often = ", ".join(f"{name} ({parts['taken'].count(name)})" for name in dict.fromkeys(parts["taken"]))
+    taken = parts["taken"]
+    often = ", ".join(f"{name} on {taken.count(name)}" for name in dict.fromkeys(taken))
     return (
         f"The rule alone, on each part by the other parts: {parts['accuracy']['value']:.1%}, "
-        f"{points(parts['lead'])} against {numbers['simplest']}. It took {often}. This number has not been "
-        "chosen for being high; that of the candidate taken has, where there are several."
+        f"{points(parts['lead'])} against {numbers['simplest']}. Of {len(taken)} parts it took {often}. This "
+        "number has not been chosen for being high; that of the candidate taken has, where there are several."
     )
 
 

@@ -146,7 +146,7 @@ def _write_members(folder: Path, source: MergeSource, members: list[int], shard_
 
 
 def _tensors_of(source: MergeSource, member: int) -> Iterator[tuple[str, Tensor]]:
-    whose = f"of {source.member_names[member]}"
+    whose = f"of {source.found_in(member)}"
     return ((t.dense, finite(source.matrix(t, member), f"{t.dense} {whose}")) for t in source.tensors)
 
 

@@ -207,8 +207,8 @@ class _Average:
         # An average is no larger than the largest copy, and a sum no larger than its bound: a difference
         # within the rounding of `chunk` itself is within that of the copies, which need no look.
         if not math.isfinite(difference) or difference > _rounding(chunk, [chunk]):
-            for name, part in zip(self.source.member_names, parts, strict=True):
-                finite(part, f"{tensor.dense} of {name}")
+            for member, part in enumerate(parts):
+                finite(part, f"{tensor.dense} of {self.source.found_in(member)}")
             finite(chunk, f"{tensor.dense} as merged")
             if difference > _rounding(chunk, parts) * max(1.0, sum(map(abs, weights))):
                 raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
@@ -230,8 +230,8 @@ class _Hosted:
         self.rows = _rows(self.source, self.coefficients)
 
     def merged(self, tensor: MergedTensor) -> Tensor:
-        named = zip(self.source.member_names, self.source.matrices(tensor), strict=True)
-        sound = (finite(matrix, f"{tensor.dense} of {name}") for name, matrix in named)
+        numbered = enumerate(self.source.matrices(tensor))
+        sound = (finite(matrix, f"{tensor.dense} of {self.source.found_in(n)}") for n, matrix in numbered)
         copies = (_widened(matrix, self.dtype).to(self.device) for matrix in sound)
         row = self.rows.get(tensor.dense)
         merged = self.method.merge(tensor.dense, row, copies, self.source.has_shared)

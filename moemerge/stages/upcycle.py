@@ -171,7 +171,7 @@ def _heads(others: ModelList | None, tensor: ModelTensor) -> torch.Tensor:
     """The head of every expert, one below the other."""
     assert others is not None  # the options say so
     members = range(1, 1 + others.num_members)
-    whose = [f"{tensor.dense} of {others.models[member].folder}" for member in members]
+    whose = [f"{tensor.dense} of {others.found_in(member)}" for member in members]
     return torch.cat([finite(others.matrix(tensor, n), what) for n, what in zip(members, whose, strict=True)])
 
 
@@ -212,7 +212,7 @@ def _mlps(
     """The tensors of one stack by name, of each of the other models, in the dtype of the model's own."""
     for member in range(1, 1 + others.num_members):
         held = {t.dense: others.matrix(ModelTensor(t.dense, t.shape), member) for t in stack}
-        whose = f"of {others.models[member].folder}"
+        whose = f"of {others.found_in(member)}"
         yield {n: finite(tensor, f"{n} {whose}").to(dense[n].dtype) for n, tensor in held.items()}
 
 

@@ -78,6 +78,10 @@ class MergeSource(ABC):
     def member_names(self) -> list[str]:
         """What members are called: the shared one first, if there is one, then the N others."""
 
+    def found_in(self, member: int) -> str:
+        """Where a user finds this member: for errors."""
+        return f"{self.member_names[member]} of {self.folder}"
+
     @abstractmethod
     def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
         """The copy of `tensor`, in the dense layout, that number `member` in `member_names` has."""

@@ -141,6 +141,10 @@ class ModelList(MergeSource):
         """base, if there is one, then model-0 ... model-{N-1}."""
         return ["base"] * self.has_shared + [f"model-{i}" for i in range(self.num_members)]
 
+    def found_in(self, member: int) -> str:
+        """The model's own folder."""
+        return str(self.models[member].folder)
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the models' weights and configs in their order, and the scope."""
