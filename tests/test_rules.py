@@ -37,7 +37,7 @@ FOLDERS["run"] = LOWER | {"stages"}
 HOMES = {
     "click": {"run"},
     "trl": {"training", "stages"},
-    "accelerate": {"training", "stages"},
+    "accelerate": {"training", "stages", "models.processes"},
     "peft": {"training", "stages"},
     "mergekit": {"merging.mergekit"},
     "datasets": {"data", "training", "stages"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,10 +41,11 @@ from moemerge.artifacts.manifest import (
     read_manifest,
 )
 from moemerge.artifacts.memory import memory_faults
+from moemerge.artifacts.ranks import leads, refuse_several
 from moemerge.artifacts.redaction import redacted
 from moemerge.artifacts.result import Result, RowsOf, results_of
 from moemerge.artifacts.weight_files import weight_faults
-from moemerge.errors import ArtifactError, OptionError, few
+from moemerge.errors import ArtifactError, few
 from moemerge.options.base import Run
 from moemerge.options.signature import parse_call, show_options, signature
 
@@ -134,7 +134,7 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
     _refuse_overlap(options)
     if not leads():
         with tempfile.TemporaryDirectory() as folder:
-            yield Draft(Path(folder), output)
+            yield Draft(Path(folder), output, provenance=_beginning(name, options))
         return
     clock = time.perf_counter()
     with memory_faults(output), disk_faults(output), parents(output), hold(lock_of(output), output):
@@ -150,23 +150,6 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
         finally:
             remove(draft.folder)
     log.info("%s: wrote %s in %.1f s", name, output, time.perf_counter() - clock)
-
-
-def refuse_several(command: str) -> None:
-    """Raise OptionError in each of the processes that torchrun started, if several: all would do the same."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and count != "1":
-        raise OptionError(
-            f"{command} does not share its work among processes",
-            given=f"{count} processes, this one of rank {os.environ['RANK']}, as torchrun starts them",
-            expected="one process; of all commands only fit takes several",
-            fix=f"start it without torchrun: moemerge {command} ...",
-        )
-
-
-def leads() -> bool:
-    """Whether this is the only process, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:

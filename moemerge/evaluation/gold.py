@@ -13,13 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
+from moemerge.artifacts.ranks import leads
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.rows import BadRow, Text
 from moemerge.data.tokenise import Encoded, Item, encode_all
 from moemerge.errors import DataError, MoemergeError, OptionError, suggest
+from moemerge.models import processes
 from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score
@@ -95,7 +96,9 @@ def function_reward(named: str | Callable[[Text, Text], float]) -> Reward:
     function: Any = load_function(named) if isinstance(named, str) else named
 
     def scores(items: Sequence[Item]) -> Floats:
-        return np.array([_call(function, *item) for item in items], dtype=np.float64)
+        # It may be dear, or give another number each time: of several processes the first one calls it.
+        called = [_call(function, *item) for item in items] if leads() else [0.0] * len(items)
+        return processes.summed(torch.tensor(called, dtype=torch.float64)).numpy()
 
     return scores
 

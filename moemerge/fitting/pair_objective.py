@@ -17,8 +17,8 @@ from moemerge.data.tokenise import EncodedCandidates, EncodedPair
 from moemerge.fitting.objectives.base import Term
 from moemerge.fitting.problem import Measured, Objective, Split
 from moemerge.fitting.splits import fold, prompt_numbers
-from moemerge.merging import distributed
 from moemerge.merging.merged_model import Answers, MergedModel, MergeGradient, batch_tokens, margins
+from moemerge.models import processes
 from moemerge.models.scoring import score
 
 
@@ -53,7 +53,7 @@ class PairObjective:
         """Mean loss over the training pairs number `rows`, each times its weight, and its gradient."""
         self.merged.merge(alpha_LN, shared_L)
         weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
-        mine = distributed.share(len(rows))
+        mine = processes.share(len(rows))
         numbers = [self.train[rows[index]] for index in mine]
         # Divided by the number of all rows, not of this process's: the sum over processes is the mean then.
         scaled = weights[mine] / len(rows)
@@ -65,10 +65,10 @@ class PairObjective:
         """Margin and loss of every pair of the split."""
         self.merged.merge(alpha_LN, shared_L)
         numbers = self._numbers(split)
-        mine = distributed.share(len(numbers))
+        mine = processes.share(len(numbers))
         self.merged.serve(self)
         measured = self._measured([numbers[index] for index in mine])
-        return Measured(*(distributed.gathered(values_P, mine, len(numbers)) for values_P in measured))
+        return Measured(*(processes.gathered(values_P, mine, len(numbers)) for values_P in measured))
 
     def folds(self, number: int, seed: int) -> list[Objective]:
         """`number` objectives that hold out one part of all pairs each; pairs of one prompt stay together."""
@@ -135,7 +135,7 @@ class PairObjective:
             return margins_P, losses_P
         # Without states the scorer will do, which packs texts of any pair into batches.
         pairs = [self.pairs[number] for number in numbers]
-        margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size)
+        margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size, alone=True)
         return margins_P, self.term.loss(Answers(margins_P), torch.tensor(numbers))
 
     def _with_states(self, numbers: list[int]) -> tuple[Tensor, Tensor]:

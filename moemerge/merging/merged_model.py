@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
-from moemerge.merging import distributed
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.weight_gradients import WeightGradient
+from moemerge.models import processes
 from moemerge.models.families.dense import dense_class
 from moemerge.models.frozen_layers import FrozenLayers, run_frozen_once
 from moemerge.models.pooling import padding, pooled_positions, pooled_states
@@ -63,10 +63,11 @@ def margins(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[EncodedPair],
     micro_batch_size: int,
+    alone: bool = False,
 ) -> Tensor:
-    """score(chosen) - score(rejected) of each pair, float64 on CPU, without gradients."""
+    """score(chosen) - score(rejected) of each pair, float64 on CPU, without gradients; `alone`: see score."""
     size = batch_tokens(texts_of(pairs), micro_batch_size)
-    scores_P2 = score_pairs(model, tokenizer, pairs, size).double()
+    scores_P2 = score_pairs(model, tokenizer, pairs, size, alone=alone).double()
     return scores_P2[:, 0] - scores_P2[:, 1]
 
 
@@ -174,12 +175,12 @@ class MergedModel:
         # With W = lambda S + (1 - lambda) sum_i alpha_i W_i: dL/dalpha_i = (1 - lambda) <dW, W_i>, and
         # dL/dlambda = <dW, S> - sum_i alpha_i <dW, W_i>. The dots hold <dW, W_i - W>: in the second <dW, W>
         # falls out, as alpha sums to one; in the first it is the same constant for all i.
-        dots = distributed.summed(self._dots.cpu())
+        dots = processes.summed(self._dots.cpu())
         shared_L, routed_LN = dots[:, 0], dots[:, 1:]
         shared_L = shared_L - (self.alpha_LN * routed_LN).sum(1)
         if not self.source.has_shared:
             shared_L = torch.zeros_like(shared_L)
-        loss = distributed.summed(loss)
+        loss = processes.summed(loss)
         return MergeGradient(loss.item(), (1 - self.shared_L)[:, None] * routed_LN, shared_L)
 
     def answers(self, pairs: Sequence[EncodedPair], states: bool = False) -> Answers:

@@ -8,17 +8,22 @@ from contextlib import contextmanager
 
 import torch
 
+from moemerge.artifacts.ranks import several
 from moemerge.errors import OptionError
+from moemerge.models.processes import own_device
 from moemerge.options.base import Run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def use_device(options: Run) -> torch.device:
-    """Set the CPU threads that `options` ask for and return its device; OptionError if it is not there."""
+    """Set the CPU threads that `options` ask for and return its device; OptionError if it is not there.
+
+    Several processes that do a stage together join here, and each takes the GPU of its number.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return pick_device(options.device)
+    return own_device(options.device) if several() else pick_device(options.device)
 
 
 def use_training_device(options: Run) -> torch.device:

@@ -25,6 +25,7 @@ from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.weight_files import order_metadata
 from moemerge.data.tokenise import Encoded
 from moemerge.errors import CheckpointError, DataError
+from moemerge.models import processes
 from moemerge.models.moe import Gating, MoELayer, moe_layers
 from moemerge.models.moe_settings import MoeSettings
 from moemerge.models.scoring import OnBatch, score
@@ -87,7 +88,8 @@ class RoutingStatistics:
         """While open, forward passes through these MoE layers are counted; added to `self.groups` at the end.
 
         `groups` has the (subset, side) of every text. What it gives must be called with the rows of each
-        batch, indices into `groups`, before that batch runs: `score` does so with its `on_batch`.
+        batch, indices into `groups`, before that batch runs: `score` does so with its `on_batch`. Several
+        processes add up what each has seen.
         """
         names = list(dict.fromkeys(groups))
         group_of_text = torch.tensor([names.index(group) for group in groups])
@@ -97,6 +99,7 @@ class RoutingStatistics:
             layers, lambda layer, rows: partial(_add, sums, layer, group_of_text[rows])
         ) as on_batch:
             yield on_batch
+        sums = Sums(**{name: processes.summed(value) for name, value in vars(sums).items()})
         for number, group in enumerate(names):
             before = self.groups.get(group, Sums.zeros(len(self.layers), self.num_experts))
             self.groups[group] = before + sums[number]
@@ -276,7 +279,7 @@ def gate_mass(
     mass_TLN = torch.zeros(len(texts), len(layers), experts, dtype=torch.float64)
     with _observing(layers, lambda layer, rows: partial(_write_mass, mass_TLN[:, layer], rows)) as on_batch:
         scores_T = score(model, tokenizer, texts, batch_tokens, on_batch=on_batch)
-    return scores_T, mass_TLN
+    return scores_T, processes.summed(mass_TLN)  # 0 where another process has run the text
 
 
 def _write_mass(mass_TN: Tensor, rows: list[int], gating: Gating) -> None:

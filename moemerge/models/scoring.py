@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moemerge.artifacts.ranks import leads
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, DataError
+from moemerge.models import processes
 from moemerge.models.pooling import padding
 from moemerge.models.token_limits import check_texts
 
@@ -34,31 +36,39 @@ def score(
     batch_tokens: int,
     progress: str = "",
     on_batch: OnBatch | None = None,
+    alone: bool = False,
 ) -> Tensor:
     """Scores of `encoded` texts, float32 on CPU, in the order given; shape [len(encoded)].
 
     Texts of like length go together, at most `batch_tokens` tokens a batch with padding counted (a longer
     text goes alone). Batching does not change scores beyond rounding. `progress` names a progress bar;
-    `on_batch` gets the rows of each batch before it runs, in the batch's order. Raises DataError for a
-    text without tokens, CheckpointError if a score is not finite.
+    `on_batch` gets the rows of each batch before it runs, in the batch's order. Several processes share the
+    batches, and all have all scores in the end, the very same as one would; `alone`: this one runs them all,
+    and others need not call. Raises DataError for a text without tokens, CheckpointError if a score is not
+    finite.
     """
     _refuse_empty(encoded)
     check_texts(model, encoded)
-    scores = torch.empty(len(encoded))
     if not encoded:
-        return scores
+        return torch.zeros(0)
+    groups = list(batches([len(text.ids) for text in encoded], batch_tokens))
+    mine = groups if alone else [groups[number] for number in processes.share(len(groups))]
     takes = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in takes else {}
-    done: list[tuple[list[int], Tensor]] = []
-    with torch.inference_mode(), padding(model, encoded) as pad, _bar(len(encoded), progress) as bar:
-        for rows in batches([len(text.ids) for text in encoded], batch_tokens):
+    done: list[Tensor] = []
+    scored = [row for rows in mine for row in rows]
+    with torch.inference_mode(), padding(model, encoded) as pad, _bar(len(scored), progress) as bar:
+        for rows in mine:
             if on_batch is not None:
                 on_batch(rows)
             inputs = collate([encoded[row] for row in rows], pad, gates_by_prompt(model), model.device)
-            done.append((rows, model(**inputs, **extra).logits[:, 0].float()))
+            done.append(model(**inputs, **extra).logits[:, 0].float())
             bar.update(len(rows))
-        for rows, scores_B in done:
-            scores[rows] = scores_B.cpu()
+    # Only now to the CPU: a copy would wait for each batch to end.
+    scores_S = torch.cat([scores_B.cpu() for scores_B in done]) if done else torch.zeros(0)
+    scores = torch.zeros(len(encoded)).index_copy(0, torch.tensor(scored, dtype=torch.long), scores_S)
+    if not alone:
+        scores = processes.summed(scores)
     _refuse_non_finite(scores, progress)
     return scores
 
@@ -90,7 +100,8 @@ def collate(texts: Sequence[Encoded], pad: int, prompts: bool, device: torch.dev
 
 
 def _bar(total: int, text: str) -> tqdm[Any]:
-    return tqdm(total=total, desc=text, unit="text", leave=False, disable=None if text else True)
+    shown = bool(text) and leads()
+    return tqdm(total=total, desc=text, unit="text", leave=False, disable=None if shown else True)
 
 
 def _refuse_empty(encoded: Sequence[Encoded]) -> None:
@@ -122,10 +133,11 @@ def score_pairs(
     pairs: Sequence[EncodedPair],
     batch_tokens: int,
     progress: str = "",
+    alone: bool = False,
 ) -> Tensor:
     """Scores of pairs, [len(pairs), 2]: chosen, rejected. As `score`, over both sides at once."""
     texts = texts_of(pairs)
-    return score(model, tokenizer, texts, batch_tokens, progress).view(-1, 2)
+    return score(model, tokenizer, texts, batch_tokens, progress, alone=alone).view(-1, 2)
 
 
 def bradley_terry(scores_P2: Tensor) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from moemerge.artifacts.memory import shortage
+from moemerge.artifacts.ranks import first_to_fail, leads
 from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, first_line, suggest
 from moemerge.reports.table import Table, visible
@@ -68,7 +69,8 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | Non
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Discreet("%(message)s"))
-    logging.getLogger("moemerge").setLevel(levels[value])
+    # Of several processes that work together the first one tells.
+    logging.getLogger("moemerge").setLevel(levels[value] if leads() else logging.ERROR)
     # Read by transformers when it is imported, which is later.
     if value is not True:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -89,7 +91,6 @@ def _verbosity() -> click.Option:
 def run_stage(stage: str, **values: Any) -> None:
     """Run one stage with the options given on the command line, and print its main results."""
     from moemerge.artifacts.manifest import read_manifest
-    from moemerge.artifacts.stage import leads
     from moemerge.stages import STAGES
 
     output = STAGES.get(stage)(**given_options(stage, values))
@@ -291,36 +292,39 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        _say(shown.getvalue().rstrip("\n"), err=True)
-        sys.exit(error.exit_code)
+        _end(shown.getvalue().rstrip("\n"), error.exit_code)
     except MoemergeError as error:
-        _say(redact(str(error)), err=True)
-        sys.exit(USAGE_ERROR)
+        _end(redact(str(error)))
     except OSError as error:
         if error.errno not in NO_WAY_ON:
             raise
         with suppress(OSError):  # what could not be printed is not tried again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        _say(redact(f"moemerge cannot go on: {error}"), err=True)
-        sys.exit(USAGE_ERROR)
+        _end(redact(f"moemerge cannot go on: {error}"))
     except Stopped as stopped:
         _say_how_to_go_on(stopped.number, arguments)
     except (KeyboardInterrupt, click.Abort):
         _say_how_to_go_on(signal.SIGINT, arguments)
     except Exception as error:  # last: click.Abort is one, too
         short = shortage(error)
-        if short is None:
+        if short is not None:
+            _end(redact(f"moemerge cannot go on: too little memory ({first_line(short)})"))
+        if first_to_fail():
             raise
-        _say(redact(f"moemerge cannot go on: too little memory ({first_line(short)})"), err=True)
-        sys.exit(USAGE_ERROR)
+        sys.exit(FAULTY)
+
+
+def _end(text: str, code: int = USAGE_ERROR) -> NoReturn:
+    """End with an error, told by one process if several work together."""
+    if first_to_fail():
+        _say(text, err=True)
+    sys.exit(code)
 
 
 def _say_how_to_go_on(number: int, arguments: Sequence[str]) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        command = redact(shlex.join(["moemerge", *arguments]))
-        name = signal.Signals(number).name
-        _say(f"stopped by {name}, nothing is left half-written; to go on: {command}", err=True)
-    sys.exit(BY_SIGNAL + number)
+    command = redact(shlex.join(["moemerge", *arguments]))
+    name = signal.Signals(number).name
+    _end(f"stopped by {name}, nothing is left half-written; to go on: {command}", BY_SIGNAL + number)
 
 
 def fault_table(faults: Sequence[Fault]) -> str:

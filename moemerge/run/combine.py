@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from moemerge.artifacts.json_file import read_object
-from moemerge.artifacts.stage import refuse_several
+from moemerge.artifacts.ranks import refuse_several
 from moemerge.errors import together
 from moemerge.options.combine import Combine
 from moemerge.options.signature import parse_call, with_options_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.manifest import written_by_stages
-from moemerge.artifacts.stage import refuse_several
+from moemerge.artifacts.ranks import refuse_several
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.report import read_comparison, read_report

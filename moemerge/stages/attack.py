@@ -50,7 +50,7 @@ def _gold(options: Attack, device: torch.device) -> Gold | None:
     return None if reward is None else lambda prompt, text: float(reward([(prompt, text)])[0])
 
 
-@stage("attack", Attack)
+@stage("attack", Attack, shares_work=True)
 def attack(options: Attack, draft: Draft) -> None:
     """Search among edits of rejected answers for some that the model scores above the chosen answer.
 

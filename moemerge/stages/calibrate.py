@@ -30,7 +30,7 @@ from moemerge.reports.table import Table, percent
 log = logging.getLogger(__name__)
 
 
-@stage("calibrate", Calibrate)
+@stage("calibrate", Calibrate, shares_work=True)
 def calibrate(options: Calibrate, draft: Draft) -> None:
     """Write each model's scale, with an interval: calibration.json, for merge and fit, and calibration.md.
 

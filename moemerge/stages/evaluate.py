@@ -52,7 +52,7 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     return model_rows(read_report(folder))
 
 
-@stage("evaluate", Evaluate, rows=_rows)
+@stage("evaluate", Evaluate, shares_work=True, rows=_rows)
 def evaluate(options: Evaluate, draft: Draft) -> None:
     """Score every model on every set, once, and run the probes on the scores.
 

@@ -28,7 +28,6 @@ from moemerge.fitting.problem import FitOutcome, FitProblem
 from moemerge.fitting.report import coefficient_rows, write_report
 from moemerge.fitting.splits import hold_out
 from moemerge.fitting.targets import Targets
-from moemerge.merging import distributed
 from moemerge.merging.blocks import layer_of
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
@@ -56,7 +55,6 @@ def fit(options: Fit, draft: Draft) -> None:
     DataError for unusable pairs.
     """
     device = use_device(options)
-    distributed.join()
     method = METHODS.get(options.method)
     source = _opened(options)
     blocks = source.blocks(per_matrix=options.granularity in ("matrix", "group"))

@@ -45,7 +45,7 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     return _layer_rows(RoutingStatistics.load(folder))
 
 
-@stage("route", Route, rows=_rows)
+@stage("route", Route, shares_work=True, rows=_rows)
 def route(options: Route, draft: Draft) -> None:
     """Write routing statistics by subset and side: statistics.safetensors, routing.md, gate_mass.png.
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import Ended, forked_together
+from forked import Ended
+from processes import ranks, torchrun
 from small_moe import (
     ALPHA,
     SHARED,
@@ -44,7 +40,6 @@ from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.routing import RoutingStatistics
 from moemerge.models.scoring import score_pairs
-from moemerge.run import cli
 from moemerge.stages.fit import fit
 from moemerge.stages.route import route
 
@@ -247,29 +242,6 @@ def test_same_seed_same_result_whatever_the_micro_batch(moe: Path, planted: Path
     first, second, third = (Coefficients.load(folder).alpha_LN for folder in (*folders, again))
     assert torch.equal(first, third)
     torch.testing.assert_close(first, second, rtol=0.0, atol=1e-4)
-
-
-def ranks(flags: list[str]) -> list[Ended]:
-    """The command line in two processes, with what torchrun tells each in its environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    every = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def rank(number: int) -> None:
-        os.environ.update(every | {"RANK": str(number), "LOCAL_RANK": str(number)})
-        cli.main(flags)
-
-    return forked_together([partial(rank, number) for number in range(2)])
-
-
-def torchrun(flags: list[str]) -> list[Ended]:
-    """The command line by torchrun itself, whose output is that of both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "moemerge", *flags], capture_output=True, text=True, cwd=ROOT, timeout=900
-    )
-    return [Ended(done.returncode, done.stdout, done.stderr)]
 
 
 @pytest.mark.parametrize("start", [ranks, pytest.param(torchrun, marks=pytest.mark.slow)])

@@ -1,0 +1,50 @@
+"""Which of several processes this one is, by what torchrun and accelerate launch put into its environment."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from moemerge.errors import OptionError
+
+PATIENCE = timedelta(seconds=5)
+
+
+def several() -> bool:
+    """Whether other processes do the same work together with this one."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def leads() -> bool:
+    """Whether this is the only process, or the first of several: the one that writes and tells."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first to end with an error, of those that work together: it alone tells.
+
+    They agree in the store at which they met. Where that has gone, all tell.
+    """
+    if not several():
+        return True
+    from torch import distributed
+
+    mine, start = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(*at, is_master=False, wait_for_workers=False, timeout=PATIENCE)  # type: ignore[attr-defined]
+        return bool(store.compare_set(f"moemerge/failed/{start}", "", mine).decode() == mine)
+    except (RuntimeError, ValueError, LookupError):
+        return True
+
+
+def refuse_several(command: str) -> None:
+    """Raise OptionError in each of several processes: all would do the same."""
+    if several():
+        raise OptionError(
+            f"{command} does not share its work among processes",
+            given=f"{os.environ['WORLD_SIZE']} processes, this one of rank {os.environ['RANK']}, as torchrun "
+            "starts them",
+            expected="one process; several do attack, calibrate, evaluate, fit and route",
+            fix=f"start it without torchrun: moemerge {command} ...",
+        )
