@@ -79,9 +79,13 @@ class Draft:
 
 
 class Stage(Protocol):
-    """A stage as a function; `opened` gives the Result of a folder that it wrote before."""
+    """A stage as a function; `opened` gives the Result of a folder that it wrote before.
+
+    shares_work: whether several processes do it together.
+    """
 
     opened: Callable[[Path], Result]
+    shares_work: bool
 
     def __call__(self, *inputs: Any, **options: Any) -> Result: ...
 
@@ -116,7 +120,7 @@ def stage(
 
         show_options(run, options, signature(options, Result))
         made = cast(Stage, run)
-        made.opened = partial(Result.of, rows=rows)
+        made.opened, made.shares_work = partial(Result.of, rows=rows), shares_work
         return made
 
     return make
