@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
 _HOMES = {
+    "strength": "stages.strength",
     "upcycle": "stages.upcycle",
     "train": "stages.train",
     "route": "stages.route",

@@ -31,6 +31,184 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 __version__: str
 
+def strength(
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    learning_rate: float = 1e-05,
+    expert_learning_rate: float | None = None,
+    router_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    warmup: float = 0.03,
+    schedule: Literal["linear", "cosine", "constant"] = "linear",
+    max_grad_norm: float = 1.0,
+    trainable: Literal["full", "experts", "lora"] = "full",
+    train_layers: str = "all",
+    lora_rank: int = 16,
+    lora_alpha: float = 32.0,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = False,
+    eval_steps: int | None = None,
+    patience: int | None = 3,
+    choose_by: Literal["loss", "accuracy"] = "loss",
+    shared_dropout: float = 0.0,
+    router_temperature: float = 1.0,
+    temperature_share: float = 0.5,
+    top1_warmup: float = 0.0,
+    assign: Literal["router", "subset", "shards"] = "router",
+    assign_share: float = 0.5,
+    assign_order: Sequence[str] = [],
+    objectives: Mapping[str, float] = {"bradley_terry": 1.0},
+    label_smoothing: float | Literal["column"] = 0.0,
+    margin: Literal["none", "column"] = "none",
+    center: float = 0.0,
+    language_head: StrPath | None = None,
+    policy_temperature: float = 0.1,
+    language_form: Literal["mean", "sigmoid"] = "mean",
+    contrast_temperature: float = 0.05,
+    contrast_dropout: float = 0.1,
+    lookahead: StrPath | None = None,
+    lookahead_rate: float = 0.01,
+    lookahead_sets: int = 4,
+    fresh_head: bool = False,
+    search: Mapping[str, Sequence[float]] = {},
+    trainer: Mapping[str, Any] = {},
+    folds: int = 5,
+    orders: int = 3,
+    fold_by: Literal["text", "prompt", "subset"] = "text",
+    planted: float = 0.05,
+    trusted: StrPath | None = None,
+    noise: float | None = None,
+    treat: Literal["none", "auto", "flip", "drop", "soft"] = "none",
+    auto_by: Literal["flip", "drop"] = "flip",
+    share: float = 0.2,
+    confidence: float = 0.95,
+    batch_tokens: int = 8192,
+    model: StrPath | None = None,
+    voters: Sequence[StrPath] = [],
+    votes: StrPath | None = None,
+    validation: StrPath | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write the pairs with strength, spread and margin, treated as asked, and what the vote is worth.
+
+    Voters are trained here, F folds x `orders`, none on a prompt that it scores; or are models that are
+    given; or their votes are those of an earlier output. Writes pairs.jsonl.gz (to train on: `margin` is the
+    strength, `doubt` there with treat soft), votes.jsonl.gz and trusted.jsonl.gz (what each voter said),
+    strength.json, report.html, report.md and plots. A killed run goes on with the voter that it was at. A
+    flipped label's strength and margin have the sign of the new label. Raises OptionError, DataError,
+    CheckpointError, UnsupportedError or ArtifactError.
+
+    Options:
+        pairs: preference pairs whose labels are voted on  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        epochs: passes over the training pairs  [default: 1.0]
+        max_steps: optimiser steps; overrides epochs
+        batch_size: pairs per device and step  [default: 8]
+        gradient_accumulation: batches per optimiser step  [default: 1]
+        learning_rate: learning rate of all that has none of its own  [default: 1e-05]
+        expert_learning_rate: learning rate of experts, the shared one too, or of a dense model's MLPs
+            (default: learning_rate)
+        router_learning_rate: learning rate of routers (default: learning_rate)
+        weight_decay: AdamW weight decay  [default: 0.0]
+        warmup: share of steps with rising learning rate  [default: 0.03]
+        schedule: learning rate after warm-up (linear, cosine, constant)  [default: linear]
+        max_grad_norm: gradient clipping  [default: 1.0]
+        trainable: full; experts: experts, routers and head; lora: those plus LoRA on attention (full,
+            experts, lora)  [default: full]
+        train_layers: transformer layers that train; the head always does  [default: all]
+        lora_rank: rank of LoRA on attention  [default: 16]
+        lora_alpha: scale of LoRA on attention  [default: 32.0]
+        precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
+            auto]
+        gradient_checkpointing: less memory, about a third more time  [default: no]
+        group_by_length: batches of similar length: faster where lengths vary, but a less random order
+            [default: no]
+        eval_steps: steps between evaluations (default: ten per run)
+        patience: evaluations without progress before stopping; none: never  [default: 3]
+        choose_by: what chooses steps and trials on validation pairs; loss minds how sure the scores
+            are, accuracy only their order (and takes the first of equals) (loss, accuracy)  [default:
+            loss]
+        shared_dropout: chance that a pair is scored without the shared expert, in all layers  [default:
+            0.0]
+        router_temperature: divides the router's logits at the first step, then falls or rises to 1
+            [default: 1.0]
+        temperature_share: share of steps after which the router's temperature is 1  [default: 0.5]
+        top1_warmup: share of steps with one routed expert per token, at the start  [default: 0.0]
+        assign: who picks a pair's routed expert at the start: its router, subset, or random shard
+            (router, subset, shards)  [default: router]
+        assign_share: share of steps with experts by subset or shard  [default: 0.5]
+        assign_order: subsets of expert 0, 1, ..., and round again (default: all, by name)
+        objectives: what training minimises, with weights (0: left out): bradley_terry, on labels;
+            policy, DPO on the same pairs by a language head on the trunk; language, likely chosen
+            answers by it; contrast, which tells the pairs of a batch apart by their states' differences
+            [default: bradley_terry=1.0]
+        label_smoothing: bradley_terry: share of labels that are assumed wrong, below 0.5; column: each
+            pair's own, the data's column doubt (column)  [default: 0.0]
+        margin: bradley_terry: margin that chosen must win by: the data's margin column (none, column)
+            [default: none]
+        center: weight of mean (chosen score + rejected score)^2, which keeps scores near 0  [default:
+            0.0]
+        language_head: policy and language: the language model that the reward model was made from,
+            whose head is used, frozen (default: the model's own head, or its embeddings where the
+            architecture ties them)
+        policy_temperature: policy: factor on log-odds; language_form sigmoid: on the log-probability
+            [default: 0.1]
+        language_form: language: -log pi per token of the chosen answer; sigmoid: GRM's, -log sigmoid of
+            policy_temperature times their sum (mean, sigmoid)  [default: mean]
+        contrast_temperature: contrast: divides cosines  [default: 0.05]
+        contrast_dropout: contrast: share of a state's numbers that each of its two views lacks
+            [default: 0.1]
+        lookahead: MetaRM: sets of three or more answers of the policy, whose gold is not used;
+            gradients are taken where the model tells these answers further apart
+        lookahead_rate: lookahead: its step against the weights' norm  [default: 0.01]
+        lookahead_sets: lookahead: sets per batch  [default: 4]
+        fresh_head: draw a new reward head where the model's own is missing or under another name (a
+            plain base model always gets one)  [default: no]
+        search: values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses
+        trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
+        folds: parts of the pairs; each is scored by voters trained on the others  [default: 5]
+        orders: voters per part, trained in orders of their own  [default: 3]
+        fold_by: what keeps pairs in one part: an equal prompt; text: an equal prompt or answer; subset:
+            an equal subset or prompt (text, prompt, subset)  [default: text]
+        planted: share of pairs that are turned round for the voters, to be found  [default: 0.05]
+        trusted: pairs like these whose labels were checked: they measure how often the vote errs
+        noise: in place of trusted: share of labels that are known to be wrong, of all kinds alike
+        treat: auto: flip or drop (auto_by) so many of each subset's weakest pairs that more than half
+            of them are wrong for sure; flip, drop: the weakest share; soft: write each label's doubt
+            (none, auto, flip, drop, soft)  [default: none]
+        auto_by: what treat auto does with these pairs (flip, drop)  [default: flip]
+        share: flip and drop: share of pairs, the weakest ones  [default: 0.2]
+        confidence: coverage of intervals  [default: 0.95]
+        batch_tokens: tokens per forward pass when pairs are scored  [default: 8192]
+        model: what voters are trained from: a reward model, or a base model (fresh head)
+        voters: in place of model: reward models that vote as they are, and have not seen these pairs
+        votes: in place of model: folder that strength wrote for these pairs, to treat them otherwise by
+            the same votes
+        validation: held-out pairs for the voters' early stopping and search
+        trust_remote_code: run code that comes with the models  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
 def upcycle(
     model: StrPath,
     *,
@@ -139,7 +317,7 @@ def train(
     assign_share: float = 0.5,
     assign_order: Sequence[str] = [],
     objectives: Mapping[str, float] = {"bradley_terry": 1.0},
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Literal["column"] = 0.0,
     margin: Literal["none", "column"] = "none",
     center: float = 0.0,
     language_head: StrPath | None = None,
@@ -174,7 +352,7 @@ def train(
         model: MoE or dense reward model, or a base model (fresh head): folder or hub name  [required]
         pairs: training pairs  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -219,7 +397,8 @@ def train(
             policy, DPO on the same pairs by a language head on the trunk; language, likely chosen
             answers by it; contrast, which tells the pairs of a batch apart by their states' differences
             [default: bradley_terry=1.0]
-        label_smoothing: bradley_terry: share of labels that are assumed wrong  [default: 0.0]
+        label_smoothing: bradley_terry: share of labels that are assumed wrong, below 0.5; column: each
+            pair's own, the data's column doubt (column)  [default: 0.0]
         margin: bradley_terry: margin that chosen must win by: the data's margin column (none, column)
             [default: none]
         center: weight of mean (chosen score + rejected score)^2, which keeps scores near 0  [default:
@@ -278,7 +457,7 @@ def route(
         model: MoE folder  [required]
         pairs: preference pairs  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -321,7 +500,7 @@ def calibrate(
         models: folders or hub names; without name= each gets its own  [required]
         pairs: two answers a prompt; which one is better does not matter  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -363,7 +542,7 @@ def changes(
         models: two models or more; without name= each gets its own  [required]
         base: the model that all of them were trained from  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -460,7 +639,7 @@ def fit(
         model: MoE folder
         pairs: fitting pairs; needed by learned, grid and least_squares
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -563,7 +742,7 @@ def gate(
         pairs: preference pairs with many different prompts: they say which expert suits which prompt
             [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -721,7 +900,7 @@ def fit_models(
         base: with models: a reward model that is merged as a shared expert is; it gives config,
             tokenizer and what is not merged (default: the first of models gives these, and nothing is
             shared; with coordinates sum the start that moemerge train recorded in all models)
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -929,7 +1108,7 @@ def sample(
         model: policy: a causal language model, folder or hub name  [required]
         prompts: rows with a prompt; equal prompts count once  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -998,7 +1177,7 @@ def optimise(
             [required]
         prompts: rows with a prompt; equal prompts count once  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -1074,7 +1253,7 @@ def evaluate(
         models: folders or hub names; without name= each has the name of its folder  [required]
         data: files or hub name:split; their columns show which are pairs, candidates or RewardBench
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -1142,7 +1321,7 @@ def choose(
         ranks: the candidates, with how much each takes to make: name=0 for the simplest; other models
             of the evaluations are shown, and never taken  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -1193,7 +1372,7 @@ def attack(
         model: reward model: folder or hub name  [required]
         pairs: preference pairs whose rejected answers are edited  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -1328,7 +1507,7 @@ def prepare(
     Options:
         train: training pairs: file or hub name:split
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
@@ -1440,7 +1619,7 @@ def combine(
         models: two reward models or more, of one architecture  [required]
         pairs: your own labelled pairs, some dozen at least; a file or hub name:split  [required]
         output: folder to write; must not exist yet  [required]
-        fields: other names for prompt, chosen, rejected, subset, margin, candidates, text, score
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]

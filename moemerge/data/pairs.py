@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moemerge.data.rows import BadRow, Row, Text, listed
@@ -23,7 +23,8 @@ TAKE_OFF = "take the prompt off these answers"
 class Pair:
     """One preference: `chosen` is the better answer to `prompt` ("" or [] where the data have none).
 
-    `row` is the row's number in its source, from 1; `source` the row as it was read.
+    `margin`: how much better; `doubt`: the probability that it is not, in [0, 1]; None where the data lack
+    them. `row` is the row's number in its source, from 1; `source` the row as it was read.
     """
 
     prompt: Text
@@ -33,12 +34,19 @@ class Pair:
     margin: float | None = None
     row: int = 0
     source: Row = field(default_factory=dict, repr=False)
+    doubt: float | None = None
 
     def plain(self) -> Row:
-        """The pair as a row with plain field names; subset and margin only where there is one."""
+        """The pair as a row with plain field names; subset, margin and doubt only where there is one."""
         row: Row = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        optional = {"subset": self.subset or None, "margin": self.margin}
+        optional = {"subset": self.subset or None, "margin": self.margin, "doubt": self.doubt}
         return row | {k: v for k, v in optional.items() if v is not None}
+
+
+def swapped(pair: Pair) -> Pair:
+    """The pair with the other label; its margin stays, and what was doubt is belief."""
+    doubt = None if pair.doubt is None else 1 - pair.doubt
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen, doubt=doubt)
 
 
 def prompt_key(pair: Pair) -> str:
@@ -52,15 +60,29 @@ def prompt_key(pair: Pair) -> str:
 
 def margins_of(pairs: Sequence[Pair]) -> list[float]:
     """The margin of each pair. One that is missing or not finite is not 0: DataError names its row."""
-    lacking = [pair.row for pair in pairs if pair.margin is None or not math.isfinite(pair.margin)]
-    if lacking:
+    return _column("margin", [pair.margin for pair in pairs], pairs, "set margin to none")
+
+
+def doubts_of(pairs: Sequence[Pair]) -> list[float]:
+    """The doubt of each pair. One that is missing is not 0: DataError names its row."""
+    return _column("doubt", [pair.doubt for pair in pairs], pairs, "set label_smoothing to a number")
+
+
+def _column(name: str, values: list[float | None], pairs: Sequence[Pair], otherwise: str) -> list[float]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < len(pairs):
+        lacking = [
+            pair.row
+            for pair, value in zip(pairs, values, strict=True)
+            if value is None or not math.isfinite(value)
+        ]
         raise DataError(
-            f"{len(lacking)} of {len(pairs)} pairs have no margin",
+            f"{len(lacking)} of {len(pairs)} pairs have no {name}",
             given=f"none in rows {listed(lacking)}",
-            expected="a finite number in the column margin of every pair",
-            fix="give these rows a margin, name the column in fields (margin=NAME), or set margin to none",
+            expected=f"a finite number in the column {name} of every pair",
+            fix=f"give these rows a {name}, name the column in fields ({name}=NAME), or {otherwise}",
         )
-    return [pair.margin for pair in pairs if pair.margin is not None]
+    return known
 
 
 def numbered(keys: Iterable[Hashable]) -> list[int]:
@@ -109,9 +131,10 @@ def parse_pair(row: Row, number: int, format: TextFormat, has_prompt: bool) -> P
     if repeats(prompt, chosen) and repeats(prompt, rejected):
         way_out = "or, where every row is so, read them as they are with fields prompt=none"
         raise BadRow(REPEATED, f"{TAKE_OFF}, {way_out}")
-    margin = value_of(row, "margin", format)
-    margin = None if margin is None else _number(margin, "margin")
-    return Pair(prompt, chosen, rejected, _subset(row, format), margin, number, row)
+    margin, doubt = (_number_or_none(row, name, format) for name in ("margin", "doubt"))
+    if doubt is not None and not 0 <= doubt <= 1:
+        raise BadRow("doubt is not from 0 to 1")
+    return Pair(prompt, chosen, rejected, _subset(row, format), margin, number, row, doubt)
 
 
 def _divide(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -174,6 +197,11 @@ def _refuse_unsupported(row: Row) -> None:
     for name in UNSUPPORTED:
         if row.get(name):
             raise BadRow(f"has {name}, which cannot be honoured")
+
+
+def _number_or_none(row: Row, name: str, format: TextFormat) -> float | None:
+    value = value_of(row, name, format)
+    return None if value is None else _number(value, name)
 
 
 def _number(value: Any, name: str) -> float:

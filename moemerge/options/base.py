@@ -116,7 +116,7 @@ COORDINATES: Any = Field(
 )
 SCALE_OF_SUM = 2.0  # what the c of a sum add up to: near the best for three members, in a pilot
 OURS = "routing_normalized_average"  # the name of our own merge method
-COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "candidates", "text", "score")
+COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "doubt", "candidates", "text", "score")
 
 
 class Options(BaseModel):
@@ -147,7 +147,8 @@ class TextFormat(Options):
 
     fields: dict[str, str] = Field(
         default_factory=dict,
-        description="other names for prompt, chosen, rejected, subset, margin, candidates, text, score",
+        description="other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, "
+        "score",
     )
     bad_rows: Literal["refuse", "skip"] = Field(
         "refuse", description="what to do with broken rows; either way they are counted and reported"

@@ -96,8 +96,10 @@ class TrainSettings(Options):
         "DPO on the same pairs by a language head on the trunk; language, likely chosen answers by it; "
         "contrast, which tells the pairs of a batch apart by their states' differences",
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="bradley_terry: share of labels that are assumed wrong"
+    label_smoothing: float | Literal["column"] = Field(
+        0.0,
+        description="bradley_terry: share of labels that are assumed wrong, below 0.5; column: each pair's "
+        "own, the data's column doubt",
     )
     margin: Literal["none", "column"] = Field(
         "none", description="bradley_terry: margin that chosen must win by: the data's margin column"
@@ -169,6 +171,8 @@ class TrainSettings(Options):
     @model_validator(mode="after")
     def _objectives_make_sense(self) -> TrainSettings:
         weights = self.objectives.values()
+        if isinstance(self.label_smoothing, float) and not 0 <= self.label_smoothing < 0.5:
+            raise ValueError("label_smoothing is outside [0, 0.5)")
         if not all(weight >= 0 for weight in weights) or not any(weights):
             raise ValueError("objectives needs one or more with a weight above 0, and none below")
         if (self.label_smoothing or self.margin != "none") and not self.objectives.get("bradley_terry"):
@@ -182,7 +186,8 @@ class TrainSettings(Options):
         return self
 
     def _is_set(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
+        default = type(self).model_fields[name].get_default(call_default_factory=True)
+        return bool(getattr(self, name) != default)
 
     @property
     def minimised(self) -> dict[str, float]:

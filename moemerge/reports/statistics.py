@@ -36,6 +36,37 @@ def wilson_band(share_X: Floats, trials_X: Integers, confidence: float) -> tuple
     return np.clip(centre_X - half_X, 0, share_X), np.clip(centre_X + half_X, share_X, 1)
 
 
+def clustered_interval(right_P: NDArray[np.bool_], units_P: Integers, confidence: float) -> Interval:
+    """Interval of a share where rows of a unit, such as a prompt, go together.
+
+    Clopper and Pearson's, for as many independent rows as would have the variance that is seen between units;
+    where all rows agree each unit counts once (Korn and Graubard 1998, Survey Methodology 24, 193-201). Of no
+    rows at all it is (0, 1).
+    """
+    rows, units = len(right_P), len(np.unique(units_P))
+    if not rows:
+        return 0.0, 1.0
+    share = float(right_P.mean())
+    count = float(rows if units == rows else _effective_rows(right_P, units_P, confidence))
+    tail, hits = (1 - confidence) / 2, share * count
+    low = float(stats.beta.ppf(tail, hits, count - hits + 1)) if share > 0 else 0.0
+    high = float(stats.beta.ppf(1 - tail, hits + 1, count - hits)) if share < 1 else 1.0
+    return low, high
+
+
+def _effective_rows(right_P: NDArray[np.bool_], units_P: Integers, confidence: float) -> float:
+    """How many independent rows tell as much of the share as these do; one per unit where all agree."""
+    sums_K2 = cluster_sums(right_P[:, None].astype(np.float64), units_P)
+    rows, units, share = len(right_P), len(sums_K2), float(right_P.mean())
+    squares = float(((sums_K2[:, 0] - share * sums_K2[:, 1]) ** 2).sum())
+    if not 0 < share < 1 or units < 2 or not squares:
+        return float(units)
+    variance = units / (units - 1) * squares / rows**2
+    # The variance is known from so many units only, which widens an interval as Student's t does.
+    narrow, wide = (float(stats.t.ppf((1 + confidence) / 2, count - 1)) for count in (rows, units))
+    return min(rows, share * (1 - share) / variance * (narrow / wide) ** 2)
+
+
 def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: float) -> Interval:
     """Interval of the mean of `right_P`: Wilson's, or the bootstrap's (`draws_R`) if prompts repeat.
 

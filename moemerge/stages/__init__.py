@@ -47,6 +47,13 @@ ROWS = (
         headlines.sizes,
     ),
     Row(
+        "strength",
+        "moemerge.stages.strength:strength",
+        "moemerge.options.strength:Strength",
+        "Measure which labels of preference pairs are doubtful, by a vote of models, and treat them.",
+        "{sentence}".format_map,
+    ),
+    Row(
         "upcycle",
         "moemerge.stages.upcycle:upcycle",
         "moemerge.options.upcycle:Upcycle",

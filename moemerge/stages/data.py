@@ -12,6 +12,7 @@ import numpy as np
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.folds import deal
 from moemerge.data.pairs import CandidateSet, Pair, prompt_key
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.rows import SHOWN, Row, RowReport, write_rows
@@ -214,11 +215,8 @@ def _folds(pairs: list[Pair], options: Data) -> dict[str, list[Pair]]:
     if len(groups) < options.folds:
         what, fewer = f"train cannot be dealt to {options.folds} parts", f", or folds {len(groups)}"
         raise _too_few(what, groups, options.folds, options, fewer * (len(groups) > 1))
-    shuffled = [groups[i] for i in np.random.default_rng(options.seed).permutation(len(groups))]
-    parts: list[list[Pair]] = [[] for _ in range(options.folds)]
-    # Subset after subset, each group to the smallest part: so every subset is spread over all parts.
-    for group in sorted(shuffled, key=lambda group: group[0].subset or ""):
-        min(parts, key=len).extend(group)
+    kinds = [group[0].subset for group in groups]
+    parts = deal(groups, kinds, options.folds, options.seed)
     folds = {}
     for number, part in enumerate(parts):
         held_out = {pair.row for pair in part}

@@ -13,48 +13,31 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moemerge.artifacts.disk import size_of
-from moemerge.artifacts.stage import Draft
 from moemerge.artifacts.workspace import once
-from moemerge.data.tokenise import EncodedCandidates, EncodedPair
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.models.families import family_of
-from moemerge.models.folder import ModelFolder
 from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model
 from moemerge.models.moe import moe_layers
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
+from moemerge.training.bench import Bench
 from moemerge.training.report import report, standing
 
 DONE = "done.json"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all trials share."""
-
-    device: torch.device
-    model: ModelFolder
-    tokenizer: PreTrainedTokenizerBase
-    pairs: list[EncodedPair]
-    held_out: list[EncodedPair]
-    draft: Draft
-    candidates: Sequence[EncodedCandidates] = ()
 
 
 def best_model(

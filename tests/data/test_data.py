@@ -163,6 +163,8 @@ BAD_PAIRS = {
     "empty answer": b'{"prompt": "p", "chosen": " \\n", "rejected": "b"}',
     "identical answers": b'{"prompt": "p", "chosen": "a", "rejected": "a"}',
     "margin is not a finite number": b'{"prompt": "p", "chosen": "a", "rejected": "b", "margin": NaN}',
+    "doubt is not a finite number": b'{"prompt": "p", "chosen": "a", "rejected": "b", "doubt": "some"}',
+    "doubt is not from 0 to 1": b'{"prompt": "p", "chosen": "a", "rejected": "b", "doubt": 1.5}',
     "subset is not text": b'{"prompt": "p", "chosen": "a", "rejected": "b", "subset": ["s"]}',
     "has tools, which cannot be honoured": b'{"prompt": "p", "chosen": "a", "rejected": "b", "tools": ["t"]}',
     "prompt is text, answers are messages that do not begin with it": (
@@ -383,7 +385,7 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 
 def test_prepare_writes_plain_names(tmp_path: Path) -> None:
     names = {"prompt": "q", "chosen": "good", "rejected": "bad", "subset": "kind", "text": "t", "score": "s"}
-    row = {"q": "é ", "good": "a", "bad": "b", "kind": "x", "margin": 1, "other": 5}
+    row = {"q": "é ", "good": "a", "bad": "b", "kind": "x", "margin": 1, "doubt": 0, "other": 5}
     train = write_lines(tmp_path / "train.jsonl", [row])
     wide = write_lines(
         tmp_path / "c.jsonl", [{"q": "q", "candidates": [{"t": "a", "s": 1}, {"t": "b", "s": 2}]}]
@@ -397,7 +399,7 @@ def test_prepare_writes_plain_names(tmp_path: Path) -> None:
         candidates={"wide": wide},
         fields=names,
     )
-    plain = [{"prompt": "é ", "chosen": "a", "rejected": "b", "subset": "x", "margin": 1.0}]
+    plain = [{"prompt": "é ", "chosen": "a", "rejected": "b", "subset": "x", "margin": 1.0, "doubt": 0.0}]
     for name in ("train", "validation", "fit", "tests/hard"):
         assert rows_of(out / f"{name}.jsonl.gz") == plain
     candidates = [{"text": "a", "score": 1.0}, {"text": "b", "score": 2.0}]
@@ -406,7 +408,7 @@ def test_prepare_writes_plain_names(tmp_path: Path) -> None:
     assert results["sizes"] == {"train": 1, "validation": 1, "fit": 1, "tests/hard": 1, "candidates/wide": 1}
     assert results["seen_in_train"] == {"validation": 1, "fit": 1, "tests/hard": 1}
     again = read_pairs(str(out / "train.jsonl.gz"), PLAIN)[0][0]
-    assert (again.prompt, again.subset, again.margin) == ("é ", "x", 1.0)
+    assert (again.prompt, again.subset, again.margin, again.doubt) == ("é ", "x", 1.0, 0.0)
 
 
 def many_rows(groups: int, per_group: int) -> list[object]:

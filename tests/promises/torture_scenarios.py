@@ -14,7 +14,7 @@ from tiny_models import save_dense
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.upcycle import upcycle
 
-SLOW = {"train", "route", "fit", "evaluate", "optimise"}
+SLOW = {"train", "strength", "route", "fit", "evaluate", "optimise"}
 # What other scenarios read.
 NEEDED = {"upcycle", "route", "fit", "merge"}
 COMMON = ["--threads", "1", "--seed", "3", "--device", "cpu"]
@@ -100,6 +100,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "data": ["--train", pairs, "--tests", f"t={held_out}", "--validation-share", "0.2"],
         "upcycle": ["--model", dense, *upcycled],
         "train": ["--model", moe, "--pairs", pairs, "--validation", held_out, *train],
+        "strength": ["--model", dense, "--pairs", pairs, "--folds", "2", "--orders", "1", *train],
         "route": ["--model", moe, "--pairs", pairs],
         "fit": ["--model", moe, "--routing", routing, "--pairs", pairs, "--max-epochs", "2"],
         "calibrate": ["--models", f"a={dense}", f"b={moe}", "--pairs", held_out, "--resamples", "100"],

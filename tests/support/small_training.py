@@ -21,6 +21,7 @@ from moemerge.options.base import TextFormat
 from moemerge.options.train import Train
 from moemerge.stages.train import train
 from moemerge.training import trials
+from moemerge.training.bench import Bench
 
 EXPERTS, ROUTERS = (".mlp.experts.", ".mlp.shared_expert."), (".mlp.gate.",)
 
@@ -79,7 +80,7 @@ def trainer_of(world: Path, home: Path, model: str = "moe", pairs: str = "train"
     folder = ModelFolder(given["model"])
     tokenizer = load_tokenizer(folder)
     held, fitted = (encoded(tokenizer, world / f"{name}.jsonl") for name in ("held", pairs))
-    bench = trials.Bench(torch.device("cpu"), folder, tokenizer, fitted, held, Draft(home, home))
+    bench = Bench(torch.device("cpu"), folder, tokenizer, fitted, held, Draft(home, home))
     loaded, roles = trials._prepare(bench, chosen, bench.device)
     return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
 

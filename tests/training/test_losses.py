@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import brute_force, history, moved, raiser, rows, run, trainer_of
+from small_training import brute_force, history, moved, raiser, rows, run, trainer_of, write
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, logsigmoid
 
@@ -76,6 +76,28 @@ def test_label_smoothing_is_the_formula(world: Path, tmp_path: Path, margin: str
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, trainer.model.get_parameter(name).grad, rtol=1e-8, atol=1e-12)
+
+
+def test_doubts_are_label_smoothing_of_each_pair(world: Path, tmp_path: Path) -> None:
+    """By the formula; a doubt of 1 is the other label, and of 0 plain training."""
+    doubts = [0.0, 1.0, 0.3, 0.25, 0.5, 0.0, 0.9, 0.1]
+    made = [row | {"doubt": doubt} for row, doubt in zip(rows(8, 4), doubts, strict=True)]
+    write(tmp_path / "doubted.jsonl", made)
+    for name in ("dense", "held.jsonl"):
+        (tmp_path / name).symlink_to(world / name)
+    options = {"label_smoothing": "column", "batch_size": 8}
+    trainer = trainer_of(tmp_path, tmp_path / "home", "dense", "doubted", **options)
+    trainer.model.double()
+    loss, _ = loss_of(trainer)
+    chosen, rejected = scores(trainer)
+    d, e = chosen - rejected, torch.tensor(doubts).double()
+    wanted = -((1 - e) * torch.sigmoid(d).log() + e * torch.sigmoid(-d).log()).mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-7)  # doubts are float32, as margins are
+    del made[3]["doubt"]
+    write(tmp_path / "doubted.jsonl", made)
+    with pytest.raises(DataError, match=r"(?s)1 of 8 pairs have no doubt.*none in rows 4\n"):
+        run(tmp_path, tmp_path / "out", "dense", pairs=str(tmp_path / "doubted.jsonl"), **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_contrast_is_a_double_loop_over_pairs(world: Path, tmp_path: Path) -> None:
@@ -180,7 +202,8 @@ def test_faults_name_the_remedy(world: Path, tmp_path: Path) -> None:
         ({"objectives": {}}, "with a weight above 0"),
         ({"objectives": {"bradley_terry": 1, "contrast": 1}, "batch_size": 1}, "several pairs in a batch"),
         ({"objectives": {"contrast": 1}, "margin": "column"}, "need bradley_terry"),
-        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"label_smoothing": 0.5}, r"label_smoothing is outside \[0, 0.5\)"),
+        ({"label_smoothing": "colum"}, "did you mean 'column'"),
     ):
         with pytest.raises(OptionError, match=text):
             run(world, tmp_path / "out", "dense", **options)
