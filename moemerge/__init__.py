@@ -73,6 +73,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("moemerge.models.modelling")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "IPython" in sys.modules and importlib.import_module("moemerge.artifacts.progress").in_notebook():
+        importlib.import_module("moemerge.run.messages").tell_in_notebook()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, uint8
 from tqdm.auto import tqdm
 
+from moemerge.artifacts.progress import hidden
 from moemerge.errors import CheckpointError
 
 SHOWN, AHEAD = 5, 4
@@ -26,7 +27,9 @@ def tensor_digest(tensor: Tensor) -> str:
 def require_as_meant(folder: Path, meant: Mapping[str, str], found: Iterable[tuple[str, Tensor]]) -> None:
     """Raise CheckpointError unless the tensors `found` in `folder` have the names and digests `meant`."""
     seen: set[str] = set()
-    for name, digest in tqdm(_digests(found), desc="read back", total=len(meant), leave=False, disable=None):
+    for name, digest in tqdm(
+        _digests(found), desc="read back", total=len(meant), leave=False, disable=hidden()
+    ):
         seen.add(name)
         if digest != meant.get(name, digest):
             raise _not_as_meant(folder, f"{name} differs from what was written")

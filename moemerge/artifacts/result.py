@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +82,12 @@ class Result(Folder):
         """What is inside of the folder is a plain path."""
         return Path(*segments)
 
+    if sys.version_info < (3, 12):  # which do not ask with_segments
+
+        @classmethod
+        def _from_parsed_parts(cls, *parts: Any) -> Path:
+            return Folder._from_parsed_parts(*parts)
+
     def _repr_html_(self) -> str | None:
         """What a notebook shows; of a folder without results its plain text."""
         try:
@@ -109,6 +117,14 @@ def html_table(rows: list[dict[str, Any]]) -> str:
     body = [_line("td", [_cell(row.get(name)) for name in columns]) for row in rows[:SHOWN]]
     more = f"<p>and {len(rows) - SHOWN} rows more</p>" if len(rows) > SHOWN else ""
     return f"<table>{_line('th', columns)}{''.join(body)}</table>{more}"
+
+
+def picture_html(path: Path) -> str:
+    """A picture within the page, since a notebook may be opened elsewhere; nothing for one that is gone."""
+    if not path.is_file():
+        return ""
+    text = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{text}" style="max-width: 100%">'
 
 
 def _line(kind: str, cells: list[str]) -> str:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from moemerge.artifacts.checksums import MANIFEST, added, artifact_files, file_digest, holds_more, is_hidden
 from moemerge.artifacts.manifest import flat_inputs, holds_manifest, load_manifest, own_digest, read_manifest
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.weight_files import Fault, weight_faults
 from moemerge.errors import ArtifactError
 
@@ -139,7 +140,7 @@ def _file_faults(path: Path, recorded: dict[str, Any], digests: dict[Path, str])
     both = sorted(present.keys() & recorded.keys())
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
         checked = pool.map(lambda name: _changed(name, present[name], recorded[name], digests), both)
-        for fault in tqdm(checked, desc="verify", total=len(both), leave=False, disable=None):
+        for fault in tqdm(checked, desc="verify", total=len(both), leave=False, disable=hidden()):
             if fault is not None:
                 yield fault
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from moemerge.artifacts.progress import hidden
 from moemerge.data.pairs import Pair
 from moemerge.data.rows import Text
 from moemerge.data.tokenise import Item
@@ -114,7 +115,7 @@ def search(
     ]
     for attempt in searches:
         attempt.seen.add(last_message(attempt.pair.rejected))
-    for _ in tqdm(range(settings.steps), desc="attack", unit="step", leave=False, disable=None):
+    for _ in tqdm(range(settings.steps), desc="attack", unit="step", leave=False, disable=hidden()):
         going_on = [attempt for attempt in searches if not attempt.succeeded]
         asked = [(attempt, attempt.proposals(edits, settings.proposals)) for attempt in going_on]
         items = [(attempt.pair.prompt, variant.text) for attempt, variants in asked for variant in variants]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
+from moemerge.artifacts.progress import hidden
 from moemerge.fitting.optimisers import OPTIMISERS, choose
 from moemerge.fitting.problem import FitOutcome, FitProblem, Measured, Objective
 from moemerge.fitting.significance import calibrated_losses, measures
@@ -74,7 +75,7 @@ class Trajectory:
 
     def run(self) -> Trajectory:
         """Run the optimiser to its end."""
-        with tqdm(desc="fit", unit="point", leave=False, disable=None) as self.bar:
+        with tqdm(desc="fit", unit="point", leave=False, disable=hidden()) as self.bar:
             self._losses = []
             self.points.append(self._look(self.start.alpha_LN, self.start.shared_L))
             for number in range(1 + self.settings.robust_rounds):

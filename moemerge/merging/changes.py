@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moemerge.artifacts.progress import hidden
 from moemerge.merging.blocks import ATTENTION, HEAD, MLP, OUTSIDE
 from moemerge.merging.experts.diversity import CHUNK, sizes_and_cosines
 from moemerge.merging.experts.report import plain
@@ -55,7 +56,7 @@ def measure_changes(source: ModelList) -> Changes:
     N, G = source.num_members, len(GROUPS)
     gram_GNN, both_GNN, against_GNN = (torch.zeros(G, N, N, dtype=torch.float64) for _ in range(3))
     start_G = torch.zeros(G, dtype=torch.float64)
-    for tensor in tqdm(source.tensors, desc="changes", leave=False, disable=None):
+    for tensor in tqdm(source.tensors, desc="changes", leave=False, disable=hidden()):
         rows = [0, GROUPS.index(source.kind(tensor.dense))]
         for start_X, changes_NX in _parts(source, tensor):
             gram_GNN[rows] += changes_NX @ changes_NX.T

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, Qwen2MoeConfig, Qwen2MoeForSequenceClassification
 
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.stage import Draft
 from moemerge.errors import UnsupportedError
 from moemerge.merging.sources.moe import MoeCheckpoint
@@ -131,7 +132,7 @@ def native_tensors(source: MoeCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint by the name that from_pretrained reads, experts one by one."""
     for name in source.backbone:
         yield name, source.weights.tensor(name)
-    for tensor in tqdm(source.tensors, desc="export", leave=False, disable=None):
+    for tensor in tqdm(source.tensors, desc="export", leave=False, disable=hidden()):
         yield from _copies(source, tensor)
     for home in dict.fromkeys(tensor.home for tensor in source.tensors):
         gate_ND = source.weights.tensor(f"{home}.gate.weight")

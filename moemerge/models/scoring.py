@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.ranks import leads
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, DataError
@@ -100,8 +101,7 @@ def collate(texts: Sequence[Encoded], pad: int, prompts: bool, device: torch.dev
 
 
 def _bar(total: int, text: str) -> tqdm[Any]:
-    shown = bool(text) and leads()
-    return tqdm(total=total, desc=text, unit="text", leave=False, disable=None if shown else True)
+    return tqdm(total=total, desc=text, unit="text", leave=False, disable=hidden() or not (text and leads()))
 
 
 def _refuse_empty(encoded: Sequence[Encoded]) -> None:

@@ -24,6 +24,7 @@ from moemerge.errors import MoemergeError, first_line, suggest
 from moemerge.reports.table import Table, visible
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
+from moemerge.run.messages import Discreet
 from moemerge.run.signals import Stopped, stoppable
 from moemerge.stages import ROWS
 
@@ -52,13 +53,6 @@ class Program(click.Group):
         return super().resolve_command(ctx, args)
 
 
-class _Discreet(logging.Formatter):
-    """Log lines without passwords, tokens and what a terminal would obey."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(redact(super().format(record)))
-
-
 def _say(text: str, err: bool = False) -> None:
     """Print, on one's own lines only: names in data and models must not steer the terminal."""
     click.echo(visible(text), err=err)
@@ -68,7 +62,7 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool | Non
     levels = {None: logging.INFO, True: logging.DEBUG, False: logging.WARNING}
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING, force=True)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Discreet("%(message)s"))
+        handler.setFormatter(Discreet("%(message)s"))
     # Of several processes that work together the first one tells.
     logging.getLogger("moemerge").setLevel(levels[value] if leads() else logging.ERROR)
     # Read by transformers when it is imported, which is later.
@@ -228,9 +222,9 @@ def verify(folder: Path, inputs: bool) -> int:
 
 
 def _tell_step(step: StepReport) -> None:
-    what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
-    width = 2 * len(step.place.split("/")[1]) + 3  # of the last one, such as [12/12]
-    _say(f"{f'[{step.place}]':>{width}} {step.name:<14} {what:>8}  {headline(step.manifest)}")
+    from moemerge.run.steps import step_line
+
+    _say(step_line(step))
 
 
 for _row in ROWS:

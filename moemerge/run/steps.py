@@ -6,12 +6,11 @@ import html
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,15 @@ from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, wr
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, expect_stage, read_manifest
-from moemerge.artifacts.result import Result, data_frame, html_table
+from moemerge.artifacts.progress import hidden
+from moemerge.artifacts.result import Result, data_frame, html_table, picture_html
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
 from moemerge.evaluation.report import outdated
 from moemerge.options.base import Run
 from moemerge.options.combine import Combine
 from moemerge.options.recipe import Recipe
+from moemerge.run.headlines import headline
 from moemerge.stages import STAGES
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class StepReport:
     stage: str
     reason: str | None
     seconds: float
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
     place: str = "1/1"
 
     @property
@@ -79,10 +80,10 @@ class RunReport:
     """
 
     output: Path
-    steps: list[StepReport]
-    overview: str
+    steps: list[StepReport] = field(repr=False)
+    overview: str = field(repr=False)
     verdict: str
-    pictures: list[Path]
+    pictures: list[Path] = field(repr=False)
     page: Path
     merged: Path
     shown: str
@@ -108,7 +109,7 @@ class RunReport:
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         verdict, page = (f"<p>{html.escape(text)}</p>" for text in (self.verdict, str(self.page)))
-        return verdict + html_table(self.rows()) + page
+        return verdict + "".join(map(picture_html, self.pictures[:1])) + html_table(self.rows()) + page
 
 
 def open_result(folder: str | os.PathLike) -> Result:
@@ -123,7 +124,7 @@ def open_result(folder: str | os.PathLike) -> Result:
 def run_steps(
     steps: Iterable[Step], tell: Tell | None = None, again: str = "", before: int = 0, after: int = 0
 ) -> Iterator[StepReport]:
-    """Do the steps in order, as `run_step` does, and tell of each once it is done.
+    """Do the steps in order, as `run_step` does, and tell of each once it is done (default: by the log).
 
     `before`, `after`: how many steps of the run are not among these, for counting.
     """
@@ -132,7 +133,16 @@ def run_steps(
         report = run_step(step, again, f"{number}/{before + len(ordered) + after}")
         if tell is not None:
             tell(report)
+        else:
+            log.info("%s", step_line(report))
         yield report
+
+
+def step_line(step: StepReport) -> str:
+    """What became of a step, in one line."""
+    what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
+    width = 2 * len(step.place.split("/")[1]) + 3  # of the last one, such as [12/12]
+    return f"{f'[{step.place}]':>{width}} {step.name:<14} {what:>8}  {headline(step.manifest)}"
 
 
 def keep_recipe(run: Recipe | Combine) -> None:
@@ -174,7 +184,7 @@ def _one_line() -> Iterator[None]:
 @contextmanager
 def _sign_of_life(what: str) -> Iterator[None]:
     """While open, a line every 30 s where no progress bar is seen, as in a file of logs."""
-    if sys.stderr.isatty():
+    if not hidden():
         yield
         return
     done, started = threading.Event(), time.perf_counter()

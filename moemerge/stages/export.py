@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.artifacts.origin import with_base
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
 from moemerge.merging.coefficients import Coefficients
@@ -137,7 +138,7 @@ def _write_members(folder: Path, source: MergeSource, members: list[int], shard_
     parts = folder / ".parts"
     if members:
         _write_part(parts / "backbone", ((n, finite(source.kept(n), n)) for n in source.backbone), shard_size)
-    for member in tqdm(members, desc="export", leave=False, disable=None):
+    for member in tqdm(members, desc="export", leave=False, disable=hidden()):
         name = source.member_names[member]
         _write_part(parts / name, _tensors_of(source, member), shard_size)
         _write_model(folder / name, source, [parts / "backbone", parts / name])

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.artifacts.origin import with_base
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.result import Result
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import CheckpointError
@@ -240,7 +241,7 @@ class _Hosted:
 
 def _dense_tensors(source: MergeSource, way: _Way, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     merged = {tensor.dense: tensor for tensor in source.tensors}
-    for name in tqdm(source.names(), desc="merge", leave=False, disable=None):
+    for name in tqdm(source.names(), desc="merge", leave=False, disable=hidden()):
         if name in merged:
             yield name, way.merged(merged[name])
         else:

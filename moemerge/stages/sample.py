@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.pairs import CandidateSet, as_answer
@@ -66,7 +67,7 @@ def _draw(
     numbers = [number for number in range(len(prompts)) for _ in range(options.per_prompt)]
     ids = prompt_ids(tokenizer, [item.prompt for item in prompts])
     lengths = [len(ids[number]) + options.max_new_tokens for number in numbers]
-    with tqdm(total=len(numbers), desc="answers", unit="answer", leave=False, disable=None) as bar:
+    with tqdm(total=len(numbers), desc="answers", unit="answer", leave=False, disable=hidden()) as bar:
         for batch, rows in enumerate(batches(lengths, options.batch_tokens)):
             of_rows = [numbers[row] for row in rows]
             draw = partial(_batch, options, policy, tokenizer, prompts, of_rows, batch)

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import UnsupportedError
 from moemerge.merging.calibration import Calibration
@@ -115,14 +116,14 @@ def _moe_tensors(
     experts = {t.dense for t in tensors}
     others, dense = _others(options), skeleton(moe)
     shapes, outputs = dense.state_dict(), output_names(dense)
-    for name, held in tqdm(source.dense_names.items(), desc="backbone", disable=None):
+    for name, held in tqdm(source.dense_names.items(), desc="backbone", disable=hidden()):
         if name in outputs and settings.heads == BY_EXPERT:
             yield name, _heads(others, ModelTensor(name, tuple(shapes[name].shape))).to(moe.dtype)
         elif held is None:
             yield name, _fresh(tuple(shapes[name].shape), name, moe, generator)
         elif name not in experts:
             yield name, _finite(source, held)
-    for stack in tqdm(_stacks(tensors), desc="experts", disable=None):
+    for stack in tqdm(_stacks(tensors), desc="experts", disable=hidden()):
         yield from _expert_copies(source, others, stack, settings, options.expert_noise, generator)
     for prefix in dict.fromkeys(t.home for t in tensors):
         yield from _routers(prefix, moe, settings, options.router_init, generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.integrations.integration_utils import (
 )
 from trl.trainer.reward_config import RewardConfig
 
+from moemerge.artifacts.progress import hidden
 from moemerge.errors import MoemergeError, OptionError, first_line, unknown
 from moemerge.options.base import Run
 from moemerge.options.train import Train
@@ -72,7 +72,7 @@ def _plain(device: torch.device) -> dict[str, Any]:
     """No reports to trackers unless asked for, and data as it comes: pairs are cut to length before."""
     return {
         "report_to": "none",
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": hidden(),
         "max_length": None,
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 
+from moemerge.artifacts.progress import hidden
 from moemerge.data.pairs import as_answer
 from moemerge.data.rows import Text
 from moemerge.data.tokenise import Item
@@ -119,7 +119,7 @@ def _arguments(options: Optimise, name: str, device: torch.device, folder: Path)
             "disable_dropout": True,
             "report_to": options.report_to or "none",
             "run_name": f"{options.output.name}/{name}",
-            "disable_tqdm": not sys.stderr.isatty(),
+            "disable_tqdm": hidden(),
             "save_strategy": "no",
             "logging_strategy": "steps" if options.report_to else "no",
             "logging_steps": 1,

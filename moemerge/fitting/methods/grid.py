@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moemerge.artifacts.progress import hidden
 from moemerge.errors import OptionError
 from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.problem import FitOutcome, FitProblem, Objective
@@ -33,7 +34,7 @@ def grid(problem: FitProblem) -> FitOutcome:
         )
     first, objective = initial_coefficients(problem), problem.data()
     tried: dict[float, dict[str, float]] = {}
-    for weight in tqdm(problem.settings.grid, desc="fit", leave=False, disable=None):
+    for weight in tqdm(problem.settings.grid, desc="fit", leave=False, disable=hidden()):
         tried[weight] = measures(objective.measure(first.alpha_LN, _all(weight, first), "train").margins_P)
     best = min(tried, key=lambda weight: tried[weight]["loss"])
     return FitOutcome(first.alpha_LN, _all(best, first), _report(objective, first, best, tried))
