@@ -86,7 +86,7 @@ class Result(Folder):
 
         @classmethod
         def _from_parsed_parts(cls, *parts: Any) -> Path:
-            return Folder._from_parsed_parts(*parts)
+            return Folder._from_parsed_parts(*parts)  # type: ignore[attr-defined,no-any-return]
 
     def _repr_html_(self) -> str | None:
         """What a notebook shows; of a folder without results its plain text."""

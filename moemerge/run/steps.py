@@ -133,7 +133,7 @@ def run_steps(
         report = run_step(step, again, f"{number}/{before + len(ordered) + after}")
         if tell is not None:
             tell(report)
-        else:
+        elif log.isEnabledFor(logging.INFO):
             log.info("%s", step_line(report))
         yield report
 

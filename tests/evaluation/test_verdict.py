@@ -32,6 +32,8 @@ def report_with(low: float, high: float, p: float = 0.01) -> dict[str, Any]:
     report["probes"]["accuracy"]["sets"]["test"]["all"]["models"]["merge-learned"]["vs_baseline"] = versus
     curve = {
         "gold": [0.1, 0.4],
+        "gold_low": [0.0, 0.3],
+        "gold_high": [0.2, 0.5],
         "minus_baseline": [0, 0.2],
         "minus_baseline_low": [0, -0.1],
         "minus_baseline_high": [0, 0.5],
