@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from moemerge.artifacts.ranks import leads
+
 
 def in_notebook() -> bool:
     """Whether the kernel of a notebook runs this; its stderr is no terminal, and still a person sees it."""
@@ -13,5 +15,5 @@ def in_notebook() -> bool:
 
 
 def hidden() -> bool:
-    """Whether nobody would see a progress bar, as in a file of logs."""
-    return not (sys.stderr.isatty() or in_notebook())
+    """Whether nobody would see a progress bar, as in a file of logs, or see it from several processes."""
+    return not leads() or not (sys.stderr.isatty() or in_notebook())

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.artifacts.progress import hidden
-from moemerge.artifacts.ranks import leads
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, DataError
 from moemerge.models import processes
@@ -101,7 +100,7 @@ def collate(texts: Sequence[Encoded], pad: int, prompts: bool, device: torch.dev
 
 
 def _bar(total: int, text: str) -> tqdm[Any]:
-    return tqdm(total=total, desc=text, unit="text", leave=False, disable=hidden() or not (text and leads()))
+    return tqdm(total=total, desc=text, unit="text", leave=False, disable=hidden() or not text)
 
 
 def _refuse_empty(encoded: Sequence[Encoded]) -> None:
