@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
-from moemerge.errors import OptionError
+from moemerge.errors import ArtifactError, OptionError
 
 PATIENCE = timedelta(seconds=5)
+OF_OTHERS = re.compile(r"^Dist\w*Error|gloo|nccl|[Cc]onnection (closed|reset|refused)", re.IGNORECASE)
 
 
 def several() -> bool:
@@ -18,6 +22,11 @@ def several() -> bool:
 def leads() -> bool:
     """Whether this is the only process, or the first of several: the one that writes and tells."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def count() -> int:
+    """How many processes do the same work together."""
+    return int(os.environ["WORLD_SIZE"]) if several() else 1
 
 
 def first_to_fail() -> bool:
@@ -38,6 +47,22 @@ def first_to_fail() -> bool:
         return True
 
 
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """While open, what torch says where another process has gone becomes an ArtifactError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not several() or not OF_OTHERS.search(f"{type(error).__name__}: {error}"):
+            raise
+        raise ArtifactError(
+            "another of the processes that work together has ended",
+            given=str(error).splitlines()[0][:200],
+            expected=f"all {count()} to the end",
+            fix="mend what it says, or what ended it (memory, a signal), and start them again",
+        ) from error
+
+
 def refuse_several(command: str) -> None:
     """Raise OptionError in each of several processes: all would do the same."""
     if several():
@@ -45,6 +70,6 @@ def refuse_several(command: str) -> None:
             f"{command} does not share its work among processes",
             given=f"{os.environ['WORLD_SIZE']} processes, this one of rank {os.environ['RANK']}, as torchrun "
             "starts them",
-            expected="one process; several do attack, calibrate, evaluate, fit and route",
+            expected="one process; several do attack, calibrate, evaluate, fit, route and train",
             fix=f"start it without torchrun: moemerge {command} ...",
         )

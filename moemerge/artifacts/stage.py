@@ -41,7 +41,7 @@ from moemerge.artifacts.manifest import (
     read_manifest,
 )
 from moemerge.artifacts.memory import memory_faults
-from moemerge.artifacts.ranks import leads, refuse_several
+from moemerge.artifacts.ranks import leads, lost_processes, refuse_several
 from moemerge.artifacts.redaction import redacted
 from moemerge.artifacts.result import Result, RowsOf, results_of
 from moemerge.artifacts.weight_files import weight_faults
@@ -67,9 +67,12 @@ class Draft:
     results: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     needed: int | None = None
+    kept: bool = True  # whether this process is the one whose draft becomes the output
 
     def reserve(self, size: int, there: int = 0) -> None:
         """Before long work: ArtifactError unless the disk has room for `size` bytes less those `there`."""
+        if not self.kept:
+            return
         self.needed = size
         require_space(self.folder, size - there)
 
@@ -114,7 +117,7 @@ def stage(
                 chosen = complete(chosen)
             if not shares_work:
                 refuse_several(name)
-            with artifact(name, chosen) as draft:
+            with lost_processes(), artifact(name, chosen) as draft:
                 body(chosen, draft)
             return made.opened(chosen.output)
 
@@ -138,7 +141,7 @@ def artifact(name: str, options: Run) -> Iterator[Draft]:
     _refuse_overlap(options)
     if not leads():
         with tempfile.TemporaryDirectory() as folder:
-            yield Draft(Path(folder), output, provenance=_beginning(name, options))
+            yield Draft(Path(folder), output, provenance=_beginning(name, options), kept=False)
         return
     clock = time.perf_counter()
     with memory_faults(output), disk_faults(output), parents(output), hold(lock_of(output), output):

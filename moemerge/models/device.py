@@ -27,9 +27,12 @@ def use_device(options: Run) -> torch.device:
 
 
 def use_training_device(options: Run) -> torch.device:
-    """As `use_device`; OptionError for any but the first GPU, because TRL's trainers take that."""
+    """As `use_device`; OptionError for any but the first GPU, because TRL's trainers take that.
+
+    Several processes take the GPU of their number.
+    """
     device = use_device(options)
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and device.index and not several():
         raise OptionError(
             "training uses the first GPU that it sees",
             given=options.device,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moemerge.artifacts.ranks import several
-from moemerge.errors import ArtifactError, OptionError
+from moemerge.errors import OptionError
 
 
 def own_device(name: str) -> torch.device:
@@ -28,6 +28,11 @@ def own_device(name: str) -> torch.device:
     return PartialState(cpu=name == "cpu" or not torch.cuda.is_available()).device
 
 
+def wait() -> None:
+    """Go on when all processes have come here."""
+    summed(torch.zeros(1))
+
+
 def share(count: int) -> list[int]:
     """This process's part of the numbers below `count`."""
     if not several():
@@ -37,24 +42,13 @@ def share(count: int) -> list[int]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """`values` summed over the processes: the same bits in each of them, on the CPU.
-
-    Raises ArtifactError if another process has ended meanwhile.
-    """
+    """`values` summed over the processes: the same bits in each of them, on the CPU."""
     if not several():
         return values
     from accelerate import PartialState
 
     moved = values.to(PartialState().device, copy=True)
-    try:
-        dist.all_reduce(moved)
-    except RuntimeError as error:
-        raise ArtifactError(
-            "another of the processes that work together has ended",
-            given=str(error).splitlines()[0][:200],
-            expected=f"all {dist.get_world_size()} to the end",
-            fix="mend what it says, or what ended it (memory, a signal), and start them again",
-        ) from error
+    dist.all_reduce(moved)
     return moved.cpu()
 
 

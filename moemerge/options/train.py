@@ -29,7 +29,7 @@ class TrainSettings(Options):
 
     epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
-    batch_size: int = Field(8, ge=1, description="pairs per device and step")
+    batch_size: int = Field(8, ge=1, description="pairs per step; several processes share them")
     gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
     learning_rate: float = Field(1e-5, gt=0, description="learning rate of all that has none of its own")
     expert_learning_rate: float | None = Field(

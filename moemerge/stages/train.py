@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moemerge.artifacts.disk import flush_and_forget, flush_tree
+from moemerge.artifacts.ranks import leads
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import workspace
@@ -21,30 +22,32 @@ from moemerge.models.loading import load_reward_model
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench
 from moemerge.training.report import logged_rows, results, write_history
-from moemerge.training.trials import best_model, trials_of
+from moemerge.training.trials import compete, finished, trials_of
 
 log = logging.getLogger(__name__)
 
 
-@stage("train", Train, rows=logged_rows)
+@stage("train", Train, shares_work=True, rows=logged_rows)
 def train(options: Train, draft: Draft) -> None:
     """Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
 
     Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
     that stand best by `choose_by` are kept, which may be those of the start (best_step 0). A killed run,
     started again with equal options, goes on from its last checkpoint, and on CPU ends with the very same
-    weights. Also writes history.json and history.png. Losses are in nats, `seconds` those since the last
-    start.
+    weights. Several processes share each step's pairs (DDP). Also writes history.json and history.png. Losses
+    are in nats, `seconds` those since the last start.
     Raises OptionError, DataError, CheckpointError or UnsupportedError.
     """
     options, ratio = _budgeted(options)
     trials = trials_of(options)
     bench = open_bench(options, draft)
     with workspace(options) as folder:
-        model, reports, best = best_model(bench, trials, folder)
-        model.save_pretrained(draft.folder)
-        bench.tokenizer.save_pretrained(draft.folder)
-        _read_back(model, draft.folder, options.trust_remote_code)
+        reports, best = compete(bench, trials, folder)
+        if leads():
+            model = finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
+            model.save_pretrained(draft.folder)
+            bench.tokenizer.save_pretrained(draft.folder)
+            _read_back(model, draft.folder, options.trust_remote_code)
     write_history(reports[best]["history"], draft.folder)
     draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
     draft.results |= {"fresh_head": bench.model.drawn_head} if bench.model.drawn_head else {}

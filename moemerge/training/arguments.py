@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import (
 )
 from trl.trainer.reward_config import RewardConfig
 
+from moemerge.artifacts import ranks
 from moemerge.artifacts.progress import hidden
 from moemerge.errors import MoemergeError, OptionError, first_line, unknown
 from moemerge.options.base import Run
@@ -43,7 +44,7 @@ def reward_arguments(
         "seed": options.seed,
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps or -1,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": own_batch(options),
         "gradient_accumulation_steps": options.gradient_accumulation,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": SCHEDULES[options.schedule],
@@ -170,6 +171,19 @@ def autocasts(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
+
+
+def own_batch(options: Train) -> int:
+    """Pairs per step of this process. Raises OptionError if several cannot share a step's evenly."""
+    own, left = divmod(options.batch_size, ranks.count())
+    if left:
+        raise OptionError(
+            "a step's pairs cannot be shared evenly",
+            given=f"batch_size {options.batch_size}, {ranks.count()} processes",
+            expected="a batch_size that the number of processes divides: it counts the pairs of all",
+            fix=f"set batch_size to {options.batch_size + ranks.count() - left}",
+        )
+    return own
 
 
 def total_steps(options: Train, num_pairs: int) -> int:

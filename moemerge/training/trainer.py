@@ -27,8 +27,10 @@ from transformers import (
 from trl.trainer.reward_trainer import RewardTrainer
 
 from moemerge.artifacts.disk import flush, flush_tree, write_whole
+from moemerge.artifacts.ranks import leads
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, require_prompts, texts_of
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.models import processes
 from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, gates_by_prompt, score_pairs
@@ -97,7 +99,7 @@ class PairTrainer(RewardTrainer):
 
     def _step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.mixture is not None and self.state.global_step == 0 and not self.compared:
-            self._compare_gradients(model, self._prepare_inputs(inputs))
+            self._compare_gradients(self._prepare_inputs(inputs))
         with self._looking_ahead():
             # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
             for layer in self.moe:
@@ -142,17 +144,26 @@ class PairTrainer(RewardTrainer):
             batch = self.mixture.answer(model, inputs, places_P, self.state.global_step)
             terms = self.mixture.terms(batch)
             for name, term in terms.items():
-                metrics[f"{name}_loss"].append(term.item())
-            metrics["accuracy"].append((batch.differences_B > 0).float().mean().item())
+                metrics[f"{name}_loss"].append(self._mean(term))
+            metrics["accuracy"].append(self._mean((batch.differences_B > 0).float().mean()))
             result = self.mixture.total(terms)
         balance = [layer.last_balance.float() for layer in self.moe if layer.last_balance is not None]
         if balance:
-            metrics["balance_loss"].append(torch.stack(balance).mean().item())
+            metrics["balance_loss"].append(self._mean(torch.stack(balance).mean()))
         return result
 
-    def _compare_gradients(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Log how strongly each term pulls at the trunk in the first batch; training goes on as without."""
+    def _mean(self, value: torch.Tensor) -> float:
+        """The mean over processes, each of which has as many pairs."""
+        gathered: torch.Tensor = self.accelerator.gather(value.detach())
+        return gathered.mean().item()
+
+    def _compare_gradients(self, inputs: dict[str, Any]) -> None:
+        """Log how strongly each term pulls at the trunk in the first batch; training goes on as without.
+
+        Of several processes each looks at its own part, and the first one's is logged.
+        """
         assert self.mixture is not None
+        model = self.model  # not what wraps it, which counts on a backward pass after each forward
         for layer in self.moe:
             layer.balance_scale = 0.0  # else every term's gradient would hold the balance loss's
         model.train()
@@ -195,12 +206,18 @@ class PairTrainer(RewardTrainer):
         save_file(trained, folder / WEIGHTS)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As ever; then the checkpoint is flushed, and only then marked as whole."""
+        """As ever; then the checkpoint is flushed, and only then marked as whole.
+
+        Each of several processes adds its random state; the first one marks what all have written.
+        """
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        flush_tree(folder)
-        (folder / WHOLE).touch()
-        flush(folder)
+        processes.wait()
+        if leads():
+            flush_tree(folder)
+            (folder / WHOLE).touch()
+            flush(folder)
+        processes.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
@@ -320,16 +337,23 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete trainer checkpoint in `folder`, or None; incomplete ones are removed.
 
     A complete one bears a mark that was written when all else was on the disk. Its path of the best
-    checkpoint is renewed in case the folder was moved.
+    checkpoint is renewed in case the folder was moved. All of several processes come here together: the first
+    one clears up before the others look.
     """
+    found = _newest(folder) if leads() else None
+    processes.wait()
+    return found if leads() else _newest(folder)
+
+
+def _newest(folder: Path) -> Path | None:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in checkpoints if (path / WHOLE).exists()]
-    for path in set(checkpoints) - set(whole):
+    for path in set(checkpoints) - set(whole) if leads() else ():
         shutil.rmtree(path)
     if not whole:
         return None
     state = read_state(whole[-1])
-    if state["best_model_checkpoint"]:
+    if state["best_model_checkpoint"] and leads():
         state["best_model_checkpoint"] = str(folder.resolve() / Path(state["best_model_checkpoint"]).name)
         write_whole(whole[-1] / STATE, json.dumps(state))
     return whole[-1]

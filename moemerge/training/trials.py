@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moemerge.artifacts.disk import size_of
+from moemerge.artifacts.ranks import leads
 from moemerge.artifacts.workspace import once
 from moemerge.errors import OptionError, UnsupportedError
+from moemerge.models import processes
 from moemerge.models.families import family_of
 from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model
@@ -47,10 +49,8 @@ def best_model(
 
     Each trial works in a folder of its own in `folder`; one that is there already is gone on with.
     """
-    reports = _compete(bench, trials, folder)
-    best = _winner(reports, trials[0].choose_by)
-    model = _finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
-    return model, reports, best
+    reports, best = compete(bench, trials, folder)
+    return finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"]), reports, best
 
 
 def trials_of(options: Train) -> list[Train]:
@@ -62,19 +62,20 @@ def trials_of(options: Train) -> list[Train]:
     return [parse_options(Train, base | dict(zip(options.search, v, strict=True)), "search") for v in grid]
 
 
-def _compete(bench: Bench, trials: list[Train], folder: Path) -> list[dict[str, Any]]:
-    """The reports of all trials; only the winner's weights are left in `folder`."""
+def compete(bench: Bench, trials: list[Train], folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The reports of all trials and the number of the winner, whose weights alone are left in `folder`."""
     reports: list[dict[str, Any]] = []
     for number, options in enumerate(trials):
         home = folder / f"trial-{number}"
         home.mkdir(exist_ok=True)
         reports.append(once(home / DONE, partial(_trial, bench, options, home)))
+        processes.wait()  # until all are done with the checkpoints that go now
         if len(trials) > 1:
             gc.collect()  # the last trial's model, which a cycle in the trainer holds
         best = _winner(reports, options.choose_by)
-        for other in range(number + 1):
+        for other in range(number + 1) if leads() else ():
             _keep_only(folder / f"trial-{other}", reports[best]["best_step"] if other == best else None)
-    return reports
+    return reports, _winner(reports, trials[0].choose_by)
 
 
 def _keep_only(home: Path, step: int | None) -> None:
@@ -131,7 +132,7 @@ def _fit(trainer: Any, options: Train, before: dict[str, float] | None, home: Pa
     return read_state(last)
 
 
-def _finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
+def finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
     """The model as loaded, with the weights of `step` (0: its own) and without any trace of LoRA."""
     from moemerge.training.trainer import load_trained
 

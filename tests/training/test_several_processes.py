@@ -1,0 +1,119 @@
+"""Training by two processes: what one makes, exact resume after a kill, one message."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ranks, torchrun
+from small_moe import make_moe, random_pairs, write_rows
+from small_training import history, weights
+
+from moemerge.run.cli import cli
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+FEW = ["--batch-size", "8", "--epochs", "2", "--learning-rate", "3e-3", "--eval-steps", "1", "--threads", "1"]
+# AdamW's steps are in proportion to gradients then: by default they blow up the rounding of small ones.
+FEW += ["--trainer", "adam_epsilon=0.01"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MoE without a balance loss, which is of each process's part; one with; their dense models."""
+    home = tmp_path_factory.mktemp("together")
+    make_moe(home / "moe", balance_coefficient=0.0)
+    make_moe(home / "balanced")
+    write_rows(home / "pairs.jsonl", random_pairs(24, subsets=("a", "b")))
+    write_rows(home / "held.jsonl", random_pairs(9, seed=1))
+    return home
+
+
+def command(home: Path, model: str, output: Path, *more: str) -> list[str]:
+    given = ["--pairs", str(home / "pairs.jsonl"), "--validation", str(home / "held.jsonl")]
+    return ["train", "--model", str(home / model), *given, *FEW, *more, "--output", str(output)]
+
+
+def well(done: list[Any]) -> None:
+    assert {ended.code for ended in done} == {0}, [ended.err[-3000:] for ended in done]
+    assert done[0].out and not done[1].out, "the first one tells"
+
+
+WAYS = {
+    "dense": ("dense-moe", []),
+    "moe": ("moe", ["--assign", "subset", "--assign-share", "0.5", "--shared-dropout", "0.3"]),
+    "mixture": ("moe", ["--label-smoothing", "0.1", "--center", "0.01", "--gradient-accumulation", "2"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_what_one_does(way: str, home: Path, tmp_path: Path) -> None:
+    """batch_size counts the pairs of all; each step is one of the same pairs."""
+    model, options = WAYS[way]
+    well(ranks(command(home, model, tmp_path / "two", *options)))
+    cli.main(command(home, model, tmp_path / "one", *options), standalone_mode=False)
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    start = weights(home / model)
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    ours, theirs = history(tmp_path / "one"), history(tmp_path / "two")
+    assert len(ours) == len(theirs) > 3
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in mine.keys() & {"loss", "eval_loss", "eval_accuracy", "step", "learning_rate", "accuracy"}:
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def dies_at(step: int, rank: int) -> Callable[[int], None]:
+    """What ends a process in this training step."""
+
+    def first(number: int) -> None:
+        from moemerge.training.trainer import PairTrainer
+
+        before = PairTrainer.training_step
+
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if number == rank and self.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return before(self, *args, **kwargs)
+
+        PairTrainer.training_step = training_step  # type: ignore[method-assign]
+
+    return first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_training_goes_on_as_if_it_had_not_been(rank: int, home: Path, tmp_path: Path) -> None:
+    """By as many processes; one process alone begins anew, and leaves the others' work where it is."""
+    well(ranks(command(home, "balanced", tmp_path / "whole")))
+    broken = command(home, "balanced", tmp_path / "out")
+    done = ranks(broken, dies_at(3, rank))
+    assert done[rank].code == -signal.SIGKILL and done[1 - rank].code == 2, done[1 - rank].err[-3000:]
+    assert "another of the processes" in done[1 - rank].err and "Traceback" not in done[1 - rank].err
+    left = [path for path in tmp_path.iterdir() if path.name.endswith(".work")]
+    assert len(left) == 1 and not (tmp_path / "out").exists()
+    cli.main([*broken[:-1], str(tmp_path / "plain")], standalone_mode=False)
+    well(ranks(broken))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "whole"]
+    whole, out = (weights(tmp_path / name) for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_once(home: Path, tmp_path: Path) -> None:
+    flags = command(home, "moe", tmp_path / "out", "--batch-size", "7")
+    done = ranks(flags)
+    assert [ended.code for ended in done] == [2, 2]
+    assert sum(ended.err.count("batch_size 7, 2 processes") for ended in done) == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchrun_trains(home: Path, tmp_path: Path) -> None:
+    done = torchrun(command(home, "moe", tmp_path / "out"))
+    assert done[0].code == 0, done[0].err[-3000:]
+    assert weights(tmp_path / "out").keys() == weights(home / "moe").keys()
