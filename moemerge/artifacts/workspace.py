@@ -56,10 +56,11 @@ def workspace(options: Run) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def once(path: Path, make: Callable[[], Any]) -> Any:
+def once(path: Path, make: Callable[[], Any], alone: bool = False) -> Any:
     """What `make` gives, as JSON values: made once, and kept in the file `path` with its checksum.
 
-    Of several processes, which all make it at the same time, the first one keeps it.
+    Of several processes, which all make it at the same time, the first one keeps it; `alone`: only this one
+    makes it, and keeps it.
     What is kept there is trusted with the days that it took, so it has to be the very same: a file that has
     changed is made again.
     """
@@ -72,6 +73,6 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
             pass
         log.warning("%s is not as it was written, and is made again", path)
     value = {"value": json.loads(json.dumps(make()))}
-    if ranks.leads():
+    if alone or ranks.leads():
         write_whole(path, json.dumps(value | {"sha256": own_digest(value)}))
     return value["value"]

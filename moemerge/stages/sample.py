@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -20,6 +20,7 @@ from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import write_rows
 from moemerge.evaluation import gold
+from moemerge.models import processes
 from moemerge.models.device import free_memory, use_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.scoring import batches
@@ -31,7 +32,7 @@ Drawn = dict[str, list[Any]]
 log = logging.getLogger(__name__)
 
 
-@stage("sample", Sample)
+@stage("sample", Sample, shares_work=True)
 def sample(options: Sample, draft: Draft) -> None:
     """Draw `per_prompt` answers to every prompt; write candidates.jsonl.gz, which evaluate reads.
 
@@ -47,7 +48,7 @@ def sample(options: Sample, draft: Draft) -> None:
     prompts, report = read_prompts(options.prompts, options)
     prompts = distinct(short_prompts(prompts, report, tokenizer, options))[: options.max_prompts]
     with workspace(options) as folder:
-        drawn = list(_draw(options, policy, tokenizer, prompts, folder))
+        drawn = _draw(options, policy, tokenizer, prompts, folder)
         sets, results = _gather(prompts, drawn)
         del policy
         free_memory()
@@ -62,18 +63,30 @@ def _draw(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[CandidateSet],
     folder: Path,
-) -> Iterator[Drawn]:
-    """Batches of answers, each read from `folder` if it is there: the numbers of their prompts, and texts."""
+) -> list[Drawn]:
+    """Batches of answers, each read from `folder` if it is there: the numbers of their prompts, and texts.
+
+    Several processes each draw some of the batches, and read the others' when all are drawn.
+    """
     numbers = [number for number in range(len(prompts)) for _ in range(options.per_prompt)]
     ids = prompt_ids(tokenizer, [item.prompt for item in prompts])
     lengths = [len(ids[number]) + options.max_new_tokens for number in numbers]
-    with tqdm(total=len(numbers), desc="answers", unit="answer", leave=False, disable=hidden()) as bar:
-        for batch, rows in enumerate(batches(lengths, options.batch_tokens)):
-            of_rows = [numbers[row] for row in rows]
-            draw = partial(_batch, options, policy, tokenizer, prompts, of_rows, batch)
-            drawn = once(folder / f"{batch}.json", draw)
-            bar.update(len(rows))
-            yield drawn
+    groups = [[numbers[row] for row in rows] for rows in batches(lengths, options.batch_tokens)]
+
+    def drawn(batch: int) -> Drawn:
+        draw = partial(_batch, options, policy, tokenizer, prompts, groups[batch], batch)
+        return cast(Drawn, once(folder / f"{batch}.json", draw, alone=True))
+
+    mine = processes.share(len(groups))
+    total = sum(len(groups[batch]) for batch in mine)
+    with tqdm(total=total, desc="answers", unit="answer", leave=False, disable=hidden()) as bar:
+        for batch in mine:
+            drawn(batch)
+            bar.update(len(groups[batch]))
+    processes.wait()
+    parts = [drawn(batch) for batch in range(len(groups))]
+    processes.wait()  # until all have read: the first one removes the folder
+    return parts
 
 
 def _batch(

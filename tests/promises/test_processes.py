@@ -12,6 +12,7 @@ import torch
 from processes import ranks, torchrun
 from safetensors.torch import load_file
 from small_moe import make_moe, random_pairs, write_rows
+from small_policy import save_policy
 
 from moemerge.artifacts.ranks import refuse_several
 from moemerge.errors import OptionError
@@ -28,6 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("together")
     make_moe(home / "moe")
     write_rows(home / "pairs.jsonl", random_pairs(23, subsets=("a", "b")))
+    save_policy(home / "policy")
     return home
 
 
@@ -41,6 +43,16 @@ def flags_of(stage: str, home: Path) -> list[str]:
         "calibrate": [*several, "--resamples", "100"],
         "evaluate": [*several, "--resamples", "100"],
         "route": one,
+        "sample": [
+            "--model",
+            str(home / "policy"),
+            "--prompts",
+            pairs,
+            "--per-prompt",
+            "3",
+            "--max-new-tokens",
+            "4",
+        ],
     }
     return [stage, *known[stage], *small]
 
@@ -54,7 +66,7 @@ def alone(stage: str, home: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize("stage", ["attack", "calibrate", "evaluate", "route"])
+@pytest.mark.parametrize("stage", ["attack", "calibrate", "evaluate", "route", "sample"])
 def test_several_processes_make_what_one_makes(stage: str, home: Path) -> None:
     """Batches are the same ones, so that scores have the same bits, and so has all that is made of them."""
     one = alone(stage, home)
