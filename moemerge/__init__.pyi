@@ -120,7 +120,7 @@ def strength(
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
         epochs: passes over the training pairs  [default: 1.0]
         max_steps: optimiser steps; overrides epochs
-        batch_size: pairs per device and step  [default: 8]
+        batch_size: pairs per step; several processes share them  [default: 8]
         gradient_accumulation: batches per optimiser step  [default: 1]
         learning_rate: learning rate of all that has none of its own  [default: 1e-05]
         expert_learning_rate: learning rate of experts, the shared one too, or of a dense model's MLPs
@@ -331,6 +331,8 @@ def train(
     fresh_head: bool = False,
     search: Mapping[str, Sequence[float]] = {},
     trainer: Mapping[str, Any] = {},
+    more_pairs: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    shares: Mapping[str, float] = {},
     validation: StrPath | None = None,
     flops_of: StrPath | None = None,
     trust_remote_code: bool = False,
@@ -344,8 +346,8 @@ def train(
     Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
     that stand best by `choose_by` are kept, which may be those of the start (best_step 0). A killed run,
     started again with equal options, goes on from its last checkpoint, and on CPU ends with the very same
-    weights. Also writes history.json and history.png. Losses are in nats, `seconds` those since the last
-    start.
+    weights. Several processes share each step's pairs (DDP). Also writes history.json and history.png. Losses
+    are in nats, `seconds` those since the last start.
     Raises OptionError, DataError, CheckpointError or UnsupportedError.
 
     Options:
@@ -358,7 +360,7 @@ def train(
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
         epochs: passes over the training pairs  [default: 1.0]
         max_steps: optimiser steps; overrides epochs
-        batch_size: pairs per device and step  [default: 8]
+        batch_size: pairs per step; several processes share them  [default: 8]
         gradient_accumulation: batches per optimiser step  [default: 1]
         learning_rate: learning rate of all that has none of its own  [default: 1e-05]
         expert_learning_rate: learning rate of experts, the shared one too, or of a dense model's MLPs
@@ -421,6 +423,9 @@ def train(
             plain base model always gets one)  [default: no]
         search: values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses
         trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
+        more_pairs: further training pairs by name, such as what attack found (patch=attack/patch.jsonl)
+        shares: of more_pairs: the share of all training pairs that come from there, drawn at random,
+            again and again if they are few (default: each row of theirs once)
         validation: held-out pairs for early stopping and search
         flops_of: train longer: for as many FLOPs as these options take with this model, such as a MoE
         trust_remote_code: run code that comes with the model  [default: no]
@@ -1347,6 +1352,8 @@ def attack(
     gold_model: StrPath | None = None,
     gold_function: str | Callable[..., Any] | None = None,
     max_pairs: int | None = 200,
+    search: Literal["guided", "random"] = "guided",
+    patch: Literal["rejected", "both"] = "rejected",
     edits: Sequence[str] = [],
     words: Sequence[str] = [],
     steps: int = 6,
@@ -1380,6 +1387,12 @@ def attack(
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         max_pairs: largest number of pairs; they are drawn at random  [default: 200]
+        search: guided: edits that raise the score are kept until it is above the chosen answer's;
+            random: 1 to steps edits of every answer, whatever they do: what guidance is compared with
+            (guided, random)  [default: guided]
+        patch: patch.jsonl has each found answer as the rejected one; both: also the same edits of the
+            chosen answer, against the rejected one as it was, so that being edited is no sign of being
+            worse (rejected, both)  [default: rejected]
         edits: edits to search among (default: all that keep the content; with gold all)
         words: words that insert_word adds, in place of the built-in ones
         steps: largest number of edits of one answer, one after another  [default: 6]

@@ -67,6 +67,14 @@ class Search:
                     variants.append(Variant(text, np.nan, (*variant.edits, name)))
         return variants
 
+    def random_variant(self, edits: Mapping[str, Edit], steps: int) -> Variant | None:
+        """The answer after 1 to `steps` edits drawn at random, without a score; None if nothing changed."""
+        start = self.beam
+        for _ in range(self.random.randint(1, steps)):
+            self.beam = self.proposals(edits, 1) or self.beam
+        (variant,), self.beam = self.beam, start
+        return variant if variant.edits else None
+
     def _names(self, names: list[str], count: int) -> list[str]:
         """`count` names in random order, each about as often as any other."""
         rounds = (self.random.sample(names, len(names)) for _ in range(-(-count // len(names))))
@@ -104,8 +112,9 @@ def search(
 ) -> list[Search]:
     """Attack every pair; all are scored together, a step at a time.
 
-    `scorer` gives a score per (prompt, answer), NaN where there is none. With `gold`, an edited answer must
-    stay below the chosen one. The draws for a pair depend on `seed` and its row only.
+    With `settings.search` random each answer gets edits at random, and one score. `scorer` gives a score per
+    (prompt, answer), NaN where there is none. With `gold`, an edited answer must stay below the chosen one.
+    The draws for a pair depend on `seed` and its row only.
     """
     searches = [
         Search(
@@ -115,6 +124,17 @@ def search(
     ]
     for attempt in searches:
         attempt.seen.add(last_message(attempt.pair.rejected))
+    if settings.search == "random":
+        _edit_at_random(searches, edits, scorer, settings.steps)
+    else:
+        _climb(searches, edits, scorer, settings)
+    return searches
+
+
+def _climb(
+    searches: Sequence[Search], edits: Mapping[str, Edit], scorer: Scorer, settings: AttackSettings
+) -> None:
+    """Steps of edits of which the best are kept, until the chosen answer is beaten."""
     for _ in tqdm(range(settings.steps), desc="attack", unit="step", leave=False, disable=hidden()):
         going_on = [attempt for attempt in searches if not attempt.succeeded]
         asked = [(attempt, attempt.proposals(edits, settings.proposals)) for attempt in going_on]
@@ -125,4 +145,15 @@ def search(
         for attempt, variants in asked:
             scored = [Variant(variant.text, next(values), variant.edits) for variant in variants]
             attempt.take(scored, settings.beam)
-    return searches
+
+
+def _edit_at_random(
+    searches: Sequence[Search], edits: Mapping[str, Edit], scorer: Scorer, steps: int
+) -> None:
+    """1 to `steps` edits of each answer, scored at the end; an answer that none of them changes stays."""
+    edited = [(attempt, attempt.random_variant(edits, steps)) for attempt in searches]
+    changed = [(attempt, variant) for attempt, variant in edited if variant is not None]
+    values = scorer([(attempt.pair.prompt, variant.text) for attempt, variant in changed]).tolist()
+    for (attempt, variant), value in zip(changed, values, strict=True):
+        if np.isfinite(value):
+            attempt.beam, attempt.queries = [Variant(variant.text, value, variant.edits)], 1

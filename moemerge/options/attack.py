@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from moemerge.options.base import Run, Source, TextFormat
@@ -15,6 +17,16 @@ class AttackSettings(GoldSource):
     """
 
     max_pairs: int | None = Field(200, ge=1, description="largest number of pairs; they are drawn at random")
+    search: Literal["guided", "random"] = Field(
+        "guided",
+        description="guided: edits that raise the score are kept until it is above the chosen answer's; "
+        "random: 1 to steps edits of every answer, whatever they do: what guidance is compared with",
+    )
+    patch: Literal["rejected", "both"] = Field(
+        "rejected",
+        description="patch.jsonl has each found answer as the rejected one; both: also the same edits of the "
+        "chosen answer, against the rejected one as it was, so that being edited is no sign of being worse",
+    )
     edits: list[str] = Field(
         default_factory=list,
         description="edits to search among (default: all that keep the content; with gold all)",

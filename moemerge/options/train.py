@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from moemerge.options.base import Options, Run, Source, TextFormat
+from moemerge.errors import suggest
+from moemerge.options.base import Options, Run, Source, Sources, TextFormat
 from moemerge.options.trainer import own_keys
 
 if TYPE_CHECKING:
@@ -221,12 +222,32 @@ class Train(TrainSettings, TextFormat, Run):
         description="MoE or dense reward model, or a base model (fresh head): folder or hub name"
     )
     pairs: Source = Field(description="training pairs")
+    more_pairs: Sources = Field(
+        default_factory=dict,
+        description="further training pairs by name, such as what attack found (patch=attack/patch.jsonl)",
+    )
+    shares: dict[str, float] = Field(
+        default_factory=dict,
+        description="of more_pairs: the share of all training pairs that come from there, drawn at random, "
+        "again and again if they are few (default: each row of theirs once)",
+    )
     validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
     flops_of: Source | None = Field(
         None,
         description="train longer: for as many FLOPs as these options take with this model, such as a MoE",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+    @model_validator(mode="after")
+    def _shares_are_of_more_pairs(self) -> Train:
+        if clash := self.more_pairs.keys() & {"pairs", "validation", "lookahead"}:
+            raise ValueError(f"more_pairs: another name than {min(clash)}")
+        for name in self.shares:
+            if name not in self.more_pairs:
+                raise ValueError(f"shares: {suggest(name, self.more_pairs)}; {name} is not in more_pairs")
+        if not all(share > 0 for share in self.shares.values()) or sum(self.shares.values()) >= 1:
+            raise ValueError("shares are above 0, and below 1 together: the rest are those of pairs")
+        return self
 
     @model_validator(mode="after")
     def _search_needs_validation(self) -> Train:

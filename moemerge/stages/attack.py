@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,16 @@ import torch
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data import reading as data
-from moemerge.data.pairs import prompt_key
-from moemerge.data.rows import BadRow, RowReport, write_rows
+from moemerge.data.pairs import Pair, prompt_key
+from moemerge.data.rows import BadRow, RowReport, Text, write_rows
 from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
 from moemerge.errors import DataError
 from moemerge.evaluation import gold as gold_scores
 from moemerge.evaluation.attack_edits import chosen_edits
 from moemerge.evaluation.attack_search import Gold, Scorer, Search, search, still_worse
+from moemerge.evaluation.probes.base import Edit
 from moemerge.evaluation.probes.edit_effects import excerpt
-from moemerge.evaluation.probes.edits import last_message, some_pairs
+from moemerge.evaluation.probes.edits import apply, last_message, some_pairs
 from moemerge.models.device import use_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
@@ -73,13 +76,17 @@ def attack(options: Attack, draft: Draft) -> None:
     pairs = [text.pair for text, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
     scorer = _scorer(model, tokenizer, options)
     attempts = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
+    found = _found(attempts, options)
+    patches = [_row_of(attempt.pair, rejected=attempt.best.text) for attempt in found]
+    if options.patch == "both":
+        patches += _edited_chosen(found, edits, scorer, gold, options.seed)
     report = {
         "pairs": len(encoded),
         "judged_wrongly_before": int((~right_P).sum()),
         "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
         **summary(attempts, float(scores_P2.std()) or 1.0, options, options.seed),
     }
-    _write(draft, attempts, report | {"rows": rows.summary()}, options.confidence)
+    _write(draft, attempts, patches, report | {"rows": rows.summary()}, options.confidence)
 
 
 def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
@@ -179,10 +186,15 @@ def _case(attempt: Search, spread: float) -> dict[str, Any]:
     }
 
 
-def _write(draft: Draft, attempts: Sequence[Search], report: dict[str, Any], confidence: float) -> None:
+def _write(
+    draft: Draft,
+    attempts: Sequence[Search],
+    patches: Sequence[dict[str, Any]],
+    report: dict[str, Any],
+    confidence: float,
+) -> None:
     write_rows(draft.folder / "attacks.jsonl.gz", (_row(attempt) for attempt in attempts))
-    patch = [_patch(attempt) for attempt in attempts if attempt.succeeded]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patch)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patches)
     (draft.folder / "patch.jsonl").write_text(lines, encoding="utf-8")
     write_json(draft.folder / "report.json", report)
     shown = "\n".join(table.markdown() for table in tables(report, confidence))
@@ -196,7 +208,7 @@ def _write(draft: Draft, attempts: Sequence[Search], report: dict[str, Any], con
     )
     reported = ("attacked", "succeeded", "success_rate", "interval", "queries", "rows")
     draft.results |= {key: report[key] for key in reported}
-    if not patch:
+    if not patches:
         log.warning("no attack succeeded: patch.jsonl is empty")
 
 
@@ -206,11 +218,40 @@ def _row(attempt: Search) -> dict[str, Any]:
     return {**attempt.pair.plain(), "row": attempt.pair.row, **outcome, **scores}
 
 
-def _patch(attempt: Search) -> dict[str, Any]:
-    """The pair with the edited answer as the rejected one; its margin was for another answer."""
-    row = {**attempt.pair.plain(), "rejected": attempt.best.text}
-    row.pop("margin", None)
-    return row
+def _row_of(pair: Pair, **edited: Text) -> dict[str, Any]:
+    """The pair with an edited answer; its margin was for another one."""
+    return {**replace(pair, margin=None).plain(), **edited}
+
+
+def _found(attempts: Sequence[Search], settings: AttackSettings) -> list[Search]:
+    """The attempts whose answers go into the patch: successes, or at random all that changed."""
+    if settings.search == "random":
+        return [attempt for attempt in attempts if attempt.best.edits]
+    return [attempt for attempt in attempts if attempt.succeeded]
+
+
+def _edited_chosen(
+    found: Sequence[Search], edits: Mapping[str, Edit], scorer: Scorer, gold: Gold | None, seed: int
+) -> list[dict[str, Any]]:
+    """The pairs with their chosen answers edited as their rejected ones were.
+
+    Not those that get too long, nor those that gold does not put above the rejected answer any more.
+    """
+    made = []
+    for attempt in found:
+        pair, draw = attempt.pair, Random(f"{seed} {attempt.pair.row} chosen")
+        text = pair.chosen
+        for name in attempt.best.edits:
+            text = apply(edits[name], pair.prompt, text, "", draw) or text
+        better = gold is None or gold(pair.prompt, text) > gold(pair.prompt, pair.rejected)
+        if text != pair.chosen and better:
+            made.append((pair, text))
+    scores = scorer([(pair.prompt, text) for pair, text in made])
+    return [
+        _row_of(pair, chosen=text)
+        for (pair, text), score in zip(made, scores, strict=True)
+        if np.isfinite(score)
+    ]
 
 
 def tables(report: dict[str, Any], confidence: float) -> list[Table]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from moemerge.artifacts.stage import Draft
 from moemerge.data.pairs import Pair, doubts_of, margins_of
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
-from moemerge.errors import together
+from moemerge.errors import DataError, together
 from moemerge.models.device import use_training_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
@@ -57,9 +58,42 @@ def open_bench(options: Train, draft: Draft) -> Bench:
     read = {
         name: read_encoded(source, options, model, tokenizer, name, draft) for name, source in sides.items()
     }
-    _check_columns(options, [pair.pair for pair in read["pairs"]])
+    more = {
+        name: read_encoded(source, options, model, tokenizer, name, draft)
+        for name, source in options.more_pairs.items()
+    }
+    pairs = mixed(read["pairs"], more, options.shares, options.seed)
+    _check_columns(options, [pair.pair for pair in pairs])
     candidates = _candidates(options, model, tokenizer, draft)
-    return Bench(device, model, tokenizer, read["pairs"], read["validation"], draft, candidates)
+    return Bench(device, model, tokenizer, pairs, read["validation"], draft, candidates)
+
+
+def mixed(
+    pairs: Sequence[EncodedPair],
+    more: Mapping[str, Sequence[EncodedPair]],
+    shares: Mapping[str, float],
+    seed: int,
+) -> list[EncodedPair]:
+    """`pairs` and those of `more`: each once, or as many as make up their share of all.
+
+    With a share they are drawn in a random order, all of them before any comes again. Raises DataError for
+    a source without a pair.
+    """
+    free = {name: rows for name, rows in more.items() if name not in shares}
+    result = [*pairs, *(pair for rows in free.values() for pair in rows)]
+    whole = len(result) / (1 - sum(shares.values()))
+    for name, share in shares.items():
+        if not more[name]:
+            raise DataError(
+                f"more_pairs: {name} has no pair",
+                given=f"share {share}",
+                expected="one usable pair or more",
+                fix=f"leave {name} out, or give pairs: an attack without success has none",
+            )
+        draw, count, rows = Random(f"{seed} {name}"), round(share * whole), more[name]
+        rounds = (draw.sample(rows, len(rows)) for _ in range(-(-count // len(rows))))
+        result += [pair for order in rounds for pair in order][:count]
+    return result
 
 
 def read_encoded(

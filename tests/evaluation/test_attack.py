@@ -259,6 +259,39 @@ def test_the_patch_is_training_data_that_the_model_gets_wrong(attacked: dict[str
         assert all(word in old for word in before.split()) and pair.rejected != before
 
 
+def test_a_patch_of_both_sides_edits_chosen_answers_alike(attacked: dict[str, Any], tmp_path: Path) -> None:
+    """As many ways of being edited on either side: the found pairs, then their chosen answers edited."""
+    output = attack(**attacked["options"], patch="both", output=tmp_path / "both")
+    rows = [json.loads(line) for line in (output / "patch.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (attacked["output"] / "patch.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(attacked["options"]["model"])
+    pairs, _ = read_pairs(attacked["options"]["pairs"], TextFormat())
+    given = {f"{pair.prompt}{pair.rejected}": str(pair.chosen) for pair in pairs}
+    assert rows[: len(found)] == found and 0 < len(rows) - len(found) <= len(found)
+    for row in rows[len(found) :]:
+        before = given[row["prompt"] + row["rejected"]]
+        left = iter(row["chosen"].split())
+        assert row["chosen"] != before and all(word in left for word in before.split())
+        assert len(encode(tokenizer, row["prompt"], row["chosen"]).ids) <= 30
+
+
+def test_random_edits_are_made_whatever_they_do(attacked: dict[str, Any], tmp_path: Path) -> None:
+    options = attacked["options"] | {"search": "random", "steps": 3}
+    output = attack(**options, output=tmp_path / "random")
+    rows = [json.loads(line) for line in gzip.open(output / "attacks.jsonl.gz", "rt")]
+    patch = [json.loads(line) for line in (output / "patch.jsonl").read_text().splitlines()]
+    guided = json.loads((attacked["output"] / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text())
+    assert {len(row["edits"]) for row in rows if row["queries"]} == {1, 2, 3}
+    assert [row["edited"] for row in rows if row["edits"]] == [row["rejected"] for row in patch]
+    assert report["succeeded"] < report["attacked"] and report["succeeded"] < guided["succeeded"]
+    model, tokenizer = load_reward_model(options["model"], "cpu"), load_tokenizer(options["model"])
+    for row in rows[:5]:
+        with torch.no_grad():
+            ids = encode(tokenizer, row["prompt"], row["edited"]).ids
+            assert model(torch.tensor([ids])).logits.item() == pytest.approx(row["score_edited"], abs=1e-5)
+
+
 def test_what_the_attack_writes(attacked: dict[str, Any], tmp_path: Path) -> None:
     output = attacked["output"]
     report = json.loads((output / "report.json").read_text())

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,51 @@ from moemerge.models.loading import load_reward_model
 from moemerge.models.moe import balance_loss, gate_weights, moe_layers
 from moemerge.models.scoring import score_pairs
 from moemerge.stages.upcycle import upcycle
+from moemerge.training.bench import mixed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares", "drawn"),
+    [
+        ((20, {"a": 5}), {}, {"a": 5}),
+        ((19, {"a": 3}), {"a": 0.05}, {"a": 1}),
+        ((90, {"a": 4}), {"a": 0.1}, {"a": 10}),  # 4 + 4 + 2
+        ((60, {"a": 4, "b": 9, "c": 5}), {"a": 0.2, "b": 0.15}, {"a": 20, "b": 15, "c": 5}),
+    ],
+)
+def test_shares_of_more_pairs(sizes: Any, shares: dict[str, float], drawn: dict[str, int]) -> None:
+    """Brute force: every pair counted; what comes again does so when all have come."""
+    count, others = sizes
+    more: Any = {name: [(name, number) for number in range(size)] for name, size in others.items()}
+    pairs: Any = [("", number) for number in range(count)]
+    made: Any = mixed(pairs, more, shares, 3)
+    assert Counter(name for name, _ in made) == {"": count} | drawn
+    for name, share in shares.items():
+        assert drawn[name] / len(made) == pytest.approx(share, abs=0.5 / len(made))
+    times = Counter(made)
+    for name, source in more.items():
+        seen = [times[row] for row in source]
+        assert max(seen) - min(seen) <= 1 or name not in shares
+    assert made == mixed(pairs, more, shares, 3)
+    assert not shares or max(others.values()) < 5 or made != mixed(pairs, more, shares, 4)
+
+
+def test_training_on_several_sources_is_training_on_their_rows(world: Path, tmp_path: Path) -> None:
+    """As on one file of the same rows; each source's rows are told."""
+    extra = rows(7, seed=9)
+    write(tmp_path / "extra.jsonl", extra)
+    lines = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    write(tmp_path / "all.jsonl", [*lines, *extra])
+    more = {"extra": str(tmp_path / "extra.jsonl")}
+    results = run(world, tmp_path / "two", "dense", more_pairs=more, max_steps=3)
+    run(world, tmp_path / "one", "dense", pairs=str(tmp_path / "all.jsonl"), max_steps=3)
+    assert not moved(tmp_path / "one", tmp_path / "two")
+    assert results["rows"]["extra"]["total"] == 7
+    with pytest.raises(OptionError, match="not in more_pairs"):
+        run(world, tmp_path / "x", "dense", more_pairs=more, shares={"extar": 0.1})
+    with pytest.raises(OptionError, match="below 1 together"):
+        run(world, tmp_path / "x", "dense", more_pairs=more, shares={"extra": 1.0})
+
 
 STEADY = {"schedule": "constant", "warmup": 0.0, "patience": None}
 pytestmark = pytest.mark.usefixtures("no_figures")
