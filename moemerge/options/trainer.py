@@ -47,7 +47,7 @@ OPTION_OF = {
 EVALUATION = "pairs are evaluated, each once, by moemerge itself"
 RESUME = "a run that was killed goes on from moemerge's own checkpoints, bit for bit"
 DATA = "texts are read and encoded by moemerge, as for every stage"
-ALONE = "train works in one process, on one device"
+PROCESSES = "what several processes share, and how, is moemerge's (weights whole in each, by DDP)"
 PUBLISHED = "moemerge publish pushes what was trained"
 FIXED = {
     **dict.fromkeys(
@@ -115,7 +115,7 @@ FIXED = {
             "log_level_replica",
             "average_tokens_across_devices",
         ),
-        ALONE,
+        PROCESSES,
     ),
     **dict.fromkeys(
         (

@@ -68,7 +68,7 @@ def test_what_training_sets_itself_is_refused(
     ("keys", "expected"),
     [
         ({"num_train_epochs": 3}, "num_train_epochs is the option epochs"),
-        ({"fsdp": "full_shard"}, "train works in one process"),
+        ({"fsdp": "full_shard"}, "what several processes share"),
         ({"optim": object()}, "values that JSON can hold"),
     ],
 )
