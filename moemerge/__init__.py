@@ -34,6 +34,7 @@ _HOMES = {
     "evaluate": "stages.evaluate",
     "choose": "stages.choose",
     "attack": "stages.attack",
+    "robustness": "stages.robustness",
     "publish": "stages.publish",
     "compare": "stages.compare",
     "prepare": "stages.data",

@@ -1371,9 +1371,10 @@ def attack(
     r"""Search among edits of rejected answers for some that the model scores above the chosen answer.
 
     Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
-    one. Writes attacks.jsonl.gz (what came of each), patch.jsonl (the found pairs as training data for
-    `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
-    be attacked, OptionError for unknown edits or an unusable gold function.
+    one. Writes attacks.jsonl.gz (what came of each; pairs judged wrongly too, as right: false), patch.jsonl
+    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.md and
+    attack.png. Raises DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold
+    function.
 
     Options:
         model: reward model: folder or hub name  [required]
@@ -1402,6 +1403,37 @@ def attack(
         resamples: bootstrap resamples  [default: 2000]
         batch_tokens: tokens per forward pass  [default: 8192]
         trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def robustness(
+    attacks: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    *,
+    output: StrPath,
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write whose right verdicts hold: robustness.json, report.html, report.md and robustness.png.
+
+    Pairs that one of the models could not be attacked on, because they are too long for it or gold does not
+    share their label, are left out for all. Raises ArtifactError for attacks that are not alike, DataError if
+    no pair is left.
+
+    Options:
+        attacks: folders written by attack, of two models or more, all on the same pairs and by the same
+            options  [required]
+        output: folder to write; must not exist yet  [required]
+        baseline: the model that the others are compared with (default: the first)
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]

@@ -152,6 +152,13 @@ ROWS = (
         headlines.attack,
     ),
     Row(
+        "robustness",
+        "moemerge.stages.robustness:robustness",
+        "moemerge.options.robustness:Robustness",
+        "Compare attacks on several models: whose right verdicts hold.",
+        "{sentence}".format_map,
+    ),
+    Row(
         "publish",
         "moemerge.stages.publish:publish",
         "moemerge.options.publish:Publish",

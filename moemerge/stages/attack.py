@@ -58,9 +58,10 @@ def attack(options: Attack, draft: Draft) -> None:
     """Search among edits of rejected answers for some that the model scores above the chosen answer.
 
     Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
-    one. Writes attacks.jsonl.gz (what came of each), patch.jsonl (the found pairs as training data for
-    `train`: prompt, chosen, rejected), report.json, report.md and attack.png. Raises DataError if no pair can
-    be attacked, OptionError for unknown edits or an unusable gold function.
+    one. Writes attacks.jsonl.gz (what came of each; pairs judged wrongly too, as right: false), patch.jsonl
+    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.md and
+    attack.png. Raises DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold
+    function.
     """
     device = use_device(options)
     gold = _gold(options, device)
@@ -74,6 +75,7 @@ def attack(options: Attack, draft: Draft) -> None:
     if not (right_P & agreed_P).any():
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
     pairs = [text.pair for text, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
+    wrong = [text.pair for text, kept in zip(encoded, ~right_P & agreed_P, strict=True) if kept]
     scorer = _scorer(model, tokenizer, options)
     attempts = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
     found = _found(attempts, options)
@@ -86,7 +88,7 @@ def attack(options: Attack, draft: Draft) -> None:
         "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
         **summary(attempts, float(scores_P2.std()) or 1.0, options, options.seed),
     }
-    _write(draft, attempts, patches, report | {"rows": rows.summary()}, options.confidence)
+    _write(draft, attempts, wrong, patches, report | {"rows": rows.summary()}, options.confidence)
 
 
 def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
@@ -189,11 +191,13 @@ def _case(attempt: Search, spread: float) -> dict[str, Any]:
 def _write(
     draft: Draft,
     attempts: Sequence[Search],
+    wrong: Sequence[Pair],
     patches: Sequence[dict[str, Any]],
     report: dict[str, Any],
     confidence: float,
 ) -> None:
-    write_rows(draft.folder / "attacks.jsonl.gz", (_row(attempt) for attempt in attempts))
+    unattacked = [{**pair.plain(), "row": pair.row, "right": False, "succeeded": False} for pair in wrong]
+    write_rows(draft.folder / "attacks.jsonl.gz", [*map(_row, attempts), *unattacked])
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patches)
     (draft.folder / "patch.jsonl").write_text(lines, encoding="utf-8")
     write_json(draft.folder / "report.json", report)
@@ -215,7 +219,7 @@ def _write(
 def _row(attempt: Search) -> dict[str, Any]:
     outcome = {"edited": attempt.best.text, "edits": list(attempt.best.edits), "succeeded": attempt.succeeded}
     scores = {"score_chosen": attempt.goal, "score_edited": attempt.best.score, "queries": attempt.queries}
-    return {**attempt.pair.plain(), "row": attempt.pair.row, **outcome, **scores}
+    return {**attempt.pair.plain(), "row": attempt.pair.row, "right": True, **outcome, **scores}
 
 
 def _row_of(pair: Pair, **edited: Text) -> dict[str, Any]:

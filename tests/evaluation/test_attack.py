@@ -279,6 +279,7 @@ def test_random_edits_are_made_whatever_they_do(attacked: dict[str, Any], tmp_pa
     options = attacked["options"] | {"search": "random", "steps": 3}
     output = attack(**options, output=tmp_path / "random")
     rows = [json.loads(line) for line in gzip.open(output / "attacks.jsonl.gz", "rt")]
+    rows = [row for row in rows if row["right"]]
     patch = [json.loads(line) for line in (output / "patch.jsonl").read_text().splitlines()]
     guided = json.loads((attacked["output"] / "report.json").read_text())
     report = json.loads((output / "report.json").read_text())
@@ -296,7 +297,10 @@ def test_what_the_attack_writes(attacked: dict[str, Any], tmp_path: Path) -> Non
     output = attacked["output"]
     report = json.loads((output / "report.json").read_text())
     rows = [json.loads(line) for line in gzip.open(output / "attacks.jsonl.gz", "rt")]
-    assert len(rows) == report["attacked"] == report["pairs"] - report["judged_wrongly_before"]
+    assert len(rows) == report["pairs"]
+    rows, wrong = ([row for row in rows if row["right"] is right] for right in (True, False))
+    assert len(rows) == report["attacked"] and len(wrong) == report["judged_wrongly_before"] > 0
+    assert not any(row["succeeded"] for row in wrong)
     assert sum(row["queries"] for row in rows) == report["queries"]["total"]
     assert all(row["succeeded"] == (row["score_edited"] > row["score_chosen"]) for row in rows)
     text = (output / "report.md").read_text()

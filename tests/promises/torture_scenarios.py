@@ -11,6 +11,7 @@ from small_moe import make_moe, random_pairs, write_rows
 from small_policy import save_policy
 from tiny_models import save_dense
 
+from moemerge.stages.attack import attack
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.upcycle import upcycle
 
@@ -58,6 +59,9 @@ def make_inputs(folder: Path) -> None:
     for seed in (1, 2):
         tests, output = {"t": str(folder / "validation.jsonl")}, folder / f"evaluated-{seed}"
         evaluate(models=models, pairs=tests, resamples=100, seed=seed, device="cpu", output=output)
+    for name, model in models.items():
+        tests, few = str(folder / "validation.jsonl"), {"steps": 1, "proposals": 2}
+        attack(model=model, pairs=tests, **few, device="cpu", output=folder / f"attacked-{name}")
     training = {"max_steps": 6, "batch_size": 4, "eval_steps": 2, "learning_rate": 1e-3}
     recipe = {
         "seed": 3,
@@ -116,6 +120,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
             *("b=1", "--resamples", "100"),
         ],
         "attack": ["--model", dense, "--pairs", held_out, "--steps", "2", "--proposals", "3"],
+        "robustness": ["--attacks", *(f"{name}={inputs}/attacked-{name}" for name in "ab")],
         "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],
         "compare": ["--runs", str(inputs / "evaluated-1"), str(inputs / "evaluated-2")],
     }

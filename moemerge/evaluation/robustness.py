@@ -1,0 +1,163 @@
+"""Attacks on several models, compared on the same pairs: whose right verdicts hold.
+
+A model that judges little rightly leaves little to attack, so that the share of attacks that succeed does not
+compare models. Robust accuracy does: the share of all pairs that are judged rightly, and still are after the
+attack (robust accuracy of Madry et al., arXiv 1706.06083, for this search).
+
+Shapes: M models, P pairs, X measured values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moemerge.reports.statistics import (
+    Floats,
+    Integers,
+    bootstrap_means,
+    cluster_sums,
+    percentile_interval,
+    share_interval,
+)
+from moemerge.reports.table import Table, percent, with_interval
+
+Booleans = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack did to each model's verdicts on the same pairs.
+
+    right_MP: whether a model puts the chosen answer first; held_MP: and still does after the attack.
+    prompts_P: numbers that pairs of one prompt share.
+    """
+
+    names: Sequence[str]
+    right_MP: Booleans
+    held_MP: Booleans
+    prompts_P: Integers
+
+    def numbers(self, baseline: str, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
+        """Per model: accuracy, robust accuracy, share overturned, with intervals and paired differences.
+
+        A share overturned is of the pairs that were judged rightly; its difference is of the pairs that both
+        models judged rightly.
+        """
+        measure = _Measure(self.prompts_P, resamples, confidence, seed)
+        base = list(self.names).index(baseline)
+        models = {name: self._model(number, base, measure) for number, name in enumerate(self.names)}
+        shape = {"pairs": len(self.prompts_P), "prompts": len(np.unique(self.prompts_P))}
+        return {"baseline": baseline, **shape, "confidence": confidence, "models": models}
+
+    def _model(self, number: int, base: int, measure: _Measure) -> dict[str, Any]:
+        right_P, held_P = self.right_MP[number], self.held_MP[number]
+        found = {
+            "accuracy": measure.share(right_P),
+            "robust_accuracy": measure.share(held_P),
+            "overturned": measure.share(~held_P, right_P),
+        }
+        if number == base:
+            return found
+        both_P = right_P & self.right_MP[base]
+        differences = {
+            "accuracy": measure.difference(right_P, self.right_MP[base]),
+            "robust_accuracy": measure.difference(held_P, self.held_MP[base]),
+            "overturned": measure.difference(~held_P, ~self.held_MP[base], both_P),
+        }
+        return found | {"minus_baseline": differences}
+
+
+@dataclass(frozen=True)
+class _Measure:
+    prompts_P: Integers
+    resamples: int
+    confidence: float
+    seed: int
+
+    def share(self, values_P: Booleans, of_P: Booleans | None = None) -> dict[str, Any] | None:
+        """The share of pairs, or of those `of_P`, with its interval; None of no pairs."""
+        kept_P = np.ones_like(values_P) if of_P is None else of_P
+        if not kept_P.any():
+            return None
+        right_P, prompts_P = values_P[kept_P].astype(np.float64), self.prompts_P[kept_P]
+        draws_R = self._draws(right_P, prompts_P)[:, 0]
+        low, high = share_interval(right_P, draws_R, len(np.unique(prompts_P)), self.confidence)
+        return {"value": float(right_P.mean()), "low": low, "high": high, "pairs": len(right_P)}
+
+    def difference(
+        self, values_P: Booleans, others_P: Booleans, of_P: Booleans | None = None
+    ) -> dict[str, Any] | None:
+        """Mean paired difference, with a bootstrap interval over prompts; None of no pairs."""
+        kept_P = np.ones_like(values_P) if of_P is None else of_P
+        if not kept_P.any():
+            return None
+        lead_P = values_P[kept_P].astype(np.float64) - others_P[kept_P]
+        draws_RX = self._draws(lead_P, self.prompts_P[kept_P])
+        low_X, high_X = percentile_interval(draws_RX, self.confidence)
+        ends = {"low": float(low_X[0]), "high": float(high_X[0])}
+        return {"value": float(lead_P.mean()), **ends, "pairs": len(lead_P)}
+
+    def _draws(self, values_P: Floats, prompts_P: Integers) -> Floats:
+        units_P = np.unique(prompts_P, return_inverse=True)[1]
+        return bootstrap_means(cluster_sums(values_P[:, None], units_P), self.resamples, self.seed)
+
+
+def rows_of(numbers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row per model: each share and difference with its interval."""
+    for name, model in numbers["models"].items():
+        row: dict[str, Any] = {"model": name}
+        for measure in ("accuracy", "robust_accuracy", "overturned"):
+            for prefix, found in (("", model[measure]), ("minus baseline, ", _lead(model, measure))):
+                if found is not None:
+                    row[f"{prefix}{measure}"] = found["value"]
+                    row |= {f"{prefix}{measure} {end}": found[end] for end in ("low", "high")}
+        yield row
+
+
+def table(numbers: Mapping[str, Any]) -> Table:
+    """A line per model."""
+    measures = {"accuracy": "accuracy", "robust_accuracy": "robust accuracy", "overturned": "overturned"}
+    base = numbers["baseline"]
+    header = ["model", *measures.values(), f"robust accuracy minus {base}", f"overturned minus {base}"]
+    rows = [
+        [
+            name,
+            *(_cell(model[measure], ".3f") for measure in measures),
+            *(_cell(_lead(model, measure), "+.3f") for measure in ("robust_accuracy", "overturned")),
+        ]
+        for name, model in numbers["models"].items()
+    ]
+    note = (
+        f"{numbers['pairs']} pairs of {numbers['prompts']} prompts; {percent(numbers['confidence'])} "
+        "intervals, over prompts. Robust accuracy: pairs judged rightly, also after the attack. Overturned: "
+        "of those judged rightly; its difference is over the pairs that both models judge rightly."
+    )
+    return Table("Attacks on the same pairs", header, rows, note)
+
+
+def sentence(numbers: Mapping[str, Any]) -> str:
+    """Which models hold better or worse than the baseline, in words."""
+    said = []
+    for name, model in numbers["models"].items():
+        lead = _lead(model, "robust_accuracy")
+        if lead is None:
+            continue
+        worse = "holds worse" if lead["high"] < 0 else "shows no difference"
+        how = "holds better" if lead["low"] > 0 else worse
+        ends = f"{100 * lead['value']:+.1f} points ({100 * lead['low']:+.1f} to {100 * lead['high']:+.1f})"
+        said.append(f"{name} {how}: {ends} of robust accuracy")
+    return f"Against {numbers['baseline']}: " + "; ".join(said) + "."
+
+
+def _lead(model: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = model.get("minus_baseline", {}).get(measure)
+    return found
+
+
+def _cell(found: Mapping[str, Any] | None, form: str) -> str:
+    return "" if found is None else with_interval(found["value"], (found["low"], found["high"]), form)
