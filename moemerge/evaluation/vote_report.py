@@ -117,6 +117,7 @@ class Poll:
             "pairs": len(self.pairs),
             "prompts": len(set(map(prompt_key, self.pairs))),
             "voters_per_pair": len(self.differences_VX),
+            "confidence": self.settings.confidence,
             "against": vote.half_ties(self.votes.strength_P),
             "flips": self._flips(),
             "evidence": self._evidence(),
@@ -224,12 +225,12 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     return "; ".join([said, *done]) + "."
 
 
-def paragraphs(numbers: Mapping[str, Any], confidence: float) -> list[str]:
+def paragraphs(numbers: Mapping[str, Any]) -> list[str]:
     """What the numbers rest on, and what speaks against them."""
-    return [*_on_evidence(numbers, confidence), *_on_leaks(numbers["flips"])]
+    return [*_on_evidence(numbers), *_on_leaks(numbers["flips"])]
 
 
-def _on_evidence(numbers: Mapping[str, Any], confidence: float) -> Iterator[str]:
+def _on_evidence(numbers: Mapping[str, Any]) -> Iterator[str]:
     evidence, most = numbers["evidence"], numbers["most_noise"]
     if evidence["kind"] == "trusted":
         yield (
@@ -251,7 +252,8 @@ def _on_evidence(numbers: Mapping[str, Any], confidence: float) -> Iterator[str]
         )
     if (auc := numbers["flips"]["auc_of_wrong_labels"]) is not None:
         yield f"Some planted flips make wrong labels right; it finds wrong labels with an AUC of {auc:.2f}."
-    yield f"If labels are wrong by chance, at most {most:.1%} of them are ({percent(confidence)} bound)."
+    level = percent(numbers["confidence"])
+    yield f"If labels are wrong by chance, at most {most:.1%} of them are ({level} bound)."
 
 
 def _on_leaks(flips: Mapping[str, Any]) -> Iterator[str]:
@@ -263,14 +265,12 @@ def _on_leaks(flips: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def tables(poll: Poll, numbers: Mapping[str, Any]) -> list[Table]:
-    """Precision by share, subsets, and the pairs to read."""
-    shown = [_precision_table(numbers, poll.settings.confidence)]
-    shown += [_subset_table(numbers)] if len(numbers["subsets"]) > 1 else []
-    return [*shown, _to_read(poll)]
+def number_tables(numbers: Mapping[str, Any]) -> list[Table]:
+    """Precision by share, and subsets if there are several."""
+    return [_precision_table(numbers), *([_subset_table(numbers)] if len(numbers["subsets"]) > 1 else [])]
 
 
-def _precision_table(numbers: Mapping[str, Any], confidence: float) -> Table:
+def _precision_table(numbers: Mapping[str, Any]) -> Table:
     known = numbers["evidence"]["kind"] != "none"
     assumed = [f"wrong, if {percent(noise)} of all are" for noise in vote.ASSUMED]
     header = ["weakest", "pairs", "against where as sure", "planted flips found"]
@@ -280,7 +280,7 @@ def _precision_table(numbers: Mapping[str, Any], confidence: float) -> Table:
         values = [row[name] for name in ("precision", "low", "high")] if known else row["assumed"].values()
         shares = [f"{value:.1%}" for value in (row["against"], row["flips_found"], *values)]
         rows.append([percent(row["share"]), str(row["pairs"]), *shares])
-    note = f"All bounds hold at once at {percent(confidence)}." if known else ""
+    note = f"All bounds hold at once at {percent(numbers['confidence'])}." if known else ""
     return Table("How many of the weakest pairs have wrong labels", header, rows, note)
 
 
@@ -348,6 +348,6 @@ def _precision_lines(numbers: Mapping[str, Any]) -> dict[str, Line]:
 
 def write_page(poll: Poll, numbers: Mapping[str, Any], folder: Path) -> None:
     """report.html and report.md in `folder`, with their pictures."""
-    words, figures = paragraphs(numbers, poll.settings.confidence), draw(poll, numbers, folder)
-    section = Section("Vote", words, tables(poll, numbers), figures, lead=sentence(numbers))
+    figures, shown = draw(poll, numbers, folder), [*number_tables(numbers), _to_read(poll)]
+    section = Section("Vote", paragraphs(numbers), shown, figures, lead=sentence(numbers))
     write_report(folder, "Which labels the vote doubts", [section])

@@ -18,12 +18,14 @@ from moemerge.options.optimise import OptimiseSettings
 from moemerge.options.publish import PublishSettings
 from moemerge.options.route import RouteSettings
 from moemerge.options.sample import SampleSettings
+from moemerge.options.strength import StrengthSettings
 from moemerge.options.synthetic import SyntheticSettings
 from moemerge.options.train import TrainSettings
 from moemerge.options.upcycle import UpcycleSettings
 
 WITH_INPUTS = (
     "data",
+    "strength",
     "base",
     "train",
     "control",
@@ -48,6 +50,9 @@ class Recipe(Options):
     model: Source | None = Field(None, description="dense reward model, base LM or encoder")
     synthetic: SyntheticSettings | None = Field(None, description="make model and data: no input needed")
     data: DataSettings | None = Field(None, description="preference data")
+    strength: StrengthSettings | None = Field(
+        None, description="a vote on the training pairs' labels; all trainings then take the treated pairs"
+    )
     base: TrainSettings | None = Field(None, description="train the dense reward model first")
     upcycle: UpcycleSettings = Field(default_factory=UpcycleSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)

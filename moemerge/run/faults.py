@@ -19,6 +19,7 @@ from moemerge.options.layers import parse_layers
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.run.baselines import model_names, scored_names
+from moemerge.run.label_check import label_faults, trainings
 from moemerge.run.recipe_file import Tree
 
 MERGES = "merges"  # the section that makes a recipe one of combine
@@ -38,6 +39,7 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
         _check_files: set(),
         _check_model: {"base"},
         _check_training: held_out,
+        label_faults: {"strength", "strength.treat", "base", "control", "train"},
         _check_steering: {"train", "base", "control", "upcycle.shared_expert"},
         _check_fit: held_out | {"data.fit"},
         _check_evaluation: {
@@ -173,8 +175,7 @@ def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[Moemerge
 
 def _check_layers(recipe: Recipe, config: Tree) -> Iterator[MoemergeError]:
     """Layers that the recipe names, against those of the model's config.json, as far as that is known."""
-    sections = {"base": recipe.base, "train": recipe.train, "control": recipe.control}
-    specs = {f"{name}.train_layers": section.train_layers for name, section in sections.items() if section}
+    specs = {f"{name}.train_layers": section.train_layers for name, section in trainings(recipe).items()}
     known = recipe.synthetic.num_layers if recipe.synthetic else ANY_LAYERS
     yield from layer_faults({"upcycle.layers": recipe.upcycle.layers} | specs, config, known)
 
@@ -197,8 +198,8 @@ def _has_validation(recipe: Recipe) -> bool:
 
 def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
     """Options of experts where there are none."""
-    for name, section in {"base": recipe.base, "control": recipe.control}.items():
-        if section and section.steered():
+    for name, section in trainings(recipe).items():
+        if name != "train" and section.steered():
             yield _fault(
                 f"{name} trains a dense model, which has no experts to steer",
                 ", ".join(f"{name}.{option}" for option in section.steered()),
@@ -217,14 +218,14 @@ def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
 def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
     from moemerge.training.losses import LOSSES
 
-    for name, section in {"base": recipe.base, "train": recipe.train, "control": recipe.control}.items():
-        for objective in section.objectives if section else ():
+    for name, section in trainings(recipe).items():
+        for objective in section.objectives:
             yield from _unknown(f"{name}.objectives", objective, LOSSES)
-        if section and section.trainer:
+        if section.trainer:
             from moemerge.training.arguments import trainer_faults
 
             yield from trainer_faults(section.trainer, f"{name}.trainer")
-        if section and section.search and not _has_validation(recipe):
+        if section.search and not _has_validation(recipe):
             yield _fault(
                 f"{name}.search needs validation pairs",
                 "no data.validation, and data.validation_share 0",

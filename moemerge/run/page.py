@@ -13,6 +13,7 @@ from moemerge.evaluation import verdict
 from moemerge.evaluation.page import evaluation_sections, row_table
 from moemerge.evaluation.policy_page import table
 from moemerge.evaluation.report import Report, read_report
+from moemerge.evaluation.vote_report import number_tables, paragraphs
 from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
@@ -32,6 +33,7 @@ def write_run_page(run: Path, steps: Sequence[str], learned: str) -> Path:
     probes = [section for section in measured[:-1] if not _is_to_read(section)]
     sections = [
         _with_verdict(first, report, learned),
+        *_votes(run, manifests),
         *probes,
         *_stage_sections(run, manifests),
         *to_read,
@@ -66,6 +68,14 @@ def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section
         tables = [_optimised(run / step) for step in steps if stage == "optimise"]
         if figures:
             yield Section(title, lines, tables=tables, figures=figures)
+
+
+def _votes(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
+    """What a vote on the training labels came to; its own page has the pairs to read."""
+    for step in (step for step, manifest in manifests.items() if manifest["stage"] == "strength"):
+        numbers = read_object(run / step / "strength.json")
+        figures, lead = [*_figures(run / step, named=False)], headline(manifests[step])
+        yield Section("Training labels", paragraphs(numbers), number_tables(numbers), figures, lead=lead)
 
 
 def _optimised(folder: Path) -> Table:

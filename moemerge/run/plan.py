@@ -17,6 +17,7 @@ from moemerge.options.merge import MergeSettings
 from moemerge.options.optimise import OptimiseSettings
 from moemerge.options.recipe import Recipe
 from moemerge.options.sample import SAMPLED
+from moemerge.options.strength import StrengthSettings
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
 from moemerge.run.combine_plan import Plan, with_start
@@ -93,6 +94,11 @@ class _Plan:
         held_out = self.data.validation or self.data.validation_share
         return self.pairs("validation") if held_out else None
 
+    @property
+    def training_pairs(self) -> str:
+        """What all models are trained on: treated, if there is a vote on labels."""
+        return self.path("strength/pairs.jsonl.gz") if self.recipe.strength else self.pairs("train")
+
     def fitting(self) -> dict[str, str | None]:
         """Fitting pairs, and held-out pairs if they are others than the fitting pairs."""
         if self.data.fit:
@@ -111,6 +117,8 @@ class _Plan:
         if recipe.synthetic:
             yield self.step("synthetic", "synthetic", recipe.synthetic)
         yield self.step("data", "data", self.data, tokenizer=self.source, scored=not recipe.evaluate.has_gold)
+        if recipe.strength:
+            yield self.strength(recipe.strength)
         if recipe.base:
             yield self.train("base", recipe.base, self.source)
         if recipe.control:
@@ -119,7 +127,7 @@ class _Plan:
         yield from self.baselines()
         yield self.train("train", recipe.train, self.path("upcycle"))
         yield self.step(
-            "route", "route", recipe.route, **self.format, model=self.moe, pairs=self.pairs("train")
+            "route", "route", recipe.route, **self.format, model=self.moe, pairs=self.training_pairs
         )
         for method in [*recipe.also_merge, recipe.fit.method]:
             yield from self.merged(method)
@@ -132,8 +140,13 @@ class _Plan:
 
     def train(self, name: str, section: TrainSettings, model: str, **added: Any) -> tuple[str, str, Run]:
         """Training of a dense model or a MoE."""
-        added = {"pairs": self.pairs("train"), "validation": self.validation} | added
+        added = {"pairs": self.training_pairs, "validation": self.validation} | added
         return self.step(name, "train", section, **self.format, **self.trust, **added, model=model)
+
+    def strength(self, section: StrengthSettings) -> tuple[str, str, Run]:
+        """The vote on training pairs; held-out pairs keep their labels, or it would be judged by itself."""
+        added = {"model": self.source, "pairs": self.pairs("train"), "validation": self.validation}
+        return self.step("strength", "strength", section, **self.format, **self.trust, **added)
 
     def baselines(self) -> Iterator[tuple[str, str, Run]]:
         """What the MoE is measured against besides the control."""
@@ -145,7 +158,9 @@ class _Plan:
             yield self.step(baselines.WARM, "merge", settings, models=members)
         if self.recipe.baselines.tuned and self.recipe.control:
             added = {"model": self.path("control"), "pairs": self.pairs("fit")}
-            yield self.train(baselines.TUNED, self.recipe.control, **added)
+            # What strength adds to training pairs, fitting pairs do not have.
+            columns = {"margin": "none", "label_smoothing": 0.0} if self.recipe.strength else {}
+            yield self.train(baselines.TUNED, self.recipe.control.model_copy(update=columns), **added)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.

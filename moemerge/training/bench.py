@@ -132,7 +132,7 @@ def _check_columns(options: Train, pairs: Sequence[Pair]) -> None:
     """Raise DataError for margins and doubts that are to be used and lack; tell of those not to be used."""
     if options.margin == "column":
         margins_of(pairs)
-    elif any(pair.margin is not None for pair in pairs):
+    elif any(pair.margin is not None and "strength" not in pair.source for pair in pairs):
         log.warning("%s has margins, which are not used: margin column uses them", options.pairs)
     if options.label_smoothing == "column":
         doubts_of(pairs)
