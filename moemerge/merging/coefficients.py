@@ -65,10 +65,10 @@ class Coefficients:
 
     @classmethod
     def of_layers(
-        cls, layers: Sequence[int], alpha_LN: Tensor, shared_L: Tensor, meta: dict[str, str] | None = None
+        cls, layers: Sequence[int], alpha: Tensor, shared: Tensor, meta: dict[str, str] | None = None
     ) -> Coefficients:
-        """Coefficients with a row per transformer layer, by number."""
-        return cls([f"layers.{number}" for number in layers], alpha_LN, shared_L, meta or {})
+        """Coefficients with a row per transformer layer, by number: alpha [L, N], shared [L]."""
+        return cls([f"layers.{number}" for number in layers], alpha, shared, meta or {})
 
     @property
     def num_experts(self) -> int:

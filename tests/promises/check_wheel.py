@@ -77,7 +77,8 @@ def use(python: Path, folder: Path) -> str:
     home = subprocess.run(
         [str(python), "-c", where], cwd=folder, env=environment, check=True, capture_output=True, text=True
     )
-    assert (Path(home.stdout.strip()) / "py.typed").is_file()
+    for name in ("py.typed", "__init__.pyi"):
+        assert (Path(home.stdout.strip()) / name).is_file()
     assert str(python.parent.parent) in home.stdout, "another moemerge was imported"
     run("init", "my.yml")
     run("check", "my.yml", *changes)

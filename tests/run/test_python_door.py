@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from moemerge.options.base import Run, Several, Source
 from moemerge.options.fit import Fit
 from moemerge.options.merge import Merge
 from moemerge.run.flags import COMMANDS
+
+# Functions that a user of steps and recipes does not need.
+ELSEWHERE = {"load_moe", "load_recipe", "verify", "verify_folder"}
 
 
 class Weigh(Run):
@@ -87,6 +91,12 @@ def test_annotations_say_what_may_be_given_and_not_what_is_kept() -> None:
     assert types["model"] == types["output"] == path and types["scale"] is float
     assert types["others"] == path | Sequence[path] | Mapping[str, path] | None
     assert shown.return_annotation is Result
+
+
+def test_the_page_on_python_names_every_function() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs/python.md").read_text(encoding="utf-8")
+    functions = {name for name in moemerge._HOMES if name[0].islower()} - ELSEWHERE
+    assert {name for name in functions if not re.search(rf"`(moemerge\.)?{name}[`(.]", text)} == set()
 
 
 # What is taken
