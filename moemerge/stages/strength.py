@@ -19,7 +19,7 @@ import numpy as np
 
 from moemerge.artifacts.inputs import digests, fingerprints
 from moemerge.artifacts.json_file import write_json
-from moemerge.artifacts.manifest import expect_stage, written_by_stages
+from moemerge.artifacts.manifest import expect_stage, holds_manifest, read_manifest, written_by_stages
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import once, workspace
 from moemerge.data.folds import folds_of
@@ -68,7 +68,7 @@ def strength(options: Strength, draft: Draft) -> None:
     CheckpointError, UnsupportedError or ArtifactError.
     """
     if options.votes:
-        _write(options, *_again(options, options.votes), draft)
+        _write(options, *read_votes(options, options.votes), draft)
         return
     vote = _trained if options.model else _given
     with workspace(options) as folder:
@@ -101,6 +101,7 @@ def _tell_large_folds(fold_P: Sequence[int], options: Strength) -> None:
 
 def _given(options: Strength, draft: Draft, folder: Path) -> tuple[Poll, None]:
     """The votes of models that are given, all of one weight: differences over their root mean square."""
+    _tell_of_pairs_seen(options)
     sets = {"pairs": _read(options.pairs, options, draft, "pairs")}
     if options.trusted:
         sets["trusted"] = _read(options.trusted, options, draft, "trusted")
@@ -116,6 +117,18 @@ def _given(options: Strength, draft: Draft, folder: Path) -> tuple[Poll, None]:
             raise _judges_nothing(model, len(pairs))
     planted = draw_planted(len(pairs), options.planted, options.seed)
     return Poll(pairs, trusted, differences_VX / scale_V[:, None], planted, options), None
+
+
+def _tell_of_pairs_seen(options: Strength) -> None:
+    """Warn of voters that were trained on these very pairs, as far as their manifests say."""
+    mine = digests(fingerprints(options.pairs))
+    for model in options.voters:
+        folder = Path(model)
+        if holds_manifest(folder) and digests(read_manifest(folder)["inputs"].get("pairs", {})) == mine:
+            log.warning(
+                "%s was trained on %s: it has learned these labels, right or wrong, and its vote is no news",
+                model, options.pairs,
+            )  # fmt: skip
 
 
 def _read(source: str, options: Strength, draft: Draft, name: str) -> list[Pair]:
@@ -151,15 +164,19 @@ def _judges_nothing(model: str, pairs: int) -> CheckpointError:
     )
 
 
-def _again(options: Strength, votes: str) -> tuple[Poll, list[int] | None]:
-    """The votes of an earlier output on the same pairs."""
+def read_votes(options: Strength, votes: str) -> tuple[Poll, list[int] | None]:
+    """The votes that the folder `votes`, an earlier output, has on the pairs of `options`, and their folds.
+
+    Raises ArtifactError if they were given on other pairs or no stage wrote them, OptionError if it has to be
+    known how often they err, and nothing tells it.
+    """
     fix = "let the models vote again: give model or voters in place of votes"
     with written_by_stages(f"votes cannot be read from {votes}", fix):
         manifest = expect_stage(votes, "strength")
         recorded = digests(manifest["inputs"]["pairs"]), manifest["options"]["fields"]
         if (digests(fingerprints(options.pairs)), options.fields) != recorded:
             raise _of_other_pairs(votes, options.pairs)
-        poll, folds = _read_votes(options, Path(votes))
+        poll, folds = _kept_votes(options, Path(votes))
     if options.treat in RELABELS and not (poll.trusted or options.noise):
         raise OptionError(
             f"nothing tells how often the votes in {votes} err",
@@ -179,7 +196,7 @@ def _of_other_pairs(votes: str, pairs: str) -> ArtifactError:
     )
 
 
-def _read_votes(options: Strength, folder: Path) -> tuple[Poll, list[int] | None]:
+def _kept_votes(options: Strength, folder: Path) -> tuple[Poll, list[int] | None]:
     """What _write wrote of votes. ValueError, KeyError and the like for what it did not write."""
     said, file = vote_rows(folder), folder / TRUSTED
     by_row = {pair.row: pair for pair in read_pairs(options.pairs, options)[0]}

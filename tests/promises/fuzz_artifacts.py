@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from moemerge.evaluation.model_card import make_card
 from moemerge.options.compare import Compare
 from moemerge.options.merge import Merge
 from moemerge.options.publish import Publish
+from moemerge.options.strength import Strength
 from moemerge.run.cli import fault_table
 from moemerge.run.headlines import headline
 from moemerge.run.pipeline import finish
@@ -29,8 +31,10 @@ from moemerge.run.plan import plan
 from moemerge.run.steps import StepReport
 from moemerge.stages import OPTIONS
 from moemerge.stages.compare import compared
+from moemerge.stages.strength import VOTES, read_votes
 
 MERGED, EVALUATION = "merge-uniform", "evaluate"
+SHOWN = ("manifest.json", "*.plot.json", "report.json", "strength.json")  # on the page of a run
 CARD = """---
 license: other
 license_name: own-terms
@@ -125,6 +129,29 @@ def read_evaluation(folder: Path) -> None:
     make_card(options, OPTIONS)
 
 
+def make_votes(folder: Path, draw: Dice) -> None:
+    """Votes of which the manifest or a row is broken."""
+    out = linked(library() / "run" / "strength", folder / "out")
+    if draw.random() < 0.3:
+        spoil_manifest(out, draw)
+        return
+    file = out / VOTES
+    rows = gzip.decompress(file.read_bytes()).decode().splitlines()
+    place = draw.randrange(len(rows))
+    rows[place] = json.dumps(changed(json.loads(rows[place]), draw))
+    file.unlink()
+    file.write_bytes(gzip.compress("\n".join(rows).encode(errors="replace")))
+
+
+def read_old_votes(folder: Path) -> None:
+    """What strength makes of votes that are to be used again."""
+    pairs = str(library() / "run" / "data" / "train.jsonl.gz")
+    votes = str(folder / "out")
+    options = Strength(pairs=pairs, votes=votes, noise=0.2, treat="auto", output=folder / "treated")
+    poll, _ = read_votes(options, votes)
+    json.dumps(poll.numbers())
+
+
 def make_comparison(folder: Path, draw: Dice) -> None:
     """Two runs with other seeds; recipe, report or manifest of one of them is broken."""
     for seed, name in enumerate("ab"):
@@ -152,7 +179,7 @@ def make_run(folder: Path, draw: Dice) -> None:
     run = linked(library() / "run", folder / "run")
     for name in ("report.html", "report.md", "summary.md"):
         (run / name).unlink()
-    files = sorted([*run.glob("*/manifest.json"), *run.glob("*/*.plot.json"), *run.glob("*/report.json")])
+    files = sorted(file for name in SHOWN for file in run.glob(f"*/{name}"))
     broken = draw.choice(files)
     if broken.name == MANIFEST:
         spoil_manifest(broken.parent, draw)

@@ -54,6 +54,7 @@ def recipe(root: Path, output: Path) -> Recipe:
     numbers = {"steps": 2, "batch_size": 8, "measure_prompts": 4, "resamples": 100}
     sections = {
         "data": {"max_length": 64},
+        "strength": {"folds": 2, "orders": 1, "max_steps": 1, "fold_by": "prompt"},
         "evaluate": {"resamples": 100, "probes": ["accuracy", "best_of_n"]},
     }
     return Recipe(output=output, **TINY_RUN, **sections, optimise={**policy, **numbers})

@@ -97,6 +97,7 @@ TARGETS: dict[str, Target] = {
     "verified": Target(artifacts.make_manifest, artifacts.read_verified),
     "licences": Target(text("README.md", artifacts.CARD), artifacts.read_licence),
     "evaluations": Target(artifacts.make_evaluation, artifacts.read_evaluation),
+    "votes": Target(artifacts.make_votes, artifacts.read_old_votes),
     "comparisons": Target(artifacts.make_comparison, artifacts.read_comparison),
     "runs": Target(artifacts.make_run, artifacts.read_run, turns=1),
 }

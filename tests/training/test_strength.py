@@ -233,6 +233,18 @@ def test_models_that_are_given_vote_with_one_weight_each(world: Path, tmp_path: 
     assert len(read(tmp_path / "out", "trusted")) == 48
 
 
+def test_a_voter_that_was_trained_on_the_pairs_is_told(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(world, tmp_path / "trained", "dense", max_steps=1)
+    voters_ = [str(world / "moe"), str(tmp_path / "trained")]
+    vote(world, tmp_path / "held", str(world / "held.jsonl"), voters=voters_)
+    assert "was trained on" not in caplog.text
+    vote(world, tmp_path / "seen", str(world / "train.jsonl"), voters=voters_)
+    told = [line for line in caplog.messages if "was trained on" in line]
+    assert len(told) == 1 and told[0].startswith(voters_[1])
+
+
 def scale_head(model: Path, factor: float) -> None:
     from safetensors.torch import load_file, save_file
 
