@@ -41,6 +41,7 @@ _HOMES = {
     "write_world": "stages.synthetic",
     "run_recipe": "run.pipeline",
     "combine": "run.combine",
+    "patch": "run.patch",
     "check_recipe": "run.check",
     "load_recipe": "run.check",
     "load_moe": "models.modelling",

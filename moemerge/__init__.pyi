@@ -1695,3 +1695,78 @@ def combine(
         device: auto, cpu, cuda, cuda:N  [default: auto]
         overwrite: replace an existing output once the new one is whole  [default: no]
     """
+
+def patch(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    tell: Callable[[StepReport], None] | None = None,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    test: StrPath | None = None,
+    test_share: float = 0.3,
+    split_by: str | None = None,
+    unseen: Sequence[str] = ["flattery", "agreement", "bold", "bullets", "headings", "emoji"],
+    rounds: int = 1,
+    share: float = 0.05,
+    epochs: float = 1.0,
+    learning_rate: float = 1e-05,
+    batch_size: int = 8,
+    train_layers: str = "all",
+    controls: bool = True,
+    max_pairs: int = 200,
+    steps: int = 6,
+    proposals: int = 12,
+    words: Sequence[str] = [],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> RunReport:
+    r"""Make a reward model hold better against edits that raise its score, and measure whether it does.
+
+    The model is attacked on its training pairs, and trained on for `rounds` rounds with a share of the
+    answers found, each edit also made to a chosen answer, so that being edited is no sign of being worse.
+    Before and after it is attacked on other pairs, by the patch's own kinds of edits and by kinds that no
+    patch has, and so are two rivals of as many steps: trained on ordinary pairs, and on pairs edited at
+    random. Writes a run's folder: the model in OUTPUT/round-N/patched, its card in OUTPUT/card, and
+    OUTPUT/report.html. Steps that are done are not done again. Where no attack succeeds there is nothing to
+    patch, and the page says so. Raises OptionError, ArtifactError if another run is at work there, and
+    whatever the stages raise. Source: REFORM (arXiv 2507.06419).
+
+    Options:
+        model: reward model: folder or hub name  [required]
+        pairs: pairs to attack and to train on: file or hub name:split  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        test: other pairs, on which it is seen what the patch does (default: a share of pairs)
+        test_share: without test: share of the prompts that is kept for it  [default: 0.3]
+        split_by: row field, e.g. topic: rows with the same value stay on one side of the split
+        unseen: edits that no patch has: whether it helps against more than what it was made of
+            [default: flattery, agreement, bold, bullets, headings, emoji]
+        rounds: attacks and trainings, each on the model of the last  [default: 1]
+        share: share of the training pairs that the patch makes up  [default: 0.05]
+        epochs: passes over the pairs per round  [default: 1.0]
+        learning_rate: learning rate  [default: 1e-05]
+        batch_size: pairs per step  [default: 8]
+        train_layers: transformer layers that train, such as last:4  [default: all]
+        controls: train two rivals for as many steps: on ordinary pairs alone, and with as many pairs
+            whose edits are random  [default: yes]
+        max_pairs: most pairs that an attack takes; they are drawn at random  [default: 200]
+        steps: attack: largest number of edits of one answer  [default: 6]
+        proposals: attack: edits tried per step  [default: 12]
+        words: attack: words that insert_word adds
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """

@@ -43,33 +43,38 @@ class Attacked:
     prompts_P: Integers
 
     def numbers(self, baseline: str, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
-        """Per model: accuracy, robust accuracy, share overturned, with intervals and paired differences.
+        """Per model: accuracy, robust accuracy, share overturned, with intervals, and minus each other model.
 
         A share overturned is of the pairs that were judged rightly; its difference is of the pairs that both
-        models judged rightly.
+        models judged rightly. The words compare with `baseline`.
         """
         measure = _Measure(self.prompts_P, resamples, confidence, seed)
-        base = list(self.names).index(baseline)
-        models = {name: self._model(number, base, measure) for number, name in enumerate(self.names)}
+        models = {name: self._model(number, measure) for number, name in enumerate(self.names)}
         shape = {"pairs": len(self.prompts_P), "prompts": len(np.unique(self.prompts_P))}
         return {"baseline": baseline, **shape, "confidence": confidence, "models": models}
 
-    def _model(self, number: int, base: int, measure: _Measure) -> dict[str, Any]:
+    def _model(self, number: int, measure: _Measure) -> dict[str, Any]:
         right_P, held_P = self.right_MP[number], self.held_MP[number]
-        found = {
+        return {
             "accuracy": measure.share(right_P),
             "robust_accuracy": measure.share(held_P),
             "overturned": measure.share(~held_P, right_P),
+            "minus": {
+                name: self._minus(number, other, measure)
+                for other, name in enumerate(self.names)
+                if other != number
+            },
         }
-        if number == base:
-            return found
-        both_P = right_P & self.right_MP[base]
-        differences = {
-            "accuracy": measure.difference(right_P, self.right_MP[base]),
-            "robust_accuracy": measure.difference(held_P, self.held_MP[base]),
-            "overturned": measure.difference(~held_P, ~self.held_MP[base], both_P),
+
+    def _minus(self, number: int, other: int, measure: _Measure) -> dict[str, Any]:
+        (right_P, others_right_P), (held_P, others_held_P) = (
+            (values_MP[number], values_MP[other]) for values_MP in (self.right_MP, self.held_MP)
+        )
+        return {
+            "accuracy": measure.difference(right_P, others_right_P),
+            "robust_accuracy": measure.difference(held_P, others_held_P),
+            "overturned": measure.difference(~held_P, ~others_held_P, right_P & others_right_P),
         }
-        return found | {"minus_baseline": differences}
 
 
 @dataclass(frozen=True)
@@ -112,15 +117,28 @@ def rows_of(numbers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, model in numbers["models"].items():
         row: dict[str, Any] = {"model": name}
         for measure in ("accuracy", "robust_accuracy", "overturned"):
-            for prefix, found in (("", model[measure]), ("minus baseline, ", _lead(model, measure))):
+            lead = _lead(model, measure, numbers["baseline"])
+            for prefix, found in (("", model[measure]), ("minus baseline, ", lead)):
                 if found is not None:
                     row[f"{prefix}{measure}"] = found["value"]
                     row |= {f"{prefix}{measure} {end}": found[end] for end in ("low", "high")}
         yield row
 
 
-def table(numbers: Mapping[str, Any]) -> Table:
-    """A line per model."""
+def tables(numbers: Mapping[str, Any]) -> list[Table]:
+    """A line per model; of three models and more each against each."""
+    names = list(numbers["models"])
+    if len(names) < 3:
+        return [_shares(numbers)]
+    rows = [
+        [name, *(_cell(_lead(model, "robust_accuracy", other), "+.3f") for other in names)]
+        for name, model in numbers["models"].items()
+    ]
+    note = "The model of the row minus that of the column, over the same pairs."
+    return [_shares(numbers), Table("Robust accuracy, row minus column", ["", *names], rows, note)]
+
+
+def _shares(numbers: Mapping[str, Any]) -> Table:
     measures = {"accuracy": "accuracy", "robust_accuracy": "robust accuracy", "overturned": "overturned"}
     base = numbers["baseline"]
     header = ["model", *measures.values(), f"robust accuracy minus {base}", f"overturned minus {base}"]
@@ -128,7 +146,7 @@ def table(numbers: Mapping[str, Any]) -> Table:
         [
             name,
             *(_cell(model[measure], ".3f") for measure in measures),
-            *(_cell(_lead(model, measure), "+.3f") for measure in ("robust_accuracy", "overturned")),
+            *(_cell(_lead(model, measure, base), "+.3f") for measure in ("robust_accuracy", "overturned")),
         ]
         for name, model in numbers["models"].items()
     ]
@@ -144,7 +162,7 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     """Which models hold better or worse than the baseline, in words."""
     said = []
     for name, model in numbers["models"].items():
-        lead = _lead(model, "robust_accuracy")
+        lead = _lead(model, "robust_accuracy", numbers["baseline"])
         if lead is None:
             continue
         worse = "holds worse" if lead["high"] < 0 else "shows no difference"
@@ -154,8 +172,9 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     return f"Against {numbers['baseline']}: " + "; ".join(said) + "."
 
 
-def _lead(model: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = model.get("minus_baseline", {}).get(measure)
+def _lead(model: Mapping[str, Any], measure: str, other: str) -> dict[str, Any] | None:
+    """The model's difference to `other`; None of itself, and where there are no pairs to compare."""
+    found: dict[str, Any] | None = model["minus"].get(other, {}).get(measure)
     return found
 
 

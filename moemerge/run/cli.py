@@ -252,6 +252,23 @@ cli.add_command(
 )
 
 
+def run_patch(**values: Any) -> None:
+    """Patch a reward model as the flags say, and tell what it brought."""
+    from moemerge.run.patch import patch
+
+    _tell_run(patch(tell=_tell_step, **given_options("patch", values)))
+
+
+cli.add_command(
+    StageCommand(
+        "patch",
+        help="Attack a reward model, train it on with a few of the answers found, and attack it again.",
+        callback=run_patch,
+        params=[_verbosity()],
+    )
+)
+
+
 @cli.group()
 def mergekit() -> None:
     """mergekit's own commands, knowing moemerge's merge methods."""

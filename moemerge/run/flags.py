@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from moemerge.options.base import Run
 
 # Every command with flags of its own: the stages, and what runs several of them.
-COMMANDS: Registry[type[Run]] = Registry(
-    "command", {row.name: row.options for row in ROWS} | {"combine": "moemerge.options.combine:Combine"}
-)
+RUNS = {"combine": "moemerge.options.combine:Combine", "patch": "moemerge.options.patch:Patch"}
+COMMANDS: Registry[type[Run]] = Registry("command", {row.name: row.options for row in ROWS} | RUNS)
 # The flag that arguments before any flag belong to.
 LEADING = {"compare": "--runs", "evaluate": "--models", "combine": "--models"}
 

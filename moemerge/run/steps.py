@@ -25,7 +25,6 @@ from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
 from moemerge.evaluation.report import outdated
 from moemerge.options.base import Run
-from moemerge.options.combine import Combine
 from moemerge.options.recipe import Recipe
 from moemerge.run.headlines import headline
 from moemerge.stages import STAGES
@@ -145,7 +144,7 @@ def step_line(step: StepReport) -> str:
     return f"{f'[{step.place}]':>{width}} {step.name:<14} {what:>8}  {headline(step.manifest)}"
 
 
-def keep_recipe(run: Recipe | Combine) -> None:
+def keep_recipe(run: Recipe | Run) -> None:
     """Write what a run was started with into its folder, which it makes if need be."""
     run.output.mkdir(exist_ok=True)
     text = json.dumps(plain_options(run), indent=1, ensure_ascii=False)

@@ -15,7 +15,7 @@ from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.pairs import Pair, numbered, prompt_key
 from moemerge.data.rows import BadRow, Row, read_rows
 from moemerge.errors import ArtifactError, DataError
-from moemerge.evaluation.robustness import Attacked, rows_of, sentence, table
+from moemerge.evaluation.robustness import Attacked, rows_of, sentence, tables
 from moemerge.options.robustness import Robustness
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure
@@ -49,7 +49,7 @@ def robustness(options: Robustness, draft: Draft) -> None:
     write_json(draft.folder / FILE, numbers)
     _draw(numbers, draft.folder)
     figures = [Figure.load(draft.folder / PICTURE)]
-    section = Section("Attacks compared", [], [table(numbers)], figures, lead=sentence(numbers))
+    section = Section("Attacks compared", [], tables(numbers), figures, lead=sentence(numbers))
     write_report(draft.folder, "Whose verdicts hold", [section])
     draft.results |= {"sentence": sentence(numbers), "pairs": numbers["pairs"]}
 

@@ -13,7 +13,7 @@ from tiny_models import save_dense
 
 from moemerge.artifacts.json_file import read_object
 from moemerge.errors import ArtifactError, OptionError
-from moemerge.evaluation.robustness import Attacked, sentence
+from moemerge.evaluation.robustness import Attacked, sentence, tables
 from moemerge.stages.attack import attack
 from moemerge.stages.robustness import robustness
 
@@ -33,10 +33,23 @@ def test_shares_and_paired_differences_by_hand(planted: dict[str, Any]) -> None:
     assert (before["accuracy"]["value"], after["accuracy"]["value"]) == (6 / 8, 6 / 8)
     assert (before["robust_accuracy"]["value"], after["robust_accuracy"]["value"]) == (2 / 8, 5 / 8)
     assert (before["overturned"]["value"], after["overturned"]["value"]) == (4 / 6, 1 / 6)
-    lead = after["minus_baseline"]
+    lead = after["minus"]["before"]
     assert lead["accuracy"]["value"] == 0 and lead["robust_accuracy"]["value"] == 3 / 8
     # Pairs 0, 2, 3, 5 and 6 are right for both: three fell before, one of these after.
     assert lead["overturned"]["value"] == pytest.approx(1 / 5 - 3 / 5) and lead["overturned"]["pairs"] == 5
+
+
+def test_each_is_compared_with_each() -> None:
+    right_MP = np.array([RIGHT["before"], RIGHT["after"], RIGHT["after"]], dtype=bool)
+    numbers = Attacked(["a", "b", "c"], right_MP, right_MP, PROMPTS).numbers("a", 100, 0.9, 1)
+    for one in numbers["models"]:
+        for other in numbers["models"].keys() - {one}:
+            lead, back = (
+                numbers["models"][x]["minus"][y]["robust_accuracy"] for x, y in ((one, other), (other, one))
+            )
+            assert lead["value"] == -back["value"] and lead["low"] == pytest.approx(-back["high"])
+    matrix = tables(numbers)[1]
+    assert matrix.header == ["", "a", "b", "c"] and matrix.rows[1][3].startswith("+0.000")
 
 
 def test_intervals_resample_prompts(planted: dict[str, Any]) -> None:
@@ -47,14 +60,14 @@ def test_intervals_resample_prompts(planted: dict[str, Any]) -> None:
     for _ in range(20000):
         drawn = np.concatenate([of_prompt[prompt] for prompt in draw.integers(0, 5, 5)])
         means.append(lead_P[drawn].mean())
-    found = planted["models"]["after"]["minus_baseline"]["robust_accuracy"]
+    found = planted["models"]["after"]["minus"]["before"]["robust_accuracy"]
     low, high = np.quantile(means, [0.05, 0.95])
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.03)
 
 
 def test_words_follow_the_interval(planted: dict[str, Any]) -> None:
     assert "after shows no difference" in sentence(planted) or "after holds better" in sentence(planted)
-    lead = planted["models"]["after"]["minus_baseline"]["robust_accuracy"]
+    lead = planted["models"]["after"]["minus"]["before"]["robust_accuracy"]
     for low, high, word in ((0.1, 0.2, "better"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "shows no difference")):
         lead |= {"low": low, "high": high}
         assert word in sentence(planted)
@@ -97,8 +110,8 @@ def test_the_stage_counts_what_the_attacks_wrote(attacked: dict[str, Any], tmp_p
     table = output.table()
     assert list(table["model"]) == ["open", "deaf"]
     other = robustness(attacked["folders"], baseline="deaf", output=tmp_path / "other", resamples=100)
-    lead = read_object(other / "robustness.json")["models"]["open"]["minus_baseline"]["robust_accuracy"]
-    assert lead["value"] == -numbers["models"]["deaf"]["minus_baseline"]["robust_accuracy"]["value"]
+    lead = read_object(other / "robustness.json")["models"]["open"]["minus"]["deaf"]["robust_accuracy"]
+    assert lead["value"] == -numbers["models"]["deaf"]["minus"]["open"]["robust_accuracy"]["value"]
 
 
 def test_attacks_that_are_not_alike_are_refused(attacked: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""patch: a reward model is attacked, trained on with a few of the answers found, and attacked again.
+
+After REFORM (arXiv 2507.06419), with edits in place of guided decoding, and with rivals of equal budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.ranks import refuse_several
+from moemerge.errors import MoemergeError, together
+from moemerge.evaluation.attack_edits import chosen_edits
+from moemerge.models.folder import ModelFolder
+from moemerge.options.base import input_fields
+from moemerge.options.patch import Patch
+from moemerge.options.signature import parse_call, with_options_of
+from moemerge.run.faults import layer_faults, missing_inputs, occupied
+from moemerge.run.patch_plan import Plan
+from moemerge.run.steps import (
+    RunReport,
+    Step,
+    StepReport,
+    Tell,
+    alone,
+    keep_recipe,
+    recover_steps,
+    run_steps,
+    tell_versions,
+)
+
+
+@with_options_of(Patch)
+def patch(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
+    """Make a reward model hold better against edits that raise its score, and measure whether it does.
+
+    The model is attacked on its training pairs, and trained on for `rounds` rounds with a share of the
+    answers found, each edit also made to a chosen answer, so that being edited is no sign of being worse.
+    Before and after it is attacked on other pairs, by the patch's own kinds of edits and by kinds that no
+    patch has, and so are two rivals of as many steps: trained on ordinary pairs, and on pairs edited at
+    random. Writes a run's folder: the model in OUTPUT/round-N/patched, its card in OUTPUT/card, and
+    OUTPUT/report.html. Steps that are done are not done again. Where no attack succeeds there is nothing to
+    patch, and the page says so. Raises OptionError, ArtifactError if another run is at work there, and
+    whatever the stages raise. Source: REFORM (arXiv 2507.06419).
+    """
+    refuse_several("patch")
+    options: Patch = parse_call(Patch, "patch", inputs, fields)
+    if faults := list(_faults(options)):
+        raise together("patch", faults)
+    with alone(options.output):
+        keep_recipe(options)
+        plan = Plan(options)
+        reports = [*_done(plan, options, tell)]
+        tell_versions(reports)
+        from moemerge.run.patch_page import write_pages
+
+        return write_pages(plan, reports)
+
+
+def _faults(options: Patch) -> Iterator[MoemergeError]:
+    """What can be told before anything runs."""
+    yield from missing_inputs(input_fields(options))
+    yield from occupied(options.output)
+    try:
+        chosen_edits(options.unseen, options.words, has_gold=False)
+    except MoemergeError as fault:
+        yield fault
+    if Path(options.model).is_dir():
+        try:
+            config = ModelFolder(options.model).config_json
+        except MoemergeError as fault:
+            yield fault
+        else:
+            yield from layer_faults({"train_layers": options.train_layers}, config)
+
+
+def _done(plan: Plan, options: Patch, tell: Tell | None) -> Iterator[StepReport]:
+    """All steps, in order; rounds end where nothing is found."""
+    again, place = "overwrite" if options.overwrite else "", 0
+
+    def run(steps: Iterable[Step]) -> Iterator[StepReport]:
+        nonlocal place
+        ordered = [*steps]
+        recover_steps(ordered)
+        yield from run_steps(ordered, tell, again, before=place, after=plan.size - place - len(ordered))
+        place += len(ordered)
+
+    yield from run(plan.first())
+    for number in range(1, options.rounds + 1):
+        found = plan.found(number)
+        yield from run([found])
+        if not read_manifest(found.options.output)["results"]["succeeded"]:
+            break
+        yield from run(plan.round(number))
+        plan.rounds = number
+    if plan.rounds:
+        yield from run(plan.last())
