@@ -92,9 +92,9 @@ def strength(
     share: float = 0.2,
     confidence: float = 0.95,
     batch_tokens: int = 8192,
-    model: StrPath | None = None,
     voters: Sequence[StrPath] = [],
     votes: StrPath | None = None,
+    model: StrPath | None = None,
     validation: StrPath | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -197,10 +197,10 @@ def strength(
         share: flip and drop: share of pairs, the weakest ones  [default: 0.2]
         confidence: coverage of intervals  [default: 0.95]
         batch_tokens: tokens per forward pass when pairs are scored  [default: 8192]
+        voters: in place of training: reward models that vote as they are and have not seen the pairs
+        votes: in place of training: folder that strength wrote for these pairs, to treat them otherwise
+            by the same votes
         model: what voters are trained from: a reward model, or a base model (fresh head)
-        voters: in place of model: reward models that vote as they are, and have not seen these pairs
-        votes: in place of model: folder that strength wrote for these pairs, to treat them otherwise by
-            the same votes
         validation: held-out pairs for the voters' early stopping and search
         trust_remote_code: run code that comes with the models  [default: no]
         seed: seed of every random draw  [default: 0]

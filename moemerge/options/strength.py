@@ -11,7 +11,7 @@ from moemerge.options.train import TrainSettings
 
 SHARE = 0.2  # of pairs, which the paper flips
 RELABELS = ("auto", "soft")  # treatments that need to know how often the vote errs
-OF_TRAINING = (*TrainSettings.model_fields, "folds", "orders", "fold_by", "validation")
+OF_TRAINING = (*TrainSettings.model_fields, "folds", "orders", "fold_by")
 OF_VOTING = ("trusted", "planted")
 
 
@@ -76,6 +76,36 @@ class StrengthSettings(VoteSettings, TrainSettings):
     After Secrets of RLHF II (arXiv 2401.06080); the other options are those of the voters' training.
     """
 
+    voters: SourceList = Field(
+        default_factory=list,
+        description="in place of training: reward models that vote as they are and have not seen the pairs",
+    )
+    votes: Source | None = Field(
+        None,
+        description="in place of training: folder that strength wrote for these pairs, to treat them "
+        "otherwise by the same votes",
+    )
+
+    @model_validator(mode="after")
+    def _only_what_trains_has_a_training(self) -> StrengthSettings:
+        if self.voters and self.votes:
+            raise ValueError("voters vote anew, votes are there already: give voters or votes, not both")
+        idle = [name for name in OF_TRAINING if not self.trains and self._is_set(name)]
+        idle += [name for name in OF_VOTING if self.votes and self._is_set(name)]
+        if idle:
+            raise ValueError(f"{idle[0]} does not go with {'votes' if self.votes else 'voters'}")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether voters are trained."""
+        return not (self.voters or self.votes)
+
+    @property
+    def knows_errors(self) -> bool:
+        """As of any vote; votes may have those on trusted pairs."""
+        return super().knows_errors or bool(self.votes)
+
 
 class Strength(StrengthSettings, TextFormat, Run):
     """Options of `moemerge strength`."""
@@ -86,15 +116,6 @@ class Strength(StrengthSettings, TextFormat, Run):
     model: Source | None = Field(
         None, description="what voters are trained from: a reward model, or a base model (fresh head)"
     )
-    voters: SourceList = Field(
-        default_factory=list,
-        description="in place of model: reward models that vote as they are, and have not seen these pairs",
-    )
-    votes: Source | None = Field(
-        None,
-        description="in place of model: folder that strength wrote for these pairs, to treat them otherwise "
-        "by the same votes",
-    )
     validation: Source | None = Field(
         None, description="held-out pairs for the voters' early stopping and search"
     )
@@ -102,20 +123,11 @@ class Strength(StrengthSettings, TextFormat, Run):
 
     @model_validator(mode="after")
     def _one_kind_of_voters(self) -> Strength:
-        if sum(map(bool, (self.model, self.voters, self.votes))) != 1:
+        if self.trains == (self.model is None) or (self.validation and not self.trains):
             raise ValueError(
-                "voters are trained from model, or are the models that voters names, or votes has what they "
-                "said: give one of these"
+                "voters are trained from model, with validation or without, or are the models that voters "
+                "names, or votes has what they said: give one of these"
             )
         if self.search and self.validation is None:
             raise ValueError("search needs validation, held-out pairs to choose by")
-        idle = [name for name in OF_TRAINING if not self.model and self._is_set(name)]
-        idle += [name for name in OF_VOTING if self.votes and self._is_set(name)]
-        if idle:
-            raise ValueError(f"{idle[0]} does not go with {'votes' if self.votes else 'voters'}")
         return self
-
-    @property
-    def knows_errors(self) -> bool:
-        """As of the settings; votes may have those on trusted pairs."""
-        return super().knows_errors or bool(self.votes)

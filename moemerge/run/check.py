@@ -132,6 +132,8 @@ def _resolved(options: O, folder: Path) -> O:
     def beside(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: beside(source) for name, source in value.items()}
+        if isinstance(value, list):
+            return [beside(source) for source in value]
         path = folder / value
         return str(path) if path.exists() and not Path(value).is_absolute() else value
 

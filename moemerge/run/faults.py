@@ -99,7 +99,8 @@ def _sources(inputs: Mapping[str, Any], section: str = "") -> dict[str, str]:
     """What is read, by its key, in a recipe's section if there is one."""
     sources: dict[str, str] = {}
     for field, value in inputs.items():
-        by_name = value if isinstance(value, dict) else {"": value}
+        listed = dict(enumerate(value)) if isinstance(value, list) else {"": value}
+        by_name = value if isinstance(value, dict) else listed
         sources |= {f"{section}.{field}.{name}".strip("."): source for name, source in by_name.items()}
     return sources
 

@@ -145,8 +145,9 @@ class _Plan:
 
     def strength(self, section: StrengthSettings) -> tuple[str, str, Run]:
         """The vote on training pairs; held-out pairs keep their labels, or it would be judged by itself."""
-        added = {"model": self.source, "pairs": self.pairs("train"), "validation": self.validation}
-        return self.step("strength", "strength", section, **self.format, **self.trust, **added)
+        added = {"pairs": self.pairs("train")}
+        trained = {"model": self.source, "validation": self.validation} if section.trains else {}
+        return self.step("strength", "strength", section, **self.format, **self.trust, **added, **trained)
 
     def baselines(self) -> Iterator[tuple[str, str, Run]]:
         """What the MoE is measured against besides the control."""

@@ -14,7 +14,7 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.options.recipe import Recipe
 from moemerge.run import pipeline
 from moemerge.run.budget import shortfalls
-from moemerge.run.check import check_recipe
+from moemerge.run.check import check_recipe, load_recipe
 from moemerge.run.faults import find_faults
 from moemerge.run.plan import plan
 
@@ -48,6 +48,26 @@ def test_all_trainings_take_what_the_vote_wrote_and_held_out_pairs_keep_their_la
     assert steps["fit-learned"].pairs == steps["tuned"].pairs == "out/data/fit.jsonl.gz"
     assert (steps["control"].margin, steps["control"].label_smoothing) == ("column", "column")
     assert (steps["tuned"].margin, steps["tuned"].label_smoothing) == ("none", 0.0)
+
+
+def test_models_that_are_given_and_old_votes_need_no_training(tmp_path: Path) -> None:
+    for given in ({"voters": ["owner/a", "owner/b"]}, {"votes": "runs/x/strength", **SOFT}):
+        vote = options(recipe(strength=given))["strength"]
+        assert (vote.model, vote.validation, vote.pairs) == (None, None, "out/data/train.jsonl.gz")
+    (tmp_path / "judge").mkdir()
+    file = tmp_path / "recipe.yml"
+    voters = ["judge", "./gone", "owner/b"]
+    base = {"output": str(tmp_path / "out"), "model": "owner/rm", "data": DATA, "base": {}}
+    file.write_text(json.dumps({**base, "strength": {"voters": voters}}))
+    (fault,) = check_recipe(file)
+    assert fault.what == "strength.voters.1 does not exist"
+    file.write_text(json.dumps({**base, "strength": {"voters": ["judge"]}}))
+    loaded = load_recipe(file)
+    assert isinstance(loaded, Recipe) and loaded.strength is not None
+    assert loaded.strength.voters == [str(tmp_path / "judge")]
+    file.write_text(json.dumps({**base, "strength": {"voters": ["judge"], "epochs": 3}}))
+    (fault,) = check_recipe(file)
+    assert "epochs does not go with voters" in fault.what
 
 
 def test_without_the_section_nothing_is_voted_on() -> None:
