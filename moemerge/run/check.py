@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,31 +12,37 @@ from pydantic import ValidationError
 
 from moemerge.errors import Faults, MoemergeError, OptionError, together
 from moemerge.options.base import Options, Run, input_fields
-from moemerge.options.combine import Combine
 from moemerge.options.parse import parse_options
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.run.combine_check import input_faults, model_faults
-from moemerge.run.faults import MERGES, find_faults
+from moemerge.run.faults import ALONE, find_faults
+from moemerge.run.patch_check import patch_faults
 from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
+# What is wrong with the options of a section that is a recipe by itself.
+FAULTS: dict[str, Callable[[Any, str], list[MoemergeError]]] = {
+    "merges": lambda options, section: input_faults(options, section) or model_faults(options, section),
+    "patch": patch_faults,
+}
 O = TypeVar("O", bound=Options)  # noqa: E741
 MAX_ROUNDS = 20  # of dropping what pydantic refuses: each round may show faults that hid behind others
 
 
 def load_recipe(
     path: str | Path, overrides: Iterable[str] = (), output: str | Path | None = None
-) -> Recipe | Combine:
+) -> Recipe | Run:
     """The recipe in the YAML file `path`, with `overrides` such as "train.epochs=2" applied.
 
     Relative inputs are looked for beside the recipe first, then in the working directory; `output` is
-    relative to the working directory. A recipe with a section merges is the options of combine. Raises
+    relative to the working directory. A recipe with a section merges or patch is the options of combine or
+    patch. Raises
     OptionError, or Faults with everything that is wrong at once.
     """
     path = Path(path).expanduser()
     tree = read_yaml(path)
     apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
-    if MERGES in tree:
-        return _combination(tree, path)
+    if section := next((name for name in ALONE if name in tree), None):
+        return _alone(section, tree, path)
     faults, recipe, dropped = _faults_of_form(tree)
     if recipe is not None:
         recipe = _resolve_inputs(recipe, path.parent)
@@ -47,21 +53,22 @@ def load_recipe(
     return recipe
 
 
-def _combination(tree: Tree, path: Path) -> Combine:
-    """The options of combine in a recipe: its section merges, and output, seed, threads and device."""
-    section = tree[MERGES]
-    rest = {key: value for key, value in tree.items() if key != MERGES}
+def _alone(section: str, tree: Tree, path: Path) -> Run:
+    """The options in the one section of such a recipe, and output, seed, threads and device beside it."""
+    given = tree[section]
+    rest = {key: value for key, value in tree.items() if key != section}
     own = [name for name in Run.model_fields if name != "overwrite"]
     foreign = [key for key in rest if key not in own]
-    if not isinstance(section, dict) or foreign:
+    command = ALONE[section].__name__.lower()
+    if not isinstance(given, dict) or foreign:
         raise OptionError(
             f"recipe {path} cannot be read",
-            given=f"merges, and {foreign[0]}" if foreign else f"merges: {type(section).__name__}",
-            expected=f"a section merges with options of combine; beside it only {', '.join(own)}",
-            fix="take the other sections out: combine trains, fits and merges by the options in merges",
+            given=f"{section}, and {foreign[0]}" if foreign else f"{section}: {type(given).__name__}",
+            expected=f"a section {section} with options of {command}; beside it only {', '.join(own)}",
+            fix=f"take the other sections out: {command} does every step by the options in {section}",
         )
-    options = _resolved(parse_options(Combine, {**section, **rest}, MERGES), path.parent)
-    if faults := input_faults(options, MERGES) or model_faults(options, MERGES):
+    options = _resolved(parse_options(ALONE[section], {**given, **rest}, section), path.parent)
+    if faults := FAULTS[section](options, section):
         raise together(f"recipe {path}", faults)
     return options
 

@@ -30,7 +30,7 @@ from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
     from moemerge.artifacts.weight_files import Fault
-    from moemerge.options.combine import Combine
+    from moemerge.options.base import Run
     from moemerge.options.recipe import Recipe
     from moemerge.run.steps import RunReport, StepReport
 
@@ -158,15 +158,15 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
         _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
 
 
-def _doubts(recipe: Recipe | Combine) -> Iterator[str]:
+def _doubts(recipe: Recipe | Run) -> Iterator[str]:
     """What a recipe's user may want to know before it runs."""
-    from moemerge.options.combine import Combine
+    from moemerge.options.recipe import Recipe
     from moemerge.run.budget import shortfalls
     from moemerge.run.faults import taken_for_hub_names
 
     for key, source in taken_for_hub_names(recipe).items():
         yield f"{key} {source} is not on this disk: it will be looked for on the hub"
-    for shortfall in () if isinstance(recipe, Combine) else shortfalls(recipe):
+    for shortfall in shortfalls(recipe) if isinstance(recipe, Recipe) else ():
         yield f"warning: {shortfall}"
 
 

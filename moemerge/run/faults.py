@@ -12,17 +12,19 @@ from moemerge.errors import CheckpointError, MoemergeError, OptionError, Unsuppo
 from moemerge.models.config_file import LAYERS
 from moemerge.models.families import FAMILIES, family_called
 from moemerge.models.folder import ModelFolder
-from moemerge.options.base import input_fields
+from moemerge.options.base import Run, input_fields
 from moemerge.options.combine import Combine
 from moemerge.options.data import DataSettings
 from moemerge.options.layers import parse_layers
+from moemerge.options.patch import Patch
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.run.baselines import model_names, scored_names
 from moemerge.run.label_check import label_faults, trainings
 from moemerge.run.recipe_file import Tree
 
-MERGES = "merges"  # the section that makes a recipe one of combine
+# Sections that are a recipe by themselves: the options of a command that does many steps.
+ALONE: dict[str, type[Run]] = {"merges": Combine, "patch": Patch}
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 Check = Callable[[Recipe], Iterator[MoemergeError]]
@@ -84,10 +86,11 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
         yield _fault("two sources of data", f"synthetic and {files}", "one of them", f"take out {files}")
 
 
-def _absent(recipe: Recipe | Combine) -> dict[str, str]:
+def _absent(recipe: Recipe | Run) -> dict[str, str]:
     """The inputs that are neither files nor folders here, by the key in the recipe."""
-    if isinstance(recipe, Combine):
-        sources = _sources(input_fields(recipe), MERGES)
+    if not isinstance(recipe, Recipe):
+        (section,) = (name for name, kind in ALONE.items() if isinstance(recipe, kind))
+        sources = _sources(input_fields(recipe), section)
         return {key: source for key, source in sources.items() if not Path(source).exists()}
     sources = {"model": recipe.model} if recipe.model else {}
     for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):
@@ -113,7 +116,7 @@ def missing_inputs(inputs: Mapping[str, Any], section: str = "") -> Iterator[Moe
             yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
 
 
-def taken_for_hub_names(recipe: Recipe | Combine) -> dict[str, str]:
+def taken_for_hub_names(recipe: Recipe | Run) -> dict[str, str]:
     """The inputs that will be looked for on the hub, by the key in the recipe."""
     return {key: source for key, source in _absent(recipe).items() if not reads_like_path(source)}
 

@@ -6,18 +6,14 @@ After REFORM (arXiv 2507.06419), with edits in place of guided decoding, and wit
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.ranks import refuse_several
-from moemerge.errors import MoemergeError, together
-from moemerge.evaluation.attack_edits import chosen_edits
-from moemerge.models.folder import ModelFolder
-from moemerge.options.base import input_fields
+from moemerge.errors import together
 from moemerge.options.patch import Patch
 from moemerge.options.signature import parse_call, with_options_of
-from moemerge.run.faults import layer_faults, missing_inputs, occupied
+from moemerge.run.patch_check import patch_faults
 from moemerge.run.patch_plan import Plan
 from moemerge.run.steps import (
     RunReport,
@@ -47,7 +43,7 @@ def patch(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
     """
     refuse_several("patch")
     options: Patch = parse_call(Patch, "patch", inputs, fields)
-    if faults := list(_faults(options)):
+    if faults := patch_faults(options):
         raise together("patch", faults)
     with alone(options.output):
         keep_recipe(options)
@@ -57,23 +53,6 @@ def patch(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
         from moemerge.run.patch_page import write_pages
 
         return write_pages(plan, reports)
-
-
-def _faults(options: Patch) -> Iterator[MoemergeError]:
-    """What can be told before anything runs."""
-    yield from missing_inputs(input_fields(options))
-    yield from occupied(options.output)
-    try:
-        chosen_edits(options.unseen, options.words, has_gold=False)
-    except MoemergeError as fault:
-        yield fault
-    if Path(options.model).is_dir():
-        try:
-            config = ModelFolder(options.model).config_json
-        except MoemergeError as fault:
-            yield fault
-        else:
-            yield from layer_faults({"train_layers": options.train_layers}, config)
 
 
 def _done(plan: Plan, options: Patch, tell: Tell | None) -> Iterator[StepReport]:

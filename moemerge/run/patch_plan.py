@@ -65,7 +65,14 @@ class Plan:
             "data", "data", train=o.pairs, validation_share=0, split_by=o.split_by, fields=o.fields,
             tokenizer=o.model, **tests, **self.format,
         )  # fmt: skip
-        yield from self._attacks(BEFORE)
+        yield from self._attacks(BEFORE, self.options.model)
+
+    def every(self) -> list[Step]:
+        """All steps, if every round finds something."""
+        self.rounds = self.options.rounds
+        rounds = range(1, self.rounds + 1)
+        trained = (step for number in rounds for step in (self.found(number), *self.round(number)))
+        return [*self.first(), *trained, *self.last()]
 
     def found(self, number: int) -> Step:
         """The attack whose finds the patch of this round is made of."""
@@ -86,7 +93,7 @@ class Plan:
         """The trained models attacked, and compared."""
         o, models = self.options, self.models()
         for arm in self.arms:
-            yield from self._attacks(arm)
+            yield from self._attacks(arm, models[arm])
         for edits in self.edits:
             attacks = {name: self.path(edits, name) for name in models}
             yield self.step(
@@ -107,10 +114,9 @@ class Plan:
     def _test(self) -> str:
         return self.path("data", "tests", "test.jsonl.gz")
 
-    def _attacks(self, name: str) -> Iterator[Step]:
+    def _attacks(self, name: str, model: str) -> Iterator[Step]:
         """The model on other pairs: with the edits of the patch, and with those that it has not."""
         for edits in self.edits:
-            model = self.models()[name]
             yield self._attack(f"{edits}/{name}", model, pairs=self._test, edits=self.edits[edits])
 
     def _attack(self, folder: str, model: str, number: int = 0, **fields: Any) -> Step:

@@ -15,12 +15,14 @@ from moemerge.options.data import DataSettings
 from moemerge.options.fit import FitSettings
 from moemerge.options.merge import MergeSettings
 from moemerge.options.optimise import OptimiseSettings
+from moemerge.options.patch import Patch
 from moemerge.options.recipe import Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.options.strength import StrengthSettings
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
 from moemerge.run.combine_plan import Plan, with_start
+from moemerge.run.patch_plan import Plan as PatchPlan
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
@@ -33,14 +35,17 @@ WORLD = {
 }
 
 
-def plan(recipe: Recipe | Combine) -> list[Step]:
-    """The steps of a recipe in order, of a combination up to its choice.
+def plan(recipe: Recipe | Run) -> list[Step]:
+    """The steps of a recipe in order, of a combination up to its choice, of a patch that finds something.
 
     Reads nothing but, for a combination without base, what its models' manifests name as their start; so the
     recipe must be free of faults.
     """
     if isinstance(recipe, Combine):
         return list(Plan(with_start(recipe)).trials())
+    if isinstance(recipe, Patch):
+        return PatchPlan(recipe).every()
+    assert isinstance(recipe, Recipe)  # faults.ALONE has no other
     if not recipe.seeds:
         return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
     runs = by_seed(recipe)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_training import rows, write
 from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
@@ -16,8 +17,10 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.rows import read_rows
 from moemerge.errors import Faults, OptionError
 from moemerge.run import cli
+from moemerge.run.check import check_recipe
 from moemerge.run.patch import patch
 from moemerge.run.patch_plan import Plan
+from moemerge.run.pipeline import run_recipe
 from moemerge.run.steps import RunReport
 from moemerge.stages.train import train
 
@@ -102,6 +105,28 @@ def test_nothing_found_is_said(home: Path, tmp_path: Path, capsys: pytest.Captur
     told = capsys.readouterr().out
     assert ended.value.code == 0 and "nothing to patch" in told
     assert str(home / "rm") in told, "the model stays as it is"
+
+
+def test_a_recipe_with_patch_does_the_same(
+    done: RunReport, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = {"threads": OPTIONS["threads"], "output": str(home / "out")}
+    section = {name: value for name, value in OPTIONS.items() if name != "threads"}
+    tree = {**rest, "patch": {**section, "model": "rm", "pairs": "pairs.jsonl"}}
+    (home / "patch.yml").write_text(yaml.safe_dump(tree))
+    again = run_recipe(home / "patch.yml")
+    assert all(step.reason is None for step in again.steps), "beside the recipe, so the same files"
+    assert again.verdict == done.verdict
+    cli.cli.main(["check", str(home / "patch.yml")], standalone_mode=False)
+    planned = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert planned == [step.name for step in done.steps]
+    (home / "wrong.yml").write_text(
+        yaml.safe_dump(tree | {"patch": tree["patch"] | {"pairs": "./none.jsonl"}})
+    )
+    assert "patch.pairs does not exist" in str(check_recipe(home / "wrong.yml")[0])
+    (home / "mixed.yml").write_text(yaml.safe_dump(tree | {"upcycle": {}}))
+    (fault,) = check_recipe(home / "mixed.yml")
+    assert "upcycle" in fault.given and "a section patch" in fault.expected
 
 
 def test_all_faults_at_once(home: Path, tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def test_shipped_recipes_are_sound(name: str, tmp_path: Path, monkeypatch: pytes
     path = write_template(tmp_path / "mine.yml", name)
     (tmp_path / "pairs.jsonl.gz").touch()
     assert check_recipe(path) == []
-    assert plan(load_recipe(path))[-1].name in ("publish", "compare", "choice")
+    assert plan(load_recipe(path))[-1].name in ("publish", "compare", "choice", "card")
     text = path.read_text()
     keys = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     bare = [line for line in keys if ":" in line and not line.endswith(":") and "#" not in line]

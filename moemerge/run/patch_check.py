@@ -1,0 +1,38 @@
+"""What is wrong with a patch, found before anything runs; no weights are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moemerge.errors import MoemergeError
+from moemerge.evaluation.attack_edits import chosen_edits
+from moemerge.models.folder import ModelFolder
+from moemerge.options.base import input_fields
+from moemerge.options.patch import Patch
+from moemerge.run.faults import layer_faults, missing_inputs, occupied
+
+
+def patch_faults(options: Patch, section: str = "") -> list[MoemergeError]:
+    """Every fault that can be told; `section` stands before option names."""
+    return list(_faults(options, section))
+
+
+def _faults(options: Patch, section: str) -> Iterator[MoemergeError]:
+    yield from missing_inputs(input_fields(options), section)
+    yield from occupied(options.output)
+    try:
+        chosen_edits(options.unseen, options.words, has_gold=False)
+    except MoemergeError as fault:
+        yield fault
+    if Path(options.model).is_dir():
+        yield from _model_faults(options, f"{section}.train_layers".strip("."))
+
+
+def _model_faults(options: Patch, layers: str) -> Iterator[MoemergeError]:
+    try:
+        config = ModelFolder(options.model).config_json
+    except MoemergeError as fault:
+        yield fault
+    else:
+        yield from layer_faults({layers: options.train_layers}, config)
