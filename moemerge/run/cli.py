@@ -21,6 +21,7 @@ from moemerge.artifacts.memory import shortage
 from moemerge.artifacts.ranks import first_to_fail, leads
 from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, first_line, suggest
+from moemerge.registry import Registry
 from moemerge.reports.table import Table, visible
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
@@ -235,38 +236,23 @@ for _row in ROWS:
     )
 
 
-def run_combine(**values: Any) -> None:
-    """Combine reward models as the flags say, and tell which one to take."""
-    from moemerge.run.combine import combine
+def run_several(command: str, **values: Any) -> None:
+    """Do the steps of a command that does many, as the flags say, and tell what came of them."""
+    function = WHOLE.get(command)
+    _tell_run(function(tell=_tell_step, **given_options(command, values)))
 
-    _tell_run(combine(tell=_tell_step, **given_options("combine", values)))
 
-
-cli.add_command(
-    StageCommand(
-        "combine",
-        help="Find the one model to use, given several reward models and some pairs of your own.",
-        callback=run_combine,
-        params=[_verbosity()],
-    )
+WHOLE: Registry[Callable[..., RunReport]] = Registry(
+    "command", {"combine": "moemerge.run.combine:combine", "patch": "moemerge.run.patch:patch"}
 )
-
-
-def run_patch(**values: Any) -> None:
-    """Patch a reward model as the flags say, and tell what it brought."""
-    from moemerge.run.patch import patch
-
-    _tell_run(patch(tell=_tell_step, **given_options("patch", values)))
-
-
-cli.add_command(
-    StageCommand(
-        "patch",
-        help="Attack a reward model, train it on with a few of the answers found, and attack it again.",
-        callback=run_patch,
-        params=[_verbosity()],
+_SUMMARIES = {
+    "combine": "Find the one model to use, given several reward models and some pairs of your own.",
+    "patch": "Attack a reward model, train it on with a few of the answers found, and attack it again.",
+}
+for _name, _summary in _SUMMARIES.items():
+    cli.add_command(
+        StageCommand(_name, help=_summary, callback=partial(run_several, _name), params=[_verbosity()])
     )
-)
 
 
 @cli.group()

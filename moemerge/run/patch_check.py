@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moemerge.errors import MoemergeError
-from moemerge.evaluation.attack_edits import chosen_edits
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
 from moemerge.options.patch import Patch
@@ -21,6 +20,8 @@ def patch_faults(options: Patch, section: str = "") -> list[MoemergeError]:
 def _faults(options: Patch, section: str) -> Iterator[MoemergeError]:
     yield from missing_inputs(input_fields(options), section)
     yield from occupied(options.output)
+    from moemerge.evaluation.attack_edits import chosen_edits  # imports scipy
+
     try:
         chosen_edits(options.unseen, options.words, has_gold=False)
     except MoemergeError as fault:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moemerge.evaluation.attack_edits import KEEP_CONTENT
 from moemerge.options.patch import Patch
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
@@ -25,6 +24,8 @@ class Plan:
         self.options, self.output = options, options.output
         self.common = {"seed": options.seed, "threads": options.threads, "device": options.device}
         self.format = {"max_length": options.max_length, "bad_rows": options.bad_rows}
+        from moemerge.evaluation.attack_edits import KEEP_CONTENT  # imports scipy
+
         seen = [name for name in KEEP_CONTENT if name not in options.unseen]
         self.edits = {SEEN: seen, UNSEEN: options.unseen}
 
