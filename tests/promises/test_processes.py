@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ranks, torchrun
+from accelerate.commands.config.config_args import load_config_from_file
+from processes import ROOT, ranks, torchrun
 from safetensors.torch import load_file
 from small_moe import make_moe, random_pairs, write_rows
 from small_policy import save_policy
@@ -164,6 +165,15 @@ def test_a_fault_of_one_process_is_told_by_it_alone(home: Path, tmp_path: Path) 
     assert [ended.code for ended in done] == [2, 2]
     assert "too little memory" in done[1].err and "ended" not in done[0].err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "path", (ROOT / "merge_configs/accelerate").glob("*.yaml"), ids=lambda path: path.stem
+)
+def test_accelerate_reads_its_configurations(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1 and not config.use_cpu
+    assert config.mixed_precision == "no", "the option precision decides"
 
 
 @pytest.mark.slow
