@@ -10,7 +10,7 @@ from moemerge.models.families import family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
 from moemerge.options.combine import Combine
-from moemerge.run.faults import layer_faults, missing_inputs, occupied
+from moemerge.run.faults import layer_faults, missing_inputs, named, occupied
 
 
 def input_faults(options: Combine, section: str = "") -> list[MoemergeError]:
@@ -34,13 +34,8 @@ def model_faults(options: Combine, section: str = "", on_hub: bool = False) -> l
         return [_encoders(models[0], section)]
     if options.form == "moe" and (on_hub or Path(options.pairs).exists()) and not _prompted(options):
         return [_no_prompts(options, section)]
-    layers = {_named("train_layers", section): options.train_layers}
+    layers = {named("train_layers", section): options.train_layers}
     return list(layer_faults(layers, ModelFolder(models[0]).config_json))
-
-
-def _named(option: str, section: str) -> str:
-    """The option as the user wrote it: in a recipe it stands in a section."""
-    return f"{section}.{option}" if section else option
 
 
 def _prompted(options: Combine) -> bool:
@@ -54,7 +49,7 @@ def _prompted(options: Combine) -> bool:
 def _no_prompts(options: Combine, section: str) -> MoemergeError:
     return DataError(
         "a mixture that is gated by the prompt needs pairs with prompts",
-        given=f"{_named('form', section)}: moe, {options.pairs}: none has a prompt",
+        given=f"{named('form', section)}: moe, {options.pairs}: none has a prompt",
         expected="pairs whose prompts stand in a column of their own, or as messages before the answers",
         fix="give the prompts (their column's name: fields prompt=NAME), or leave form at dense",
     )
@@ -63,7 +58,7 @@ def _no_prompts(options: Combine, section: str) -> MoemergeError:
 def _encoders(model: str, section: str) -> MoemergeError:
     return UnsupportedError(
         "a mixture that is gated by the prompt needs decoders",
-        given=f"{_named('form', section)}: moe, {model}: {ModelFolder(model).model_type}",
+        given=f"{named('form', section)}: moe, {model}: {ModelFolder(model).model_type}",
         expected="a decoder: in an encoder the states of a prompt see the answer",
         fix="leave form at dense",
     )

@@ -10,8 +10,7 @@ from typing import Any
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.options.base import SCALE_OF_SUM
 from moemerge.options.combine import MARK, ROUTED, Combine
-from moemerge.run.steps import Step
-from moemerge.stages import OPTIONS
+from moemerge.run.steps import Step, StepPlan
 
 log = logging.getLogger(__name__)
 MODEL, CARD, CHOICE, LOOK = "model", "card", "choice", "look"
@@ -40,25 +39,16 @@ AS_GIVEN, TUNED_MEMBER, TUNED_MERGE = 0, 2, 3
 MIXTURE = "mixture"  # the models' MLPs as experts of one MoE, before its gate is fitted
 
 
-class Plan:
+class Plan(StepPlan):
     """The steps of a combination."""
 
     def __init__(self, options: Combine) -> None:
-        self.options, self.output = options, options.output
+        super().__init__(options)
+        self.options = options
         self.members = dict(options.models)
-        self.common = {"seed": options.seed, "threads": options.threads, "device": options.device}
-        self.format = {"max_length": options.max_length, "bad_rows": options.bad_rows}
         self.merges = {n: m for n, m in MERGES.items() if options.base or not m.needs_base}
         tuned = {"all": [*self.members, *self.merges], "merges": [*self.merges], "none": []}
         self.tuned = tuned[options.tune]
-
-    def path(self, *names: str) -> str:
-        """A file or folder of the run."""
-        return str(self.output.joinpath(*names))
-
-    def step(self, name: str, stage: str, **fields: Any) -> Step:
-        """A step in the folder `name` of the run."""
-        return Step(name, stage, OPTIONS.get(stage)(**fields, **self.common, output=self.output / name))
 
     @property
     def parts(self) -> dict[str, str]:

@@ -108,6 +108,11 @@ def _sources(inputs: Mapping[str, Any], section: str = "") -> dict[str, str]:
     return sources
 
 
+def named(option: str, section: str) -> str:
+    """The option as the user wrote it: in a recipe it stands in a section."""
+    return f"{section}.{option}" if section else option
+
+
 def missing_inputs(inputs: Mapping[str, Any], section: str = "") -> Iterator[MoemergeError]:
     """A fault for each input that reads like a path and is not there."""
     for key, source in _sources(inputs, section).items():

@@ -14,7 +14,7 @@ from moemerge.errors import together
 from moemerge.options.patch import Patch
 from moemerge.options.signature import parse_call, with_options_of
 from moemerge.run.patch_check import patch_faults
-from moemerge.run.patch_plan import Plan
+from moemerge.run.patch_plan import Plan, every_step
 from moemerge.run.steps import (
     RunReport,
     Step,
@@ -57,13 +57,13 @@ def patch(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
 
 def _done(plan: Plan, options: Patch, tell: Tell | None) -> Iterator[StepReport]:
     """All steps, in order; rounds end where nothing is found."""
-    again, place = "overwrite" if options.overwrite else "", 0
+    again, place, count = "overwrite" if options.overwrite else "", 0, len(every_step(options))
 
     def run(steps: Iterable[Step]) -> Iterator[StepReport]:
         nonlocal place
         ordered = [*steps]
         recover_steps(ordered)
-        yield from run_steps(ordered, tell, again, before=place, after=plan.size - place - len(ordered))
+        yield from run_steps(ordered, tell, again, before=place, after=count - place - len(ordered))
         place += len(ordered)
 
     yield from run(plan.first())

@@ -6,36 +6,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from moemerge.options.patch import Patch
-from moemerge.run.steps import Step
-from moemerge.stages import OPTIONS
+from moemerge.run.steps import Step, StepPlan
 
 BEFORE, PATCHED, CONTROL, RANDOM = "before", "patched", "control", "random-edits"
 SEEN, UNSEEN = "seen-edits", "unseen-edits"
 FOUND, COMPARED, EVALUATION, CARD = "found", "compared", "evaluation", "card"
 
 
-class Plan:
+class Plan(StepPlan):
     """The steps of a patch; `rounds`: how many rounds of training are done."""
 
     ARMS = (PATCHED, CONTROL, RANDOM)
-    rounds = 0
 
-    def __init__(self, options: Patch) -> None:
-        self.options, self.output = options, options.output
-        self.common = {"seed": options.seed, "threads": options.threads, "device": options.device}
-        self.format = {"max_length": options.max_length, "bad_rows": options.bad_rows}
+    def __init__(self, options: Patch, rounds: int = 0) -> None:
+        super().__init__(options)
+        self.options, self.rounds = options, rounds
         from moemerge.evaluation.attack_edits import KEEP_CONTENT  # imports scipy
 
         seen = [name for name in KEEP_CONTENT if name not in options.unseen]
         self.edits = {SEEN: seen, UNSEEN: options.unseen}
-
-    def path(self, *names: str) -> str:
-        """A file or folder of the run."""
-        return str(self.output.joinpath(*names))
-
-    def step(self, name: str, stage: str, **fields: Any) -> Step:
-        """A step in the folder `name` of the run."""
-        return Step(name, stage, OPTIONS.get(stage)(**self.common | fields, output=self.output / name))
 
     @property
     def arms(self) -> list[str]:
@@ -46,13 +35,6 @@ class Plan:
         """All models that are compared, as they are at the end."""
         trained = self.arms if self.rounds else []
         return {BEFORE: self.options.model} | {arm: self.model_of(arm, self.rounds) for arm in trained}
-
-    @property
-    def size(self) -> int:
-        """How many steps there are if every round finds something."""
-        arms, edits = len(self.arms), len(self.edits)
-        a_round = 1 + arms + self.options.controls
-        return 1 + edits + self.options.rounds * a_round + edits * (arms + 1) + 2
 
     def model_of(self, arm: str, after: int) -> str:
         """The model of an arm after so many rounds."""
@@ -67,13 +49,6 @@ class Plan:
             tokenizer=o.model, **tests, **self.format,
         )  # fmt: skip
         yield from self._attacks(BEFORE, self.options.model)
-
-    def every(self) -> list[Step]:
-        """All steps, if every round finds something."""
-        self.rounds = self.options.rounds
-        rounds = range(1, self.rounds + 1)
-        trained = (step for number in rounds for step in (self.found(number), *self.round(number)))
-        return [*self.first(), *trained, *self.last()]
 
     def found(self, number: int) -> Step:
         """The attack whose finds the patch of this round is made of."""
@@ -139,3 +114,11 @@ class Plan:
             learning_rate=o.learning_rate, batch_size=o.batch_size, train_layers=o.train_layers,
             patience=None, **self.format,
         )  # fmt: skip
+
+
+def every_step(options: Patch) -> list[Step]:
+    """All steps, if every round finds something."""
+    plan = Plan(options, options.rounds)
+    rounds = range(1, plan.rounds + 1)
+    trained = (step for number in rounds for step in (plan.found(number), *plan.round(number)))
+    return [*plan.first(), *trained, *plan.last()]

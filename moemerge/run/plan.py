@@ -22,7 +22,7 @@ from moemerge.options.strength import StrengthSettings
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
 from moemerge.run.combine_plan import Plan, with_start
-from moemerge.run.patch_plan import Plan as PatchPlan
+from moemerge.run.patch_plan import every_step
 from moemerge.run.steps import Step
 from moemerge.stages import OPTIONS
 
@@ -44,7 +44,7 @@ def plan(recipe: Recipe | Run) -> list[Step]:
     if isinstance(recipe, Combine):
         return list(Plan(with_start(recipe)).trials())
     if isinstance(recipe, Patch):
-        return PatchPlan(recipe).every()
+        return every_step(recipe)
     assert isinstance(recipe, Recipe)  # faults.ALONE has no other
     if not recipe.seeds:
         return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]

@@ -25,9 +25,11 @@ from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
 from moemerge.evaluation.report import outdated
 from moemerge.options.base import Run
+from moemerge.options.combine import Combine
+from moemerge.options.patch import Patch
 from moemerge.options.recipe import Recipe
 from moemerge.run.headlines import headline
-from moemerge.stages import STAGES
+from moemerge.stages import OPTIONS, STAGES
 
 if TYPE_CHECKING:
     import pandas
@@ -46,6 +48,26 @@ class Step:
     name: str
     stage: str
     options: Run
+
+
+class StepPlan:
+    """What the plans of combine and patch share: a step's folder, and the options that most steps are given.
+
+    format: how long texts may be, and what becomes of bad rows.
+    """
+
+    def __init__(self, options: Combine | Patch) -> None:
+        self.output = options.output
+        self.common = {"seed": options.seed, "threads": options.threads, "device": options.device}
+        self.format = {"max_length": options.max_length, "bad_rows": options.bad_rows}
+
+    def path(self, *names: str) -> str:
+        """A file or folder of the run."""
+        return str(self.output.joinpath(*names))
+
+    def step(self, name: str, stage: str, **fields: Any) -> Step:
+        """A step in the folder `name` of the run."""
+        return Step(name, stage, OPTIONS.get(stage)(**self.common | fields, output=self.output / name))
 
 
 @dataclass(frozen=True)
