@@ -14,8 +14,9 @@ from moemerge.errors import Faults, MoemergeError, OptionError, together
 from moemerge.options.base import Options, Run, input_fields
 from moemerge.options.parse import parse_options
 from moemerge.options.recipe import WITH_INPUTS, Recipe
+from moemerge.run import commands
 from moemerge.run.combine_check import input_faults, model_faults
-from moemerge.run.faults import ALONE, find_faults
+from moemerge.run.faults import find_faults
 from moemerge.run.patch_check import patch_faults
 from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
@@ -41,8 +42,8 @@ def load_recipe(
     path = Path(path).expanduser()
     tree = read_yaml(path)
     apply_overrides(tree, [*overrides, *([f"output={json.dumps(str(output))}"] if output else [])])
-    if section := next((name for name in ALONE if name in tree), None):
-        return _alone(section, tree, path)
+    if row := next((row for row in commands.ROWS if row.section in tree), None):
+        return _alone(row, tree, path)
     faults, recipe, dropped = _faults_of_form(tree)
     if recipe is not None:
         recipe = _resolve_inputs(recipe, path.parent)
@@ -53,13 +54,13 @@ def load_recipe(
     return recipe
 
 
-def _alone(section: str, tree: Tree, path: Path) -> Run:
+def _alone(row: commands.Row, tree: Tree, path: Path) -> Run:
     """The options in the one section of such a recipe, and output, seed, threads and device beside it."""
+    section, command = row.section, row.name
     given = tree[section]
     rest = {key: value for key, value in tree.items() if key != section}
     own = [name for name in Run.model_fields if name != "overwrite"]
     foreign = [key for key in rest if key not in own]
-    command = ALONE[section].__name__.lower()
     if not isinstance(given, dict) or foreign:
         raise OptionError(
             f"recipe {path} cannot be read",
@@ -67,7 +68,7 @@ def _alone(section: str, tree: Tree, path: Path) -> Run:
             expected=f"a section {section} with options of {command}; beside it only {', '.join(own)}",
             fix=f"take the other sections out: {command} does every step by the options in {section}",
         )
-    options = _resolved(parse_options(ALONE[section], {**given, **rest}, section), path.parent)
+    options = _resolved(parse_options(commands.OPTIONS.get(command), {**given, **rest}, section), path.parent)
     if faults := FAULTS[section](options, section):
         raise together(f"recipe {path}", faults)
     return options

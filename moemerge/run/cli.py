@@ -21,8 +21,8 @@ from moemerge.artifacts.memory import shortage
 from moemerge.artifacts.ranks import first_to_fail, leads
 from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, first_line, suggest
-from moemerge.registry import Registry
 from moemerge.reports.table import Table, visible
+from moemerge.run import commands
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
 from moemerge.run.messages import Discreet
@@ -238,20 +238,15 @@ for _row in ROWS:
 
 def run_several(command: str, **values: Any) -> None:
     """Do the steps of a command that does many, as the flags say, and tell what came of them."""
-    function = WHOLE.get(command)
+    function = commands.FUNCTIONS.get(command)
     _tell_run(function(tell=_tell_step, **given_options(command, values)))
 
 
-WHOLE: Registry[Callable[..., RunReport]] = Registry(
-    "command", {"combine": "moemerge.run.combine:combine", "patch": "moemerge.run.patch:patch"}
-)
-_SUMMARIES = {
-    "combine": "Find the one model to use, given several reward models and some pairs of your own.",
-    "patch": "Attack a reward model, train it on with a few of the answers found, and attack it again.",
-}
-for _name, _summary in _SUMMARIES.items():
+for _many in commands.ROWS:
     cli.add_command(
-        StageCommand(_name, help=_summary, callback=partial(run_several, _name), params=[_verbosity()])
+        StageCommand(
+            _many.name, help=_many.summary, callback=partial(run_several, _many.name), params=[_verbosity()]
+        )
     )
 
 

@@ -13,18 +13,15 @@ from moemerge.models.config_file import LAYERS
 from moemerge.models.families import FAMILIES, family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import Run, input_fields
-from moemerge.options.combine import Combine
 from moemerge.options.data import DataSettings
 from moemerge.options.layers import parse_layers
-from moemerge.options.patch import Patch
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.options.sample import SAMPLED
 from moemerge.run.baselines import model_names, scored_names
+from moemerge.run.commands import row_of
 from moemerge.run.label_check import label_faults, trainings
 from moemerge.run.recipe_file import Tree
 
-# Sections that are a recipe by themselves: the options of a command that does many steps.
-ALONE: dict[str, type[Run]] = {"merges": Combine, "patch": Patch}
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
 Check = Callable[[Recipe], Iterator[MoemergeError]]
@@ -89,8 +86,7 @@ def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
 def _absent(recipe: Recipe | Run) -> dict[str, str]:
     """The inputs that are neither files nor folders here, by the key in the recipe."""
     if not isinstance(recipe, Recipe):
-        (section,) = (name for name, kind in ALONE.items() if isinstance(recipe, kind))
-        sources = _sources(input_fields(recipe), section)
+        sources = _sources(input_fields(recipe), row_of(recipe).section)
         return {key: source for key, source in sources.items() if not Path(source).exists()}
     sources = {"model": recipe.model} if recipe.model else {}
     for section, settings in ((name, getattr(recipe, name)) for name in WITH_INPUTS):

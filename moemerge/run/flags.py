@@ -9,6 +9,7 @@ import click
 
 from moemerge.errors import OptionError
 from moemerge.registry import Registry
+from moemerge.run import commands
 from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from moemerge.options.base import Run
 
 # Every command with flags of its own: the stages, and what runs several of them.
-RUNS = {"combine": "moemerge.options.combine:Combine", "patch": "moemerge.options.patch:Patch"}
-COMMANDS: Registry[type[Run]] = Registry("command", {row.name: row.options for row in ROWS} | RUNS)
+COMMANDS: Registry[type[Run]] = Registry(
+    "command", {row.name: row.options for row in (*ROWS, *commands.ROWS)}
+)
 # The flag that arguments before any flag belong to.
 LEADING = {"compare": "--runs", "evaluate": "--models", "combine": "--models"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moemerge.artifacts.disk import write_whole
@@ -12,15 +12,11 @@ from moemerge.artifacts.ranks import refuse_several
 from moemerge.errors import Faults
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.report import read_comparison, read_report
-from moemerge.options.base import Run
-from moemerge.options.combine import Combine
-from moemerge.options.patch import Patch
 from moemerge.options.recipe import Recipe
 from moemerge.run.budget import shortfalls
 from moemerge.run.check import load_recipe
-from moemerge.run.combine import combine
+from moemerge.run.commands import FUNCTIONS, row_of
 from moemerge.run.faults import find_faults
-from moemerge.run.patch import patch
 from moemerge.run.plan import by_seed, plan
 from moemerge.run.steps import (
     RunReport,
@@ -34,8 +30,6 @@ from moemerge.run.steps import (
     tell_versions,
 )
 
-# What runs a recipe that is one section.
-RUNNERS: dict[type[Run], Callable[..., RunReport]] = {Combine: combine, Patch: patch}
 SUMMARY, PAGE = "summary.md", "report.html"
 
 log = logging.getLogger(__name__)
@@ -57,7 +51,7 @@ def run_recipe(
     if not isinstance(recipe, Recipe):
         loaded = load_recipe(recipe, overrides, output)
         if not isinstance(loaded, Recipe):
-            return RUNNERS[type(loaded)](loaded, tell=tell)
+            return FUNCTIONS.get(row_of(loaded).name)(loaded, tell=tell)
         recipe = loaded
     elif faults := find_faults(recipe):
         raise Faults("recipe", list(faults))

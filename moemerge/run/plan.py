@@ -45,7 +45,7 @@ def plan(recipe: Recipe | Run) -> list[Step]:
         return list(Plan(with_start(recipe)).trials())
     if isinstance(recipe, Patch):
         return every_step(recipe)
-    assert isinstance(recipe, Recipe)  # faults.ALONE has no other
+    assert isinstance(recipe, Recipe)  # commands.ROWS has no other
     if not recipe.seeds:
         return [Step(name, stage, options) for name, stage, options in _Plan(recipe).steps()]
     runs = by_seed(recipe)
