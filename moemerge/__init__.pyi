@@ -1233,6 +1233,7 @@ def evaluate(
     rewardbench: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     rewardbench_template: Literal["chat", "plain"] = "chat",
     rewardbench_max_length: int = 2048,
+    max_pairs: int | None = None,
     batch_tokens: int = 8192,
     bias_pairs: int = 500,
     ensembles: Mapping[str, Sequence[str]] = {},
@@ -1277,6 +1278,7 @@ def evaluate(
             plain: turns joined by newlines, for tokenizers without one (chat, plain)  [default: chat]
         rewardbench_max_length: longest text of RewardBench in tokens; longer ones are cut, as in its
             own code  [default: 2048]
+        max_pairs: largest number of pairs per test set; they are drawn at random
         batch_tokens: tokens per forward pass  [default: 8192]
         bias_pairs: largest number of pairs per test set that bias probes edit  [default: 500]
         ensembles: name: models whose scores are combined, as ensemble_by says

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import logging
 import re
 import zlib
 from codecs import BOM_UTF8
@@ -14,7 +15,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from moemerge.artifacts.hub import bounded_hub, words_of
 from moemerge.artifacts.paths import DATA_SUFFIXES, near_path
@@ -22,12 +23,15 @@ from moemerge.data.shards import all_shards, refuse_part_of_saved
 from moemerge.errors import DataError
 
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?:(?P<split>[\w.%\[\]:-]+)")
-SHOWN, MOST_REASONS = 10, 40
+SHOWN, MOST_TOLD, MOST_REASONS = 10, 4, 40
+MANY = 0.1  # share of rows left out that is warned of
 CORRECT = "correct these rows, or say what the file calls its fields: fields such as chosen=NAME (--fields)"
 SHORTEN = "raise max_length, or shorten these rows"
 MAX_LINE, LEAST_LINE = 16_000_000, 100  # bytes; an empty line costs time, too
 MAX_UNPACKED, MAX_RATIO = 256_000_000, 100
 PARQUET_ROWS = 1000
+
+log = logging.getLogger(__name__)
 
 
 class BadRow(Exception):
@@ -53,12 +57,13 @@ class BadRows(TypedDict):
 
 
 class RowSummary(TypedDict):
-    """What became of the rows of one source, in a report."""
+    """What became of the rows of one source, in a report; `not_drawn` where only some were wanted."""
 
     source: str
     total: int
     kept: int
     bad: dict[str, BadRows]
+    not_drawn: NotRequired[int]
 
 
 def listed(rows: Sequence[int]) -> str:
@@ -71,13 +76,15 @@ class RowReport:
     """What became of the rows of one source: how many there were, and which were bad for what reason.
 
     Row numbers count from 1 (line numbers in JSON lines). A row is listed under one reason only. `fixes` says
-    what to do about each reason; `told_plain`, that a warning was given on plain text for a chat model.
+    what to do about each reason; `not_drawn` counts those that nobody needed; `told_plain`, that a warning
+    was given on plain text for a chat model.
     """
 
     source: str
     total: int = 0
     reasons: dict[str, list[int]] = field(default_factory=dict)
     fixes: dict[str, str] = field(default_factory=dict, repr=False)
+    not_drawn: int = 0
     told_plain: bool = field(default=False, repr=False)
 
     @property
@@ -88,7 +95,7 @@ class RowReport:
     @property
     def kept(self) -> int:
         """Number of rows that can be used."""
-        return self.total - self.bad
+        return self.total - self.bad - self.not_drawn
 
     def add(self, reason: str, row: int, fix: str = CORRECT) -> None:
         """Count row number `row` as bad for `reason`, about which `fix` can be done."""
@@ -100,17 +107,34 @@ class RowReport:
         bad: dict[str, BadRows] = {
             why: {"count": len(rows), "rows": rows[:shown]} for why, rows in self.reasons.items()
         }
-        return {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
+        summary: RowSummary = {"source": self.source, "total": self.total, "kept": self.kept, "bad": bad}
+        return {**summary, "not_drawn": self.not_drawn} if self.not_drawn else summary
+
+    def told(self) -> RowSummary:
+        """`summary`; what share of the rows is left out, and why, is logged: a warning where it is large."""
+        looked_at = self.kept + self.bad
+        if self.bad:
+            many = self.bad > MANY * looked_at
+            reasons = sorted(self.reasons.items(), key=lambda item: -len(item[1]))[:MOST_TOLD]
+            why = ", ".join(f"{reason} {len(rows) / looked_at:.1%}" for reason, rows in reasons)
+            advice = f" ({self._all_fixes()})" if many else ""
+            left_out = f"{self.bad / looked_at:.1%} of {looked_at} rows of {self.source} are left out"
+            log.log(logging.WARNING if many else logging.INFO, "%s: %s%s", left_out, why, advice)
+        return self.summary()
 
     def check(self, bad_rows: str, expected: str) -> None:
         """Raise DataError if no row is left, or if any is bad and `bad_rows` is "refuse"."""
-        if self.kept and (bad_rows == "skip" or not self.bad):
-            return
-        raise DataError(
+        if not self.kept or (bad_rows != "skip" and self.bad):
+            fixes, way_on = self._all_fixes(), ", or set bad_rows to skip to go on without them"
+            raise self.refusal(expected, fixes + way_on * (self.kept > 0))
+
+    def refusal(self, expected: str, fix: str) -> DataError:
+        """The fault of a source whose rows cannot be used."""
+        return DataError(
             f"{self.bad} of {self.total} rows of {self.source} cannot be used",
             given="; ".join(self._lines()) or "no rows at all",
             expected=expected,
-            fix=self._all_fixes(),
+            fix=fix,
         )
 
     def _lines(self) -> Iterator[str]:
@@ -122,8 +146,7 @@ class RowReport:
     def _all_fixes(self) -> str:
         if not self.total:
             return "give a file that has rows"
-        fixes = "; ".join(dict.fromkeys(self.fixes.values()))
-        return f"{fixes}, or set bad_rows to skip to go on without them" if self.kept else fixes
+        return "; ".join(dict.fromkeys(self.fixes.values()))
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row | BadRow]]:

@@ -46,6 +46,11 @@ class EncodedPair:
     rejected: Encoded
     pair: Pair
 
+    @property
+    def row(self) -> int:
+        """The number of the pair's row."""
+        return self.pair.row
+
 
 def texts_of(pairs: Sequence[EncodedPair]) -> list[Encoded]:
     """Chosen and rejected answer of each pair, in turns."""

@@ -88,8 +88,11 @@ def row_table(reports: Mapping[str, RowSummary], title: str = "Data rows") -> Ta
     rows = []
     for name, summary in reports.items():
         why = [f"{reason}: {bad['count']} ({_numbers(bad)})" for reason, bad in summary["bad"].items()]
-        total, kept = summary["total"], summary["kept"]
-        rows.append([name, str(total), str(kept), str(total - kept), "; ".join(why)])
+        left_out = sum(bad["count"] for bad in summary["bad"].values())
+        looked_at = summary["kept"] + left_out
+        share = f"{left_out} ({left_out / looked_at:.1%})" if left_out else "0"
+        why += [f"{summary['not_drawn']} not drawn"] if "not_drawn" in summary else []
+        rows.append([name, str(summary["total"]), str(summary["kept"]), share, "; ".join(why)])
     return Table(title, ["set", "rows", "used", "left out", "why"], rows)
 
 

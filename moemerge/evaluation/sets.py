@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moemerge.data import reading as data
+from moemerge.data.draw import draw
 from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key, value_of
 from moemerge.data.rewardbench import Choice, encode_choices, is_choice, read_choices
 from moemerge.data.rows import RowReport, RowSummary, Text, read_rows
@@ -88,10 +89,27 @@ def read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBas
     for kind, reader in read.items():
         for name, source in getattr(options, kind).items():
             items, report = reader(source, options)
+            if kind == "pairs":
+                items = _drawn(items, report, tokenizers, options)
             kept, texts = _encode(kind, items, report, tokenizers, options)
-            log.info("%s %s: %d of %d rows usable by every model", kind, name, len(kept), report.total)
-            sets.append(EvaluationSet(kind, name, kept, texts, report.summary()))
+            sets.append(EvaluationSet(kind, name, kept, texts, report.told()))
     return sets
+
+
+def _drawn(
+    pairs: Sequence[Pair],
+    report: RowReport,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    options: Evaluate,
+) -> Sequence[Pair]:
+    """As many pairs as are wanted, all of which every tokenizer can encode."""
+    if options.max_pairs is None:
+        return pairs
+
+    def usable(some: Sequence[Pair]) -> Sequence[Pair]:
+        return _encode("pairs", some, report, tokenizers, options)[0]
+
+    return draw(pairs, options.max_pairs, options.seed, usable, report)
 
 
 def edited_sets(

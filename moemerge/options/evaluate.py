@@ -39,6 +39,9 @@ class EvaluateSettings(GoldSource):
         ge=2,
         description="longest text of RewardBench in tokens; longer ones are cut, as in its own code",
     )
+    max_pairs: int | None = Field(
+        None, ge=1, description="largest number of pairs per test set; they are drawn at random"
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
     bias_pairs: int = Field(
         500, ge=1, description="largest number of pairs per test set that bias probes edit"

@@ -74,6 +74,11 @@ class FitSettings(Options):
     max_epochs: int = Field(
         30, ge=1, description="most passes over the fitting pairs (a generation of cma counts as one)"
     )
+    max_pairs: int | None = Field(
+        None,
+        ge=1,
+        description="most fitting pairs, and most held-out ones; they are drawn at random",
+    )
     batch_size: int = Field(32, ge=1, description="pairs per step (Adam)")
     micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
     kl: float = Field(0.0, ge=0, description="weight of the KL divergence from the initial coefficients")

@@ -27,10 +27,14 @@ def plain(results: Results) -> str:
 
 
 def sizes(results: Results) -> str:
-    """Rows per file, and how many files had bad ones."""
-    bad = sum(len(report["bad"]) > 0 for report in results.get("rows", {}).values())
+    """Rows per file, and what share of the rows looked at was left out."""
+    bad = {
+        name: sum(reason["count"] for reason in rows["bad"].values())
+        for name, rows in results.get("rows", {}).items()
+    }
+    shares = [f"{name} {n / (n + results['rows'][name]['kept']):.1%}" for name, n in bad.items() if n]
     written = ", ".join(f"{name} {size}" for name, size in results["sizes"].items())
-    return written + (f"; bad rows in {bad} file(s), see report.json" if bad else "")
+    return written + (f"; left out: {', '.join(shares)}, see report.json" if shares else "")
 
 
 def calibrate(results: Results) -> str:

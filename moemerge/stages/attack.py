@@ -23,6 +23,7 @@ import torch
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data import reading as data
+from moemerge.data.draw import draw
 from moemerge.data.pairs import Pair, prompt_key
 from moemerge.data.rows import BadRow, RowReport, Text, write_rows
 from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
@@ -32,7 +33,7 @@ from moemerge.evaluation.attack_edits import chosen_edits
 from moemerge.evaluation.attack_search import Gold, Scorer, Search, search, still_worse
 from moemerge.evaluation.probes.base import Edit
 from moemerge.evaluation.probes.edit_effects import excerpt
-from moemerge.evaluation.probes.edits import apply, last_message, some_pairs
+from moemerge.evaluation.probes.edits import apply, last_message
 from moemerge.models.device import use_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
@@ -88,14 +89,16 @@ def attack(options: Attack, draft: Draft) -> None:
         "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
         **summary(attempts, float(scores_P2.std()) or 1.0, options, options.seed),
     }
-    _write(draft, attempts, wrong, patches, report | {"rows": rows.summary()}, options.confidence)
+    _write(draft, attempts, wrong, patches, report | {"rows": rows.told()}, options.confidence)
 
 
 def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
     pairs, rows = data.read_pairs(options.pairs, options)
-    encoded = encode_pairs(tokenizer, pairs, options, rows)
-    chosen = some_pairs(encoded, options.max_pairs or len(encoded), options.seed)
-    return [encoded[number] for number in chosen], rows
+
+    def usable(some: Sequence[Pair]) -> list[EncodedPair]:
+        return encode_pairs(tokenizer, some, options, rows)
+
+    return draw(pairs, options.max_pairs, options.seed, usable, rows), rows
 
 
 def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:

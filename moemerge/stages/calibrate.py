@@ -6,6 +6,7 @@ Shapes: P pairs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.draw import first
 from moemerge.data.pairs import Pair, numbered, prompt_key
 from moemerge.data.reading import read_pairs
 from moemerge.data.rows import RowReport
@@ -41,9 +43,10 @@ def calibrate(options: Calibrate, draft: Draft) -> None:
     device = use_device(options)
     pairs, report = read_pairs(options.pairs, options)
     # Each tokenizer leaves out rows of its own.
+    wanted = first(pairs, options.max_pairs, report)
     reports = {name: deepcopy(report) for name in options.models}
     scales = {
-        name: _scale(options, name, path, pairs[: options.max_pairs], reports[name], device)
+        name: _scale(options, name, path, wanted, reports[name], device)
         for name, path in options.models.items()
     }
     calibration = Calibration(scales)
@@ -51,11 +54,11 @@ def calibrate(options: Calibrate, draft: Draft) -> None:
     text = "\n".join(["# Scales of reward models\n", _table(calibration, options.confidence).markdown()])
     (draft.folder / "calibration.md").write_text(text, encoding="utf-8")
     draft.results["scales"] = {name: scale.scale for name, scale in scales.items()}
-    draft.results["rows"] = {name: rows.summary() for name, rows in reports.items()}
+    draft.results["rows"] = {name: rows.told() for name, rows in reports.items()}
 
 
 def _scale(
-    options: Calibrate, name: str, path: str, pairs: list[Pair], report: RowReport, device: torch.device
+    options: Calibrate, name: str, path: str, pairs: Sequence[Pair], report: RowReport, device: torch.device
 ) -> Scale:
     """One model's scale on the pairs that its tokenizer can take."""
     folder = ModelFolder(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.draw import first
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import encode_pairs
 from moemerge.merging.changes import by_pair, measure_changes, numbers_of, tables_of
@@ -51,5 +52,5 @@ def _barriers(options: ChangesOptions, pairs: str) -> dict[str, float]:
     merged = MergedModel.at_average(source, device)
     tokenizer = source.tokenizer()
     read, report = read_pairs(pairs, options)
-    encoded = encode_pairs(tokenizer, read[: options.max_pairs], options, report)
+    encoded = encode_pairs(tokenizer, first(read, options.max_pairs, report), options, report)
     return by_pair(barriers(merged, tokenizer, encoded, options.batch_tokens), list(options.models))

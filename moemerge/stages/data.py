@@ -12,10 +12,11 @@ import numpy as np
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.draw import draw
 from moemerge.data.folds import deal
 from moemerge.data.pairs import CandidateSet, Pair, prompt_key
 from moemerge.data.reading import read_candidates, read_pairs
-from moemerge.data.rows import SHOWN, Row, RowReport, write_rows
+from moemerge.data.rows import SHOWN, Row, RowReport, RowSummary, write_rows
 from moemerge.data.tokenise import encode_candidates, encode_pairs
 from moemerge.errors import DataError, OptionError, suggest
 from moemerge.options.data import Data
@@ -44,8 +45,9 @@ def prepare(options: Data, draft: Draft) -> None:
         sets = reader.candidates(f"candidates/{name}", source)
         sizes[f"candidates/{name}"] = write_rows(draft.folder / f"candidates/{name}.jsonl.gz", _plain(sets))
     overlap = _overlap(pairs, options.split_by)
-    draft.results |= {"sizes": sizes, "rows": reader.summary(), "seen_in_train": overlap}
-    write_json(draft.folder / "report.json", draft.results | {"rows": reader.summary(None)})
+    draft.results |= {"sizes": sizes, "rows": reader.told(), "seen_in_train": overlap}
+    whole = {name: report.summary(None) for name, report in reader.reports.items()}
+    write_json(draft.folder / "report.json", draft.results | {"rows": whole})
 
 
 def _plain(items: Sequence[Pair] | Sequence[CandidateSet]) -> Iterator[Row]:
@@ -57,11 +59,11 @@ class _Reader:
 
     def __init__(self, options: Data) -> None:
         self.options = options
-        self.reports: dict[str, RowReport] = {}
+        self.reports: dict[str, RowReport] = {}  # of each source; parts split off train have train's
         self.tokenizer = _load_tokenizer(options.tokenizer)
 
-    def summary(self, shown: int | None = SHOWN) -> dict[str, Any]:
-        return {name: report.summary(shown) for name, report in self.reports.items()}
+    def told(self) -> dict[str, RowSummary]:
+        return {name: report.told() for name, report in self.reports.items()}
 
     def pairs(self) -> dict[str, list[Pair]]:
         """All sets of pairs by name: train, validation, fit, tests/NAME."""
@@ -78,34 +80,44 @@ class _Reader:
             )
         if "train" in read:
             read = _split(read, options)
-        drawn = {name: self._draw(pairs, self._cap(name)) for name, pairs in read.items()}
+        drawn = {name: self._drawn(name, pairs) for name, pairs in read.items()}
         return drawn | (_folds(drawn["train"], options) if options.folds else {})
 
     def candidates(self, name: str, source: str) -> list[CandidateSet]:
         """One set of candidate sets, capped."""
         sets, report = read_candidates(source, self.options, self.options.scored)
         self.reports[name] = report
-        if self.tokenizer is not None:
-            sets = [e.candidates for e in encode_candidates(self.tokenizer, sets, self.options, report)]
-        return self._draw(sets, self.options.max_prompts)
+
+        def usable(some: Sequence[CandidateSet]) -> Sequence[CandidateSet]:
+            if self.tokenizer is None:
+                return some
+            return [e.candidates for e in encode_candidates(self.tokenizer, some, self.options, report)]
+
+        return draw(sets, self.options.max_prompts, self.options.seed, usable, report)
 
     def _read(self, name: str, source: str) -> list[Pair]:
-        pairs, report = read_pairs(source, self.options)
-        self.reports[name] = report
-        if self.tokenizer is not None:
-            pairs = [e.pair for e in encode_pairs(self.tokenizer, pairs, self.options, report)]
+        pairs, self.reports[name] = read_pairs(source, self.options)
         return pairs
+
+    def _drawn(self, name: str, pairs: Sequence[Pair]) -> list[Pair]:
+        """Pairs that are short enough, as many as are wanted of this set."""
+        report = self.reports.get(name, self.reports.get("train"))
+        assert report is not None
+
+        def usable(some: Sequence[Pair]) -> Sequence[Pair]:
+            if self.tokenizer is None:
+                return some
+            return [e.pair for e in encode_pairs(self.tokenizer, some, self.options, report)]
+
+        drawn = draw(pairs, self._cap(name), self.options.seed, usable, report)
+        if not drawn:
+            raise report.refusal(f"a usable row in the part {name}", "raise max_length, or give more rows")
+        return drawn
 
     def _cap(self, name: str) -> int | None:
         options = self.options
         caps = {"train": options.max_train, "validation": options.max_validation, "fit": None}
         return caps.get(name, options.max_test)
-
-    def _draw(self, items: list[T], most: int | None) -> list[T]:
-        if most is None or len(items) <= most:
-            return items
-        chosen = np.random.default_rng(self.options.seed).choice(len(items), most, replace=False)
-        return [items[i] for i in sorted(chosen)]
 
 
 def _load_tokenizer(source: str | None) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor
 from moemerge.artifacts.origin import with_base
 from moemerge.artifacts.result import Result
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.draw import draw
+from moemerge.data.pairs import Pair
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
 from moemerge.errors import CheckpointError, OptionError
@@ -232,9 +234,13 @@ class _Data:
 
     def _read(self, name: str, source: str) -> list[EncodedPair]:
         pairs, report = read_pairs(source, self.options)
-        encoded = encode_pairs(self.tokenizer, pairs, self.options, report)
+
+        def usable(some: Sequence[Pair]) -> list[EncodedPair]:
+            return encode_pairs(self.tokenizer, some, self.options, report)
+
+        encoded = draw(pairs, self.options.max_pairs, self.options.seed, usable, report)
         check_config(self.source.dense_config(), texts_of(encoded))
-        self.rows[name] = report.summary()
+        self.rows[name] = report.told()
         return encoded
 
     def _candidates(self) -> list[EncodedCandidates]:
@@ -242,5 +248,5 @@ class _Data:
             return []
         sets, report = read_candidates(self.options.candidates, self.options)
         encoded = encode_candidates(self.tokenizer, sets, self.options, report)
-        self.rows["candidates"] = report.summary()
+        self.rows["candidates"] = report.told()
         return encoded

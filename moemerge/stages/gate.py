@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.draw import first
 from moemerge.data.pairs import prompt_key
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import encode_pairs, require_prompts
@@ -47,7 +48,7 @@ def gate(options: Gate, draft: Draft) -> None:
     _require_prompt_gate(folder)
     tokenizer = load_tokenizer(folder)
     pairs, report = read_pairs(options.pairs, options)
-    encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
+    encoded = encode_pairs(tokenizer, first(pairs, options.max_pairs, report), options, report)
     require_prompts(encoded)
     prompts = len({prompt_key(pair.pair) for pair in encoded})
     _require_several(prompts)
@@ -57,7 +58,7 @@ def gate(options: Gate, draft: Draft) -> None:
     free_memory()
     _write(options, folder, fitted.layers, draft)
     draft.results |= _numbers(fitted) | {
-        "pairs": len(encoded), "prompts": prompts, "rows": report.summary(),
+        "pairs": len(encoded), "prompts": prompts, "rows": report.told(),
     }  # fmt: skip
     write_json(draft.folder / "gate.json", draft.results)
     log.debug("gate: %s", draft.results["sentence"])

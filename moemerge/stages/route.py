@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.data.draw import first
 from moemerge.data.reading import read_pairs
 from moemerge.data.tokenise import EncodedPair, encode_pairs, texts_of
 from moemerge.merging.experts.diversity import barriers, disagreement, measure_updates, score_pairs_at
@@ -58,12 +59,12 @@ def route(options: Route, draft: Draft) -> None:
     folder.require_moe()
     tokenizer = load_tokenizer(folder)
     pairs, report = read_pairs(options.pairs, options)
-    encoded = encode_pairs(tokenizer, pairs[: options.max_pairs], options, report)
+    encoded = encode_pairs(tokenizer, first(pairs, options.max_pairs, report), options, report)
     statistics, speculation = _observe(options, folder, tokenizer, encoded, device)
     statistics.meta["model"] = model_fingerprint(folder.folder)
     statistics.save(draft.folder)
     _draw(statistics, draft)
-    draft.results |= {"pairs": len(encoded), "rows": report.summary(), **_summary(statistics)}
+    draft.results |= {"pairs": len(encoded), "rows": report.told(), **_summary(statistics)}
     tables, pictures = [_layer_table(statistics), _group_table(statistics)], ["gate_mass.png"]
     if options.diversity != "none":
         diversity = _diversity(

@@ -54,7 +54,7 @@ def sample(options: Sample, draft: Draft) -> None:
         free_memory()
         sets = gold.regrade(sets, gold_reward) if gold_reward else sets
         write_rows(draft.folder / "candidates.jsonl.gz", (candidates.plain() for candidates in sets))
-    draft.results |= {**results, "gold": gold.source_of_gold(options), "rows": report.summary()}
+    draft.results |= {**results, "gold": gold.source_of_gold(options), "rows": report.told()}
 
 
 def _draw(

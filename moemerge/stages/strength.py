@@ -137,7 +137,7 @@ def _read(source: str, options: Strength, draft: Draft, name: str) -> list[Pair]
     for model in options.voters:
         tokenizer = load_tokenizer(ModelFolder(model, options.trust_remote_code))
         pairs = [encoded.pair for encoded in encode_pairs(tokenizer, pairs, options, report)]
-    draft.results.setdefault("rows", {})[name] = report.summary()
+    draft.results.setdefault("rows", {})[name] = report.told()
     return pairs
 
 

@@ -110,7 +110,7 @@ def read_encoded(
     pairs, report = read_pairs(source, options)
     encoded = encode_pairs(tokenizer, pairs, options, report)
     check_config(model.config, texts_of(encoded))
-    draft.results.setdefault("rows", {})[name] = report.summary()
+    draft.results.setdefault("rows", {})[name] = report.told()
     return encoded
 
 
@@ -124,7 +124,7 @@ def _candidates(
     encoded = encode_candidates(tokenizer, sets, options, report)
     check_candidates(encoded)
     check_config(model.config, [answer for candidates in encoded for answer in candidates.answers])
-    draft.results["rows"]["lookahead"] = report.summary()
+    draft.results["rows"]["lookahead"] = report.told()
     return encoded
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny_models import tiny_tokenizer
@@ -18,6 +19,7 @@ from moemerge.data.rows import BadRow, RowReport
 from moemerge.data.tokenise import Encoded, encode, encode_candidates, encode_pairs
 from moemerge.errors import DataError, OptionError
 from moemerge.options.base import TextFormat
+from moemerge.stages import data as data_stage
 from moemerge.stages.data import prepare
 
 PLAIN = TextFormat()
@@ -511,7 +513,46 @@ def test_prepare_measures_lengths(tmp_path: Path, dense_folder: Path) -> None:
             train=str(tmp_path / "out.jsonl"),
             tokenizer=str(dense_folder),
             max_length=3,
+            validation_share=0.0,
         )
+
+
+def test_only_drawn_rows_are_tokenised(
+    tmp_path: Path, dense_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad rows among the drawn are replaced, and what nobody needed is neither encoded nor bad."""
+    seen: list[int] = []
+    encode = data_stage.encode_pairs
+
+    def spy(tokenizer: Any, pairs: Any, *rest: Any) -> Any:
+        seen.extend(pair.row for pair in pairs)
+        return encode(tokenizer, pairs, *rest)
+
+    monkeypatch.setattr(data_stage, "encode_pairs", spy)
+    rows = [
+        pair_row(i, prompt="w1 ", chosen="w2 w3 w4" if i % 2 else "w2", rejected="w5") for i in range(200)
+    ]
+    options = {"tokenizer": str(dense_folder), "max_length": 3, "bad_rows": "skip", "validation_share": 0.0}
+    made = prepared(tmp_path, "out", rows, max_train=10, **options)
+    assert len(made["train"]) == 10 and all(row["chosen"] == "w2" for row in made["train"])
+    assert 10 <= len(seen) == len(set(seen)) < 100
+    summary = read_manifest(tmp_path / "out")["results"]["rows"]["train"]
+    assert summary["kept"] == 10 and summary["not_drawn"] == 200 - len(seen)
+    assert summary["bad"]["longer than 3 tokens"]["count"] == len(seen) - 10
+
+
+@pytest.mark.parametrize(("bad", "level"), [(1, "INFO"), (3, "WARNING")])
+def test_rows_left_out_are_told_by_share_and_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: int, level: str
+) -> None:
+    rows = [pair_row(i, chosen="") for i in range(bad)] + [pair_row(9 + i) for i in range(20 - bad)]
+    with caplog.at_level("INFO"):
+        prepared(tmp_path, "out", rows, bad_rows="skip", validation_share=0.0)
+    (record,) = [record for record in caplog.records if "left out" in record.message]
+    share = f"{bad / 20:.1%}"
+    assert record.levelname == level and f"{share} of 20 rows of " in record.message
+    assert f"empty answer {share}" in record.message
+    assert ("correct these rows" in record.message) == (level == "WARNING")
 
 
 def test_report_holds_every_bad_row(tmp_path: Path) -> None:

@@ -108,6 +108,18 @@ def test_report_agrees_with_scores_made_one_by_one(world: dict[str, Any], evalua
     assert report["rows"]["pairs/test"]["bad"] == {"longer than 80 tokens": {"count": 1, "rows": [8]}}
 
 
+def test_max_pairs_draws_pairs_that_every_model_can_read(world: dict[str, Any], tmp_path: Path) -> None:
+    models = {"dense": world["models"]["dense"]}
+    given = world | {"models": models, "candidates": {}, "probes": ["accuracy"], "max_pairs": 58}
+    out = evaluate(**given, output=tmp_path / "e")
+    rows = load_file(out / "scores.safetensors")["pairs/test/rows"].tolist()[::2]
+    assert len(set(rows)) == 58 and 8 not in rows and rows == sorted(rows)
+    summary = json.loads((out / "report.json").read_text())["rows"]["pairs/test"]
+    looked_at = 60 - summary["not_drawn"]
+    assert summary["kept"] == 58 and looked_at - 58 == sum(bad["count"] for bad in summary["bad"].values())
+    assert json.loads(json.dumps(read_report(out))) == json.loads((out / "report.json").read_text())
+
+
 def test_an_upcycled_model_is_measured_like_its_dense_model(evaluated: Path) -> None:
     probes = json.loads((evaluated / "report.json").read_text())["probes"]
     accuracy = probes["accuracy"]["sets"]["test"]["all"]["models"]

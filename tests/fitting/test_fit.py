@@ -277,6 +277,15 @@ def test_two_processes_fit_what_one_does(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_max_pairs_draws_fitting_pairs(moe: Path, planted: Path, tmp_path: Path) -> None:
+    folder = fit(
+        model=str(moe), pairs=str(planted), output=tmp_path / "fit", max_pairs=40, max_epochs=1,
+        sensitivity=False,
+    )  # fmt: skip
+    counts, rows = report_of(folder)["pairs"], read_manifest(folder)["results"]["rows"]["pairs"]
+    assert counts["train"] + counts["held_out"] == rows["kept"] == 40 == rows["total"] - rows["not_drawn"]
+
+
 def test_usage_and_match_take_what_routing_saw(moe: Path, routing: Path, tmp_path: Path) -> None:
     folder = fit(
         model=str(moe), routing=str(routing), output=tmp_path / "f", method="usage", shared_weight="match"
