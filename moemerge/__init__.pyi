@@ -16,6 +16,8 @@ from moemerge.errors import Faults as Faults
 from moemerge.errors import MoemergeError as MoemergeError
 from moemerge.errors import OptionError as OptionError
 from moemerge.errors import UnsupportedError as UnsupportedError
+from moemerge.evaluation.token_rewards import TokenRewards as TokenRewards
+from moemerge.evaluation.token_rewards import token_rewards as token_rewards
 from moemerge.merging.coefficients import Coefficients as Coefficients
 from moemerge.models import modelling as modelling
 from moemerge.models.modelling import load_moe as load_moe
@@ -1289,6 +1291,51 @@ def evaluate(
         candidates: files or hub name:split, prompts with scored candidates
         calibration: folder written by calibrate; in ensembles each member's scores are divided by its
             scale
+        trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
+def explain(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    max_pairs: int | None = 500,
+    least: int = 5,
+    shown: int = 12,
+    batch_tokens: int = 8192,
+    confidence: float = 0.95,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Write what each token adds to answers' scores, which phrases pay, and how early pairs are decided.
+
+    Writes tokens.jsonl.gz (each answer's tokens with their rewards, in units of the score), explanation.json,
+    report.html, report.md and decided.png. The result's table are the phrases. Raises UnsupportedError for an
+    encoder, whose tokens see later ones.
+
+    Options:
+        model: reward model whose tokens see only earlier ones (a decoder, a MoE too)  [required]
+        pairs: preference pairs whose answers are explained  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        max_pairs: largest number of pairs; they are drawn at random  [default: 500]
+        least: prompts at least in whose answers a phrase must stand to be told  [default: 5]
+        shown: pairs to read, half of them those judged most wrongly, half drawn  [default: 12]
+        batch_tokens: tokens per forward pass  [default: 8192]
+        confidence: coverage of intervals  [default: 0.95]
         trust_remote_code: run code that comes with the model  [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)

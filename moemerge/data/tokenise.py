@@ -127,6 +127,28 @@ def _whole(prompt: Text, answer: Text, tokenizer: Any) -> Text | BadRow:
     return [*(prompt if isinstance(prompt, list) else []), *answer]
 
 
+def token_texts(tokenizer: Any, prompt: Text, answer: Text) -> list[str]:
+    """What each token of `encode` stands for: joined, the text as it was rendered.
+
+    White space that a tokenizer drops goes to the token behind it. A token that stands for nothing of the
+    text, such as a BOS token that is put before it or the rest of a letter's bytes, has "". Raises as
+    `encode`.
+    """
+    whole = _whole(prompt, answer, tokenizer)
+    text = render(tokenizer, whole) if isinstance(whole, list) else whole
+    if isinstance(text, BadRow):
+        raise text
+    bare = isinstance(whole, list) or begins_with_bos(tokenizer, text)
+    if not tokenizer.is_fast:
+        return [str(tokenizer.decode([id])) for id in tokenizer(text, add_special_tokens=not bare).input_ids]
+    read = tokenizer(text, add_special_tokens=not bare, return_offsets_mapping=True, verbose=False)
+    texts, start = [], 0
+    for _, end in read["offset_mapping"]:
+        texts.append(text[start:end])
+        start = max(start, end)
+    return texts
+
+
 def shared_length(prompt: list[int] | BadRow, ids: list[int]) -> int:
     """The number of equal tokens that both begin with; 0 if the prompt alone could not be encoded."""
     if isinstance(prompt, BadRow):

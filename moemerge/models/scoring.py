@@ -47,22 +47,19 @@ def score(
     and others need not call. Raises DataError for a text without tokens, CheckpointError if a score is not
     finite.
     """
-    _refuse_empty(encoded)
+    refuse_empty(encoded)
     check_texts(model, encoded)
     if not encoded:
         return torch.zeros(0)
     groups = list(batches([len(text.ids) for text in encoded], batch_tokens))
     mine = groups if alone else [groups[number] for number in processes.share(len(groups))]
-    takes = inspect.signature(model.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in takes else {}
     done: list[Tensor] = []
     scored = [row for rows in mine for row in rows]
     with torch.inference_mode(), padding(model, encoded) as pad, _bar(len(scored), progress) as bar:
         for rows in mine:
             if on_batch is not None:
                 on_batch(rows)
-            inputs = collate([encoded[row] for row in rows], pad, gates_by_prompt(model), model.device)
-            done.append(model(**inputs, **extra).logits[:, 0].float())
+            done.append(forward(model, [encoded[row] for row in rows], pad)[:, 0].float())
             bar.update(len(rows))
     # Only now to the CPU: a copy would wait for each batch to end.
     scores_S = torch.cat([scores_B.cpu() for scores_B in done]) if done else torch.zeros(0)
@@ -71,6 +68,14 @@ def score(
         scores = processes.summed(scores)
     _refuse_non_finite(scores, progress)
     return scores
+
+
+def forward(model: PreTrainedModel, texts: Sequence[Encoded], pad: int) -> Tensor:
+    """What the model says of one batch of texts, padded on the right with `pad`; [B, 1]."""
+    takes = inspect.signature(model.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in takes else {}
+    logits_B1: Tensor = model(**collate(texts, pad, gates_by_prompt(model), model.device), **extra).logits
+    return logits_B1
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -103,7 +108,8 @@ def _bar(total: int, text: str) -> tqdm[Any]:
     return tqdm(total=total, desc=text, unit="text", leave=False, disable=hidden() or not text)
 
 
-def _refuse_empty(encoded: Sequence[Encoded]) -> None:
+def refuse_empty(encoded: Sequence[Encoded]) -> None:
+    """Raise DataError for a text without tokens."""
     empty = [row for row, text in enumerate(encoded) if not text.ids]
     if empty:
         raise DataError(

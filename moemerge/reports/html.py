@@ -19,6 +19,7 @@ from moemerge.artifacts.disk import write_whole
 from moemerge.artifacts.environment import package_version
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure
+from moemerge.reports.heat_text import HeatText
 from moemerge.reports.table import Table, inert_markdown, visible
 
 TEMPLATE = "page.html.jinja"
@@ -29,7 +30,7 @@ WIDE = 560
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report, shown in this order: a sentence to remember, paragraphs, tables, figures.
+    """A part of a report, shown in this order: a sentence to remember, paragraphs, tables, texts, figures.
 
     All text is plain text. `folded` tables are there for who asks.
     """
@@ -40,6 +41,7 @@ class Section:
     figures: Sequence[Figure] = ()
     folded: Sequence[Table] = ()
     lead: str = ""
+    texts: Sequence[HeatText] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def write_markdown(path: Path, title: str, sections: Sequence[Section]) -> Path:
         parts += [f"**{inert_markdown(section.lead)}**\n"] if section.lead else []
         parts += [inert_markdown(paragraph) + "\n" for paragraph in section.text]
         parts += [table.markdown() for table in section.tables]
+        parts += [text.markdown() for text in section.texts]
         parts += [_markdown_figure(figure, path.parent) for figure in section.figures]
         parts += [table.markdown() for table in section.folded]
     write_whole(path, "\n".join(parts), errors="replace")

@@ -138,6 +138,13 @@ ROWS = (
         headlines.evaluate,
     ),
     Row(
+        "explain",
+        "moemerge.stages.explain:explain",
+        "moemerge.options.explain:Explain",
+        "Show what each token adds to a score, which phrases pay, how early pairs are decided.",
+        "{sentence}".format_map,
+    ),
+    Row(
         "choose",
         "moemerge.stages.choose:choose",
         "moemerge.options.choose:Choose",

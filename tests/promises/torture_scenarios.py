@@ -120,6 +120,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
             *("b=1", "--resamples", "100"),
         ],
         "attack": ["--model", dense, "--pairs", held_out, "--steps", "2", "--proposals", "3"],
+        "explain": ["--model", moe, "--pairs", held_out, "--least", "2"],
         "robustness": ["--attacks", *(f"{name}={inputs}/attacked-{name}" for name in "ab")],
         "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],
         "compare": ["--runs", str(inputs / "evaluated-1"), str(inputs / "evaluated-2")],

@@ -10,6 +10,7 @@ from html_page import check_page
 
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line
+from moemerge.reports.heat_text import MOST_WORDS, HeatText
 from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
 from moemerge.reports.table import HIDDEN, Table, visible
@@ -28,14 +29,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = Table(
         EVIL, [EVIL, "n"], [[EVIL, "1"], ["![x](http://outside/x.png) [y](javascript:1)", "2"]], EVIL
     )
-    sections = [Section(EVIL, [EVIL], [table], figures, [table], EVIL), Section("Empty")]
+    heat = HeatText(EVIL, [(EVIL, 0.9), (EVIL, 0.0), (f" *{EVIL}", -0.2)], 1.0, EVIL)
+    sections = [Section(EVIL, [EVIL], [table], figures, [table], EVIL, [heat]), Section("Empty")]
     write_report(tmp_path, EVIL, sections)
     return tmp_path
 
 
 def test_hostile_text_is_text(report: Path) -> None:
     outline = check_page((report / "report.html").read_text())
-    for tag in ("title", "h1", "h2", "h3", "h4", "p", "th", "a", "summary"):
+    for tag in ("title", "h1", "h2", "h3", "h4", "p", "span", "th", "a", "summary"):
         assert EVIL in "".join(outline.text[tag]), tag
     assert len(outline.all("img")) == 2 and {one["alt"] for one in outline.all("img")} > {"a b"}
 
@@ -45,6 +47,22 @@ def test_hostile_text_is_text_in_markdown(report: Path) -> None:
     assert "<" not in re.sub(r"\]\(<a b\.png>\)", "", text)
     assert re.findall(r"(?<!\\)!\[", text) == ["!["] * 2, "the two figures"
     assert re.findall(r"\]\(([^)]*)\)", text) == ["own.png", "<a b.png>"]
+
+
+def test_words_are_coloured_by_their_numbers(tmp_path: Path) -> None:
+    """Shades by fourths of the scale, what has none joined; the rest of a long text is counted."""
+    words = [("a", 0.12), (" b", -0.1), ("\n", 0.5), (" c", 1.7), (" d", -0.25)]
+    heat = HeatText("t", words, 1.0)
+    shades = [(shade.text, shade.style, shade.title) for shade in heat.shades]
+    assert shades == [
+        ("a b", "", ""), ("\n", "up2", "+0.50"), (" c", "up4", "+1.70"), (" d", "down1", "-0.25")
+    ]  # fmt: skip
+    assert "a b  **c** (+1.70) d" in heat.markdown()
+    page = check_page(write_report(tmp_path, "t", [Section("s", texts=[heat])]).read_text())
+    assert [(span["class"], span["title"]) for span in page.all("span")] == [
+        ("up2", "+0.50"), ("up4", "+1.70"), ("down1", "-0.25")
+    ]  # fmt: skip
+    assert HeatText("t", [("w", 1.0)] * (MOST_WORDS + 7), 0.0).shades[-1].text == " … (7 words more)"
 
 
 TURNED = "a\u202eb\x1b[2J\rc\x9b\u2066d\n# Heading\r\r[x]: http://outside"

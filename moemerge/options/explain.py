@@ -1,0 +1,28 @@
+"""Options of explain."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from moemerge.options.base import Run, Source, TextFormat
+
+
+class Explain(TextFormat, Run):
+    """Options of `moemerge explain`."""
+
+    POSITIONAL = ("model", "pairs")
+
+    model: Source = Field(
+        description="reward model whose tokens see only earlier ones (a decoder, a MoE too)"
+    )
+    pairs: Source = Field(description="preference pairs whose answers are explained")
+    max_pairs: int | None = Field(500, ge=1, description="largest number of pairs; they are drawn at random")
+    least: int = Field(
+        5, ge=2, description="prompts at least in whose answers a phrase must stand to be told"
+    )
+    shown: int = Field(
+        12, ge=0, le=200, description="pairs to read, half of them those judged most wrongly, half drawn"
+    )
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
