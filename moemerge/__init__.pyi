@@ -336,7 +336,7 @@ def train(
     more_pairs: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     shares: Mapping[str, float] = {},
     validation: StrPath | None = None,
-    flops_of: StrPath | None = None,
+    flops_of: Sequence[StrPath] = [],
     trust_remote_code: bool = False,
     seed: int = 0,
     threads: int | None = None,
@@ -429,7 +429,8 @@ def train(
         shares: of more_pairs: the share of all training pairs that come from there, drawn at random,
             again and again if they are few (default: each row of theirs once)
         validation: held-out pairs for early stopping and search
-        flops_of: train longer: for as many FLOPs as these options take with this model, such as a MoE
+        flops_of: train as long as takes as many FLOPs as these: outputs of train and strength, what
+            they took; another model, such as a MoE to be trained, what these options take with it
         trust_remote_code: run code that comes with the model  [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -611,6 +612,7 @@ def fit(
     optimizer: str = "auto",
     learning_rate: float = 0.05,
     max_epochs: int = 30,
+    max_pairs: int | None = None,
     batch_size: int = 32,
     micro_batch_size: int = 8,
     kl: float = 0.0,
@@ -687,6 +689,7 @@ def fit(
         learning_rate: of the coefficient logits (Adam)  [default: 0.05]
         max_epochs: most passes over the fitting pairs (a generation of cma counts as one)  [default:
             30]
+        max_pairs: most fitting pairs, and most held-out ones; they are drawn at random
         batch_size: pairs per step (Adam)  [default: 32]
         micro_batch_size: pairs per forward pass; changes memory, not results  [default: 8]
         kl: weight of the KL divergence from the initial coefficients  [default: 0.0]
@@ -872,6 +875,7 @@ def fit_models(
     optimizer: str = "auto",
     learning_rate: float = 0.05,
     max_epochs: int = 30,
+    max_pairs: int | None = None,
     batch_size: int = 32,
     micro_batch_size: int = 8,
     kl: float = 0.0,
@@ -944,6 +948,7 @@ def fit_models(
         learning_rate: of the coefficient logits (Adam)  [default: 0.05]
         max_epochs: most passes over the fitting pairs (a generation of cma counts as one)  [default:
             30]
+        max_pairs: most fitting pairs, and most held-out ones; they are drawn at random
         batch_size: pairs per step (Adam)  [default: 32]
         micro_batch_size: pairs per forward pass; changes memory, not results  [default: 8]
         kl: weight of the KL divergence from the initial coefficients  [default: 0.0]

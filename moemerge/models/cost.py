@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from moemerge.models.folder import ModelFolder, opened
+from moemerge.models.families import family_of
+from moemerge.models.folder import ModelFolder
 from moemerge.models.moe import moe_layers
 
 
@@ -33,10 +35,22 @@ def cost(model: PreTrainedModel) -> dict[str, int]:
     return {**counts, "flops_per_token": 2 * (counts["active_parameters"] - tables)}
 
 
-def flops_ratio(model: ModelFolder | str, other: ModelFolder | str) -> float:
-    """FLOPs per token of the reward model `model` over those of `other`, by their configs."""
-    costs = [cost(_without_weights(opened(folder))) for folder in (model, other)]
-    return costs[0]["flops_per_token"] / costs[1]["flops_per_token"]
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a token's forward pass, also through a language head on the model; its number of layers."""
+
+    flops_per_token: int
+    language_head_flops: int
+    layers: int
+
+
+def cost_of(folder: ModelFolder) -> Cost:
+    """What the reward model in `folder` costs, by its config: 2 * width * vocabulary for a language head."""
+    model = _without_weights(folder)
+    text = model.config.get_text_config()
+    _, layers = family_of(model.config).dense_layers(model)
+    per_token = cost(model)["flops_per_token"]
+    return Cost(per_token, 2 * text.hidden_size * text.vocab_size, len(layers))
 
 
 def _without_weights(folder: ModelFolder) -> PreTrainedModel:

@@ -15,6 +15,16 @@ class BaselineSettings(Options):
     same_flops: bool = Field(
         False, description="train the control once more, for as many FLOPs as the MoE's training takes"
     )
+    untreated: bool = Field(
+        False,
+        description="with strength: a model trained on labels as they came, for as many FLOPs as vote and "
+        "control take: what the vote is worth",
+    )
+    plain: bool = Field(
+        False,
+        description="a model trained as the control, for as many FLOPs, but by plain Bradley-Terry, without "
+        "further objectives, smoothing or margins: what these are worth",
+    )
     fine_tunes: int = Field(
         0,
         ge=0,
@@ -38,3 +48,7 @@ class BaselineSettings(Options):
         if self.fine_tunes == 1:
             raise ValueError("fine_tunes is 0, or 2 and more: one alone is no ensemble")
         return self
+
+    def of_control(self) -> bool:
+        """Whether any is asked for: all share the control's training."""
+        return bool(self.same_flops or self.untreated or self.plain or self.fine_tunes or self.tuned)

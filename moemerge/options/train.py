@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moemerge.errors import suggest
-from moemerge.options.base import Options, Run, Source, Sources, TextFormat
+from moemerge.options.base import Options, Run, Source, SourceList, Sources, TextFormat
 from moemerge.options.trainer import own_keys
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ ONLY_WITH = {
     "contrast_temperature": ("contrast",),
     "contrast_dropout": ("contrast",),
 }
+# What is minimised, and how: all that plain Bradley-Terry has at its defaults.
+LOOKAHEAD = ("lookahead", "lookahead_rate", "lookahead_sets")
+LOSS = ("objectives", "label_smoothing", "margin", "center", *LOOKAHEAD, *ONLY_WITH)
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
@@ -199,6 +204,12 @@ class TrainSettings(Options):
         """Names of the options set here that only a MoE can follow."""
         return [name for name in STEERING if self._is_set(name)]
 
+    def total_steps(self, num_pairs: int) -> int:
+        """Updates of a whole run over `num_pairs` pairs."""
+        passes = math.ceil(num_pairs / self.batch_size)
+        per_epoch = math.ceil(passes / self.gradient_accumulation)
+        return self.max_steps or math.ceil(self.epochs * per_epoch)
+
     def scaled(self, factor: float) -> Self:
         """These with `factor` times the epochs, those of a search too, and steps (rounded, at least one).
 
@@ -232,11 +243,17 @@ class Train(TrainSettings, TextFormat, Run):
         "again and again if they are few (default: each row of theirs once)",
     )
     validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
-    flops_of: Source | None = Field(
-        None,
-        description="train longer: for as many FLOPs as these options take with this model, such as a MoE",
+    flops_of: SourceList = Field(
+        default_factory=list,
+        description="train as long as takes as many FLOPs as these: outputs of train and strength, what they "
+        "took; another model, such as a MoE to be trained, what these options take with it",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+    @field_validator("flops_of", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _shares_are_of_more_pairs(self) -> Train:

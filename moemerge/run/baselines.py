@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moemerge.options.recipe import Recipe
-from moemerge.options.train import TrainSettings
+from moemerge.options.train import LOSS, TrainSettings
 
 SAME_FLOPS, WARM, ENSEMBLE, TUNED = "control-flops", "warm", "ensemble", "tuned"
+UNTREATED_BASE, UNTREATED, PLAIN = "untreated-base", "untreated", "plain"
 SEEDS_APART = 1000  # so that a fine-tune's order is not that of the control of the run with the next seed
 
 
-def trainings(recipe: Recipe, moe: str) -> Iterator[tuple[str, TrainSettings, dict[str, Any]]]:
-    """Trainings of the dense model by name, with settings and further options; `moe` is the MoE's folder."""
+def trainings(
+    recipe: Recipe, path: Callable[[str], str]
+) -> Iterator[tuple[str, TrainSettings, dict[str, Any]]]:
+    """Trainings of dense models by name, with settings and further options.
+
+    `path` gives the folder of a step. All begin with the run's dense model unless the options name another.
+    """
     control, wanted = recipe.control, recipe.baselines
     if control is None:
         return
     if wanted.same_flops:
-        yield SAME_FLOPS, control, {"flops_of": moe}
+        yield SAME_FLOPS, control, {"flops_of": [path("upcycle")]}
+    if wanted.untreated:
+        yield from _untreated(recipe, control, path)
+    if wanted.plain:
+        yield PLAIN, plainly(control), {"flops_of": [path("control")]}
     settings = control.scaled(1 / wanted.fine_tunes) if wanted.budget == "split" else control
     for number, name in enumerate(fine_tunes(recipe), 1):
         if name != "control":
             yield name, settings, {"seed": recipe.seed + SEEDS_APART * number}
+
+
+def _untreated(
+    recipe: Recipe, control: TrainSettings, path: Callable[[str], str]
+) -> Iterator[tuple[str, TrainSettings, dict[str, Any]]]:
+    """Base and control on labels as they came; the latter as long as vote and control together take."""
+    pairs = {"pairs": path("data/train.jsonl.gz")}
+    if recipe.base:
+        yield UNTREATED_BASE, without_columns(recipe.base), pairs
+    start = {"model": path(UNTREATED_BASE)} if recipe.base else {}
+    cost = [path("strength"), path("control")]
+    yield UNTREATED, without_columns(control), pairs | start | {"flops_of": cost}
+
+
+def without_columns(settings: TrainSettings) -> TrainSettings:
+    """The settings without what a vote writes."""
+    smoothing = 0.0 if settings.label_smoothing == "column" else settings.label_smoothing
+    return settings.model_copy(update={"margin": "none", "label_smoothing": smoothing})
+
+
+def plainly(settings: TrainSettings) -> TrainSettings:
+    """The settings of a training that minimises nothing but Bradley-Terry."""
+    fields = TrainSettings.model_fields
+    return settings.model_copy(
+        update={name: fields[name].get_default(call_default_factory=True) for name in LOSS}
+    )
 
 
 def fine_tunes(recipe: Recipe) -> list[str]:
@@ -43,7 +79,7 @@ def is_averaged(recipe: Recipe) -> bool:
 
 def models(recipe: Recipe) -> list[str]:
     """The models by name that baselines add to the evaluation, each a folder of the run."""
-    trained = [name for name, _, _ in trainings(recipe, "")]
+    trained = [name for name, _, _ in trainings(recipe, str) if name != UNTREATED_BASE]
     averaged, tuned = [WARM] if is_averaged(recipe) else [], [TUNED] if recipe.baselines.tuned else []
     return [*trained, *averaged, *tuned]
 

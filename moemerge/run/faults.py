@@ -17,7 +17,7 @@ from moemerge.options.data import DataSettings
 from moemerge.options.layers import parse_layers
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.options.sample import SAMPLED
-from moemerge.run.baselines import model_names, scored_names
+from moemerge.run.baselines import model_names, plainly, scored_names
 from moemerge.run.commands import row_of
 from moemerge.run.label_check import label_faults, trainings
 from moemerge.run.recipe_file import Tree
@@ -54,7 +54,7 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
             "also_merge",
         },
         _check_publish: {"publish.repo"},
-        _check_baselines: {"control", "baselines", "data", "data.fit"},
+        _check_baselines: {"control", "strength", "baselines", "data", "data.fit"},
         _check_seeds: {"seeds"},
         _check_policies: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
         _check_output: set(),
@@ -306,12 +306,26 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
 def _check_baselines(recipe: Recipe) -> Iterator[MoemergeError]:
     """Baselines without what they need."""
     wanted = recipe.baselines
-    if recipe.control is None and (wanted.same_flops or wanted.fine_tunes or wanted.tuned):
+    if recipe.control is None and wanted.of_control():
         yield _fault(
             "baselines need a control",
             "baselines, and no section control",
             "the section control, whose training they share",
             "add the section control",
+        )
+    if wanted.untreated and recipe.strength is None:
+        yield _fault(
+            "baselines.untreated needs a vote on labels",
+            "no section strength",
+            "the section strength, whose labels it does without",
+            "add the section strength, or set baselines.untreated to false",
+        )
+    if wanted.plain and recipe.control and recipe.control == plainly(recipe.control):
+        yield _fault(
+            "baselines.plain would be the control again",
+            "a control by Bradley-Terry alone",
+            "a control with further objectives, label_smoothing, margin, center or lookahead",
+            "set baselines.plain to false",
         )
     if wanted.tuned and not (recipe.data and recipe.data.fit):
         yield _fault(

@@ -156,8 +156,9 @@ class _Plan:
 
     def baselines(self) -> Iterator[tuple[str, str, Run]]:
         """What the MoE is measured against besides the control."""
-        for name, section, added in baselines.trainings(self.recipe, self.path("upcycle")):
-            yield self.train(name, section, self.dense, **added)
+        for name, section, added in baselines.trainings(self.recipe, self.path):
+            start = self.source if name == baselines.UNTREATED_BASE else self.dense
+            yield self.train(name, section, **{"model": start} | added)
         if baselines.is_averaged(self.recipe):
             settings = MergeSettings(dtype=self.recipe.merge.dtype)
             members = [self.path(name) for name in baselines.fine_tunes(self.recipe)]
@@ -165,8 +166,9 @@ class _Plan:
         if self.recipe.baselines.tuned and self.recipe.control:
             added = {"model": self.path("control"), "pairs": self.pairs("fit")}
             # What strength adds to training pairs, fitting pairs do not have.
-            columns = {"margin": "none", "label_smoothing": 0.0} if self.recipe.strength else {}
-            yield self.train(baselines.TUNED, self.recipe.control.model_copy(update=columns), **added)
+            control = self.recipe.control
+            tuning = baselines.without_columns(control) if self.recipe.strength else control
+            yield self.train(baselines.TUNED, tuning, **added)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.

@@ -26,7 +26,7 @@ from moemerge.data.folds import folds_of
 from moemerge.data.pairs import Pair, swapped
 from moemerge.data.reading import read_pairs
 from moemerge.data.rows import BadRow, Row, RowReport, read_rows, write_rows
-from moemerge.data.tokenise import encode_pairs
+from moemerge.data.tokenise import encode_pairs, texts_of
 from moemerge.errors import ArtifactError, CheckpointError, DataError, OptionError
 from moemerge.evaluation.vote import draw_planted
 from moemerge.evaluation.vote_report import DROPPED, FLIPPED, Poll, sentence, write_page
@@ -39,6 +39,7 @@ from moemerge.options.parse import parse_options
 from moemerge.options.strength import RELABELS, Strength
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench, read_encoded
+from moemerge.training.flops import FLOPS, scoring_flops
 from moemerge.training.voters import Election
 
 PAIRS, VOTES, TRUSTED = "pairs.jsonl.gz", "votes.jsonl.gz", "trusted.jsonl.gz"
@@ -69,6 +70,7 @@ def strength(options: Strength, draft: Draft) -> None:
     """
     if options.votes:
         _write(options, *read_votes(options, options.votes), draft)
+        draft.results[FLOPS] = read_manifest(options.votes)["results"].get(FLOPS)
         return
     vote = _trained if options.model else _given
     with workspace(options) as folder:
@@ -86,7 +88,8 @@ def _trained(options: Strength, draft: Draft, folder: Path) -> tuple[Poll, list[
     _tell_large_folds(fold_X[: len(pairs)], options)
     planted = draw_planted(len(pairs), options.planted, options.seed)
     election = Election(training, bench, trusted, fold_X, planted, options.orders, options.batch_tokens)
-    return Poll(pairs, others, election.differences(folder), planted, options), fold_X[: len(pairs)]
+    differences_VX, draft.results[FLOPS] = election.differences(folder)
+    return Poll(pairs, others, differences_VX, planted, options), fold_X[: len(pairs)]
 
 
 def _tell_large_folds(fold_P: Sequence[int], options: Strength) -> None:
@@ -106,10 +109,12 @@ def _given(options: Strength, draft: Draft, folder: Path) -> tuple[Poll, None]:
     if options.trusted:
         sets["trusted"] = _read(options.trusted, options, draft, "trusted")
     device = use_device(options)
-    differences_VX = np.array([
+    said_V = [
         once(folder / f"voter-{number}.json", partial(_said, options, model, sets, device))
         for number, model in enumerate(options.voters)
-    ])  # fmt: skip
+    ]
+    differences_VX = np.array([said["differences"] for said in said_V])
+    draft.results[FLOPS] = sum(said[FLOPS] for said in said_V)
     pairs, trusted = sets["pairs"], sets.get("trusted", [])
     scale_V = np.sqrt((differences_VX[:, : len(pairs)] ** 2).mean(axis=1))
     for model, scale in zip(options.voters, scale_V, strict=True):
@@ -141,8 +146,8 @@ def _read(source: str, options: Strength, draft: Draft, name: str) -> list[Pair]
     return pairs
 
 
-def _said(options: Strength, model: str, sets: dict[str, list[Pair]], device: Any) -> list[float]:
-    """Score differences of all pairs by one model that is given."""
+def _said(options: Strength, model: str, sets: dict[str, list[Pair]], device: Any) -> dict[str, Any]:
+    """Score differences of all pairs by one model that is given, and the FLOPs of scoring them."""
     opened = ModelFolder(model, options.trust_remote_code)
     opened.require_one_output()
     tokenizer, loaded = load_tokenizer(opened), load_reward_model(opened, device)
@@ -151,8 +156,8 @@ def _said(options: Strength, model: str, sets: dict[str, list[Pair]], device: An
     scores_X2 = score_pairs(loaded, tokenizer, encoded, options.batch_tokens, model).double()
     del loaded
     free_memory()
-    differences: list[float] = (scores_X2[:, 0] - scores_X2[:, 1]).tolist()
-    return differences
+    differences_X: list[float] = (scores_X2[:, 0] - scores_X2[:, 1]).tolist()
+    return {"differences": differences_X, FLOPS: scoring_flops(opened, texts_of(encoded))}
 
 
 def _judges_nothing(model: str, pairs: int) -> CheckpointError:

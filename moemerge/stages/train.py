@@ -5,7 +5,6 @@ A run is one trial, or a grid of them (`search`): training/trials.py.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -16,15 +15,13 @@ from moemerge.artifacts.ranks import leads
 from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import workspace
-from moemerge.models.cost import flops_ratio
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench
+from moemerge.training.budget import budgeted
 from moemerge.training.report import logged_rows, results, write_history
 from moemerge.training.trials import compete, finished, trials_of
-
-log = logging.getLogger(__name__)
 
 
 @stage("train", Train, shares_work=True, rows=logged_rows)
@@ -38,9 +35,9 @@ def train(options: Train, draft: Draft) -> None:
     are in nats, `seconds` those since the last start.
     Raises OptionError, DataError, CheckpointError or UnsupportedError.
     """
-    options, ratio = _budgeted(options)
-    trials = trials_of(options)
     bench = open_bench(options, draft)
+    options, ratio = budgeted(options, bench)
+    trials = trials_of(options)
     with workspace(options) as folder:
         reports, best = compete(bench, trials, folder)
         if leads():
@@ -51,16 +48,6 @@ def train(options: Train, draft: Draft) -> None:
     write_history(reports[best]["history"], draft.folder)
     draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
     draft.results |= {"fresh_head": bench.model.drawn_head} if bench.model.drawn_head else {}
-
-
-def _budgeted(options: Train) -> tuple[Train, float | None]:
-    """The options with the steps that spend as many FLOPs as the model `flops_of` would, and their ratio."""
-    if options.flops_of is None:
-        return options, None
-    trust = options.trust_remote_code
-    ratio = flops_ratio(ModelFolder(options.flops_of, trust), ModelFolder(options.model, trust))
-    log.info("training %.3g times as long, for as many FLOPs as %s", ratio, options.flops_of)
-    return options.scaled(ratio), ratio
 
 
 def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def reward_arguments(
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": SCHEDULES[options.schedule],
         # Rounded down: a short run must not spend its only step at rate zero.
-        "warmup_steps": int(options.warmup * total_steps(options, num_pairs)),
+        "warmup_steps": int(options.warmup * options.total_steps(num_pairs)),
         "max_grad_norm": options.max_grad_norm,
         "bf16": autocasts(options.precision, device),
         "use_cpu": device.type == "cpu",
@@ -186,16 +185,9 @@ def own_batch(options: Train) -> int:
     return own
 
 
-def total_steps(options: Train, num_pairs: int) -> int:
-    """Optimiser steps of a whole run over `num_pairs` pairs."""
-    passes = math.ceil(num_pairs / options.batch_size)
-    per_epoch = math.ceil(passes / options.gradient_accumulation)
-    return options.max_steps or math.ceil(options.epochs * per_epoch)
-
-
 def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
     """Steps between evaluations, and between log entries: a divisor, so that a resumed log goes on evenly."""
-    every = options.eval_steps or max(1, total_steps(options, num_pairs) // EVALUATIONS)
+    every = options.eval_steps or max(1, options.total_steps(num_pairs) // EVALUATIONS)
     wanted = max(1, every // LOGS_PER_EVALUATION)
     # The trainer logs means since its last entry. Checkpoints are written at evaluations, so an entry has to
     # end at each: else the first one after a resume would be of fewer steps than in an unbroken run.

@@ -13,6 +13,7 @@ from moemerge.artifacts.json_file import read_list, write_json
 from moemerge.options.train import Train
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.plotting import panels
+from moemerge.training.flops import FLOPS
 from moemerge.training.losses import CENTER, LOSSES
 
 RATIO = "_gradient_ratio"
@@ -126,6 +127,7 @@ def results(options: Train, reports: list[dict[str, Any]], best: int) -> dict[st
     """The winner's report without its history, and a line on each trial of a search."""
     results = {name: _finite(value) for name, value in reports[best].items() if name != "history"}
     results["seconds"] = round(sum(report["seconds"] for report in reports), 3)
+    results[FLOPS] = sum(report[FLOPS] for report in reports)
     if options.search:
         tried = itertools.product(*options.search.values())
         results["trials"] = [
@@ -136,5 +138,5 @@ def results(options: Train, reports: list[dict[str, Any]], best: int) -> dict[st
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: report[name] for name in ("best_step", "steps", "train_loss", "seconds")}
+    kept = {name: report[name] for name in ("best_step", "steps", "train_loss", "seconds", FLOPS)}
     return {name: _finite(value) for name, value in (kept | report["after"]).items()}

@@ -35,7 +35,7 @@ from moemerge.models.moe import FREE, moe_layers
 from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, gates_by_prompt, score_pairs
 from moemerge.options.train import Train
-from moemerge.training.arguments import curves_of, keep_curves, reward_arguments, total_steps
+from moemerge.training.arguments import curves_of, keep_curves, reward_arguments
 from moemerge.training.callbacks import Pooling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
 from moemerge.training.lookahead import Lookahead
@@ -308,7 +308,7 @@ def expert_schedule(
         )
     subsets = [pair.pair.subset for pair in pairs]
     experts = assign_experts(options, subsets, layers[0].settings.num_routed_experts)
-    return ExpertSchedule(options, total_steps(options, len(pairs)), experts)
+    return ExpertSchedule(options, options.total_steps(len(pairs)), experts)
 
 
 def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> list[dict[str, Any]]:

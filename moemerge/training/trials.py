@@ -35,6 +35,7 @@ from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
 from moemerge.training.bench import Bench
+from moemerge.training.flops import FLOPS, training_flops
 from moemerge.training.report import report, standing
 
 DONE = "done.json"
@@ -106,6 +107,7 @@ def _trial(bench: Bench, options: Train, home: Path) -> dict[str, Any]:
     assigned = trainer.schedule.sizes if trainer.schedule else []
     return report(state, before, options.choose_by) | {
         "parameters": counts,
+        FLOPS: training_flops(bench, options, state["global_step"]),
         **({"assigned": assigned} if assigned else {}),
         "seconds": round(time.perf_counter() - clock, 3),
     }

@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moemerge.artifacts.workspace import once
 from moemerge.data.pairs import swapped
-from moemerge.data.tokenise import EncodedPair
+from moemerge.data.tokenise import EncodedPair, texts_of
 from moemerge.models.device import free_memory
 from moemerge.models.scoring import score_pairs
 from moemerge.options.train import Train
 from moemerge.reports.statistics import Floats
 from moemerge.training.bench import Bench
+from moemerge.training.flops import FLOPS, scoring_flops
 from moemerge.training.trials import best_model, trials_of
 
 log = logging.getLogger(__name__)
@@ -43,12 +45,13 @@ class Election:
     orders: int
     batch_tokens: int
 
-    def differences(self, folder: Path) -> Floats:
+    def differences(self, folder: Path) -> tuple[Floats, float]:
         """Score of chosen minus score of rejected by each voter of a pair's fold, [V, X]; V is `orders`.
 
+        And the FLOPs of training and asking them all.
         What a voter said is kept in `folder`, and so is how far its training is: a killed run goes on there.
         """
-        found_VX = np.empty((self.orders, len(self.fold_X)))
+        found_VX, flops = np.empty((self.orders, len(self.fold_X))), 0.0
         folds = sorted(set(self.fold_X))
         for fold in folds:
             mine_X = np.array(self.fold_X) == fold
@@ -56,8 +59,9 @@ class Election:
                 log.info("voter %d of %d, for fold %d of %d", order + 1, self.orders, fold + 1, len(folds))
                 name = f"fold-{fold}-order-{order}"
                 kept = once(folder / f"{name}.json", partial(self._vote, fold, order, folder / name))
-                found_VX[order, mine_X] = kept
-        return found_VX
+                found_VX[order, mine_X] = kept["differences"]
+                flops += kept[FLOPS]
+        return found_VX, flops
 
     def training_pairs(self, fold: int) -> list[EncodedPair]:
         """What the voters of `fold` are trained on: all pairs of other folds, planted ones turned round."""
@@ -68,7 +72,7 @@ class Election:
             if self.fold_X[place] != fold
         ]
 
-    def _vote(self, fold: int, order: int, home: Path) -> list[float]:
+    def _vote(self, fold: int, order: int, home: Path) -> dict[str, Any]:
         """Train a voter in `home`, and score its fold's pairs."""
         home.mkdir(exist_ok=True)
         # Seeds far apart: no voter has the order, or the fresh head, of another one.
@@ -78,7 +82,7 @@ class Election:
         )  # in what trackers show
         trials = trials_of(self.options.model_copy(update={"seed": seed, "output": named}))
         bench = replace(self.bench, pairs=self.training_pairs(fold))
-        model, _, _ = best_model(bench, trials, home)
+        model, reports, _ = best_model(bench, trials, home)
         scored = [
             pair
             for pair, its in zip([*self.bench.pairs, *self.others], self.fold_X, strict=True)
@@ -89,5 +93,5 @@ class Election:
         del model
         free_memory()
         shutil.rmtree(home)
-        differences: list[float] = (scores_X2[:, 0] - scores_X2[:, 1]).tolist()
-        return differences
+        flops = sum(report[FLOPS] for report in reports) + scoring_flops(bench.model, texts_of(scored))
+        return {"differences": (scores_X2[:, 0] - scores_X2[:, 1]).tolist(), FLOPS: flops}

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.errors import OptionError
 from moemerge.evaluation.ensembles import combine
-from moemerge.models.cost import cost, flops_ratio
+from moemerge.models.cost import cost, cost_of
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model
 from moemerge.options.recipe import Recipe
@@ -76,9 +76,9 @@ def test_costs_by_hand_count(models: dict[str, str]) -> None:
     assert moe["parameters"] == DENSE + 64 * 32 + 3 * 5 * MLP + routers
     assert moe["flops_per_token"] == 2 * (DENSE + 3 * 2 * MLP + routers)
     ratio = (DENSE + 3 * 2 * MLP + routers) / DENSE
-    assert flops_ratio(ModelFolder(models["moe"]), ModelFolder(models["a"])) == pytest.approx(
-        ratio, rel=1e-12
-    )
+    of_moe, of_dense = (cost_of(ModelFolder(models[name])) for name in ("moe", "a"))
+    assert of_moe.flops_per_token / of_dense.flops_per_token == pytest.approx(ratio, rel=1e-12)
+    assert (of_dense.layers, of_dense.language_head_flops) == (3, 2 * 32 * 64)
 
 
 def test_torch_counts_as_many_flops_in_the_linears(models: dict[str, str]) -> None:
@@ -212,7 +212,7 @@ def test_full_budgets_and_the_control_as_first_fine_tune() -> None:
         exclude=differing
     )
     longer = found["control-flops"]
-    assert (longer.flops_of, longer.model, longer.epochs) == ("out/upcycle", "out/synthetic/model", 2)
+    assert (longer.flops_of, longer.model, longer.epochs) == (["out/upcycle"], "out/synthetic/model", 2)
     names = [
         "dense",
         "control",

@@ -148,3 +148,30 @@ def test_a_run_votes_once_and_shows_what_came_of_it(tmp_path: Path) -> None:
     assert "strength/strength.png" in text
     again = pipeline.run_recipe(given)
     assert [step.reason for step in again.steps] == [None] * len(report.steps)
+
+
+def test_rivals_tell_apart_what_the_vote_and_what_the_loss_is_worth() -> None:
+    wanted = {"untreated": True, "plain": True}
+    control = {"epochs": 2, "margin": "column", "objectives": {"bradley_terry": 1.0, "policy": 0.2},
+               "policy_temperature": 0.3, **COLUMN}  # fmt: skip
+    steps = options(recipe(strength=SOFT, base={**COLUMN}, control=control, baselines=wanted))
+    raw, base, rival = "out/data/train.jsonl.gz", steps["untreated-base"], steps["untreated"]
+    assert (base.pairs, base.model, base.label_smoothing) == (raw, "owner/rm", 0.0)
+    assert (rival.pairs, rival.model, rival.flops_of) == (
+        raw,
+        "out/untreated-base",
+        ["out/strength", "out/control"],
+    )
+    assert (rival.margin, rival.label_smoothing, rival.objectives) == ("none", 0.0, control["objectives"])
+    plain = steps["plain"]
+    assert (plain.pairs, plain.model) == ("out/strength/pairs.jsonl.gz", steps["control"].model)
+    assert (plain.objectives, plain.margin, plain.label_smoothing) == ({"bradley_terry": 1.0}, "none", 0.0)
+    assert (plain.flops_of, plain.epochs, plain.policy_temperature) == (["out/control"], 2, 0.1)
+    assert list(steps["evaluate"].models)[:4] == ["dense", "control", "untreated", "plain"]
+
+
+def test_rivals_without_what_they_do_without() -> None:
+    faults = find_faults(recipe(baselines={"untreated": True, "plain": True}))
+    assert [fault.what for fault in faults] == [
+        "baselines.untreated needs a vote on labels", "baselines.plain would be the control again",
+    ]  # fmt: skip

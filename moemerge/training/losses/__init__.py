@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moemerge.registry import Registry
@@ -19,3 +20,15 @@ LOSSES: Registry[MakeLoss] = Registry(
     },
 )
 CENTER = "center"  # a term as well, which options.center weighs
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What an objective sends through a language head: chosen answers only; once more before training."""
+
+    chosen_only: bool = False
+    before: bool = False
+
+
+# What makes an objective dear; the others cost next to nothing beside the model.
+THROUGH_LANGUAGE_HEAD = {"policy": Reads(before=True), "language": Reads(chosen_only=True)}
