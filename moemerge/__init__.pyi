@@ -1156,6 +1156,8 @@ def optimise(
     batch_size: int = 32,
     gradient_accumulation: int = 1,
     answers_per_prompt: int = 4,
+    credit: Literal["answer", "token"] = "answer",
+    credit_weight: float = 1.0,
     learning_rate: float = 1e-05,
     kl_penalty: float = 0.0,
     max_grad_norm: float = 1.0,
@@ -1200,6 +1202,9 @@ def optimise(
         batch_size: answers per pass  [default: 32]
         gradient_accumulation: passes per optimiser step  [default: 1]
         answers_per_prompt: answers to each prompt, which are each other's baseline  [default: 4]
+        credit: token: each token's baseline also has what the reward model made of the answer so far
+            (RED; decoders only) (answer, token)  [default: answer]
+        credit_weight: of credit token: how much of that is taken off  [default: 1.0]
         learning_rate: learning rate, constant  [default: 1e-05]
         kl_penalty: weight of KL to the first policy in the reward  [default: 0.0]
         max_grad_norm: gradient clipping  [default: 1.0]

@@ -70,13 +70,14 @@ def model_reward(source: ModelFolder | str, device: torch.device, max_length: in
     model = load_reward_model(folder, device)
 
     def scores(items: Sequence[Item]) -> Floats:
-        encoded = [_usable(text, folder.source, max_length) for text in encode_all(tokenizer, items)]
+        encoded = [usable(text, folder.source, max_length) for text in encode_all(tokenizer, items)]
         return score(model, tokenizer, encoded, BATCH_TOKENS).double().numpy()
 
     return scores
 
 
-def _usable(text: Encoded | BadRow, path: str, max_length: int) -> Encoded:
+def usable(text: Encoded | BadRow, path: str, max_length: int) -> Encoded:
+    """The encoded text; DataError if it could not be encoded, or is longer than `max_length` tokens."""
     if isinstance(text, Encoded) and len(text.ids) <= max_length:
         return text
     raise DataError(

@@ -21,6 +21,12 @@ class OptimiseSettings(GoldSource):
     answers_per_prompt: int = Field(
         4, ge=2, description="answers to each prompt, which are each other's baseline"
     )
+    credit: Literal["answer", "token"] = Field(
+        "answer",
+        description="token: each token's baseline also has what the reward model made of the answer so far "
+        "(RED; decoders only)",
+    )
+    credit_weight: float = Field(1.0, ge=0, description="of credit token: how much of that is taken off")
     learning_rate: float = Field(1e-5, gt=0, description="learning rate, constant")
     kl_penalty: float = Field(0.0, ge=0, description="weight of KL to the first policy in the reward")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
@@ -48,6 +54,8 @@ class OptimiseSettings(GoldSource):
             raise ValueError("gold scores are needed: give gold_model or gold_function")
         if self.batch_size * self.gradient_accumulation % self.answers_per_prompt:
             raise ValueError("batch_size * gradient_accumulation must be a multiple of answers_per_prompt")
+        if self.credit_weight != 1 and self.credit != "token":
+            raise ValueError("credit_weight goes with credit token")
         return self
 
     @property

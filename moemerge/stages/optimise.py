@@ -24,6 +24,7 @@ from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import Row, RowSummary, Text, write_rows
 from moemerge.errors import DataError, OptionError, together, unknown
 from moemerge.evaluation import gold
+from moemerge.evaluation.credit import token_credit
 from moemerge.evaluation.gold import Reward
 from moemerge.evaluation.policy_page import MEASURED, table
 from moemerge.evaluation.probes import over_optimisation
@@ -133,12 +134,14 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     trust, start = options.trust_remote_code, ModelFolder(options.policy, options.trust_remote_code)
     policy, tokenizer = load_policy(start, device, torch.float32)
     reference, _ = load_policy(start, device, torch.float32)
-    proxy = gold.model_reward(ModelFolder(options.models[name], trust), device, options.max_length)
+    rewarding = ModelFolder(options.models[name], trust)
+    proxy = gold.model_reward(rewarding, device, options.max_length)
+    credit = token_credit(rewarding, device, options.max_length) if options.credit == "token" else None
     prompts, rows = _prompts(options, tokenizer)
     held = min(options.measure_prompts, len(prompts) // 2)
     meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, gold_reward, [])
     meter.measure(0)
-    optimise_policy(options, name, policy, tokenizer, prompts[held:], proxy, meter.measure, folder)
+    optimise_policy(options, name, policy, tokenizer, prompts[held:], proxy, credit, meter.measure, folder)
     return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": rows}
 
 

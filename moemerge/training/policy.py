@@ -6,9 +6,11 @@ B sequences, T tokens, V words of the vocabulary.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,13 @@ def answer_text(tokenizer: Any, prompt: Text, ids: Sequence[int]) -> str:
     rest = whole[len(start) :]
     # Decoding may drop the prompt's last space, which then stands before the answer a second time.
     return rest[1:] if prompt[-1:].isspace() and not start[-1:].isspace() and rest[:1].isspace() else rest
+
+
+def token_ends(tokenizer: Any, prompt: Text, ids: Sequence[int]) -> list[int]:
+    """Where each token of an answer ends in its `answer_text`; a token of half a letter ends before it."""
+    whole = answer_text(tokenizer, prompt, ids)
+    begun = (answer_text(tokenizer, prompt, ids[:count]) for count in range(1, len(ids) + 1))
+    return list(accumulate((len(os.path.commonprefix([whole, text])) for text in begun), max))
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from moemerge.data.tokenise import Item
 from moemerge.options.optimise import Optimise
 from moemerge.reports.statistics import Floats
 from moemerge.training.arguments import autocasts, curves_of, keep_curves, make_config
-from moemerge.training.policy import answer_text, prompt_ids
+from moemerge.training.policy import answer_text, prompt_ids, token_ends
 
 
 class PolicyTrainer(RLOOTrainer):
@@ -37,6 +37,40 @@ class PolicyTrainer(RLOOTrainer):
         if isinstance(prompts[0], str):
             return prompt_ids(cast(PreTrainedTokenizerBase, self.processing_class), prompts), None, {}
         return super()._tokenize_prompts(prompts)
+
+
+class TokenCreditTrainer(PolicyTrainer):
+    """A PolicyTrainer whose tokens have baselines of their own: what the answer had earned before each.
+
+    A token's advantage is that of its answer, minus `weight` times the sum of `rewards` of the tokens before
+    it. As that sum depends on nothing that comes later, the expected gradient is the answer's, whatever the
+    weight (Williams 1992, doi 10.1007/BF00992696): rewards of tokens that telescope, as RED's do
+    (arXiv 2411.08302), move no optimum, only the variance. `rewards` are those of the answers scored last.
+    """
+
+    weight: float
+    rewards: Sequence[Floats]
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        mask_BT = output["completion_mask"]
+        earned_BT = torch.zeros(mask_BT.shape, dtype=torch.float64)
+        for row, rewards_T in zip(earned_BT, self.rewards, strict=True):
+            row[1 : len(rewards_T)] = torch.from_numpy(rewards_T[:-1]).cumsum(0)
+        return output | {"baselines": (self.weight * earned_BT).to(mask_BT.device, torch.float32)}
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **how: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **how)
+        self._logps_BT = found[0]
+        return found
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        loss = super()._compute_loss(model, inputs)
+        # Answers are the policy's own, so RLOO's ratio is 1 and its gradient that of advantage * log p.
+        taken_BT = (
+            inputs["baselines"] * inputs["completion_mask"] * (self._logps_BT - self._logps_BT.detach())
+        )
+        return loss + taken_BT.sum(dim=1).mean()
 
 
 class Visits(TrainerCallback):
@@ -61,22 +95,28 @@ def optimise_policy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
     reward: Callable[[Sequence[Item]], Floats],
+    credit: Callable[[Sequence[Item], Sequence[Sequence[int]]], tuple[Floats, list[Floats]]] | None,
     visit: Callable[[int], None],
     folder: Path,
 ) -> None:
     """Train `policy` in place for `options.steps` towards `reward`, calling `visit` at every measurement.
 
     Answers are drawn at `temperature` from all tokens. Each answer's baseline is the mean reward of the other
-    answers to its prompt. Nothing is saved; TRL wants `folder` for an output folder. `name`: the reward
-    model's, for trackers.
+    answers to its prompt. `credit`, if given, gives each answer's reward in place of `reward`, and what each
+    of its tokens, by their ends in its text, has added to it: see TokenCreditTrainer. Nothing is saved; TRL
+    wants `folder` for an output folder. `name`: the reward model's, for trackers.
     """
 
     def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         pairs = zip(prompts, completion_ids, strict=True)
         items = [(p, as_answer(p, answer_text(tokenizer, p, ids))) for p, ids in pairs]
-        return list(reward(items).tolist())
+        if credit is None:
+            return list(reward(items).tolist())
+        ends = [token_ends(tokenizer, p, ids) for p, ids in zip(prompts, completion_ids, strict=True)]
+        scores, trainer.rewards = credit(items, ends)
+        return list(scores.tolist())
 
-    trainer = PolicyTrainer(
+    trainer: Any = (PolicyTrainer if credit is None else TokenCreditTrainer)(
         model=policy,
         reward_funcs=rewards,
         args=_arguments(options, name, policy.device, folder),
@@ -84,6 +124,7 @@ def optimise_policy(
         processing_class=tokenizer,
         callbacks=[Visits(visit, options.measured_every)],
     )
+    trainer.weight = options.credit_weight
     trainer.remove_callback(PrinterCallback)
     keep_curves(trainer, curves_of(options, name))
     trainer.train()
