@@ -45,6 +45,7 @@ _HOMES = {
     "patch": "run.patch",
     "check_recipe": "run.check",
     "load_recipe": "run.check",
+    "forecast": "run.forecast",
     "load_moe": "models.modelling",
     "open_result": "run.steps",
     "Result": "artifacts.result",

@@ -24,6 +24,7 @@ from moemerge.models.modelling import load_moe as load_moe
 from moemerge.models.routing import RoutingStatistics as RoutingStatistics
 from moemerge.run.check import check_recipe as check_recipe
 from moemerge.run.check import load_recipe as load_recipe
+from moemerge.run.forecast import forecast as forecast
 from moemerge.run.pipeline import run_recipe as run_recipe
 from moemerge.run.steps import RunReport as RunReport
 from moemerge.run.steps import StepReport as StepReport

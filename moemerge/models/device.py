@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -45,12 +47,19 @@ def use_training_device(options: Run) -> torch.device:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One CPU thread for torch: more of them only wait for each other, where memory is what takes time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with torch_threads(1):
+        yield
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many CPU threads for torch while it is open."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def free_memory() -> None:
@@ -75,3 +84,14 @@ def pick_device(name: str) -> torch.device:
             expected="auto, cpu, cuda or cuda:N of a GPU that this torch sees",
             fix=f"choose another device ({str(error).splitlines()[0]})",
         ) from error
+
+
+def memory_at_hand(device: torch.device) -> int:
+    """Bytes that are free for models and batches: on a GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return next(1024 * int(line.split()[1]) for line in text.splitlines() if "MemAvailable" in line)
+    except (OSError, ValueError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

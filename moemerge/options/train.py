@@ -15,6 +15,7 @@ from moemerge.options.trainer import own_keys
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+EVALUATIONS = 10  # per training
 SEARCHABLE = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
 # What takes part only beside one of these objectives.
 ONLY_WITH = {
@@ -209,6 +210,10 @@ class TrainSettings(Options):
         passes = math.ceil(num_pairs / self.batch_size)
         per_epoch = math.ceil(passes / self.gradient_accumulation)
         return self.max_steps or math.ceil(self.epochs * per_epoch)
+
+    def steps_between_evaluations(self, num_pairs: int) -> int:
+        """Optimiser steps from one evaluation on held-out pairs to the next."""
+        return self.eval_steps or max(1, self.total_steps(num_pairs) // EVALUATIONS)
 
     def scaled(self, factor: float) -> Self:
         """These with `factor` times the epochs, those of a search too, and steps (rounded, at least one).

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moemerge.artifacts.weight_files import Fault
     from moemerge.options.base import Run
     from moemerge.options.recipe import Recipe
+    from moemerge.run.forecast import Forecast
     from moemerge.run.steps import RunReport, StepReport
 
 FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
@@ -146,17 +147,26 @@ def init(path: Path, template: str) -> None:
 @_set
 @click.argument("recipe", type=click.Path(path_type=Path))
 def check(recipe: Path, overrides: Sequence[str]) -> None:
-    """Find every fault of RECIPE, or print its plan."""
+    """Find every fault of RECIPE, or print its plan: steps, and what they will take."""
     from moemerge.run.check import load_recipe
+    from moemerge.run.forecast import forecast
     from moemerge.run.plan import plan
 
     loaded = load_recipe(recipe, overrides)
     steps = plan(loaded)
+    foreseen = forecast(loaded)
     _say("ok")
     for line in _doubts(loaded):
         _say(line)
     for step in steps:
-        _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}")
+        takes = "" if isinstance(foreseen, str) else foreseen.line(step.name)
+        _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}" + f"  {takes}" * bool(takes))
+    _tell_forecast(foreseen)
+
+
+def _tell_forecast(foreseen: Forecast | str) -> None:
+    for line in [foreseen] if isinstance(foreseen, str) else foreseen.sentences():
+        _say(line)
 
 
 def _doubts(recipe: Recipe | Run) -> Iterator[str]:
@@ -179,8 +189,13 @@ def _doubts(recipe: Recipe | Run) -> Iterator[str]:
 @click.argument("recipe", type=click.Path(path_type=Path))
 def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
     """Run the steps of RECIPE that are not done yet."""
+    from moemerge.run.check import load_recipe
+    from moemerge.run.forecast import forecast
     from moemerge.run.pipeline import run_recipe
 
+    loaded = load_recipe(recipe, overrides, output)
+    if not loaded.output.exists():  # of a run that goes on it is not known how much is left
+        _tell_forecast(forecast(loaded))
     _tell_run(run_recipe(recipe, overrides, output, tell=_tell_step))
 
 

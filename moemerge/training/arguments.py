@@ -27,7 +27,6 @@ from moemerge.options.trainer import FIXED, OPTION_OF
 C = TypeVar("C", bound=TrainingArguments)
 
 NOT_OURS = {*OPTION_OF, *FIXED}
-EVALUATIONS = 10
 LOGS_PER_EVALUATION = 10
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -187,7 +186,7 @@ def own_batch(options: Train) -> int:
 
 def _intervals(options: Train, num_pairs: int) -> tuple[int, int]:
     """Steps between evaluations, and between log entries: a divisor, so that a resumed log goes on evenly."""
-    every = options.eval_steps or max(1, options.total_steps(num_pairs) // EVALUATIONS)
+    every = options.steps_between_evaluations(num_pairs)
     wanted = max(1, every // LOGS_PER_EVALUATION)
     # The trainer logs means since its last entry. Checkpoints are written at evaluations, so an entry has to
     # end at each: else the first one after a resume would be of fewer steps than in an unbroken run.
