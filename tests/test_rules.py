@@ -214,7 +214,7 @@ def test_the_wheel_has_every_folder_and_pins_cover_every_dependency() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in PACKAGE.rglob("__init__.py")}
-    recipes = {"moemerge.merge_configs", "moemerge.merge_configs.mergekit"}
+    recipes = {f"moemerge.merge_configs{folder}" for folder in ("", ".mergekit", ".own")}
     assert set(project["tool"]["setuptools"]["packages"]) == folders | recipes
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
     pinned = set(re.findall(r"^([\w-]+)==\d", pins, re.M))

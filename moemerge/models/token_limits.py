@@ -51,6 +51,12 @@ def check_config(config: PreTrainedConfig, texts: Sequence[Encoded]) -> None:
     check_texts(skeleton(config), texts)
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens that the reward model of `config` was made for at most; None if its config does not say."""
+    told = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(_positions(skeleton(config)), default=told)
+
+
 def _positions(model: PreTrainedModel) -> Iterator[int]:
     """Positions of each learned table; the rows that stand before the first one are not counted."""
     for name, module in model.named_modules():

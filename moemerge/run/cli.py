@@ -20,7 +20,7 @@ import click
 from moemerge.artifacts.memory import shortage
 from moemerge.artifacts.ranks import first_to_fail, leads
 from moemerge.artifacts.redaction import redact
-from moemerge.errors import MoemergeError, first_line, suggest
+from moemerge.errors import MoemergeError, OptionError, first_line, suggest
 from moemerge.reports.table import Table, visible
 from moemerge.run import commands
 from moemerge.run.flags import StageCommand, given_options
@@ -131,16 +131,65 @@ _set = click.option(
 )
 
 
-@_command
-@click.option(
-    "--template", default="quickstart", show_default=True, help="Which of the shipped recipes to copy."
-)
+class InitCommand(click.Command):
+    """Tells of templates and goals what each is."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Two lists below the options."""
+        from moemerge.run.own_recipe import GOALS
+        from moemerge.run.templates import summary, templates
+
+        with formatter.section("Goals"):
+            formatter.write_dl([(name, goal.summary) for name, goal in GOALS.items()])
+        with formatter.section("Templates"):
+            formatter.write_dl([(name, summary(path)) for name, path in templates().items()])
+
+
+@cli.command(cls=InitCommand)
+@click.option("--model", "models", multiple=True, metavar="MODEL", help="Your model; repeat for several.")
+@click.option("--train", metavar="DATA", help="Your pairs: a file, or a hub name:split.")
+@click.option("--test", metavar="DATA", help="Other pairs, to measure on.")
+@click.option("--goal", metavar="GOAL", help="What it is to do, see below.  [default: merge or combine]")
+@click.option("--template", metavar="NAME", help="Or a recipe to copy, see below.  [default: quickstart]")
 @click.argument("path", type=click.Path(path_type=Path))
-def init(path: Path, template: str) -> None:
-    """Write a commented recipe to PATH."""
+def init(
+    path: Path,
+    models: Sequence[str],
+    train: str | None,
+    test: str | None,
+    goal: str | None,
+    template: str | None,
+) -> None:
+    """Write a commented recipe to PATH: for your model and pairs, or a copy of one that comes with moemerge.
+
+    With --model and --train, lengths, layers, experts and batch size are filled in for the data and for the
+    memory at hand, and the recipe says why.
+    """
     from moemerge.run.templates import write_template
 
-    _say(f"wrote {write_template(path, template)}; run it: moemerge run {path}")
+    if not (models or train or test or goal):
+        _say(f"wrote {write_template(path, template or 'quickstart')}; run it: moemerge run {path}")
+        return
+    from moemerge.run.own_recipe import write_recipe
+
+    _refuse_half(models, train, template)
+    written = write_recipe(path, models, str(train), test, goal)
+    _say(f"wrote {written}; look at it, then: moemerge check {path}; moemerge run {path}")
+
+
+def _refuse_half(models: Sequence[str], train: str | None, template: str | None) -> None:
+    """A recipe of one's own needs model and pairs, and is no template."""
+    if not models or train is None or template is not None:
+        given = {"--model": models, "--train": train, "--template": template}
+        raise OptionError(
+            "a recipe for your own model and data cannot be written",
+            given=", ".join(flag for flag, value in given.items() if value) or "neither model nor data",
+            expected="--model and --train, or --template alone",
+            fix="give --model MODEL --train DATA",
+        )
+
+
+init.params.append(_verbosity())
 
 
 @_command
@@ -164,9 +213,13 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
     _tell_forecast(foreseen)
 
 
-def _tell_forecast(foreseen: Forecast | str) -> None:
-    for line in [foreseen] if isinstance(foreseen, str) else foreseen.sentences():
-        _say(line)
+def _tell_forecast(foreseen: Forecast | str, unknown: bool = True) -> None:
+    """Print it; where nothing is known the reason, if `unknown` asks for that."""
+    if not isinstance(foreseen, str):
+        for line in foreseen.sentences():
+            _say(line)
+    elif unknown:
+        _say(foreseen)
 
 
 def _doubts(recipe: Recipe | Run) -> Iterator[str]:
@@ -195,7 +248,7 @@ def run(recipe: Path, overrides: Sequence[str], output: Path | None) -> None:
 
     loaded = load_recipe(recipe, overrides, output)
     if not loaded.output.exists():  # of a run that goes on it is not known how much is left
-        _tell_forecast(forecast(loaded))
+        _tell_forecast(forecast(loaded), unknown=False)
     _tell_run(run_recipe(recipe, overrides, output, tell=_tell_step))
 
 

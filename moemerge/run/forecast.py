@@ -91,6 +91,8 @@ def forecast(recipe: Recipe | Run | str | Path) -> Forecast | str:
     """
     if isinstance(recipe, str | Path):
         return forecast(load_recipe(recipe))
+    if isinstance(recipe, Recipe) and recipe.synthetic:
+        return "no estimate of time: the run makes its model and data itself"
     run = by_seed(recipe)[0] if isinstance(recipe, Recipe) and recipe.seeds else recipe
     steps = plan(run)
     data = next((step.options for step in steps if step.stage == "data"), None)
