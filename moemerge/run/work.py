@@ -72,7 +72,7 @@ class Stored:
 
 @dataclass
 class Foreseen:
-    """What is known of a run's files before they are there: pairs and models, by path."""
+    """What is known of a run's files before they are there: pairs, models, and what these take, by path."""
 
     cost: LayerCost
     where: str
@@ -81,6 +81,7 @@ class Foreseen:
     source: Stored
     pairs: dict[str, Pairs]
     models: dict[str, Stored] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Data, run: Any) -> Foreseen | None:
@@ -147,35 +148,40 @@ def _cut(data: Data, name: str, lengths: Lengths, share: float) -> Pairs:
 
 
 def _train(run: Foreseen, o: Train) -> Work:
-    given, held_out, old = run.part(o, "pairs"), run.part(o, "validation"), run.model(o.model)
-    count = given.count / (1 - sum(o.shares.values()))
-    options = o.scaled(_longer(run, o))
-    longest = max([options.epochs, *options.search.get("epochs", [])])
-    steps = options.model_copy(update={"epochs": longest}).total_steps(math.ceil(count))
+    work = _training(run, o)
+    if o.flops_of and (plain := work.seconds):
+        work = _training(run, o.scaled(sum(_seconds_of(run, o, at, plain) for at in o.flops_of) / plain))
+    run.models[str(o.output)] = Stored(run.model(o.model).size, FLOAT32)
+    run.seconds[str(o.output)] = work.seconds or 0.0
+    return work
+
+
+def _seconds_of(run: Foreseen, o: Train, path: str, plain: float) -> float:
+    """What the training at `path` takes, or these options with a model there; `plain`: as they stand."""
+    if path in run.seconds:
+        return run.seconds[path]
+    return plain * run.model(path).size.passes() / run.model(o.model).size.passes()
+
+
+def _training(run: Foreseen, o: Train) -> Work:
+    given, held_out = run.part(o, "pairs"), run.part(o, "validation")
+    size, cost = run.model(o.model).size, run.cost
+    count = math.ceil(given.count / (1 - sum(o.shares.values())))
+    longest = max([o.epochs, *o.search.get("epochs", [])])
+    steps = o.model_copy(update={"epochs": longest}).total_steps(count)
     trials = math.prod(map(len, o.search.values()))
-    evaluations = 1 + steps // options.steps_between_evaluations(math.ceil(count)) if held_out.count else 0
+    evaluations = 1 + steps // o.steps_between_evaluations(count) if held_out.count else 0
     tokens = steps * o.batch_size * o.gradient_accumulation * 2 * given.mean
-    size, cost = old.size, run.cost
     once = run.forward(size, tokens) + tokens * size.backward(o) * (cost.training - cost.forward)
-    seconds = trials * (once + evaluations * run.forward(size, held_out.tokens))
     kept_by_layers = 1 if o.gradient_checkpointing else size.backward(o)
-    activations = 2 * o.batch_size * run.max_length * cost.kept * kept_by_layers
-    new = run.models[str(o.output)] = Stored(size, FLOAT32)
     return Work(
         steps=trials * steps,
         tokens=trials * (tokens + evaluations * held_out.tokens),
-        seconds=seconds,
-        memory=size.training_memory(o) + activations,
-        kept=new.bytes,
+        seconds=trials * (once + evaluations * run.forward(size, held_out.tokens)),
+        memory=size.training_memory(o) + 2 * o.batch_size * run.max_length * cost.kept * kept_by_layers,
+        kept=FLOAT32 * size.parameters,
         disk=size.training_space(o),
     )
-
-
-def _longer(run: Foreseen, o: Train) -> float:
-    """How many times as long it trains to spend the FLOPs of another model."""
-    if o.flops_of is None:
-        return 1.0
-    return run.model(o.flops_of).size.passes() / run.model(o.model).size.passes()
 
 
 def _upcycle(run: Foreseen, o: Upcycle) -> Work:
