@@ -623,7 +623,7 @@ def fit(
     holdout: float = 0.3,
     folds: int = 0,
     level: float = 0.05,
-    judge: Literal["calibrated", "preferences", "objective"] = "calibrated",
+    judge: Literal["calibrated", "preferences", "accuracy", "objective"] = "calibrated",
     robust_rounds: int = 0,
     robust_temperature: float = 1.0,
     sensitivity: bool = True,
@@ -631,6 +631,7 @@ def fit(
     routing: StrPath | None = None,
     validation: StrPath | None = None,
     start: StrPath | None = None,
+    curve: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     candidates: StrPath | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -703,9 +704,10 @@ def fit(
         folds: 0, or number of parts: each is held out in turn, and the coefficients are averaged
             [default: 0]
         level: the initial coefficients are kept unless p on held-out pairs is below  [default: 0.05]
-        judge: loss that decides on held-out pairs: calibrated, which is Bradley-Terry after the best
-            factor on each candidate's scores, so that no scale is rewarded; preferences, which is
-            without; or what is fitted (calibrated, preferences, objective)  [default: calibrated]
+        judge: what decides on held-out pairs, and by what method grid chooses: calibrated, the Bradley-
+            Terry loss after the best factor on each candidate's scores, so that no scale is rewarded;
+            preferences, that loss without one; accuracy; or what is fitted (calibrated, preferences,
+            accuracy, objective)  [default: calibrated]
         robust_rounds: further rounds on pairs weighted by how badly the merged model ranks them
             [default: 0]
         robust_temperature: robust_rounds: weights are exp(loss / temperature); wrong labels gain too
@@ -717,6 +719,7 @@ def fit(
         routing: folder written by route; needed by usage and match
         validation: held-out pairs (default: a share of the fitting pairs)
         start: coefficients of the same members to start from, in place of initial
+        curve: method grid: test pairs, name=file, on which every weight is measured too, by subset
         candidates: robust_rounds: scored candidates, whose overrated answers become pairs
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -886,7 +889,7 @@ def fit_models(
     holdout: float = 0.3,
     folds: int = 0,
     level: float = 0.05,
-    judge: Literal["calibrated", "preferences", "objective"] = "calibrated",
+    judge: Literal["calibrated", "preferences", "accuracy", "objective"] = "calibrated",
     robust_rounds: int = 0,
     robust_temperature: float = 1.0,
     sensitivity: bool = True,
@@ -894,6 +897,7 @@ def fit_models(
     routing: StrPath | None = None,
     validation: StrPath | None = None,
     start: StrPath | None = None,
+    curve: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     candidates: StrPath | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -962,9 +966,10 @@ def fit_models(
         folds: 0, or number of parts: each is held out in turn, and the coefficients are averaged
             [default: 0]
         level: the initial coefficients are kept unless p on held-out pairs is below  [default: 0.05]
-        judge: loss that decides on held-out pairs: calibrated, which is Bradley-Terry after the best
-            factor on each candidate's scores, so that no scale is rewarded; preferences, which is
-            without; or what is fitted (calibrated, preferences, objective)  [default: calibrated]
+        judge: what decides on held-out pairs, and by what method grid chooses: calibrated, the Bradley-
+            Terry loss after the best factor on each candidate's scores, so that no scale is rewarded;
+            preferences, that loss without one; accuracy; or what is fitted (calibrated, preferences,
+            accuracy, objective)  [default: calibrated]
         robust_rounds: further rounds on pairs weighted by how badly the merged model ranks them
             [default: 0]
         robust_temperature: robust_rounds: weights are exp(loss / temperature); wrong labels gain too
@@ -976,6 +981,7 @@ def fit_models(
         routing: folder written by route; needed by usage and match
         validation: held-out pairs (default: a share of the fitting pairs)
         start: coefficients of the same members to start from, in place of initial
+        curve: method grid: test pairs, name=file, on which every weight is measured too, by subset
         candidates: robust_rounds: scored candidates, whose overrated answers become pairs
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)

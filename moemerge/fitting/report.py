@@ -11,6 +11,7 @@ from typing import Any
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft
+from moemerge.fitting.curve import draw, table
 from moemerge.fitting.problem import FitOutcome
 from moemerge.merging.coefficients import Coefficients
 from moemerge.reports import plotting
@@ -28,14 +29,18 @@ def write_report(draft: Draft, coefficients: Coefficients, outcome: FitOutcome, 
         "block",
         y_ticks=[block.removeprefix("layers.") for block in coefficients.blocks],
     )
-    tables = [
+    tables, pictures = [], "![alpha](alpha.png)\n"
+    if rows := outcome.report.get("curve"):
+        draw(rows, draft.folder / "curve.png")
+        tables, pictures = [table(rows)], pictures + "![curve](curve.png)\n"
+    tables += [
         *_loss_tables(outcome.report),
         _coefficient_table(coefficients, outcome.report, members),
         *_sensitivity_tables(outcome.report),
     ]
     parts = ["# Merge coefficients\n", outcome.report["verdict"] + "\n", *(t.markdown() for t in tables)]
-    (draft.folder / "fit.md").write_text("\n".join([*parts, "![alpha](alpha.png)\n"]), encoding="utf-8")
-    draft.results |= {k: v for k, v in outcome.report.items() if k != "trajectory"}
+    (draft.folder / "fit.md").write_text("\n".join([*parts, pictures]), encoding="utf-8")
+    draft.results |= {k: v for k, v in outcome.report.items() if k not in ("trajectory", "curve")}
 
 
 def coefficient_rows(folder: Path) -> Iterator[dict[str, Any]]:

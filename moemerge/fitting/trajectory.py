@@ -41,9 +41,11 @@ class Point:
 
 
 def judged(settings: FitSettings, measured: Measured) -> Tensor:
-    """The loss that compares points, per pair: Bradley-Terry (calibrated or plain), or what is fitted."""
+    """What compares points, per pair: Bradley-Terry (calibrated or plain), errors, or what is fitted."""
     if settings.judge == "calibrated":
         return calibrated_losses(measured.margins_P)
+    if settings.judge == "accuracy":
+        return (measured.margins_P <= 0).double()
     return -logsigmoid(measured.margins_P) if settings.judge == "preferences" else measured.losses_P
 
 

@@ -14,6 +14,7 @@ from moemerge.options.base import (
     Options,
     Run,
     Source,
+    Sources,
     TextFormat,
 )
 
@@ -101,11 +102,11 @@ class FitSettings(Options):
     level: float = Field(
         0.05, gt=0, le=1, description="the initial coefficients are kept unless p on held-out pairs is below"
     )
-    judge: Literal["calibrated", "preferences", "objective"] = Field(
+    judge: Literal["calibrated", "preferences", "accuracy", "objective"] = Field(
         "calibrated",
-        description="loss that decides on held-out pairs: calibrated, which is Bradley-Terry after the best "
-        "factor on each candidate's scores, so that no scale is rewarded; preferences, which is without; or "
-        "what is fitted",
+        description="what decides on held-out pairs, and by what method grid chooses: calibrated, the "
+        "Bradley-Terry loss after the best factor on each candidate's scores, so that no scale is rewarded; "
+        "preferences, that loss without one; accuracy; or what is fitted",
     )
     robust_rounds: int = Field(
         0, ge=0, description="further rounds on pairs weighted by how badly the merged model ranks them"
@@ -167,6 +168,10 @@ class Fit(FitSettings, Members, TextFormat, Run):
     start: Source | None = Field(
         None, description="coefficients of the same members to start from, in place of initial"
     )
+    curve: Sources = Field(
+        default_factory=dict,
+        description="method grid: test pairs, name=file, on which every weight is measured too, by subset",
+    )
     candidates: Source | None = Field(
         None, description="robust_rounds: scored candidates, whose overrated answers become pairs"
     )
@@ -177,6 +182,8 @@ class Fit(FitSettings, Members, TextFormat, Run):
             raise ValueError("start and initial exclude each other: give one of them")
         if self.folds and self.validation:
             raise ValueError("folds are parts of the fitting pairs: give folds or validation, not both")
+        if self.curve and self.method != "grid":
+            raise ValueError("curve goes with method grid")
         if self.candidates and not self.robust_rounds:
             raise ValueError("candidates need robust_rounds")
         return self

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -22,6 +23,7 @@ from moemerge.data.pairs import Pair
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
 from moemerge.errors import CheckpointError, OptionError
+from moemerge.fitting.curve import Rows, curve
 from moemerge.fitting.gram import output_grams
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.objectives.base import mixture
@@ -61,9 +63,10 @@ def fit(options: Fit, draft: Draft) -> None:
     source = _opened(options)
     blocks = source.blocks(per_matrix=options.granularity in ("matrix", "group"))
     with StateStore(draft.folder, options.cache_memory * 1e9) as store:
-        outcome = method(
-            _problem(options, source, blocks, _Data(options, source, blocks, device, draft, store))
-        )
+        data = _Data(options, source, blocks, device, draft, store)
+        outcome = method(_problem(options, source, blocks, data))
+        if options.curve:
+            outcome = replace(outcome, report=outcome.report | {"curve": data.curve(outcome)})
     meta = {
         "method": options.method,
         "shared_weight": str(options.shared_weight),
@@ -231,6 +234,12 @@ class _Data:
         pairs, train, _ = self.split
         targets = Targets(self.merged, self.tokenizer, [pairs[number] for number in train], self.options)
         return output_grams(targets, len(self.blocks))
+
+    def curve(self, outcome: FitOutcome) -> Rows:
+        """Every weight of the grid on the test pairs."""
+        sets = {name: self._read(f"curve/{name}", source) for name, source in self.options.curve.items()}
+        size = self.options.micro_batch_size
+        return curve(self.merged, self.tokenizer, sets, outcome, self.options.grid, size)
 
     def _read(self, name: str, source: str) -> list[EncodedPair]:
         pairs, report = read_pairs(source, self.options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -129,15 +131,15 @@ def test_the_table_grows_where_it_must(tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.tensor([ids])).logits).all()
 
 
-def labelled_by(judge: Path, folder: Path) -> Path:
-    """Pairs whose chosen answer is the one that `judge` scores higher."""
-    rows = random_pairs(120, seed=8)
+def labelled_by(judge: Path, folder: Path, wrong: float = 0.0, subsets: tuple[str, ...] = ("",)) -> Path:
+    """Pairs whose chosen answer is the one that `judge` scores higher, but for a share of `wrong` ones."""
+    rows, draw = random_pairs(120, seed=8, subsets=subsets), random.Random(0)
     pairs, report = read_pairs(str(write_rows(folder / "raw.jsonl", rows)), TextFormat())
     tokenizer = load_tokenizer(str(judge))
     encoded = encode_pairs(tokenizer, pairs, TextFormat(), report)
     scores_P2 = score_pairs(load_reward_model(str(judge), "cpu"), tokenizer, encoded, 10_000)
     for row, (chosen, rejected) in zip(rows, scores_P2.tolist(), strict=True):
-        if chosen < rejected:
+        if (chosen < rejected) != (draw.random() < wrong):
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     return write_rows(folder / "pairs.jsonl", rows)
 
@@ -158,6 +160,59 @@ def test_the_weight_is_chosen_on_pairs(tmp_path: Path) -> None:
     merged = weights(merge_models([lm], tmp_path / "m", base=rm, scope="body", coefficients=folder))
     expected = weights(judge)
     assert all(torch.equal(merged[name], expected[name]) for name in merged)
+
+
+def scaled(rm: str, factor: float, folder: Path) -> str:
+    """The reward model with a head of so many times the size."""
+    copytree(rm, folder)
+    return str(rewrite(folder, lambda name, t: t * factor if name == "score.weight" else t))
+
+
+@pytest.mark.parametrize("judge", ["calibrated", "accuracy"])
+def test_the_heads_size_plays_no_part_in_the_choice(judge: str, tmp_path: Path) -> None:
+    """Nor in what decides it."""
+    rm, lm = reward_model(tmp_path / "rm"), language_model(tmp_path / "lm")
+    pairs = labelled_by(doge(rm, lm, tmp_path / "judge", 0.3), tmp_path, wrong=0.3)
+
+    def chosen(factor: float) -> tuple[float, list[float]]:
+        folder = fit_models(
+            [lm], pairs, tmp_path / f"fit-{factor}", base=scaled(rm, factor, tmp_path / f"rm-{factor}"),
+            scope="body", method="grid", shared_weight=1.0, judge=judge,
+            grid=[0.0, 0.15, 0.3, 0.45, 0.6, 1.0],
+        )  # fmt: skip
+        told = json.loads((folder / "report.json").read_text())
+        return Coefficients.load(folder).shared_L[0].item(), [point["judged"] for point in told["grid"]]
+
+    (one, at_1), (ten, at_10), (thousandth, at_0) = (chosen(factor) for factor in (1.0, 10.0, 0.001))
+    assert one == ten == thousandth == 0.3
+    assert at_1 == pytest.approx(at_10, abs=1e-5) and at_1 == pytest.approx(at_0, abs=1e-5)
+
+
+def test_the_curve_is_that_of_each_merge(tmp_path: Path) -> None:
+    """Each weight's accuracy by subset, counted with the merge on disk."""
+    rm, lm = reward_model(tmp_path / "rm"), language_model(tmp_path / "lm")
+    pairs = labelled_by(doge(rm, lm, tmp_path / "judge", 0.3), tmp_path, subsets=("chat", "math"))
+    grid = [0.0, 0.5, 1.0]
+    out = fit_models([lm], pairs, tmp_path / "fit", base=rm, scope="body", method="grid", grid=grid,
+                     curve={"test": str(pairs)})  # fmt: skip
+    rows = json.loads((out / "report.json").read_text())["curve"]
+    assert [(row["subset"], row["shared_weight"]) for row in rows] == [
+        (subset, weight) for subset in ("all", "chat", "math") for weight in grid
+    ]
+    for weight in grid:
+        merged = doge(rm, lm, tmp_path / f"m-{weight}", weight)
+        tokenizer = load_tokenizer(merged)
+        read, report = read_pairs(str(pairs), TextFormat())
+        encoded = encode_pairs(tokenizer, read, TextFormat(), report)
+        scores_P2 = score_pairs(load_reward_model(merged, "cpu"), tokenizer, encoded, 10_000)
+        right_P = scores_P2[:, 0] > scores_P2[:, 1]
+        for row in (row for row in rows if row["shared_weight"] == weight):
+            mine = torch.tensor([row["subset"] in ("all", pair.subset) for pair in read])
+            assert row["accuracy"] == pytest.approx(right_P[mine].double().mean().item())
+            assert row["pairs"] == mine.sum() and row["low"] <= row["accuracy"] <= row["high"]
+    assert (out / "curve.png").exists() and "curve.png" in (out / "fit.md").read_text()
+    with pytest.raises(OptionError, match="curve goes with method grid"):
+        fit_models([lm], pairs, tmp_path / "no", base=rm, scope="body", curve={"test": str(pairs)})
 
 
 def test_a_weight_per_layer_is_learned(tmp_path: Path) -> None:
