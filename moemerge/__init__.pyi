@@ -1244,12 +1244,13 @@ def evaluate(
     max_length: int = 1024,
     gold_model: StrPath | None = None,
     gold_function: str | Callable[..., Any] | None = None,
-    probes: Sequence[str] = ["accuracy", "calibration", "rewardbench", "best_of_n"],
+    probes: Sequence[str] = ["accuracy", "calibration", "rewardbench", "rmbench", "best_of_n"],
     baseline: str | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
     sections: Mapping[str, Sequence[str]] = {},
     rewardbench: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
+    rmbench: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     rewardbench_template: Literal["chat", "plain"] = "chat",
     rewardbench_max_length: int = 2048,
     max_pairs: int | None = None,
@@ -1271,12 +1272,14 @@ def evaluate(
 
     One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
     so that comparisons stay paired. Candidates' gold scores are those of the file, or of `gold_model` or
-    `gold_function`. Writes scores.safetensors, report.json, report.html, report.md and plots.
+    `gold_function`. Writes scores.safetensors, report.json, report.html, report.md, plots and, of
+    RewardBench, results in its own form.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
 
     Options:
         models: folders or hub names; without name= each has the name of its folder  [required]
-        data: files or hub name:split; their columns show which are pairs, candidates or RewardBench
+        data: files or hub name:split; their columns show which are pairs, candidates, RewardBench or
+            RM-Bench
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
@@ -1286,13 +1289,14 @@ def evaluate(
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         probes: what to measure; biases stands for all bias probes  [default: accuracy, calibration,
-            rewardbench, best_of_n]
+            rewardbench, rmbench, best_of_n]
         baseline: model that the others are compared with, pair by pair
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
         sections: groups of subsets to give an accuracy for, section=subset,subset
         rewardbench: name=file, RewardBench 1 or 2 in its own columns; the prior sets of version 1 by
             their names (anthropic_helpful, anthropic_hhh, shp, summarize)
+        rmbench: name=file, RM-Bench in its own columns; template and longest text are RewardBench's
         rewardbench_template: how RewardBench's rows become text; chat: by the tokenizer's template;
             plain: turns joined by newlines, for tokenizers without one (chat, plain)  [default: chat]
         rewardbench_max_length: longest text of RewardBench in tokens; longer ones are cut, as in its

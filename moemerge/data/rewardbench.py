@@ -68,7 +68,7 @@ def read_choices(source: str, options: Evaluate) -> tuple[list[Choice], RowRepor
 
 def is_choice(row: Row) -> bool:
     """Whether a row has columns that only RewardBench has: lists of answers (2), or the models' names (1)."""
-    return _are_texts(row.get("chosen")) or {"chosen_model", "rejected_model", "subset"} <= row.keys()
+    return are_texts(row.get("chosen")) or {"chosen_model", "rejected_model", "subset"} <= row.keys()
 
 
 def _parse(row: Row, number: int, _: object) -> Choice:
@@ -76,7 +76,7 @@ def _parse(row: Row, number: int, _: object) -> Choice:
     version = 2 if isinstance(chosen, list) else 1
     if version == 1:
         chosen, rejected = [chosen], [rejected]
-    if not (_are_texts(chosen) and _are_texts(rejected)):
+    if not (are_texts(chosen) and are_texts(rejected)):
         raise BadRow("chosen and rejected are neither texts nor lists of texts")
     if row.get("num_correct") not in (None, len(chosen)):
         raise BadRow("num_correct is not the number of chosen answers")
@@ -87,19 +87,20 @@ def _parse(row: Row, number: int, _: object) -> Choice:
     if version == 2 and subset.lower() == "ties" and not TIES_ID.fullmatch(name):
         raise BadRow("id of a row of Ties is neither ref:NUMBER nor tied:NUMBER")
     texts = [*chosen, *rejected]
-    return Choice(_turns(row.get("prompt")), texts, len(chosen), version, subset, name, number)
+    return Choice(turns_of(row.get("prompt")), texts, len(chosen), version, subset, name, number)
 
 
-def _are_texts(values: Any) -> TypeGuard[list[str]]:
+def are_texts(values: Any) -> TypeGuard[list[str]]:
+    """Whether `values` is a list of one text or more."""
     return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
 
 
-def _turns(prompt: Any) -> list[str]:
+def turns_of(prompt: Any) -> list[str]:
     """Contents of the prompt's messages; their roles are taken by turns, whatever they are called."""
     if isinstance(prompt, str):
         return [prompt]
     contents: Any = [turn.get("content") for turn in prompt if isinstance(turn, dict)] if prompt else []
-    if not _are_texts(contents):
+    if not are_texts(contents):
         raise BadRow("prompt is neither text nor messages")
     if len(contents) % 2 == 0:
         raise BadRow("the prompt's last turn is not the user's")

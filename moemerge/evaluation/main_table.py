@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moemerge.evaluation.measures import accuracy_measures, main_measures, rewardbench_measures
+from moemerge.evaluation.measures import (
+    accuracy_measures,
+    main_measures,
+    rewardbench_measures,
+    rmbench_measures,
+)
 from moemerge.evaluation.report import Report, best_of_n_sets, edited
 from moemerge.reports.table import Table
 
@@ -12,11 +17,11 @@ Column = tuple[str, dict[str, str]]  # a title, and a cell per model
 
 
 def table(report: Report) -> str:
-    """One row per model: accuracy with interval on each test set, scores on RewardBench, gold score of the
-    best of n on each candidate set, the bias probes' worst attack, parameters that one token uses. `report`
-    is evaluate's report.json.
+    """One row per model: accuracy with interval on each test set, scores on RewardBench and RM-Bench, gold
+    score of the best of n on each candidate set, the bias probes' worst attack, parameters that one token
+    uses. `report` is evaluate's report.json.
     """
-    measures = [*accuracy_measures(report), *rewardbench_measures(report)]
+    measures = [*accuracy_measures(report), *rewardbench_measures(report), *rmbench_measures(report)]
     columns = [(measure.title, measure.cells) for measure in measures]
     header, rows = _rows(report, [*columns, *_gold_by_n(report), *_worst_attack(report)])
     return Table("", header, rows).aligned()

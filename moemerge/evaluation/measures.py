@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from moemerge.evaluation.benchmark_results import BenchmarkPart
 from moemerge.evaluation.report import (
     COSTS,
     Report,
@@ -13,9 +14,12 @@ from moemerge.evaluation.report import (
     best_of_n_sets,
     first_parts,
     rewardbench_sets,
+    rmbench_sets,
 )
-from moemerge.evaluation.results import BenchmarkPart, ModelCurves
+from moemerge.evaluation.results import ModelCurves
 from moemerge.reports.table import Interval, ends
+
+STYLE_KINDS: tuple[Literal["average", "hard"], ...] = ("average", "hard")  # to see first, of RM-Bench
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Measure:
 
 
 def main_measures(report: Report) -> Iterator[Measure]:
-    """Accuracy, scores on RewardBench and gold scores, in this order."""
+    """Accuracy, scores on RewardBench and RM-Bench, and gold scores, in this order."""
     yield from accuracy_measures(report)
     yield from rewardbench_measures(report)
+    yield from rmbench_measures(report)
     yield from best_of_n_measures(report)
 
 
@@ -121,6 +126,29 @@ def rewardbench_measures(report: Report) -> Iterator[Measure]:
             )
 
 
+def rmbench_measures(report: Report) -> Iterator[Measure]:
+    """The average of each file of RM-Bench, and that where the wrong answer has the richer style."""
+    for dataset, measured in rmbench_sets(report).items():
+        part = measured["overall"]
+        for kind in STYLE_KINDS:
+            title = f"RM-Bench {dataset}, {kind}"
+            scores = {model: numbers[kind] for model, numbers in part["models"].items()}
+            yield Measure(
+                title,
+                dataset,
+                f"rmbench_{kind}",
+                f"RM-Bench, {kind}",
+                values={model: score["score"] for model, score in scores.items()},
+                intervals={model: score["interval"] for model, score in scores.items()},
+                cells={m: _with_range(score["score"], score["interval"]) for m, score in scores.items()},
+                differences={
+                    model: Difference(title, c["difference"], *c["interval"], c["p"])
+                    for model, versus in part["vs_baseline"].items()
+                    for c in [versus[kind]]
+                },
+            )
+
+
 def best_of_n_measures(report: Report) -> Iterator[Measure]:
     """The gold score at the largest n of each candidate set."""
     for dataset, measured in best_of_n_sets(report).items():
@@ -178,5 +206,10 @@ def main_numbers(report: Report) -> dict[str, Any]:
         parts = first_parts(benchmark).items()
         numbers.setdefault("rewardbench", {})[dataset] = {
             part: {m: score["score"] for m, score in of_part["models"].items()} for part, of_part in parts
+        }
+    for dataset, styles in rmbench_sets(report).items():
+        by_style = styles["overall"]["models"].items()
+        numbers.setdefault("rmbench", {})[dataset] = {
+            kind: {model: scores[kind]["score"] for model, scores in by_style} for kind in STYLE_KINDS
         }
     return numbers

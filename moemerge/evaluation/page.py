@@ -14,7 +14,8 @@ from moemerge.reports.figures import Figure
 from moemerge.reports.html import Section
 from moemerge.reports.table import Table, percent
 
-KINDS = {"pairs": "preference pairs", "candidates": "scored candidates", "rewardbench": "RewardBench"}
+BENCHMARKS = {"rewardbench": "RewardBench", "rmbench": "RM-Bench"}
+KINDS = {"pairs": "preference pairs", "candidates": "scored candidates"} | BENCHMARKS
 
 
 def evaluation_sections(report: Report, folder: Path) -> list[Section]:
@@ -45,7 +46,7 @@ def _models_and_data(report: Report) -> Section:
 
 
 def _title(name: str) -> str:
-    return KINDS["rewardbench"] if name == "rewardbench" else name.replace("_", " ").capitalize()
+    return BENCHMARKS.get(name, name.replace("_", " ").capitalize())
 
 
 def _summary(report: Report) -> Section:

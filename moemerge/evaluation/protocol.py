@@ -36,7 +36,8 @@ def describe(
 def _of_set(
     options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase], scored: EvaluationSet
 ) -> SetProtocol:
-    chat = any(not isinstance(item.prompt, str) for item in scored.items if scored.kind != "rewardbench")
+    is_benchmark = scored.kind in ("rewardbench", "rmbench")
+    chat = not is_benchmark and any(not isinstance(item.prompt, str) for item in scored.items)
     facts: SetProtocol = {
         "rows": scored.report["total"],
         "used": len(scored.items),
@@ -46,7 +47,7 @@ def _of_set(
         "max_length": options.max_length,
         "truncation": f"never; longer rows: {options.bad_rows}",
     }
-    if scored.kind == "rewardbench":
+    if is_benchmark:
         version = scored.items[0].version
         sides = sorted({truncation_side(version, tokenizer) for tokenizer in tokenizers.values()})
         form = CHAT if options.rewardbench_template == "chat" else LINES

@@ -15,17 +15,15 @@ from typing_extensions import NotRequired, TypedDict
 from moemerge.artifacts.json_file import read_object
 from moemerge.data.rows import RowSummary
 from moemerge.errors import ArtifactError
+from moemerge.evaluation.benchmark_results import Benchmark, BenchmarkPart, RewardBench, RMBench, StyleSet
 from moemerge.evaluation.probes import BIASES
 from moemerge.evaluation.results import (
     Accuracy,
     AccuracySet,
-    Benchmark,
-    BenchmarkPart,
     BestOfN,
     Calibration,
     CandidateCurves,
     Edited,
-    RewardBench,
 )
 from moemerge.reports.table import Interval
 
@@ -97,6 +95,7 @@ class Probes(TypedDict, total=False):
     accuracy: Accuracy
     calibration: Calibration
     rewardbench: RewardBench
+    rmbench: RMBench
     best_of_n: BestOfN
     length: Edited
     style: Edited
@@ -219,6 +218,12 @@ def rewardbench_sets(report: Report) -> dict[str, Benchmark]:
     """What the probe rewardbench measured, by file."""
     rewardbench = report["probes"].get("rewardbench")
     return rewardbench["sets"] if rewardbench else {}
+
+
+def rmbench_sets(report: Report) -> dict[str, StyleSet]:
+    """What the probe rmbench measured, by file."""
+    rmbench = report["probes"].get("rmbench")
+    return rmbench["sets"] if rmbench else {}
 
 
 def best_of_n_sets(report: Report) -> dict[str, CandidateCurves]:

@@ -153,56 +153,6 @@ class Calibration(TypedDict):
     sets: dict[str, CalibrationSet]
 
 
-# RewardBench
-
-
-class ModelScore(TypedDict):
-    """One model's score; `tied`, of a subset other than Ties, counts rows whose highest score is shared."""
-
-    score: float
-    interval: Interval
-    tied: NotRequired[int]
-
-
-class ScoreComparison(TypedDict):
-    """`first` minus `second`."""
-
-    first: str
-    second: str
-    difference: float
-    interval: Interval
-    p: float
-
-
-class BenchmarkPart(TypedDict):
-    """An overall score, a section or a subset; only subsets have `rows`, and how many are `expected`."""
-
-    models: dict[str, ModelScore]
-    always_longer: float
-    always_shorter: float
-    comparisons: list[ScoreComparison]
-    rows: NotRequired[int]
-    expected: NotRequired[int | None]
-
-
-class Benchmark(TypedDict):
-    """One file of RewardBench; `missing` names subsets that are not there."""
-
-    version: int
-    baseline: str
-    overall: dict[str, BenchmarkPart]
-    sections: dict[str, BenchmarkPart]
-    subsets: dict[str, BenchmarkPart]
-    missing: list[str]
-
-
-class RewardBench(TypedDict):
-    """The probe rewardbench."""
-
-    confidence: float
-    sets: dict[str, Benchmark]
-
-
 # Best of n
 
 

@@ -17,6 +17,7 @@ from moemerge.data import reading as data
 from moemerge.data.draw import draw
 from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key, value_of
 from moemerge.data.rewardbench import Choice, encode_choices, is_choice, read_choices
+from moemerge.data.rmbench import is_styled, read_styles
 from moemerge.data.rows import RowReport, RowSummary, Text, read_rows
 from moemerge.data.tokenise import Encoded, encode_candidates, encode_pairs
 from moemerge.errors import OptionError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+OF_FILES = ("pairs", "candidates", "rewardbench", "rmbench")  # the kinds that are read, not made
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class EvaluationSet:
 
 
 def by_kind(options: Evaluate) -> Evaluate:
-    """The options with each set of `data` put among pairs, candidates or rewardbench, by its columns.
+    """The options with each set of `data` put among the kinds of sets by its columns.
 
     Raises OptionError if that kind has another set of its name, DataError for a source that cannot be read.
     """
-    sorted_sets = {kind: dict(getattr(options, kind)) for kind in ("pairs", "candidates", "rewardbench")}
+    sorted_sets = {kind: dict(getattr(options, kind)) for kind in OF_FILES}
     for name, source in options.data.items():
         kind = _kind_of(source, options)
         if name in sorted_sets[kind]:
@@ -78,15 +80,17 @@ def _kind_of(source: str, options: Evaluate) -> str:
     first = next(rows, {})
     if value_of(first, "candidates", options) is not None:
         return "candidates"
+    if is_styled(first):
+        return "rmbench"
     return "rewardbench" if is_choice(first) else "pairs"
 
 
 def read_sets(options: Evaluate, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> list[EvaluationSet]:
     """Every set that the options name. Raises DataError for unusable rows."""
     candidates = partial(data.read_candidates, scored=not options.has_gold)
-    read: dict[str, Any] = {"pairs": data.read_pairs, "candidates": candidates, "rewardbench": read_choices}
+    readers: list[Any] = [data.read_pairs, candidates, read_choices, read_styles]
     sets = []
-    for kind, reader in read.items():
+    for kind, reader in zip(OF_FILES, readers, strict=True):
         for name, source in getattr(options, kind).items():
             items, report = reader(source, options)
             if kind == "pairs":
@@ -295,5 +299,6 @@ KINDS: dict[str, _Kind] = {
     "pairs": _Pairs(),
     "candidates": _Candidates(),
     "rewardbench": _Benchmark(),
+    "rmbench": _Benchmark(),
     "edits": _Edits(),
 }

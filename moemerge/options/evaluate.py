@@ -14,7 +14,7 @@ class EvaluateSettings(GoldSource):
     """Accuracy and over-optimisation of several models on the same data."""
 
     probes: list[str] = Field(
-        default_factory=lambda: ["accuracy", "calibration", "rewardbench", "best_of_n"],
+        default_factory=lambda: ["accuracy", "calibration", "rewardbench", "rmbench", "best_of_n"],
         description="what to measure; biases stands for all bias probes",
     )
     baseline: str | None = Field(None, description="model that the others are compared with, pair by pair")
@@ -28,6 +28,10 @@ class EvaluateSettings(GoldSource):
         default_factory=dict,
         description="name=file, RewardBench 1 or 2 in its own columns; the prior sets of version 1 by their "
         "names (anthropic_helpful, anthropic_hhh, shp, summarize)",
+    )
+    rmbench: Sources = Field(
+        default_factory=dict,
+        description="name=file, RM-Bench in its own columns; template and longest text are RewardBench's",
     )
     rewardbench_template: Literal["chat", "plain"] = Field(
         "chat",
@@ -77,7 +81,8 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
     models: Sources = Field(description="folders or hub names; without name= each has the name of its folder")
     data: Sources = Field(
         default_factory=dict,
-        description="files or hub name:split; their columns show which are pairs, candidates or RewardBench",
+        description="files or hub name:split; their columns show which are pairs, candidates, RewardBench or "
+        "RM-Bench",
     )
     pairs: Sources = Field(default_factory=dict, description="files or hub name:split, preference pairs")
     candidates: Sources = Field(

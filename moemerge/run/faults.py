@@ -293,7 +293,7 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
         for member in members:
             yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
-    tested = data and (data.tests or data.test_share or data.candidates or recipe.evaluate.rewardbench)
+    tested = data and (data.tests or data.test_share or data.candidates or _benchmarks(recipe))
     if recipe.synthetic is None and data and not (tested or recipe.sample):
         yield _fault(
             "nothing to evaluate on",
@@ -301,6 +301,10 @@ def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
             "test pairs, candidate sets or RewardBench",
             "set data.tests, data.test_share or evaluate.rewardbench",
         )
+
+
+def _benchmarks(recipe: Recipe) -> bool:
+    return bool(recipe.evaluate.rewardbench or recipe.evaluate.rmbench)
 
 
 def _check_baselines(recipe: Recipe) -> Iterator[MoemergeError]:

@@ -27,6 +27,7 @@ from moemerge.evaluation.probes import PROBES, expand
 from moemerge.evaluation.probes.accuracy import check_sections
 from moemerge.evaluation.probes.base import Probe
 from moemerge.evaluation.report import FORMAT, ModelFacts, Probes, Report, TimedFacts, read_report
+from moemerge.evaluation.rewardbench_files import write_results
 from moemerge.evaluation.sets import (
     EvaluationSet,
     by_kind,
@@ -46,6 +47,7 @@ from moemerge.reports.html import write_report
 from moemerge.reports.provenance import provenance_section
 
 log = logging.getLogger(__name__)
+TEMPLATES = {"chat": "tokenizer", "plain": "none: turns joined by newlines"}
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -58,7 +60,8 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
 
     One model is in memory at a time. A row that is too long for one model's tokenizer is left out for all,
     so that comparisons stay paired. Candidates' gold scores are those of the file, or of `gold_model` or
-    `gold_function`. Writes scores.safetensors, report.json, report.html, report.md and plots.
+    `gold_function`. Writes scores.safetensors, report.json, report.html, report.md, plots and, of
+    RewardBench, results in its own form.
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
     """
     options = by_kind(options)
@@ -92,6 +95,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     if alike := equal_models(draft.provenance["inputs"]["models"]):
         report["equal_models"] = alike
     _write(draft, report)
+    write_results(draft.folder, report, inputs["rewardbench"], TEMPLATES[options.rewardbench_template])
     save_file(score_tensors(sets, scores), draft.folder / "scores.safetensors")
     draft.results |= {"models": models, "rows": report["rows"], "main": main_numbers(report)}
 
@@ -151,7 +155,7 @@ def _probes(options: Evaluate) -> dict[str, Probe]:
         raise OptionError(
             "nothing to evaluate",
             given=f"{len(options.models)} models; probes {', '.join(asked) or 'none'} without data",
-            expected="models, and pairs, candidates or rewardbench, whatever a probe needs",
+            expected="models, and pairs, candidates, rewardbench or rmbench, whatever a probe needs",
             fix="give models as name=path, and data, which may be any of these: its columns decide",
         )
     return probes

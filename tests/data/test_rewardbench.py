@@ -527,6 +527,32 @@ def test_whole_evaluation(evaluated: Path) -> None:
     assert {"accuracy.png", "calibration.png", "rewardbench.png"} == set(report["plots"])
 
 
+def test_results_in_its_own_form(evaluated: Path) -> None:
+    """A score per subset as its scripts give it, counted from the rows' scores beside it."""
+    home = evaluated / "rewardbench"
+    assert {path.name for path in home.iterdir()} == {"v1", "v2"}
+    one, rows, prior = (
+        json.loads((home / f"v1/rm1{e}.json").read_text()) for e in ("", ".scores", ".pref-sets")
+    )
+    assert one.keys() - {"model", "model_type", "chat_template"} == set(ROWS_1)
+    assert one["model_type"] == "Seq. Classifier"
+    assert one["chat_template"] == "tokenizer"
+    assert prior.keys() - one.keys() == {"shp"}, "the one prior set that was given"
+    right = [int(a > b) for a, b in zip(rows["scores_chosen"], rows["scores_rejected"], strict=True)]
+    assert rows["results"] == right
+    for subset in ROWS_1:
+        mine = [value for value, name in zip(right, rows["subset"], strict=True) if name == subset]
+        assert one[subset] == pytest.approx(sum(mine) / len(mine))
+    two, rows = (json.loads((home / f"v2/rm0{e}.json").read_text()) for e in ("", ".scores"))
+    assert set(ROWS_2) <= two.keys() and len(rows["scores"]) == len(rows["num_correct"])
+    for subset in set(ROWS_2) - {"Ties"}:
+        mine = [value for value, name in zip(rows["results"], rows["subset"], strict=True) if name == subset]
+        assert two[subset] == pytest.approx(sum(mine) / len(mine))
+    assert all(
+        (r is None) == (name == "Ties") for r, name in zip(rows["results"], rows["subset"], strict=True)
+    )
+
+
 def test_every_number_of_the_report_has_a_type(evaluated: Path) -> None:
     """A report that is read again loses what no type names."""
     written = json.loads((evaluated / "report.json").read_text())

@@ -16,6 +16,7 @@ PROBES: Registry[Probe] = Registry(
         "accuracy": "moemerge.evaluation.probes.accuracy:PROBE",
         "calibration": "moemerge.evaluation.probes.calibration:PROBE",
         "rewardbench": "moemerge.evaluation.probes.rewardbench:PROBE",
+        "rmbench": "moemerge.evaluation.probes.rmbench:PROBE",
         "best_of_n": "moemerge.evaluation.probes.best_of_n:PROBE",
         "length": "moemerge.evaluation.probes.length:PROBE",
         "style": "moemerge.evaluation.probes.style:PROBE",

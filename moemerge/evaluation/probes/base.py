@@ -117,7 +117,7 @@ class CandidateScores:
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """One file of RewardBench, scored by every model on the same answers; rows lie one after the other.
+    """One file of RewardBench or RM-Bench, scored by every model on the same answers, row by row.
 
     scores: per model, float64 [C]. lengths: [C], characters. sizes: [Q], answers per row, of which the first
     num_correct: [Q] are right. subsets, ids: [Q], "" for none. prompts: [Q], equal numbers for equal prompts.
@@ -157,7 +157,7 @@ class Probe:
     names of the files it wrote, show them. edits: with "pairs", edited answers that are scored too.
     """
 
-    needs: Literal["pairs", "candidates", "rewardbench"]
+    needs: Literal["pairs", "candidates", "rewardbench", "rmbench"]
     measure: Callable[[Mapping[str, Any], EvaluateSettings, int], Any]
     tables: Callable[[Any], list[Table]]
     plot: Callable[[Any, Path], list[str]]

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moemerge.evaluation.results import AccuracyPart, Comparison, Paired, ScoreComparison
+from moemerge.evaluation.benchmark_results import ScoreComparison
+from moemerge.evaluation.results import AccuracyPart, Comparison, Paired
 from moemerge.reports.statistics import (
     Floats,
     Integers,

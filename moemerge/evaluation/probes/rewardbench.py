@@ -21,10 +21,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moemerge.evaluation.benchmark_results import (
+    Benchmark,
+    BenchmarkPart,
+    ModelScore,
+    RewardBench,
+    ScoreComparison,
+)
 from moemerge.evaluation.probes.base import ChoiceScores, Probe
 from moemerge.evaluation.probes.comparisons import compared, whole_or_part
 from moemerge.evaluation.probes.rewardbench_ties import TIES, ties_scores
-from moemerge.evaluation.results import Benchmark, BenchmarkPart, ModelScore, RewardBench, ScoreComparison
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.statistics import (
