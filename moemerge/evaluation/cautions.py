@@ -23,9 +23,21 @@ def cautions(report: Report, models: Container[str]) -> list[str]:
         f"{model} gives {ALL_TIES} of {', '.join(sets)}: it judges nothing." for model, sets in tied.items()
     ]
     for names in report.get("equal_models", []):
-        if (alike := [name for name in names if name in models])[1:]:
-            sentences.append(f"{', '.join(alike)}: the same weights, byte for byte.")
+        first, *others = [name for name in names if name in models] or [""]
+        if others:
+            are = "are" if others[1:] else "is"
+            sentences.append(f"{', '.join(others)} {are} {first}: the same weights, byte for byte.")
     return sentences
+
+
+def first_of_equals(report: Report) -> dict[str, list[str]]:
+    """The models that differ, each with those that are the same; of these the baseline comes first."""
+    alike = report.get("equal_models", [])
+    groups = {name: [name] for name in report["models"] if not any(name in names for names in alike)}
+    for names in alike:
+        ordered = sorted(names, key=lambda name: name != report["baseline"])
+        groups[ordered[0]] = ordered
+    return {name: groups[name] for name in report["models"] if name in groups}
 
 
 def judges_nothing(numbers: ModelAccuracy, pairs: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moemerge.evaluation.cautions import first_of_equals
 from moemerge.evaluation.measures import (
     accuracy_measures,
     main_measures,
@@ -41,12 +42,15 @@ def main_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _rows(report: Report, columns: list[Column]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of `columns` between the models' names and the parameters that each uses."""
-    models = report["models"]
-    names = ("model", {model: model for model in models})
+    """Header and rows of `columns` between the models' names and the parameters that each uses.
+
+    Models that are the same share a row.
+    """
+    models, groups = report["models"], first_of_equals(report)
+    names = ("model", {model: " = ".join(equals) for model, equals in groups.items()})
     used = ("parameters used", {model: f"{facts['active_parameters']:,}" for model, facts in models.items()})
     whole = [names, *columns, used]
-    rows = [[cells.get(model, "") for _, cells in whole] for model in models]
+    rows = [[cells.get(model, "") for _, cells in whole] for model in groups]
     return [title for title, _ in whole], rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,6 +85,20 @@ def differences(report: Report, model: str) -> list[Difference]:
     if model == report["baseline"]:
         return []
     return [measure.differences[model] for measure in main_measures(report)]
+
+
+def over_optimisation_costs(report: Report, model: str) -> Iterator[Difference]:
+    """What over-optimisation costs the model more or less than the baseline, where the interval is clear.
+
+    Larger is worse. These have no p.
+    """
+    for dataset, measured in best_of_n_sets(report).items():
+        curves: Mapping[str, Any] = measured["models"].get(model, {})
+        for name, title in (("gap_area", "gap"), ("regret_area", "regret")):
+            if f"{name}_minus_baseline" in curves:
+                found = Difference(f"{title} on {dataset}", *ends(curves, f"{name}_minus_baseline"), math.nan)
+                if found.low > 0 or found.high < 0:
+                    yield found
 
 
 def accuracy_measures(report: Report) -> Iterator[Measure]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moemerge.data.rows import BadRows, RowSummary
@@ -23,14 +23,20 @@ def evaluation_sections(report: Report, folder: Path) -> list[Section]:
 
     `report` is its report.json, `folder` where the plots are. A table with a column of prose is one to read.
     """
-    sections, to_read = [_summary(report)], []
     held = {path.name: path for path in folder.iterdir()}  # a report may name files elsewhere
+    figures = {
+        name: [Figure.load(held[plot]) for plot in plots if plot in held]
+        for name, plots in report["plots_by_probe"].items()
+    }
+    # Gold against KL is what is to be seen first, and is not shown twice.
+    pictures, figures["best_of_n"] = figures.get("best_of_n", [])[:1], figures.get("best_of_n", [])[1:]
+    sections, to_read = [_summary(report, pictures)], []
     for name, result in report["probes"].items():
         tables = PROBES.get(name).tables(result)
         to_read += [table for table in tables if any(table.prose()[1:])]
         numbers = [table for table in tables if not any(table.prose()[1:])]
-        figures = [Figure.load(held[plot]) for plot in report["plots_by_probe"].get(name, []) if plot in held]
-        sections.append(Section(_title(name), tables=numbers, figures=figures))
+        shown, folded = ([t for t in numbers if t.detail == folds] for folds in (False, True))
+        sections.append(Section(_title(name), (), shown, figures.get(name, []), folded))
     if to_read:
         sections.append(Section("Worst cases to read", tables=to_read))
     return [*sections, _models_and_data(report)]
@@ -49,9 +55,18 @@ def _title(name: str) -> str:
     return BENCHMARKS.get(name, name.replace("_", " ").capitalize())
 
 
-def _summary(report: Report) -> Section:
-    lead = verdict.standing(report)
-    return Section("Summary", [_compared(report)], [numbers_to_see_first(report)], lead=lead)
+def _summary(report: Report, pictures: Sequence[Figure]) -> Section:
+    """What was found, in a few lines and a picture; then the numbers."""
+    lead, *more = verdict.standing_sentences(report)
+    return Section(
+        "Summary",
+        [*more, *verdict.power(report)],
+        [numbers_to_see_first(report)],
+        pictures,
+        lead=lead,
+        pictures_first=True,
+        closing=[_compared(report)],
+    )
 
 
 def numbers_to_see_first(report: Report) -> Table:

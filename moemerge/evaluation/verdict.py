@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from moemerge.evaluation.cautions import ALL_TIES, cautions, judges_nothing
-from moemerge.evaluation.measures import Difference, differences
+from moemerge.evaluation.cautions import ALL_TIES, cautions, first_of_equals, judges_nothing
+from moemerge.evaluation.measures import Difference, differences, over_optimisation_costs
+from moemerge.evaluation.power import power_sentences
 from moemerge.evaluation.report import Report, SeedGroup, accuracy_sets, confidence
 from moemerge.evaluation.results import AccuracyPart
 from moemerge.reports.statistics import holm
@@ -22,6 +23,7 @@ HELPED, WORSE, SAME = "helped", "made it worse", "no clear difference"
 EQUAL = "no difference at all"
 BOTH = "helped in one place, made it worse in another"
 BETTER, BELOW = "better", "worse"
+MOST_TOLD = 6
 
 
 def holm_verdicts(compared: Sequence[Difference], level: float) -> list[tuple[str, float]]:
@@ -40,19 +42,64 @@ def _word(difference: Difference, clear: bool) -> str:
 
 def verdict(report: Report, model: str) -> str:
     """Whether `model` is better than the report's baseline, in words, set by set."""
-    return " ".join(verdict_sentences(report, model)).strip()
+    return " ".join(part for part in verdict_sentences(report, model) if part)
 
 
-def verdict_sentences(report: Report, model: str) -> tuple[str, str]:
-    """The verdict in a sentence, and what it stands on; "" if there is nothing to compare."""
+def verdict_sentences(report: Report, model: str) -> tuple[str, str, str, str]:
+    """The verdict in a sentence; what is clear by itself but not together; what it stands on; what could not
+    be seen. "" for each that there is nothing to say of.
+    """
     baseline, compared = report["baseline"], differences(report, model)
     if model == baseline:
-        return f"Did merging help here? {model} is the baseline itself; nothing to compare.", ""
+        return f"Did merging help here? {model} is the baseline itself; nothing to compare.", "", "", ""
     if not compared:
-        return f"Did merging help here? Nothing was measured that compares {model} with {baseline}.", ""
+        nothing = f"Nothing was measured that compares {model} with {baseline}"
+        return f"Did merging help here? {nothing}.", "", "", ""
     head, parts = _summed_up(compared, _level(report))
-    sentences = [f"Did merging help here? {model} against {baseline}: {head}."]
-    return " ".join(sentences + cautions(report, {model, baseline})), f"{parts}."
+    said = [*_nothing_learned(report, model), *cautions(report, {model, baseline})]
+    sentences = [f"Did merging help here? {model} against {baseline}: {head}.", *said]
+    return (
+        " ".join(sentences),
+        _alone_sentence(report, {model: compared}),
+        f"{parts}.",
+        " ".join(power_sentences(report, len(compared))),
+    )
+
+
+def _nothing_learned(report: Report, model: str) -> Iterator[str]:
+    """That the model is a merge of other name, where its weights say so."""
+    for names in report.get("equal_models", []):
+        merges = [name for name in names if name.startswith("merge-") and name != model]
+        if model in names and merges:
+            yield f"{model} is {merges[0]}: nothing was learned."
+
+
+def _alone_sentence(report: Report, compared: Mapping[str, Sequence[Difference]]) -> str:
+    """Differences that are clear each by itself, but not among all that are looked at; worse ones too.
+
+    Costs of over-optimisation belong to none of these families: they are told by their intervals.
+    """
+    level, family = _level(report), [one for of_model in compared.values() for one in of_model]
+    words = iter([word for word, _ in holm_verdicts(family, level)])
+    told: list[str] = []
+    for model, of_model in compared.items():
+        found = [one for one in of_model if next(words) == SAME and _word(one, one.p <= level) != SAME]
+        ups = [(one, BETTER if one.low > 0 else BELOW) for one in found if one.low != one.high]
+        ups += [(one, BELOW if one.low > 0 else BETTER) for one in over_optimisation_costs(report, model)]
+        of = f"{model} " * (len(compared) > 1)
+        told += [f"{of}{word} in {one.what} ({one})" for one, word in ups]
+    more = f"; and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return f"By itself, not after the correction: {'; '.join(told[:MOST_TOLD])}{more}." if told else ""
+
+
+def power(report: Report) -> Iterator[str]:
+    """What the test sets cannot show, if all models are looked at together."""
+    return power_sentences(report, len(_family(report)))
+
+
+def _family(report: Report) -> list[Difference]:
+    others = (model for model in first_of_equals(report) if model != report["baseline"])
+    return [difference for model in others for difference in differences(report, model)]
 
 
 def verdict_over_seeds(group: SeedGroup, model: str, confidence: float) -> str:
@@ -86,15 +133,22 @@ def _corrected(count: int, level: float) -> str:
 
 def standing(report: Report) -> str:
     """How the models stand against the baseline, in words; models about which the same is true share a
-    sentence. A single model stands against chance.
+    sentence, and of equal models one is compared. A single model stands against chance.
     """
+    return " ".join(part for part in standing_sentences(report) if part)
+
+
+def standing_sentences(report: Report) -> tuple[str, str]:
+    """`standing`, and what is clear by itself but not together; "" for what there is nothing to say of."""
     if len(report["models"]) == 1:
-        return _against_chance(report, report["baseline"])
-    compared = {m: differences(report, m) for m in report["models"] if m != report["baseline"]}
+        return _against_chance(report, report["baseline"]), ""
+    others = [model for model in first_of_equals(report) if model != report["baseline"]]
+    compared = {model: differences(report, model) for model in others}
+    said = cautions(report, report["models"])
     if not any(compared.values()):
-        return ""
+        return " ".join(said), ""
     stands = _standing(compared, report["baseline"], _level(report))
-    return " ".join([stands, *cautions(report, report["models"])])
+    return " ".join([stands, *said]), _alone_sentence(report, compared)
 
 
 def _against_chance(report: Report, model: str) -> str:

@@ -96,7 +96,7 @@ class Dots:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix [rows, columns] in colours."""
+    """A matrix [rows, columns] in colours; `scale`: the values of the first and the last colour (its own)."""
 
     matrix: Sequence[Sequence[Number]]
     title: str
@@ -104,6 +104,7 @@ class HeatMap:
     y_label: str
     x_ticks: Sequence[str]
     y_ticks: Sequence[str]
+    scale: tuple[float, float] | None = None
     kind: Literal["heat_map"] = "heat_map"
 
     def words(self) -> list[str]:
@@ -168,6 +169,22 @@ class Figure:
     def tables(self) -> list[Table]:
         """All numbers of the plot."""
         return self.plot.tables() if self.plot else []
+
+
+def on_one_scale(figures: Sequence[Figure]) -> list[Figure]:
+    """The same figures with one scale of colours for all heat maps: equal colours are equal values."""
+    maps = [figure.plot for figure in figures if isinstance(figure.plot, HeatMap)]
+    cells = [value for plot in maps for row in plot.matrix for value in row if value is not None]
+    if len(maps) < 2 or not cells:
+        return [*figures]
+    scale = (min(cells), max(cells))
+    return [_scaled(figure, scale) for figure in figures]
+
+
+def _scaled(figure: Figure, scale: tuple[float, float]) -> Figure:
+    if not isinstance(figure.plot, HeatMap):
+        return figure
+    return replace(figure, plot=replace(figure.plot, scale=scale))
 
 
 def save_plot(plot: Plot, picture: Path) -> None:

@@ -32,7 +32,8 @@ WIDE = 560
 class Section:
     """A part of a report, shown in this order: a sentence to remember, paragraphs, tables, texts, figures.
 
-    All text is plain text. `folded` tables are there for who asks.
+    All text is plain text. `folded` tables are there for who asks. pictures_first: before the tables;
+    closing: paragraphs below both.
     """
 
     title: str
@@ -42,6 +43,8 @@ class Section:
     folded: Sequence[Table] = ()
     lead: str = ""
     texts: Sequence[HeatText] = ()
+    pictures_first: bool = False
+    closing: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,11 @@ def write_markdown(path: Path, title: str, sections: Sequence[Section]) -> Path:
         parts.append(f"## {inert_markdown(section.title)}\n")
         parts += [f"**{inert_markdown(section.lead)}**\n"] if section.lead else []
         parts += [inert_markdown(paragraph) + "\n" for paragraph in section.text]
-        parts += [table.markdown() for table in section.tables]
-        parts += [text.markdown() for text in section.texts]
-        parts += [_markdown_figure(figure, path.parent) for figure in section.figures]
+        tables = [table.markdown() for table in section.tables]
+        tables += [text.markdown() for text in section.texts]
+        figures = [_markdown_figure(figure, path.parent) for figure in section.figures]
+        parts += [*figures, *tables] if section.pictures_first else [*tables, *figures]
+        parts += [inert_markdown(paragraph) + "\n" for paragraph in section.closing]
         parts += [table.markdown() for table in section.folded]
     write_whole(path, "\n".join(parts), errors="replace")
     return path

@@ -209,12 +209,13 @@ def _themed(svg: str) -> str:
 
 def _draw_heat_map(axes: Any, plot: HeatMap, title: str) -> Any:
     values = np.asarray(plot.matrix, dtype=float)
-    image = axes.imshow(values, aspect="auto", cmap="cividis")
+    lowest, highest = plot.scale or (None, None)
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=lowest, vmax=highest)
     axes.set(title=_drawn(shortened(title)), xlabel=_drawn(plot.x_label), ylabel=_drawn(plot.y_label))
     _ticks(axes.xaxis, plot.x_ticks)
     _ticks(axes.yaxis, plot.y_ticks)
     if values.size <= CELLS_WITH_NUMBERS:
-        _write_numbers(axes, values)
+        _write_numbers(axes, values, sum(image.get_clim()) / 2)
     return image
 
 
@@ -300,8 +301,8 @@ def _ticks(axis: Any, names: Sequence[str]) -> None:
     axis.set_ticks(shown, [_short(names[number]) for number in shown])
 
 
-def _write_numbers(axes: Any, values: Any) -> None:
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+def _write_numbers(axes: Any, values: Any, middle: float) -> None:
+    """Each cell's number; white below the middle of the scale, where colours are dark."""
     for (row, column), value in np.ndenumerate(values):
         colour = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)

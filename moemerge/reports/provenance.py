@@ -27,8 +27,10 @@ def provenance_section(manifests: Mapping[str, Manifest]) -> Section:
     return Section(
         "Provenance",
         list(_environments(manifests.values())),
-        [Table("Inputs", ["step", "input", "file or hub name", "checksum"], inputs, note)],
-        folded=[Table("Settings", ["step", "setting", "value"], settings)],
+        folded=[
+            Table("Inputs", ["step", "input", "file or hub name", "checksum"], inputs, note),
+            Table("Settings", ["step", "setting", "value"], settings),
+        ],
     )
 
 

@@ -67,6 +67,16 @@ def _effective_rows(right_P: NDArray[np.bool_], units_P: Integers, confidence: f
     return min(rows, share * (1 - share) / variance * (narrow / wide) ** 2)
 
 
+def no_difference(units: int, confidence: float) -> Interval:
+    """Interval of a difference of two shares where none of `units` observations differs.
+
+    Resamples cannot differ there. Both ends are how large a share of differing observations may be of which
+    so many show none (Clopper and Pearson's upper end).
+    """
+    end = 1 - ((1 - confidence) / 2) ** (1 / max(units, 1))
+    return -end, end
+
+
 def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: float) -> Interval:
     """Interval of the mean of `right_P`: Wilson's, or the bootstrap's (`draws_R`) if prompts repeat.
 

@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report; cells are text already.
+    """A table of the report; cells are text already. One of `detail` is folded away on a page.
 
     Title, header and the names of rows are shortened: names in data may be of any length.
     """
@@ -28,6 +28,7 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    detail: bool = False
 
     def __post_init__(self) -> None:
         shown = {

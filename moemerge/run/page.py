@@ -14,7 +14,7 @@ from moemerge.evaluation.page import evaluation_sections, row_table
 from moemerge.evaluation.policy_page import table
 from moemerge.evaluation.report import Report, read_report
 from moemerge.evaluation.vote_report import number_tables, paragraphs
-from moemerge.reports.figures import Figure
+from moemerge.reports.figures import Figure, on_one_scale
 from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
 from moemerge.reports.table import Table
@@ -49,8 +49,10 @@ def _is_to_read(section: Section) -> bool:
 
 
 def _with_verdict(first: Section, report: Report, learned: str) -> Section:
-    text = [part for part in (first.lead, *first.text) if part]
-    return replace(first, lead=verdict.verdict_sentences(report, learned)[0], text=text)
+    """The summary with the run's own question first; how all models stand is said below."""
+    lead, alone, _, power = verdict.verdict_sentences(report, learned)
+    closing = [part for part in (first.lead, *first.closing) if part]
+    return replace(first, lead=lead, text=[part for part in (alone, power) if part], closing=closing)
 
 
 def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
@@ -67,7 +69,7 @@ def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section
         lines = [f"{step}: {headline(manifests[step])}" for step in steps]
         tables = [_optimised(run / step) for step in steps if stage == "optimise"]
         if figures:
-            yield Section(title, lines, tables=tables, figures=figures)
+            yield Section(title, lines, tables=tables, figures=on_one_scale(figures))
 
 
 def _votes(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:

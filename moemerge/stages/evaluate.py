@@ -75,7 +75,8 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     check_sections(options, {pair.subset for read in sets if read.kind == "pairs" for pair in read.items})
     described = protocol.describe(options, tokenizers, sets)
     sets += edited_sets(options, tokenizers, probes, sets)
-    scores, models = _score_models(options, folders, tokenizers, sets, scales, device)
+    alike = equal_models(draft.provenance["inputs"]["models"])
+    scores, models = _score_models(options, folders, tokenizers, sets, scales, device, alike)
     inputs = probe_inputs(sets, scores)
     results = {
         name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
@@ -92,7 +93,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         "plots": [plot for names in plots.values() for plot in names],
         "plots_by_probe": plots,
     }
-    if alike := equal_models(draft.provenance["inputs"]["models"]):
+    if alike:
         report["equal_models"] = alike
     _write(draft, report)
     write_results(draft.folder, report, inputs["rewardbench"], TEMPLATES[options.rewardbench_template])
@@ -107,11 +108,19 @@ def _score_models(
     sets: Sequence[EvaluationSet],
     scales: Mapping[str, float],
     device: torch.device,
+    alike: Sequence[Sequence[str]],
 ) -> tuple[dict[str, list[Tensor]], dict[str, TimedFacts]]:
-    """Scores of every model and ensemble on every set, and what each costs; one is in memory at a time."""
+    """Scores of every model and ensemble on every set, and what each costs; one is in memory at a time.
+
+    alike: groups of models with the same weights; those that read the same tokens are scored once.
+    """
     scores: dict[str, list[Tensor]] = {}
     models: dict[str, TimedFacts] = {}
     for name, folder in folders.items():
+        if twin := _scored_before(name, alike, scores, sets):
+            scores[name] = [of_set.clone() for of_set in scores[twin]]  # no file holds a tensor twice
+            models[name] = cast(TimedFacts, {**models[twin], "source": folder.source})
+            continue
         model = load_reward_model(folder, device)
         started = time.perf_counter()
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
@@ -122,6 +131,17 @@ def _score_models(
         del model
         free_memory()
     return scores | ensemble_scores(options, scores, scales), models | ensemble_facts(options, models)
+
+
+def _scored_before(
+    name: str,
+    alike: Sequence[Sequence[str]],
+    scores: Mapping[str, Sequence[Tensor]],
+    sets: Sequence[EvaluationSet],
+) -> str | None:
+    """The first model that is the same, was scored, and reads the same tokens."""
+    twins = [twin for names in alike if name in names for twin in names if twin in scores]
+    return next((twin for twin in twins if all(s.texts[twin] == s.texts[name] for s in sets)), None)
 
 
 def _scales(options: Evaluate) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from moemerge.errors import DataError, OptionError
 from moemerge.evaluation.report import read_report
 from moemerge.evaluation.sets import EvaluationSet, by_kind, probe_inputs
 from moemerge.models.cost import parameters
+from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.options.base import TextFormat
 from moemerge.options.evaluate import Evaluate
 from moemerge.run import cli
+from moemerge.stages import evaluate as evaluate_stage
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.upcycle import upcycle
 
@@ -186,7 +189,7 @@ def test_only_probes_that_were_asked_for_are_missed(
     models = {"dense": world["models"]["dense"]}
     some = {**world, "models": models, "candidates": {}}
     evaluate(**some, output=tmp_path / "e")
-    assert "left out" not in caplog.text
+    assert "is left out" not in caplog.text
     evaluate(**some, probes=["accuracy", "best_of_n"], output=tmp_path / "f")
     assert "best_of_n is left out" in caplog.text
 
@@ -210,13 +213,37 @@ def test_the_command_line_tells_of_a_plain_model(
     assert f"**{lines[4]}**" in page and "aseline" not in page.split("## Provenance")[0]
 
 
-def test_models_with_the_same_weights_are_told(world: dict[str, Any], tmp_path: Path) -> None:
+def test_models_with_the_same_weights_are_told_and_scored_once(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = evaluate_stage.load_reward_model
+
+    def spy(folder: ModelFolder, *rest: Any) -> Any:
+        loaded.append(Path(folder.source).name)
+        return load(folder, *rest)
+
+    monkeypatch.setattr(evaluate_stage, "load_reward_model", spy)
     copy = shutil.copytree(world["models"]["dense"], tmp_path / "copy")
     (copy / "README.md").write_text("a copy")
     models = {"rm": world["models"]["dense"], "copy": str(copy), "moe": world["models"]["moe"]}
     folder = evaluate(**{**world, "models": models, "candidates": {}}, output=tmp_path / "e")
     assert read_report(folder)["equal_models"] == [["rm", "copy"]]
-    assert "rm, copy: the same weights, byte for byte." in (folder / "report.md").read_text()
+    page = (folder / "report.md").read_text()
+    assert "copy is rm: the same weights, byte for byte." in page and "| rm = copy |" in page
+    assert loaded == [Path(models["rm"]).name, "moe"]
+    scores = load_file(folder / "scores.safetensors")
+    assert torch.equal(scores["pairs/test/model/copy"], scores["pairs/test/model/rm"])
+
+
+def test_the_first_screen_has_gold_against_kl_and_details_are_folded(evaluated: Path) -> None:
+    page, text = (evaluated / "report.html").read_text(), (evaluated / "report.md").read_text()
+    first = page[page.index('<section id="s1"') : page.index('<section id="s2"')]
+    assert first.index("gold score against KL") < first.index("<table")
+    assert "cannot show a difference" in first
+    assert text.count("](best_of_n_bon.png)") == 1
+    folded = "".join(re.findall(r"<details>.*?</details>", page, re.S))
+    assert "Every two models on test" in folded and "checksum" in folded and "Main numbers" not in folded
 
 
 def test_data_whose_columns_tell_what_it_is(world: dict[str, Any], evaluated: Path, tmp_path: Path) -> None:

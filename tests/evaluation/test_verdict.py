@@ -18,17 +18,19 @@ from small_reports import REPORT, accuracy_part, choice_scores, report_of
 from moemerge.errors import ArtifactError
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.measures import Difference, differences
+from moemerge.evaluation.power import POWER, limits
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.probes.base import CandidateScores, PairScores
 from moemerge.evaluation.report import FORMAT, outdated, read_comparison, read_report
-from moemerge.evaluation.verdict import holm_verdicts, standing, verdict
+from moemerge.evaluation.verdict import holm_verdicts, standing, standing_sentences, verdict
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports.statistics import bootstrap_means, mcnemar, resampled_p
 
 
 def report_with(low: float, high: float, p: float = 0.01) -> dict[str, Any]:
     report = json.loads(json.dumps(REPORT))
-    versus = {"difference": (low + high) / 2, "interval": [low, high], "p": p}
+    alone = {"right_alone": 6, "baseline_right_alone": 4}
+    versus = {"difference": (low + high) / 2, "interval": [low, high], "p": p, **alone}
     report["probes"]["accuracy"]["sets"]["test"]["all"]["models"]["merge-learned"]["vs_baseline"] = versus
     curve = {
         "gold": [0.1, 0.4],
@@ -140,9 +142,76 @@ def test_ties_of_a_single_model_are_told(ties: int, text: str) -> None:
 
 def test_equal_models_are_told_as_equal() -> None:
     report = {**report_with(0, 0, 1.0), "equal_models": [["dense", "merge-learned", "control"], ["moe", "x"]]}
-    assert "dense, merge-learned, control: the same weights, byte for byte." in standing(report)
-    assert "merge-learned, control: the same weights" in verdict(report, "merge-learned")
+    text = standing(report)
+    assert "merge-learned, control are dense: the same weights, byte for byte." in text
+    assert "control is merge-learned: the same weights" in verdict(report, "merge-learned")
     assert "moe" not in verdict(report, "merge-learned")
+
+
+def test_of_equal_models_one_is_compared_and_all_share_a_row() -> None:
+    alone, grouped = report_with(-0.01, 0.03, 0.5), report_with(-0.01, 0.03, 0.5)
+    grouped["equal_models"] = [["merge-usage", "merge-learned"]]
+    assert "8 comparisons" in standing(alone) and "6 comparisons" in standing(grouped)
+    assert "merge-learned:" not in standing(grouped)
+    assert "merge-learned is merge-usage: nothing was learned." in verdict(grouped, "merge-learned")
+    names = [row[0] for row in summary.main_table(grouped)[1]]
+    assert "merge-usage = merge-learned" in names and len(names) == len(summary.main_table(alone)[1]) - 1
+
+
+@pytest.mark.parametrize(("low", "high", "word"), [(0.01, 0.03, "better"), (-0.03, -0.01, "worse")])
+def test_what_is_clear_by_itself_only_is_named(low: float, high: float, word: str) -> None:
+    """p 0.03 is below the level, and above half of it."""
+    text = verdict(report_with(low, high, 0.03), "merge-learned")
+    numbers = f"({(low + high) / 2:+.3f} ({low:+.3f} to {high:+.3f}))"
+    assert f"By itself, not after the correction: {word} in accuracy test {numbers}." in text
+    assert "By itself" not in verdict(report_with(low, high, 0.01), "merge-learned")
+    assert "By itself" not in verdict(report_with(-0.01, 0.03, 0.3), "merge-learned")
+
+
+def test_a_larger_gap_is_named_though_no_verdict_counts_it() -> None:
+    report = report_with(-0.01, 0.03, 0.3)
+    curve = report["probes"]["best_of_n"]["sets"]["wide"]["models"]["merge-learned"]
+    curve |= {
+        f"gap_area_minus_baseline{end}": v for end, v in (("", 0.113), ("_low", 0.038), ("_high", 0.209))
+    }
+    said = "worse in gap on wide (+0.113 (+0.038 to +0.209))"
+    assert f"By itself, not after the correction: {said}." in verdict(report, "merge-learned")
+    assert f"merge-learned {said}" in " ".join(standing_sentences(report))
+
+
+# Power
+
+
+@pytest.mark.parametrize(("pairs", "comparisons"), [(24, 2), (100, 1), (400, 8), (5, 1)])
+def test_no_smaller_difference_can_be_clear(pairs: int, comparisons: int) -> None:
+    """The least difference is the least count of pairs, all for one model, with a small enough p."""
+    least, seen, wanted = limits(pairs, 0.1, 0.05, comparisons)
+    count = next(k for k in range(100) if mcnemar(k, 0) <= 0.05 / comparisons)
+    assert least == pytest.approx(min(1.0, count / pairs)) and seen >= least and wanted > 1000
+    assert (pairs, round(least, 2)) != (24, 0.25) and (pairs != 24 or round(least, 2) == 0.29)
+
+
+def test_the_difference_that_is_seen_is_seen_in_four_of_five_cases() -> None:
+    pairs, disagreement = 1000, 0.2
+    _, seen, _ = limits(pairs, disagreement, 0.05, 1)
+    random, better = np.random.default_rng(0), (disagreement + seen) / 2
+    counts = random.multinomial(pairs, [better, disagreement - better, 1 - disagreement], size=2000)
+    clear = np.mean([mcnemar(int(first), int(second)) <= 0.05 for first, second, _ in counts])
+    assert clear == pytest.approx(POWER, abs=0.05)
+
+
+def test_models_that_agree_on_every_pair_have_an_interval_of_some_width() -> None:
+    right = np.column_stack([np.ones(40), np.zeros(40)])
+    pairs = PairScores({"a": right, "b": 2 * right}, np.full(40, ""), np.arange(40), np.ones((40, 2)))
+    found = PROBES.get("accuracy").measure({"t": pairs}, EvaluateSettings(resamples=100), 0)
+    low, high = found["sets"]["t"]["all"]["models"]["b"]["vs_baseline"]["interval"]
+    clopper_pearson = stats.binomtest(0, 40).proportion_ci(0.95, "exact").high
+    assert -low == high == pytest.approx(clopper_pearson)
+    answers = np.array([3.0, 1.0, 2.0] * 20)
+    candidates = CandidateScores({"a": answers, "b": 2 * answers}, answers, np.ones(60), np.full(20, 3))
+    curves = PROBES.get("best_of_n").measure({"c": candidates}, EvaluateSettings(resamples=100), 0)
+    of_b = curves["sets"]["c"]["models"]["b"]
+    assert of_b["minus_baseline_high"][0] == 0 < of_b["minus_baseline_high"][-1] < 1
 
 
 # Simulated families

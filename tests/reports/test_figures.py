@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moemerge.reports import plotting
-from moemerge.reports.figures import Curves, Dots, Figure, HeatMap, Line, Panel
+from moemerge.reports.figures import Curves, Dots, Figure, HeatMap, Line, Panel, on_one_scale
 from moemerge.reports.table import Table, shortened
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -151,3 +151,17 @@ def test_long_names_are_shortened_wherever_they_are_shown(tmp_path: Path) -> Non
     table = Table(long, ["model", long], [["a" + long, long], ["b", "1"]])
     assert len(table.header[1]) == len(table.rows[0][0]) == 100 and table.rows[0][1] == long
     assert table.rows[0][0].startswith("as") and shortened("short") == "short"
+
+
+def test_heat_maps_side_by_side_have_one_scale(tmp_path: Path) -> None:
+    """A value that several maps show has one colour in all of them."""
+    files = {"a": [[0.1, 0.5]], "b": [[0.5, 0.9]]}
+    for name, matrix in files.items():
+        plotting.heat_map(matrix, tmp_path / f"{name}.png", name, "x", "y")
+    alone = [Figure.load(tmp_path / f"{name}.png") for name in files]
+    lines = Figure(tmp_path / "c.png", Curves("c", []))
+    first, second, other = on_one_scale([*alone, lines])
+    assert first.plot.scale == second.plot.scale == (0.1, 0.9) and other == lines  # type: ignore[union-attr]
+    assert on_one_scale(alone[:1]) == alone[:1] and alone[0].plot.scale is None  # type: ignore[union-attr]
+    (drawn,) = plotting.svgs(first.plot)  # type: ignore[arg-type]
+    assert drawn != plotting.svgs(alone[0].plot)[0]  # type: ignore[arg-type]

@@ -123,6 +123,7 @@ def test_provenance_tells_checksums_and_settings_but_no_paths() -> None:
     section = provenance_section({"one": manifest, "two": manifest})
     assert section.text == ["Made with python 3.11, torch 2.13; Linux on x86_64, 2 CPUs; 2026-01-02."]
     rows = [["model", "rm", digest[:16]], ["pairs test", "owner/data:test", ""]]
-    assert section.tables[0].rows == [[step, *row] for step in ("one", "two") for row in rows]
+    inputs, given = section.folded
+    assert inputs.rows == [[step, *row] for step in ("one", "two") for row in rows] and not section.tables
     settings = [["seed", "3"], ["search.learning_rate", "0.1, 0.2"]]
-    assert section.folded[0].rows == [[step, *row] for step in ("one", "two") for row in settings]
+    assert given.rows == [[step, *row] for step in ("one", "two") for row in settings]

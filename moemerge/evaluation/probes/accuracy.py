@@ -180,7 +180,7 @@ def _part_tables(title: str, kind: str, parts: dict[str, AccuracyPart], confiden
     note = f"{percent(confidence)} intervals, each by itself; where prompts repeat, from a bootstrap over "
     note += "prompts (too narrow if they are few), or over pairs if all have one prompt. A tie is an error."
     header = [kind, "pairs", "prompts", *models, "always longer", "always shorter"]
-    shares = Table(f"Accuracy on {title}", header, rows, note)
+    shares = Table(f"Accuracy on {title}", header, rows, note, detail=True)
     baseline = next(iter(parts.values()))["baseline"]
     return [shares] + ([comparisons.against(title, parts, baseline, confidence)] if len(models) > 1 else [])
 

@@ -26,7 +26,7 @@ from moemerge.evaluation.results import BestOfN, CandidateCurves, ModelCurves
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
-from moemerge.reports.statistics import Floats, Integers, banded, resampled_curves, resampled_p
+from moemerge.reports.statistics import Floats, Integers, banded, no_difference, resampled_curves, resampled_p
 from moemerge.reports.table import Table, ends, percent, with_interval
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def _measure_set(
     means_2MRS = resampled_curves(curves_2QMS, settings.resamples, seed)
     gold, proxy = (dict(zip(lines, means_MRS, strict=True)) for means_MRS in means_2MRS)
     best_RS = gold[REFERENCES[-1]]
+    apart = _unseen_difference(scores, settings.confidence)
     values = {model: _values(grid, gold[model], proxy[model], best_RS) for model in scores.scores}
     shown = np.searchsorted(grid, sizes)
     baseline = settings.baseline or next(iter(scores.scores))
@@ -126,7 +127,7 @@ def _measure_set(
                 ModelCurves,
                 _curve(gold[model][:, shown], proxy[model][:, shown], settings.confidence)
                 | _numbers(values[model], settings.confidence)
-                | _versus(gold, values, model, baseline, shown, settings.confidence)
+                | _versus(gold, values, model, baseline, shown, settings.confidence, apart)
                 | _p_at_last_n(gold, model, baseline, len(scores.sizes)),
             )
             for model in scores.scores
@@ -183,8 +184,13 @@ def _versus(
     baseline: str,
     shown: Integers,
     confidence: float,
+    apart: float,
 ) -> dict[str, Any]:
-    """Paired differences to the baseline; of the peak's n, the ratio."""
+    """Paired differences to the baseline; of the peak's n, the ratio.
+
+    Where no prompt's curve differs resamples cannot: `apart` then bounds the difference, but at n = 1, where
+    all models pick at random.
+    """
     if model == baseline:
         return {}
     mine, theirs = values[model], values[baseline]
@@ -192,7 +198,21 @@ def _versus(
     versus["peak_n_over_baseline"] = mine["peak_n"] / theirs["peak_n"]
     others = mine.keys() - {"peak_n", "fit_error"}
     versus |= {f"{name}_minus_baseline": mine[name] - theirs[name] for name in mine if name in others}
-    return _numbers(versus, confidence)
+    numbers = _numbers(versus, confidence)
+    if not versus["minus_baseline"].any():
+        ends = [0.0, *[apart] * (len(shown) - 1)]
+        numbers |= {"minus_baseline_low": [-end for end in ends], "minus_baseline_high": ends}
+    return numbers
+
+
+def _unseen_difference(scores: CandidateScores, confidence: float) -> float:
+    """How far two models' gold scores may be apart of which no prompt shows any difference.
+
+    As many prompts as might differ unseen, times the mean distance from the worst answer to the best.
+    """
+    parts = scores.by_prompt(scores.gold)
+    spread = float(np.mean([gold_N.max() - gold_N.min() for gold_N in parts]))
+    return no_difference(len(scores.sizes), confidence)[1] * spread
 
 
 def _p_at_last_n(gold: Mapping[str, Floats], model: str, baseline: str, prompts: int) -> dict[str, float]:

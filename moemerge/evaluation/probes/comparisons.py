@@ -19,6 +19,7 @@ from moemerge.reports.statistics import (
     clustered_mcnemar,
     holm,
     mcnemar,
+    no_difference,
     percentile_interval,
 )
 from moemerge.reports.table import Table, percent, with_interval
@@ -39,13 +40,15 @@ def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers,
     """
     gain_P = right_P2[:, 0].astype(np.int64) - right_P2[:, 1]
     ours, theirs = int((gain_P > 0).sum()), int((gain_P < 0).sum())
-    low, high = percentile_interval(draws_R2[:, [0]] - draws_R2[:, [1]], confidence)
+    (low,), (high,) = percentile_interval(draws_R2[:, [0]] - draws_R2[:, [1]], confidence)
     _, numbers = np.unique(units_P, return_inverse=True)
     by_unit = np.bincount(numbers, gain_P).round().astype(np.int64)
     shared = len(by_unit) < len(gain_P)
+    if ours == theirs == 0:
+        low, high = no_difference(len(by_unit), confidence)
     return {
         "difference": (ours - theirs) / len(gain_P),
-        "interval": (float(low[0]), float(high[0])),
+        "interval": (float(low), float(high)),
         "first_alone": ours,
         "second_alone": theirs,
         "p": clustered_mcnemar(by_unit) if shared else mcnemar(ours, theirs),
@@ -92,7 +95,8 @@ def table(name: str, comparisons: Sequence[Comparison], confidence: float) -> Ta
         rows.append([*row, *alone, f"{versus['p']:.3g}", f"{versus['p_holm']:.3g}"])
     note = f"{len(rows)} comparisons of the same pairs. Intervals and p take each by itself; "
     note += "p (Holm) is adjusted for their number."
-    return Table(f"{whole_or_part(comparisons)} on {name}", [*header, "p", "p (Holm)"], rows, note)
+    title = f"{whole_or_part(comparisons)} on {name}"
+    return Table(title, [*header, "p", "p (Holm)"], rows, note, detail=True)
 
 
 def whole_or_part(comparisons: Sequence[Comparison] | Sequence[ScoreComparison]) -> str:
@@ -116,7 +120,7 @@ def against(name: str, parts: Mapping[str, AccuracyPart], baseline: str, confide
         f"{percent(confidence)} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons "
     )
     note += "of two models on one of these parts. Of few prompts intervals are too narrow: read p."
-    return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note)
+    return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note, detail=True)
 
 
 def _signed(comparison: Comparison, sign: int) -> str:

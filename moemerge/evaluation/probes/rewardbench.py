@@ -37,6 +37,7 @@ from moemerge.reports.statistics import (
     Floats,
     bootstrap_means,
     cluster_sums,
+    no_difference,
     percentile_interval,
     resampled_p,
     sampling_units,
@@ -245,12 +246,13 @@ def _summary(
 
 
 def _comparison(names: tuple[str, str], gain_V: Floats, units: int, confidence: float) -> ScoreComparison:
-    low, high = percentile_interval(gain_V[1:, None], confidence)
+    (low,), (high,) = percentile_interval(gain_V[1:, None], confidence)
+    same = not gain_V.any()
     return {
         "first": names[0],
         "second": names[1],
         "difference": float(gain_V[0]),
-        "interval": (float(low[0]), float(high[0])),
+        "interval": no_difference(units, confidence) if same else (float(low), float(high)),
         "p": resampled_p(float(gain_V[0]), gain_V[1:], units),
     }
 
@@ -302,7 +304,7 @@ def _comparison_table(name: str, measured: Benchmark, confidence: float) -> Tabl
     note = f"{len(rows)} paired differences; each interval takes its own by itself."
     header = ["score", "A", "B", "A minus B", f"{percent(confidence)} interval"]
     which = whole_or_part(next((numbers["comparisons"] for numbers in parts.values()), []))
-    return Table(f"{which} on RewardBench {measured['version']}, {name}", header, rows, note)
+    return Table(f"{which} on RewardBench {measured['version']}, {name}", header, rows, note, detail=True)
 
 
 def plot(result: RewardBench, folder: Path) -> list[str]:
