@@ -83,6 +83,7 @@ def strength(
     lookahead_sets: int = 4,
     fresh_head: bool = False,
     search: Mapping[str, Sequence[float]] = {},
+    sharded: bool = False,
     trainer: Mapping[str, Any] = {},
     folds: int = 5,
     orders: int = 3,
@@ -185,6 +186,8 @@ def strength(
         fresh_head: draw a new reward head where the model's own is missing or under another name (a
             plain base model always gets one)  [default: no]
         search: values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses
+        sharded: several processes: each holds a part of weights, gradients and moments, and never more
+            than a layer whole (FSDP2), in place of all of them (DDP)  [default: no]
         trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
         folds: parts of the pairs; each is scored by voters trained on the others  [default: 5]
         orders: voters per part, trained in orders of their own  [default: 3]
@@ -333,6 +336,7 @@ def train(
     lookahead_sets: int = 4,
     fresh_head: bool = False,
     search: Mapping[str, Sequence[float]] = {},
+    sharded: bool = False,
     trainer: Mapping[str, Any] = {},
     more_pairs: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     shares: Mapping[str, float] = {},
@@ -425,6 +429,8 @@ def train(
         fresh_head: draw a new reward head where the model's own is missing or under another name (a
             plain base model always gets one)  [default: no]
         search: values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses
+        sharded: several processes: each holds a part of weights, gradients and moments, and never more
+            than a layer whole (FSDP2), in place of all of them (DDP)  [default: no]
         trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
         more_pairs: further training pairs by name, such as what attack found (patch=attack/patch.jsonl)
         shares: of more_pairs: the share of all training pairs that come from there, drawn at random,

@@ -24,6 +24,11 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def number() -> int:
+    """Which of the processes that do the same work together this is, from 0."""
+    return int(os.environ["RANK"]) if several() else 0
+
+
 def count() -> int:
     """How many processes do the same work together."""
     return int(os.environ["WORLD_SIZE"]) if several() else 1

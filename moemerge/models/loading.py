@@ -19,7 +19,9 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from moemerge.errors import unexpected
+from moemerge.models import processes
 from moemerge.models.configs import log_own_code
+from moemerge.models.families import family_of
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.guards import needless, old_buffer, refuse_larger
 from moemerge.models.heads import in_head, refuse_lost_head, warn_of_fresh_head
@@ -57,15 +59,17 @@ def load_reward_model(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     fresh_head_seed: int | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
 
     `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. With `fresh_head_seed` a base LM or
     encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
     if it names none; so is, where the folder is opened with `fresh_head`, any model without its head. A
-    reward model's config stays as it is. Raises CheckpointError for missing, left-over or misshapen tensors,
-    quantised or pickled weights, adapters, a reward model without its head, and any other number of outputs;
-    UnsupportedError for a class of its own, unless its code comes along and is trusted.
+    reward model's config stays as it is. `sharded`: each of several processes holds a part of every weight,
+    and never the whole of more than a layer (FSDP2). Raises CheckpointError for missing, left-over or
+    misshapen tensors, quantised or pickled weights, adapters, a reward model without its head, and any other
+    number of outputs; UnsupportedError for a class of its own, unless its code comes along and is trusted.
     """
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
@@ -79,7 +83,8 @@ def load_reward_model(
         refuse_larger(folder.weights, config)
         folder.weights.release()  # transformers maps the files itself
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    loaded, loading = load_weights(folder, config, wanted)
+    sharding = _sharding(folder, config) if sharded else None
+    loaded, loading = load_weights(folder, config, wanted, sharding=sharding)
     check_loading(folder, loaded, loading, fresh_head_seed)
     if fresh_head_seed is None:
         folder.require_one_output()
@@ -89,11 +94,26 @@ def load_reward_model(
         name_pad_of_fresh_head(loaded.config, folder)
     if fresh_head_seed is not None and (folder.drawn_head or folder.fresh_head):
         warn_of_fresh_head(folder.source, tuple(folder.drawn_head))
-    return loaded.to(device).eval()  # type: ignore[arg-type, no-any-return]
+    placed = loaded if sharded else loaded.to(device)  # type: ignore[arg-type]
+    return placed.eval()  # type: ignore[no-any-return]
+
+
+def _sharding(folder: ModelFolder, config: PreTrainedConfig) -> Any:
+    """How transformers is to spread the model over all processes: each layer is put together when it runs."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            deepcopy(config), trust_remote_code=folder.trust_remote_code
+        )
+    path, _ = family_of(config).dense_layers(model)
+    return processes.sharding(path)
 
 
 def load_weights(
-    folder: ModelFolder, config: PreTrainedConfig, dtype: Any, device_map: str | None = None
+    folder: ModelFolder,
+    config: PreTrainedConfig,
+    dtype: Any,
+    device_map: str | None = None,
+    sharding: Any = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The sequence classifier of `config` with the weights of `folder`, and transformers' loading info.
 
@@ -111,6 +131,7 @@ def load_weights(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **({} if sharding is None else {"distributed_config": sharding}),
             )
     except Exception as error:  # a model's class may raise anything at values that it does not expect
         expected = "safetensors of a sequence classifier that agree with config.json"
@@ -169,6 +190,7 @@ def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
         for name in names:
             tensor = model.get_parameter(name)
             if tensor.ndim > 1:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+                drawn = torch.randn(tensor.shape, generator=generator) * std
+                tensor.copy_(processes.placed_like(tensor, drawn))
             else:
                 tensor.fill_(0.0 if name.endswith("bias") else 1.0)

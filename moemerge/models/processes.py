@@ -6,18 +6,34 @@ go the same way; the first one writes. Ranks, devices and what they talk through
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from moemerge.artifacts.ranks import several
+from moemerge.artifacts.ranks import count, several
 from moemerge.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # what accelerate can be told to wrap models in
 
 
 def own_device(name: str) -> torch.device:
     """Join the other processes; the device that this one is to use, where the user asks for `name`."""
     from accelerate import PartialState
 
+    for engine in ENGINES:
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true", "yes"):
+            raise OptionError(
+                "accelerate cannot wrap moemerge's models",
+                given=f"ACCELERATE_USE_{engine}, which accelerate launch sets by its configuration",
+                expected="plain processes; train puts weights into parts by its own option sharded (FSDP2)",
+                fix="set distributed_type to MULTI_GPU in that configuration, and give train --sharded",
+            )
     if name not in ("auto", "cpu", "cuda"):
         raise OptionError(
             "each of several processes takes the GPU of its own number",
@@ -26,6 +42,54 @@ def own_device(name: str) -> torch.device:
             fix="leave device out, and choose GPUs by the environment variable CUDA_VISIBLE_DEVICES",
         )
     return PartialState(cpu=name == "cpu" or not torch.cuda.is_available()).device
+
+
+def sharding(layers: str) -> DistributedConfig:
+    """How transformers is to spread a model over all processes (FSDP2), `layers` being its layers' path."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return DistributedConfig(fsdp_size=count(), fsdp_plan={f"{layers}.*": "free_full_weight"})
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds a part of each weight only: all have to run the model as often."""
+    return any(in_parts(weight) for weight in model.parameters())
+
+
+def in_parts(weight: Tensor) -> bool:
+    """Whether this process holds a part of the weight only."""
+    if not several():
+        return False
+    from torch.distributed.tensor import DTensor  # seconds to import
+
+    return isinstance(weight, DTensor)
+
+
+def part_again(model: nn.Module) -> None:
+    """Have a sharded model in parts again: after a forward pass alone its last weights are still whole."""
+    if is_sharded(model):
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def placed_like(weight: Tensor, values: Tensor) -> Tensor:
+    """`values`, the same in every process, as `weight` lies: of a weight in parts, this process's part."""
+    if not in_parts(weight):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    parts: Any = weight
+    return distribute_tensor(values.to(weight.device), parts.device_mesh, parts.placements)
+
+
+def own_part(weight: Tensor) -> Tensor:
+    """What this process holds of a weight; all of it, if it is not in parts."""
+    parts: Any = weight
+    part: Tensor = parts.to_local() if in_parts(weight) else weight
+    return part
 
 
 def wait() -> None:

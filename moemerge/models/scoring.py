@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moemerge.artifacts import ranks
 from moemerge.artifacts.progress import hidden
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, DataError
@@ -55,12 +56,18 @@ def score(
     mine = groups if alone else [groups[number] for number in processes.share(len(groups))]
     done: list[Tensor] = []
     scored = [row for rows in mine for row in rows]
-    with torch.inference_mode(), padding(model, encoded) as pad, _bar(len(scored), progress) as bar:
+    quickly = torch.no_grad if processes.is_sharded(model) else torch.inference_mode
+    with quickly(), padding(model, encoded) as pad, _bar(len(scored), progress) as bar:
         for rows in mine:
             if on_batch is not None:
                 on_batch(rows)
             done.append(forward(model, [encoded[row] for row in rows], pad)[:, 0].float())
             bar.update(len(rows))
+        if not alone and processes.is_sharded(model):
+            # Each layer is put together out of all processes' parts, so all run as many batches.
+            for _ in range(-(-len(groups) // ranks.count()) - len(mine)):
+                forward(model, [encoded[row] for row in groups[-1]], pad)
+    processes.part_again(model)
     # Only now to the CPU: a copy would wait for each batch to end.
     scores_S = torch.cat([scores_B.cpu() for scores_B in done]) if done else torch.zeros(0)
     scores = torch.zeros(len(encoded)).index_copy(0, torch.tensor(scored, dtype=torch.long), scores_S)

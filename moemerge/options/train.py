@@ -28,6 +28,8 @@ ONLY_WITH = {
 # What is minimised, and how: all that plain Bradley-Terry has at its defaults.
 LOOKAHEAD = ("lookahead", "lookahead_rate", "lookahead_sets")
 LOSS = ("objectives", "label_smoothing", "margin", "center", *LOOKAHEAD, *ONLY_WITH)
+# What looks at weights outside of the model's own forward and backward pass.
+NEED_WHOLE = ("lora", "lookahead", "policy", "language")
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
@@ -148,6 +150,11 @@ class TrainSettings(Options):
         description="values to try per option, e.g. learning_rate: [1e-5, 3e-5]; choose_by chooses",
     )
 
+    sharded: bool = Field(
+        False,
+        description="several processes: each holds a part of weights, gradients and moments, and never more "
+        "than a layer whole (FSDP2), in place of all of them (DDP)",
+    )
     trainer: Annotated[dict[str, Any], AfterValidator(own_keys)] = Field(
         default_factory=dict,
         description="any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor",
@@ -166,6 +173,18 @@ class TrainSettings(Options):
         if "epochs" in search and info.data.get("max_steps"):
             raise ValueError("other options than epochs while max_steps overrides these")
         return search
+
+    @model_validator(mode="after")
+    def _parts_of_weights_have_no_other_use(self) -> TrainSettings:
+        if self.sharded:
+            for name in NEED_WHOLE:
+                if (
+                    name == self.trainable
+                    or name in self.minimised
+                    or (name == "lookahead" and self.lookahead)
+                ):
+                    raise ValueError(f"{name} needs whole weights: leave it out, or sharded")
+        return self
 
     @model_validator(mode="after")
     def _order_of_subsets(self) -> TrainSettings:

@@ -230,6 +230,13 @@ def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
             from moemerge.training.arguments import trainer_faults
 
             yield from trainer_faults(section.trainer, f"{name}.trainer")
+        if section.sharded:
+            yield _fault(
+                f"{name}.sharded needs several processes",
+                "sharded: true in a recipe, which one process runs",
+                "sharded: false",
+                "leave it out; large trainings are done by torchrun -m moemerge train --sharded",
+            )
         if section.search and not _has_validation(recipe):
             yield _fault(
                 f"{name}.search needs validation pairs",

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -42,9 +41,10 @@ from moemerge.training.lookahead import Lookahead
 from moemerge.training.losses.base import Course
 from moemerge.training.losses.mixture import Mixture
 from moemerge.training.pair_columns import PairCollator, pair_columns
+from moemerge.training.parts import load_moments, load_trained, save_moments, save_parts
 
-WEIGHTS = "model.safetensors"
 STATE = "trainer_state.json"
+SCHEDULER = "scheduler.pt"
 WHOLE = "whole"
 EVAL_TOKENS = 8192
 
@@ -69,7 +69,11 @@ class PairTrainer(RewardTrainer):
         schedule: ExpertSchedule | None = None,
         **trl: Any,
     ) -> None:
+        sharded = processes.is_sharded(trl["model"])
+        # transformers does not save the moments of sharded models, and so refuses; we save them.
+        trl["args"].save_only_model = sharded
         super().__init__(**trl)
+        self.args.save_only_model = False
         self.groups, self.held_out, self.schedule = groups, held_out, schedule
         self.mixture: Mixture | None = None
         self.lookahead: Lookahead | None = None
@@ -98,7 +102,9 @@ class PairTrainer(RewardTrainer):
             context.steering = FREE
 
     def _step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.mixture is not None and self.state.global_step == 0 and not self.compared:
+        first = self.state.global_step == 0 and not self.compared
+        # Gradients of weights in parts exist in backward passes only.
+        if self.mixture is not None and first and not processes.is_sharded(self.model):
             self._compare_gradients(self._prepare_inputs(inputs))
         with self._looking_ahead():
             # Each pass sends its own balance loss into the gradients, which add up over layers and passes.
@@ -202,8 +208,25 @@ class PairTrainer(RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / WEIGHTS)
+        if leads() or processes.is_sharded(self.model):
+            save_parts(folder, {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As ever; of a sharded model each process keeps its part of the moments."""
+        if not processes.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_moments(self.optimizer, Path(output_dir))
+        if leads():
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not processes.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_moments(self.optimizer, Path(checkpoint))
+        state = torch.load(Path(checkpoint) / SCHEDULER, map_location="cpu", weights_only=True)
+        cast("Any", self.lr_scheduler).load_state_dict(state)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As ever; then the checkpoint is flushed, and only then marked as whole.
@@ -221,13 +244,6 @@ class PairTrainer(RewardTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
-
-
-def load_trained(model: nn.Module, checkpoint: Path) -> None:
-    """Copy the weights of a trainer checkpoint into the parameters of the same names."""
-    with torch.no_grad():
-        for name, tensor in load_file(checkpoint / WEIGHTS).items():
-            model.get_parameter(name).copy_(tensor)
 
 
 def make_trainer(

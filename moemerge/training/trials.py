@@ -36,6 +36,7 @@ from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
 from moemerge.training.bench import Bench
 from moemerge.training.flops import FLOPS, training_flops
+from moemerge.training.parts import load_trained
 from moemerge.training.report import report, standing
 
 DONE = "done.json"
@@ -97,7 +98,7 @@ def _trial(bench: Bench, options: Train, home: Path) -> dict[str, Any]:
     from moemerge.training.trainer import make_trainer
 
     clock = time.perf_counter()
-    model, roles = _prepare(bench, options, bench.device)
+    model, roles = _prepare(bench, options, bench.device, options.sharded)
     counts = _count(model, roles)
     bench.draft.reserve(checkpoint_space(counts), there=size_of(home.parent))
     data = (bench.pairs, bench.held_out, home, bench.candidates)
@@ -136,8 +137,6 @@ def _fit(trainer: Any, options: Train, before: dict[str, float] | None, home: Pa
 
 def finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
     """The model as loaded, with the weights of `step` (0: its own) and without any trace of LoRA."""
-    from moemerge.training.trainer import load_trained
-
     model, roles = _prepare(bench, options, torch.device("cpu"))
     if step:
         load_trained(model, home / f"checkpoint-{step}")
@@ -153,9 +152,11 @@ def finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedM
     return model
 
 
-def _prepare(bench: Bench, options: Train, device: torch.device) -> tuple[PreTrainedModel, dict[str, str]]:
+def _prepare(
+    bench: Bench, options: Train, device: torch.device, sharded: bool = False
+) -> tuple[PreTrainedModel, dict[str, str]]:
     """The model in float32 with exactly the intended parameters to train, and the role of each of these."""
-    model = load_reward_model(bench.model, device, torch.float32, options.seed)
+    model = load_reward_model(bench.model, device, torch.float32, options.seed, sharded)
     if options.trainable == "lora":
         _add_lora(model, options)
     roles = trained_parameters(model, options)

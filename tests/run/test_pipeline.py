@@ -446,6 +446,7 @@ def test_all_faults_at_once(folder: Path) -> None:
         ({"synthetic": {}}, ["two models", "two sources of data"]),
         ({"model": None}, ["no model"]),
         ({"data": None}, ["no training pairs"]),
+        ({"train": {"sharded": True}}, ["train.sharded needs several processes"]),
         ({"also_merge": ["usage", "usage"]}, ["a coefficient method is named twice"]),
         ({"also_merge": ["learned"]}, ["a coefficient method is named twice"]),
         ({"evaluate": {"probes": ["lenght"]}}, ["unknown evaluate.probes"]),

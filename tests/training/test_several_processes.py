@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from processes import ranks, torchrun
+from safetensors.torch import load_file
 from small_moe import make_moe, random_pairs, write_rows
 from small_training import history, weights
 
+from moemerge.errors import OptionError
 from moemerge.run.cli import cli
+from moemerge.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 FEW = ["--batch-size", "8", "--epochs", "2", "--learning-rate", "3e-3", "--eval-steps", "1", "--threads", "1"]
@@ -46,15 +49,16 @@ def well(done: list[Any]) -> None:
 WAYS = {
     "dense": ("dense-moe", []),
     "moe": ("moe", ["--assign", "subset", "--assign-share", "0.5", "--shared-dropout", "0.3"]),
-    "mixture": ("moe", ["--label-smoothing", "0.1", "--center", "0.01", "--gradient-accumulation", "2"]),
+    "mixture": ("moe", ["--label-smoothing", "0.1", "--center", "0.01", "--gradient-accumulation", "2", "--gradient-checkpointing"]),
 }
 
 
+@pytest.mark.parametrize("how", [[], ["--sharded"]], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_what_one_does(way: str, home: Path, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does(way: str, how: list[str], home: Path, tmp_path: Path) -> None:
     """batch_size counts the pairs of all; each step is one of the same pairs."""
     model, options = WAYS[way]
-    well(ranks(command(home, model, tmp_path / "two", *options)))
+    well(ranks(command(home, model, tmp_path / "two", *options, *how)))
     cli.main(command(home, model, tmp_path / "one", *options), standalone_mode=False)
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     start = weights(home / model)
@@ -87,21 +91,59 @@ def dies_at(step: int, rank: int) -> Callable[[int], None]:
     return first
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_training_goes_on_as_if_it_had_not_been(rank: int, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "how"), [(0, []), (1, []), (1, ["--sharded"])])
+def test_a_killed_training_goes_on_as_if_it_had_not_been(
+    rank: int, how: list[str], home: Path, tmp_path: Path
+) -> None:
     """By as many processes; one process alone begins anew, and leaves the others' work where it is."""
-    well(ranks(command(home, "balanced", tmp_path / "whole")))
-    broken = command(home, "balanced", tmp_path / "out")
+    well(ranks(command(home, "balanced", tmp_path / "whole", *how)))
+    broken = [*command(home, "balanced", tmp_path / "out"), *how]
     done = ranks(broken, dies_at(3, rank))
     assert done[rank].code == -signal.SIGKILL and done[1 - rank].code == 2, done[1 - rank].err[-3000:]
     assert "another of the processes" in done[1 - rank].err and "Traceback" not in done[1 - rank].err
     left = [path for path in tmp_path.iterdir() if path.name.endswith(".work")]
     assert len(left) == 1 and not (tmp_path / "out").exists()
-    cli.main([*broken[:-1], str(tmp_path / "plain")], standalone_mode=False)
+    cli.main(command(home, "balanced", tmp_path / "plain"), standalone_mode=False)
     well(ranks(broken))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "whole"]
     whole, out = (weights(tmp_path / name) for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_each_process_keeps_its_part_of_weights_and_moments(home: Path, tmp_path: Path) -> None:
+    """Halves of each tensor in either one's files; the head's one row is the first one's."""
+    done = ranks(command(home, "dense-moe", tmp_path / "out", "--sharded"), dies_at(3, 0))
+    assert done[0].code == -signal.SIGKILL
+    (work,) = (path for path in tmp_path.iterdir() if path.name.endswith(".work"))
+    checkpoint = max((work / "trial-0").glob("checkpoint-*"))
+    parts = [load_file(checkpoint / f"model-0000{n}-of-00002.safetensors") for n in (1, 2)]
+    whole = weights(home / "dense-moe")
+    assert parts[0].keys() == whole.keys()
+    for name, weight in whole.items():
+        sizes = [len(part[name]) for part in parts]
+        assert sizes == ([1, 0] if len(weight) == 1 else [len(weight) // 2] * 2), name
+    for number in (1, 2):
+        kept = torch.load(checkpoint / f"optimizer-0000{number}-of-00002.pt", weights_only=True)
+        held = sum(len(moments["exp_avg"].flatten()) for moments in kept["state"].values())
+        assert held == sum(part.numel() for part in parts[number - 1].values())
+
+
+def test_parts_of_weights_need_several_processes_and_no_other_use(home: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": home / "moe", "pairs": home / "pairs.jsonl", "output": tmp_path / "out"}
+    with pytest.raises(OptionError, match="sharded needs several processes"):
+        train(**given, sharded=True)
+    for whole in ({"trainable": "lora"}, {"objectives": {"bradley_terry": 1.0, "policy": 0.1}}):
+        with pytest.raises(OptionError, match="needs whole weights"):
+            train(**given, sharded=True, **whole)
+
+
+def test_accelerates_own_wrapping_is_refused_with_what_is_here_instead(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    done = ranks(command(home, "moe", tmp_path / "out"))
+    assert [ended.code for ended in done] == [2, 2]
+    assert "give train --sharded" in "".join(ended.err for ended in done)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_once(home: Path, tmp_path: Path) -> None:
