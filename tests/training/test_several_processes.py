@@ -46,10 +46,14 @@ def well(done: list[Any]) -> None:
     assert done[0].out and not done[1].out, "the first one tells"
 
 
+CHECKPOINTING = "--gradient-checkpointing"
 WAYS = {
     "dense": ("dense-moe", []),
     "moe": ("moe", ["--assign", "subset", "--assign-share", "0.5", "--shared-dropout", "0.3"]),
-    "mixture": ("moe", ["--label-smoothing", "0.1", "--center", "0.01", "--gradient-accumulation", "2", "--gradient-checkpointing"]),
+    "mixture": (
+        "moe",
+        [*"--label-smoothing 0.1 --center 0.01 --gradient-accumulation 2".split(), CHECKPOINTING],
+    ),
 }
 
 
