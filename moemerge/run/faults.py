@@ -8,7 +8,7 @@ from typing import Any
 
 from moemerge.artifacts.paths import near_path, reads_like_path
 from moemerge.artifacts.stage import RECIPE_COPY
-from moemerge.errors import CheckpointError, MoemergeError, OptionError, UnsupportedError, unknown
+from moemerge.errors import CheckpointError, MoemergeError, OptionError, UnsupportedError
 from moemerge.models.config_file import LAYERS
 from moemerge.models.families import FAMILIES, family_called
 from moemerge.models.folder import ModelFolder
@@ -17,10 +17,19 @@ from moemerge.options.data import DataSettings
 from moemerge.options.layers import parse_layers
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.options.sample import SAMPLED
-from moemerge.run.baselines import model_names, plainly, scored_names
+from moemerge.run.baselines import model_names, scored_names
 from moemerge.run.commands import row_of
-from moemerge.run.label_check import label_faults, trainings
+from moemerge.run.label_check import label_faults
 from moemerge.run.recipe_file import Tree
+from moemerge.run.training_check import (
+    baseline_faults,
+    fault_of,
+    has_validation,
+    steering_faults,
+    training_faults,
+    trainings,
+    unknown_name,
+)
 
 ANY_LAYERS = 10_000  # stands for a model whose number of layers is not known here
 
@@ -37,9 +46,9 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
         _check_sources: {"model", "synthetic", "data", "data.train"},
         _check_files: set(),
         _check_model: {"base"},
-        _check_training: held_out,
+        training_faults: held_out,
         label_faults: {"strength", "strength.treat", "base", "control", "train"},
-        _check_steering: {"train", "base", "control", "upcycle.shared_expert"},
+        steering_faults: {"train", "base", "control", "upcycle.shared_expert"},
         _check_fit: held_out | {"data.fit"},
         _check_evaluation: {
             "data",
@@ -54,7 +63,7 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
             "also_merge",
         },
         _check_publish: {"publish.repo"},
-        _check_baselines: {"control", "strength", "baselines", "data", "data.fit"},
+        baseline_faults: {"control", "strength", "baselines", "data", "data.fit"},
         _check_seeds: {"seeds"},
         _check_policies: {"data", "data.max_length", "data.candidates", "sample", "optimise", "evaluate"},
         _check_output: set(),
@@ -63,24 +72,22 @@ def find_faults(recipe: Recipe, dropped: Iterable[str] = ()) -> list[MoemergeErr
     return [fault for check in sound for fault in check(recipe)]
 
 
-def _fault(what: str, given: object, expected: str, fix: str) -> OptionError:
-    return OptionError(what, given=str(given), expected=expected, fix=fix)
-
-
 def _check_sources(recipe: Recipe) -> Iterator[MoemergeError]:
     if recipe.synthetic is None:
         if recipe.model is None:
-            yield _fault(
+            yield fault_of(
                 "no model", "neither model nor synthetic", "one of them", "add model: FOLDER or HUB NAME"
             )
         if recipe.data is None or recipe.data.train is None:
-            yield _fault("no training pairs", "no data.train", "preference pairs", "add data: {train: FILE}")
+            yield fault_of(
+                "no training pairs", "no data.train", "preference pairs", "add data: {train: FILE}"
+            )
         return
     if recipe.model is not None:
-        yield _fault("two models", "model and synthetic", "one of them", "take one of the two out")
+        yield fault_of("two models", "model and synthetic", "one of them", "take one of the two out")
     files = ", ".join(f"data.{name}" for name in (input_fields(recipe.data) if recipe.data else {}))
     if files:
-        yield _fault("two sources of data", f"synthetic and {files}", "one of them", f"take out {files}")
+        yield fault_of("two sources of data", f"synthetic and {files}", "one of them", f"take out {files}")
 
 
 def _absent(recipe: Recipe | Run) -> dict[str, str]:
@@ -114,7 +121,7 @@ def missing_inputs(inputs: Mapping[str, Any], section: str = "") -> Iterator[Moe
     for key, source in _sources(inputs, section).items():
         if not Path(source).exists() and reads_like_path(source):
             fix = f"{near_path(source)}correct {key}"
-            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
+            yield fault_of(f"{key} does not exist", source, "an existing file or folder", fix)
 
 
 def taken_for_hub_names(recipe: Recipe | Run) -> dict[str, str]:
@@ -127,7 +134,7 @@ def _check_files(recipe: Recipe) -> Iterator[MoemergeError]:
     for key, source in _absent(recipe).items():
         if reads_like_path(source):
             fix = f"{near_path(source)}correct {key}, or override it: --set {key}=PATH"
-            yield _fault(f"{key} does not exist", source, "an existing file or folder", fix)
+            yield fault_of(f"{key} does not exist", source, "an existing file or folder", fix)
 
 
 def _local_model(recipe: Recipe) -> ModelFolder | None:
@@ -163,14 +170,14 @@ def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[Moemerge
             yield fault
     family = FAMILIES.get(model.dense_type)
     if recipe.upcycle.gate == "prompt" and family and not family.causal:
-        yield _fault(
+        yield fault_of(
             "gate prompt needs a causal model",
             f"upcycle.gate prompt, model type {model.model_type}",
             "gate xft or topk, because in an encoder the prompt's states see the answer",
             "set upcycle.gate to xft",
         )
     if recipe.base is None and not (model.claims_head or recipe.upcycle.fresh_head):
-        yield _fault(
+        yield fault_of(
             "model has no reward head",
             f"{', '.join(model.architectures) or 'no architecture'}, and no section base",
             "a reward model, or a section base that trains one from it",
@@ -192,58 +199,7 @@ def layer_faults(specs: Mapping[str, str], config: Tree, known: int = ANY_LAYERS
         try:
             parse_layers(spec, int(layers))
         except OptionError as fault:
-            yield _fault(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
-
-
-def _has_validation(recipe: Recipe) -> bool:
-    """Whether there are held-out pairs, as far as a recipe without any data can be asked."""
-    data = recipe.data
-    return bool(recipe.synthetic or data is None or data.validation or data.validation_share)
-
-
-def _check_steering(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Options of experts where there are none."""
-    for name, section in trainings(recipe).items():
-        if name != "train" and section.steered():
-            yield _fault(
-                f"{name} trains a dense model, which has no experts to steer",
-                ", ".join(f"{name}.{option}" for option in section.steered()),
-                "these options in section train only",
-                f"take them out of {name}",
-            )
-    if recipe.train.shared_dropout and not recipe.upcycle.shared_expert:
-        yield _fault(
-            "train.shared_dropout needs a shared expert",
-            "upcycle.shared_expert false",
-            "a shared expert to leave out",
-            "set upcycle.shared_expert to true, or train.shared_dropout to 0",
-        )
-
-
-def _check_training(recipe: Recipe) -> Iterator[MoemergeError]:
-    from moemerge.training.losses import LOSSES
-
-    for name, section in trainings(recipe).items():
-        for objective in section.objectives:
-            yield from _unknown(f"{name}.objectives", objective, LOSSES)
-        if section.trainer:
-            from moemerge.training.arguments import trainer_faults
-
-            yield from trainer_faults(section.trainer, f"{name}.trainer")
-        if section.sharded:
-            yield _fault(
-                f"{name}.sharded needs several processes",
-                "sharded: true in a recipe, which one process runs",
-                "sharded: false",
-                "leave it out; large trainings are done by torchrun -m moemerge train --sharded",
-            )
-        if section.search and not _has_validation(recipe):
-            yield _fault(
-                f"{name}.search needs validation pairs",
-                "no data.validation, and data.validation_share 0",
-                "held-out pairs, which choose among the values",
-                "set data.validation or data.validation_share",
-            )
+            yield fault_of(f"{key}: {fault.what}", fault.given, fault.expected, f"correct {key}")
 
 
 def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
@@ -255,19 +211,19 @@ def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
         f"also_merge[{i}]": m for i, m in enumerate(recipe.also_merge)
     }
     for key, method in methods.items():
-        yield from _unknown(key, method, METHODS)
+        yield from unknown_name(key, method, METHODS)
     if len(set(methods.values())) < len(methods):
-        yield _fault(
+        yield fault_of(
             "a coefficient method is named twice",
             ", ".join(methods.values()),
             "each of fit.method and also_merge once",
             "take the repeated one out of also_merge",
         )
-    yield from _unknown("fit.optimizer", recipe.fit.optimizer, ["auto", *OPTIMISERS])
+    yield from unknown_name("fit.optimizer", recipe.fit.optimizer, ["auto", *OPTIMISERS])
     for name in recipe.fit.objectives:
-        yield from _unknown("fit.objectives", name, OBJECTIVES)
+        yield from unknown_name("fit.objectives", name, OBJECTIVES)
     if recipe.fit.method not in FINDS_SHARED and recipe.fit.learns_shared:
-        yield _fault(
+        yield fault_of(
             f"shared_weight {recipe.fit.shared_weight} contradicts fit.method",
             f"fit.method {recipe.fit.method}, fit.shared_weight {recipe.fit.shared_weight}",
             "method learned, or a number or match for shared_weight",
@@ -275,8 +231,8 @@ def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
         )
     fitting = recipe.data and recipe.data.fit
     needy = [method for method in methods.values() if method in FINDS_SHARED]
-    if needy and not fitting and not _has_validation(recipe):
-        yield _fault(
+    if needy and not fitting and not has_validation(recipe):
+        yield fault_of(
             f"method {needy[0]} needs fitting pairs",
             "no data.fit, no data.validation, and data.validation_share 0",
             "pairs that were not trained on",
@@ -284,25 +240,20 @@ def _check_fit(recipe: Recipe) -> Iterator[MoemergeError]:
         )
 
 
-def _unknown(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeError]:
-    if name not in (known := list(known)):
-        yield unknown(key, name, known)
-
-
 def _check_evaluation(recipe: Recipe) -> Iterator[MoemergeError]:
     from moemerge.evaluation.probes import PROBES, expand
 
     for probe in expand(recipe.evaluate.probes):
-        yield from _unknown("evaluate.probes", probe, PROBES)
+        yield from unknown_name("evaluate.probes", probe, PROBES)
     if recipe.evaluate.baseline is not None:
-        yield from _unknown("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
+        yield from unknown_name("evaluate.baseline", recipe.evaluate.baseline, scored_names(recipe))
     for name, members in recipe.evaluate.ensembles.items():
         for member in members:
-            yield from _unknown(f"evaluate.ensembles.{name}", member, model_names(recipe))
+            yield from unknown_name(f"evaluate.ensembles.{name}", member, model_names(recipe))
     data = recipe.data
     tested = data and (data.tests or data.test_share or data.candidates or _benchmarks(recipe))
     if recipe.synthetic is None and data and not (tested or recipe.sample):
-        yield _fault(
+        yield fault_of(
             "nothing to evaluate on",
             "no data.tests, no data.candidates, and data.test_share 0",
             "test pairs, candidate sets or RewardBench",
@@ -314,51 +265,18 @@ def _benchmarks(recipe: Recipe) -> bool:
     return bool(recipe.evaluate.rewardbench or recipe.evaluate.rmbench)
 
 
-def _check_baselines(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Baselines without what they need."""
-    wanted = recipe.baselines
-    if recipe.control is None and wanted.of_control():
-        yield _fault(
-            "baselines need a control",
-            "baselines, and no section control",
-            "the section control, whose training they share",
-            "add the section control",
-        )
-    if wanted.untreated and recipe.strength is None:
-        yield _fault(
-            "baselines.untreated needs a vote on labels",
-            "no section strength",
-            "the section strength, whose labels it does without",
-            "add the section strength, or set baselines.untreated to false",
-        )
-    if wanted.plain and recipe.control and recipe.control == plainly(recipe.control):
-        yield _fault(
-            "baselines.plain would be the control again",
-            "a control by Bradley-Terry alone",
-            "a control with further objectives, label_smoothing, margin, center or lookahead",
-            "set baselines.plain to false",
-        )
-    if wanted.tuned and not (recipe.data and recipe.data.fit):
-        yield _fault(
-            "baselines.tuned needs fitting pairs of their own",
-            "no data.fit",
-            "data.fit, so that validation pairs can choose its best step",
-            "set data.fit, or baselines.tuned to false",
-        )
-
-
 def _check_policies(recipe: Recipe) -> Iterator[MoemergeError]:
     """Answers without gold scores or room, and a candidate set that has the sampled one's name."""
     data = recipe.data or DataSettings()
     if recipe.sample and not (recipe.sample.has_gold or recipe.evaluate.has_gold):
-        yield _fault(
+        yield fault_of(
             "sampled answers have no gold scores",
             "sample, without gold_model and gold_function in it or in evaluate",
             "one that grades them",
             "set sample.gold_model or sample.gold_function",
         )
     if recipe.sample and SAMPLED in data.candidates:
-        yield _fault(
+        yield fault_of(
             f"two candidate sets are called {SAMPLED}",
             f"data.candidates.{SAMPLED}, and sample",
             "another name",
@@ -370,7 +288,7 @@ def _check_policies(recipe: Recipe) -> Iterator[MoemergeError]:
         yield from tracker_faults(recipe.optimise.report_to, "optimise.report_to")
     for name, section in {"sample": recipe.sample, "optimise": recipe.optimise}.items():
         if section and section.max_new_tokens >= data.max_length:
-            yield _fault(
+            yield fault_of(
                 f"{name} leaves no room for a prompt",
                 f"{name}.max_new_tokens {section.max_new_tokens}, data.max_length {data.max_length}",
                 "answers that are shorter than max_length",
@@ -387,7 +305,7 @@ def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:
 def _check_seeds(recipe: Recipe) -> Iterator[MoemergeError]:
     if len(set(recipe.seeds)) < len(recipe.seeds) or min(recipe.seeds, default=0) < 0:
         seeds = ", ".join(map(str, recipe.seeds))
-        yield _fault("seeds cannot be run", seeds, "different seeds, none below zero", "correct seeds")
+        yield fault_of("seeds cannot be run", seeds, "different seeds, none below zero", "correct seeds")
 
 
 def _check_output(recipe: Recipe) -> Iterator[MoemergeError]:
@@ -400,6 +318,6 @@ def occupied(output: Path) -> Iterator[MoemergeError]:
     foreign = bool(visible) and RECIPE_COPY not in visible
     if foreign or (output.exists() and not output.is_dir()):
         fix = "choose another output: --output FOLDER"
-        yield _fault(
+        yield fault_of(
             "output is not the folder of a run", output, "a new folder, or that of an earlier run", fix
         )

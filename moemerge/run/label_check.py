@@ -6,18 +6,7 @@ from collections.abc import Iterator
 
 from moemerge.errors import MoemergeError, OptionError
 from moemerge.options.recipe import Recipe
-from moemerge.options.train import TrainSettings
-
-
-def trainings(recipe: Recipe) -> dict[str, TrainSettings]:
-    """The sections that train models, the voters' too, by name."""
-    sections = {
-        "strength": recipe.strength,
-        "base": recipe.base,
-        "train": recipe.train,
-        "control": recipe.control,
-    }
-    return {name: section for name, section in sections.items() if section is not None}
+from moemerge.run.training_check import trainings
 
 
 def label_faults(recipe: Recipe) -> Iterator[MoemergeError]:
