@@ -1448,9 +1448,9 @@ def attack(
 
     Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
     one. Writes attacks.jsonl.gz (what came of each; pairs judged wrongly too, as right: false), patch.jsonl
-    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.md and
-    attack.png. Raises DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold
-    function.
+    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.html,
+    report.md and attack.png. Of a decoder the page also shows what each word of the worst cases adds. Raises
+    DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold function.
 
     Options:
         model: reward model: folder or hub name  [required]

@@ -227,10 +227,15 @@ def _draw(decided: dict[str, list[float]], path: Path) -> None:
 def heat_texts(explained: Explained) -> list[HeatText]:
     """Both answers of the pairs to read, on one scale."""
     numbers = explained.to_read()
-    sides = [("chosen", explained.chosen), ("rejected", explained.rejected)]
-    rewards = [abs(word.reward) for _, side in sides for n in numbers for word in side[n].words]
-    scale = float(np.quantile(rewards, STRONGEST)) / explained.spread if rewards else 1.0
+    shown = [side[n] for side in (explained.chosen, explained.rejected) for n in numbers]
+    scale = scale_of(shown) / explained.spread
     return [text for n in numbers for text in _of_pair(explained, n, scale)]
+
+
+def scale_of(answers: Sequence[TokenRewards]) -> float:
+    """The reward of a word that has the strongest colour where these answers are shown together."""
+    rewards = [abs(word.reward) for answer in answers for word in answer.words]
+    return float(np.quantile(rewards, STRONGEST)) if rewards else 1.0
 
 
 def _of_pair(explained: Explained, number: int, scale: float) -> Iterator[HeatText]:

@@ -30,6 +30,7 @@ from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
 from moemerge.errors import DataError
 from moemerge.evaluation import gold as gold_scores
 from moemerge.evaluation.attack_edits import chosen_edits
+from moemerge.evaluation.attack_page import COLOURS, heat_texts
 from moemerge.evaluation.attack_search import Gold, Scorer, Search, search, still_worse
 from moemerge.evaluation.probes.base import Edit
 from moemerge.evaluation.probes.edit_effects import excerpt
@@ -40,7 +41,9 @@ from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scoring import score, score_pairs
 from moemerge.options.attack import Attack, AttackSettings
 from moemerge.reports import plotting
-from moemerge.reports.figures import Line
+from moemerge.reports.figures import Figure, Line
+from moemerge.reports.heat_text import HeatText
+from moemerge.reports.html import Section, write_report
 from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, percentile_interval, wilson
 from moemerge.reports.table import Table, percent
 
@@ -60,9 +63,9 @@ def attack(options: Attack, draft: Draft) -> None:
 
     Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
     one. Writes attacks.jsonl.gz (what came of each; pairs judged wrongly too, as right: false), patch.jsonl
-    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.md and
-    attack.png. Raises DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold
-    function.
+    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.html,
+    report.md and attack.png. Of a decoder the page also shows what each word of the worst cases adds. Raises
+    DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold function.
     """
     device = use_device(options)
     gold = _gold(options, device)
@@ -77,7 +80,7 @@ def attack(options: Attack, draft: Draft) -> None:
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
     pairs = [text.pair for text, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
     wrong = [text.pair for text, kept in zip(encoded, ~right_P & agreed_P, strict=True) if kept]
-    scorer = _scorer(model, tokenizer, options)
+    scorer, spread = _scorer(model, tokenizer, options), float(scores_P2.std()) or 1.0
     attempts = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
     found = _found(attempts, options)
     patches = [_row_of(attempt.pair, rejected=attempt.best.text) for attempt in found]
@@ -87,9 +90,10 @@ def attack(options: Attack, draft: Draft) -> None:
         "pairs": len(encoded),
         "judged_wrongly_before": int((~right_P).sum()),
         "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
-        **summary(attempts, float(scores_P2.std()) or 1.0, options, options.seed),
+        **summary(attempts, spread, options, options.seed),
     }
-    _write(draft, attempts, wrong, patches, report | {"rows": rows.told()}, options.confidence)
+    heat = heat_texts(model, tokenizer, _leading(attempts), options.batch_tokens, spread)
+    _write(draft, attempts, wrong, patches, report | {"rows": rows.told()}, options.confidence, heat)
 
 
 def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
@@ -139,7 +143,6 @@ def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings,
     # At the last point of the curve every query has been asked: its interval is that of the success rate.
     interval = (curve["low"][-1], curve["high"][-1]) if repeated else None
     used = Counter(name for attempt in hits for name in sorted(set(attempt.best.edits)))
-    worst = sorted(hits, key=lambda attempt: attempt.goal - attempt.best.score)[:SHOWN]
     return {
         "attacked": len(attempts),
         "prompts": num_prompts,
@@ -150,8 +153,14 @@ def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings,
         "queries": _queries(attempts, hits),
         "by_queries": curve,
         "edits": dict(used.most_common()),
-        "worst": [_case(attempt, spread) for attempt in worst],
+        "worst": [_case(attempt, spread) for attempt in _leading(attempts)],
     }
+
+
+def _leading(attempts: Sequence[Search]) -> list[Search]:
+    """The successes whose edited answers lead by most."""
+    hits = (attempt for attempt in attempts if attempt.succeeded)
+    return sorted(hits, key=lambda attempt: attempt.goal - attempt.best.score)[:SHOWN]
 
 
 def _success_by_queries(
@@ -198,21 +207,23 @@ def _write(
     patches: Sequence[dict[str, Any]],
     report: dict[str, Any],
     confidence: float,
+    heat: Sequence[HeatText],
 ) -> None:
     unattacked = [{**pair.plain(), "row": pair.row, "right": False, "succeeded": False} for pair in wrong]
     write_rows(draft.folder / "attacks.jsonl.gz", [*map(_row, attempts), *unattacked])
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in patches)
     (draft.folder / "patch.jsonl").write_text(lines, encoding="utf-8")
     write_json(draft.folder / "report.json", report)
-    shown = "\n".join(table.markdown() for table in tables(report, confidence))
-    text = f"# Attack\n\n{shown}\n![attack.png](attack.png)\n"
-    (draft.folder / "report.md").write_text(text, encoding="utf-8")
     curve = report["by_queries"]
     line = Line(curve["queries"], curve["success"], curve["low"], curve["high"])
     title = f"{report['attacked']} pairs attacked"
     plotting.lines(
         {"success": line}, draft.folder / "attack.png", title, "scores asked for, per pair", "success"
     )
+    figures = [Figure.load(draft.folder / "attack.png")]
+    sections = [Section("Attack", tables=tables(report, confidence), figures=figures)]
+    sections += [Section("Where the worst cases score", [COLOURS], texts=heat)] if heat else []
+    write_report(draft.folder, "Attack", sections)
     reported = ("attacked", "succeeded", "success_rate", "interval", "queries", "rows")
     draft.results |= {key: report[key] for key in reported}
     if not patches:

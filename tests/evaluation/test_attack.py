@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from html_page import check_page
 from scipy import stats
 from tiny_models import save_dense
 
@@ -305,6 +306,10 @@ def test_what_the_attack_writes(attacked: dict[str, Any], tmp_path: Path) -> Non
     assert all(row["succeeded"] == (row["score_edited"] > row["score_chosen"]) for row in rows)
     text = (output / "report.md").read_text()
     assert "### Attack success" in text and "### Worst cases" in text
+    coloured = [
+        p for p in check_page((output / "report.html").read_text()).all("p") if p.get("class") == "heat"
+    ]
+    assert len(coloured) == len(report["worst"]) > 0 and "Where the worst cases score" in text
     assert (output / "attack.png").read_bytes()[:4] == b"\x89PNG"
     again = attack(**attacked["options"], output=tmp_path / "again")
     for name in ("patch.jsonl", "attacks.jsonl.gz"):
