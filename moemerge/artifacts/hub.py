@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import getproxies
 
 from moemerge.artifacts.redaction import holds_piece_of, redact
 
@@ -57,10 +59,27 @@ def _bounded(client: Any) -> Any:
 
 def _be_patient_no_longer(request: Any) -> None:
     """Called with each request. A limit on the client would not do: calls of huggingface_hub say `None`."""
+    _require_network(request.url.host)
     limits = request.extensions.get("timeout", {})
     names = ("connect", "read", "write", "pool")
     bounded = {name: PATIENCE if limits.get(name) is None else limits[name] for name in names}
     request.extensions = {**request.extensions, "timeout": bounded}
+
+
+def _require_network(host: str) -> None:
+    """Raise what huggingface_hub takes for being offline where `host` has no address.
+
+    It would ask five more times, for half a minute; offline it looks at once at what is on this disk. Behind
+    a proxy addresses are not ours to look up.
+    """
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise OfflineModeIsEnabled(f"there is no network, or no host {host} in it ({error})") from None
 
 
 def _bound(response: Any) -> None:
@@ -88,8 +107,16 @@ def _counted(read: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[byt
 
 
 def words_of(error: BaseException) -> str:
-    """What an error of the hub says, on one line, cut to 300 characters, without the token, however spelt."""
-    from huggingface_hub import get_token
+    """What an error of the hub says, on one line, cut to 300 characters, without the token, however spelt.
 
-    words = " ".join(redact(str(error), get_token()).split())[:300]
+    Where there is no network, that is what is said.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    told = next((cause for cause in causes if isinstance(cause, OfflineModeIsEnabled)), error)
+    words = " ".join(redact(str(told), get_token()).split())[:300]
     return NOT_REPEATED if holds_piece_of(get_token(), words) else words

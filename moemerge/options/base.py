@@ -89,6 +89,24 @@ def by_name(sources: Any) -> Any:
     return dict(zip(names, paths, strict=True))
 
 
+class Contradiction(ValueError):
+    """For validators: options that do not go together, and what to do about it."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
+def refuse_twice(models: list[str]) -> None:
+    """Raise Contradiction if a model is listed twice: a merge would count it so."""
+    places = [os.path.realpath(model) if os.path.exists(model) else model for model in models]
+    if twice := [model for model, place in zip(models, places, strict=True) if places.count(place) > 1]:
+        raise Contradiction(
+            f"models has {twice[0]} twice",
+            "list each model once; one that is to count more has a larger weight (weights, in merge)",
+        )
+
+
 def _several(models: dict[str, str]) -> dict[str, str]:
     """The models by name, if they are two at least."""
     if len(models) < 2:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import OURS, Members, Options, Run, Source
+from moemerge.options.base import OURS, Contradiction, Members, Options, Run, Source, refuse_twice
 
 
 class MergeSettings(Options):
@@ -52,13 +52,16 @@ class Merge(MergeSettings, Members, Run):
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> Merge:
         if self.model and self.method == OURS and self.coefficients is None:
-            raise ValueError(
-                "method routing_normalized_average needs coefficients, the folder written by fit"
+            raise Contradiction(
+                "method routing_normalized_average needs coefficients, the folder written by fit",
+                f"find some, equal ones by moemerge fit --model {self.model} --method uniform --output C; "
+                f"then moemerge merge --model {self.model} --coefficients C",
             )
         return self
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Merge:
+        refuse_twice(self.models)
         if self.weights and (self.model or self.coefficients):
             raise ValueError("weights go with models, in place of coefficients")
         if self.scale is not None and (self.coordinates != "sum" or self.weights or self.coefficients):

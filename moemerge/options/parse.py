@@ -44,7 +44,8 @@ def _fault(kind: type[Options], where: str, location: Location, errors: Sequence
     path = ".".join(str(part) for part in (location if where == STAGE else (where, *location)))
     whole, parent = _section(kind, location), _section(kind, location[:-1])
     if error["type"] == "value_error" and whole is not None:
-        return _contradiction(whole, path, _plain(error["msg"]), error["input"])
+        remedy = getattr(error["ctx"]["error"], "fix", "")
+        return _contradiction(whole, path, _plain(error["msg"]), error["input"], remedy)
     name, known = (str(location[-1]) if location else ""), parent.model_fields if parent else {}
     if error["type"] == "extra_forbidden":
         fix = suggest(name, known)
@@ -73,7 +74,9 @@ def _bad_name(where: str, location: Location, value: str, expected: str) -> Moem
     )
 
 
-def _contradiction(section: type[Options], path: str, message: str, values: Any) -> OptionError:
+def _contradiction(
+    section: type[Options], path: str, message: str, values: Any, remedy: str = ""
+) -> OptionError:
     """The fault of options that are right by themselves; `message`, of a validator, says what is wrong."""
     known, values = section.model_fields, values if isinstance(values, dict) else {}
     names = list(dict.fromkeys(word for word in re.findall(r"\w+", message) if word in known))
@@ -85,7 +88,7 @@ def _contradiction(section: type[Options], path: str, message: str, values: Any)
         f"{path}: {message}" if path else message,
         given=(given or repr(values))[:200],
         expected="options that go together",
-        fix=f"{'change' if names[1:] else 'correct'} {' or '.join(names) or 'these options'}",
+        fix=remedy or f"{'change' if names[1:] else 'correct'} {' or '.join(names) or 'these options'}",
     )
 
 

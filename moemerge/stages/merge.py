@@ -119,8 +119,19 @@ def _coefficients(options: Merge, source: MergeSource, saved: Coefficients | Non
         count = source.num_members
         return sum_of_changes(source, options.weights or [(options.scale or SCALE_OF_SUM) / count] * count)
     if options.weights or options.method == OURS:
+        _tell_shares(options.weights)
         return _constant(options.weights or [1.0] * len(source.member_names), source)
     return None
+
+
+def _tell_shares(weights: Sequence[float]) -> None:
+    """Warn of weights that are given and do not sum to one: an average has their shares."""
+    if weights and not math.isclose(sum(weights), 1.0, rel_tol=1e-3):
+        shares = ", ".join(f"{weight / sum(weights):.4g}" for weight in weights)
+        log.warning(
+            "merge: weights sum to %.4g, so that models count by their shares, %s; with coordinates sum "
+            "changes are added with weights as they are", sum(weights), shares,
+        )  # fmt: skip
 
 
 def sum_of_changes(source: MergeSource, changes: Sequence[float]) -> Coefficients:

@@ -124,19 +124,24 @@ def test_the_plain_mean(family: str, tmp_path: Path) -> None:
     assert [fingerprint(Path(folder))["sha256"] for folder in folders] == before
 
 
-def test_weights_and_a_base(models: list[str], tmp_path: Path) -> None:
+def test_weights_and_a_base(models: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = weights(merge_models(models[1:], tmp_path / "m", base=models[0], coefficients=[2.0, 1.0, 5.0]))
     tensors = [weights(model) for model in models]
     one, two, three = tensors
     expected = {n: 0.25 * one[n].double() + 0.125 * two[n].double() + 0.625 * three[n].double() for n in one}
     assert_close(found, expected)
+    assert "weights sum to 8, so that models count by their shares, 0.25, 0.125, 0.625" in caplog.text
+    caplog.clear()
+    merge_models(models, tmp_path / "one", coefficients=[0.2, 0.3, 0.5])
+    assert "weights sum" not in caplog.text
 
 
 def test_exact_cases(models: list[str], tmp_path: Path) -> None:
     """One model with all the weight is that model; equal models are what they are."""
     one = merge_models(models, tmp_path / "one", coefficients=[0.0, 1.0, 0.0])
     assert_same(weights(one), weights(models[1]))
-    same = merge_models([models[2]] * 3, tmp_path / "same", base=models[2], coefficients=[0.3, 0.1, 0.2, 0.4])
+    copies = [str(shutil.copytree(models[2], tmp_path / f"copy-{number}")) for number in range(3)]
+    same = merge_models(copies, tmp_path / "same", base=models[2], coefficients=[0.3, 0.1, 0.2, 0.4])
     assert_same(weights(same), weights(models[2]))
 
 

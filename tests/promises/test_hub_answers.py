@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import re
+import socket
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -214,3 +215,18 @@ def test_what_a_hub_says_is_told_where_it_is_harmless(monkeypatch: pytest.Monkey
     assert words_of(ValueError("x" * 1000)) == "x" * 300
     monkeypatch.delenv("HF_TOKEN")
     assert words_of(ValueError("plain words")) == "plain words"
+
+
+def test_without_network_the_hub_is_not_asked_again_and_again(
+    hub: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that has no address says at once that there is no network."""
+
+    def nowhere(host: str, *_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(module, "getproxies", dict)
+    monkeypatch.setattr(module.socket, "getaddrinfo", nowhere)
+    with pytest.raises(CheckpointError) as fault:
+        ModelFolder("owner/model")
+    assert "there is no network, or no host" in fault.value.given and not waits

@@ -87,7 +87,13 @@ def test_a_bad_option(kind: type[Options], fields: dict[str, Any], said: tuple[s
             {"models": ["a"], "output": "o"},
             ("one model alone", "models ['a'], base nothing", "models or base"),
         ),
-        (Merge, MOE, ("needs coefficients", "coefficients nothing", "coefficients")),
+        (Merge, MOE, ("needs coefficients", "coefficients nothing", "moemerge fit --model moe")),
+        (
+            Merge,
+            {"models": ["a", "b", "a"], "output": "o"},
+            ("models has a twice", "'a', 'b', 'a'", "larger weight"),
+        ),
+        (Fit, LISTED | {"models": ["b", "b"]}, ("models has b twice", "'b', 'b'", "each model once")),
         (
             Upcycle,
             MOE | {"num_routed_experts": 3},
