@@ -41,6 +41,7 @@ _HOMES = {
     "prepare": "stages.data",
     "write_world": "stages.synthetic",
     "run_recipe": "run.pipeline",
+    "audit": "run.audit",
     "combine": "run.combine",
     "patch": "run.patch",
     "check_recipe": "run.check",

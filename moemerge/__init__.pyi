@@ -1696,6 +1696,55 @@ def write_world(
         overwrite: replace an existing output once the new one is whole  [default: no]
     """
 
+def audit(
+    models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    tell: Callable[[StepReport], None] | None = None,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    candidates: StrPath | None = None,
+    max_pairs: int | None = 1000,
+    attack_pairs: int = 200,
+    steps: int = 6,
+    proposals: int = 12,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> RunReport:
+    r"""Measure how far reward models can be trusted, one or several on the same pairs.
+
+    Accuracy and calibration, seven probes by edited answers, best-of-n where there are scored candidates, and
+    an attack on each model: how many of its right verdicts fall to edits that leave the content as it was.
+    Writes a run's folder with OUTPUT/report.html; steps that are done are not done again. Raises OptionError,
+    ArtifactError if another run is at work there, and whatever the stages raise.
+
+    Options:
+        models: reward models; folders or hub names  [required]
+        pairs: labelled pairs that the models were not trained on: file or hub name:split  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        candidates: prompts with scored answers, for best-of-n: file or hub name:split
+        max_pairs: largest number of pairs; they are drawn at random  [default: 1000]
+        attack_pairs: most pairs that an attack takes  [default: 200]
+        steps: attack: largest number of edits of one answer  [default: 6]
+        proposals: attack: edits tried per step  [default: 12]
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
 def combine(
     models: StrPath | Sequence[StrPath] | Mapping[str, StrPath],
     pairs: StrPath,

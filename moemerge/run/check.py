@@ -15,6 +15,7 @@ from moemerge.options.base import Options, Run, input_fields
 from moemerge.options.parse import parse_options
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.run import commands
+from moemerge.run.audit import audit_faults
 from moemerge.run.combine_check import input_faults, model_faults
 from moemerge.run.faults import find_faults
 from moemerge.run.patch_check import patch_faults
@@ -22,6 +23,7 @@ from moemerge.run.recipe_file import Tree, apply_overrides, read_yaml
 
 # What is wrong with the options of a section that is a recipe by itself.
 FAULTS: dict[str, Callable[[Any, str], list[MoemergeError]]] = {
+    "audit": audit_faults,
     "merges": lambda options, section: input_faults(options, section) or model_faults(options, section),
     "patch": patch_faults,
 }

@@ -27,6 +27,13 @@ class Row(NamedTuple):
 
 ROWS = (
     Row(
+        "audit",
+        "audit",
+        "moemerge.run.audit:audit",
+        "moemerge.options.audit:Audit",
+        "Measure how far reward models can be trusted: on pairs, under edits, under attack.",
+    ),
+    Row(
         "combine",
         "merges",
         "moemerge.run.combine:combine",

@@ -22,7 +22,7 @@ COMMANDS: Registry[type[Run]] = Registry(
     "command", {row.name: row.options for row in (*ROWS, *commands.ROWS)}
 )
 # The flag that arguments before any flag belong to.
-LEADING = {"compare": "--runs", "evaluate": "--models", "combine": "--models"}
+LEADING = {"audit": "--models", "compare": "--runs", "evaluate": "--models", "combine": "--models"}
 
 
 class StageCommand(click.Command):

@@ -35,21 +35,24 @@ PAIRS_PER_STEP = 16
 HELD_OUT = ("validation", "test")
 MOST_HELD_OUT = 300  # pairs of a set, where training takes too long for all
 QUANTILES = (0.5, 0.9, 0.99)
+MANY = 1000  # models
 COMMENT = 38  # column in which comments stand
 PLAIN = re.compile(r"[\w./~-]+")
 
 
 class Goal(NamedTuple):
-    """several: whether it takes more than one model; summary: what its recipe does."""
+    """fewest, most: how many models it takes; summary: what its recipe does."""
 
-    several: bool
+    fewest: int
+    most: int
     summary: str
 
 
 GOALS = {
-    "merge": Goal(False, "upcycle a model into a mixture of experts, train it, merge it back"),
-    "combine": Goal(True, "make one model of several"),
-    "patch": Goal(False, "attack a reward model, and mend what is found"),
+    "merge": Goal(1, 1, "upcycle a model into a mixture of experts, train it, merge it back"),
+    "combine": Goal(2, MANY, "make one model of several"),
+    "audit": Goal(1, MANY, "measure how far reward models can be trusted, also under attack"),
+    "patch": Goal(1, 1, "attack a reward model, and mend what is found"),
 }
 
 
@@ -91,15 +94,16 @@ def write_recipe(
 ) -> Path:
     """Write a commented recipe for these models and pairs to `path`.
 
-    goal: merge (default), combine (of several models; the default for these) or patch. max_length is chosen
-    to keep most pairs; layers, experts and batch size so that training has room in the memory at hand.
+    goal: merge (default), combine (of several models; the default for these), audit (on the test pairs, if
+    there are any) or patch. max_length is chosen to keep most pairs; layers, experts and batch size so that
+    training has room in the memory at hand.
     Raises OptionError for an existing file and a goal that does not go with what is given, UnsupportedError
     for an architecture of no family, DataError and CheckpointError for what cannot be read.
     """
     sources = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     goal = goal or ("combine" if len(sources) > 1 else "merge")
     _check_goal(goal, sources, test)
-    found = _find_out(sources, str(train))
+    found = _find_out(sources, str(test if goal == "audit" and test else train))
     text = (folder_of_templates() / "own" / f"{goal}.yml").read_text(encoding="utf-8")
     values = dict(_values(found, Path(path), None if test is None else str(test)))
     return write_new(path, _laid_out(Template(text).substitute(values)))
@@ -108,11 +112,12 @@ def write_recipe(
 def _check_goal(goal: str, models: Sequence[str], test: str | Path | None) -> None:
     if goal not in GOALS:
         raise unknown("goal", goal, GOALS)
-    if (len(models) > 1) != GOALS[goal].several:
+    fewest, most, _ = GOALS[goal]
+    if not fewest <= len(models) <= most:
         raise OptionError(
-            f"goal {goal} takes {'two models or more' if GOALS[goal].several else 'one model'}",
+            f"goal {goal} takes {'two models or more' if fewest > 1 else 'one model'}",
             given=", ".join(models) or "no model",
-            expected="several models for combine, one for any other goal",
+            expected="two models or more for combine, one or more for audit, one for merge and patch",
             fix="give --model once for each model that there is, or another goal",
         )
     if test is not None and goal == "combine":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.fitting.methods import FINDS_SHARED
+from moemerge.options.audit import Audit
 from moemerge.options.base import Options, Run, TextFormat
 from moemerge.options.combine import Combine
 from moemerge.options.compare import Compare
@@ -21,6 +22,7 @@ from moemerge.options.sample import SAMPLED
 from moemerge.options.strength import StrengthSettings
 from moemerge.options.train import TrainSettings
 from moemerge.run import baselines
+from moemerge.run.audit import Plan as AuditPlan
 from moemerge.run.combine_plan import Plan, with_start
 from moemerge.run.patch_plan import every_step
 from moemerge.run.steps import Step
@@ -41,6 +43,8 @@ def plan(recipe: Recipe | Run) -> list[Step]:
     Reads nothing but, for a combination without base, what its models' manifests name as their start; so the
     recipe must be free of faults.
     """
+    if isinstance(recipe, Audit):
+        return [*AuditPlan(recipe).steps()]
     if isinstance(recipe, Combine):
         return list(Plan(with_start(recipe)).trials())
     if isinstance(recipe, Patch):

@@ -24,6 +24,7 @@ from moemerge.artifacts.result import Result, data_frame, html_table, picture_ht
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
 from moemerge.evaluation.report import outdated
+from moemerge.options.audit import Audit
 from moemerge.options.base import Run
 from moemerge.options.combine import Combine
 from moemerge.options.patch import Patch
@@ -51,12 +52,12 @@ class Step:
 
 
 class StepPlan:
-    """What the plans of combine and patch share: a step's folder, and the options that most steps are given.
+    """What the plans of audit, combine and patch share: a step's folder, and options of most steps.
 
     format: how long texts may be, and what becomes of bad rows.
     """
 
-    def __init__(self, options: Combine | Patch) -> None:
+    def __init__(self, options: Audit | Combine | Patch) -> None:
         self.output = options.output
         self.common = {"seed": options.seed, "threads": options.threads, "device": options.device}
         self.format = {"max_length": options.max_length, "bad_rows": options.bad_rows}
@@ -204,8 +205,9 @@ def _one_line() -> Iterator[None]:
 
 @contextmanager
 def _sign_of_life(what: str) -> Iterator[None]:
-    """While open, a line every 30 s where no progress bar is seen, as in a file of logs."""
+    """A heading over the progress bars; where they are not seen, as in a file of logs, a line every 30 s."""
     if not hidden():
+        log.info("%s", what)
         yield
         return
     done, started = threading.Event(), time.perf_counter()

@@ -145,7 +145,7 @@ def test_main_results_are_printed(main: Main, stages: FakeStages, tmp_path: Path
         (["train", "--epoch", "3"], "--epochs"),
         (["upcycle", "--gate", "soft"], "'xft', 'topk', 'prompt'"),
         (["check"], "RECIPE"),
-        (["nothing-like-it"], "choose one of: attack, calibrate, changes, check"),
+        (["nothing-like-it"], "choose one of: attack, audit, calibrate, changes, check"),
     ],
 )
 def test_usage_errors_name_the_near_ones(main: Main, arguments: list[str], text: str) -> None:

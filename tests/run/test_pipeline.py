@@ -686,6 +686,16 @@ def test_headlines_say_what_a_stage_came_to() -> None:
     assert told("merge", largest_difference=1.25e-7) == "largest rounding error 1.2e-07"
 
 
+def test_progress_bars_have_a_heading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(steps, "hidden", lambda: False)
+    options = Synthetic(**TINY_WORLD, output=tmp_path / "world")
+    with caplog.at_level(logging.INFO, logger="moemerge.run.steps"):
+        [*steps.run_steps([steps.Step("world", "synthetic", options)], before=2, after=1)]
+    assert caplog.messages[0] == "[3/4] world" and "so far" not in caplog.text
+
+
 def test_a_long_step_gives_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
