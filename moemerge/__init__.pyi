@@ -457,6 +457,7 @@ def route(
     batch_tokens: int = 8192,
     diversity: Literal["none", "weights", "all"] = "none",
     probe_pairs: int = 200,
+    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -482,6 +483,8 @@ def route(
             speculative experts (with 7 experts 100 passes over probe_pairs) (none, weights, all)
             [default: none]
         probe_pairs: with diversity all: number of pairs to use, the first ones  [default: 200]
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -500,6 +503,7 @@ def calibrate(
     batch_tokens: int = 8192,
     resamples: int = 1000,
     confidence: float = 0.95,
+    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -523,6 +527,8 @@ def calibrate(
         batch_tokens: tokens per forward pass  [default: 8192]
         resamples: bootstrap resamples for the intervals  [default: 1000]
         confidence: of the intervals  [default: 0.95]
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -1269,6 +1275,7 @@ def evaluate(
     candidates: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     calibration: StrPath | None = None,
     trust_remote_code: bool = False,
+    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -1319,6 +1326,8 @@ def evaluate(
         calibration: folder written by calibrate; in ensembles each member's scores are divided by its
             scale
         trust_remote_code: run code that comes with the model  [default: no]
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]

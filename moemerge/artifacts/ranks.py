@@ -78,3 +78,14 @@ def refuse_several(command: str) -> None:
             expected="one process; several do attack, calibrate, evaluate, fit, route, sample and train",
             fix=f"start it without torchrun: moemerge {command} ...",
         )
+
+
+def require_several() -> None:
+    """Raise OptionError unless there are several processes to hold the parts of a model."""
+    if not several():
+        raise OptionError(
+            "sharded needs several processes",
+            given="one process, which holds all of the weights",
+            expected="two or more, each with a part of them",
+            fix="leave sharded out, or start it with torchrun --nproc-per-node N -m moemerge ...",
+        )

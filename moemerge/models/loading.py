@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from moemerge.artifacts.ranks import require_several
 from moemerge.errors import unexpected
 from moemerge.models import processes
 from moemerge.models.configs import log_own_code
@@ -71,6 +72,8 @@ def load_reward_model(
     misshapen tensors, quantised or pickled weights, adapters, a reward model without its head, and any other
     number of outputs; UnsupportedError for a class of its own, unless its code comes along and is trusted.
     """
+    if sharded:
+        require_several()
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
         folder.weights  # noqa: B018 (damaged weights are reported before the config's faults)

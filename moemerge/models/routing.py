@@ -208,12 +208,12 @@ def _shape(statistics: RoutingStatistics) -> tuple[list[int], int, int]:
 def _observing(layers: Sequence[MoELayer], observer_of: ObserverOf) -> Iterator[OnBatch]:
     """While open, `observer_of(number of the layer in `layers`, rows)` sees each batch in every layer.
 
-    What it gives must be called with the rows of a batch before that batch runs.
+    What it gives must be called with the rows of a batch before that batch runs; with none, nothing sees it.
     """
 
     def on_batch(rows: list[int]) -> None:
         for number, layer in enumerate(layers):
-            layer.observer = observer_of(number, rows)
+            layer.observer = observer_of(number, rows) if rows else None
 
     try:
         yield on_batch

@@ -43,10 +43,10 @@ def score(
 
     Texts of like length go together, at most `batch_tokens` tokens a batch with padding counted (a longer
     text goes alone). Batching does not change scores beyond rounding. `progress` names a progress bar;
-    `on_batch` gets the rows of each batch before it runs, in the batch's order. Several processes share the
-    batches, and all have all scores in the end, the very same as one would; `alone`: this one runs them all,
-    and others need not call. Raises DataError for a text without tokens, CheckpointError if a score is not
-    finite.
+    `on_batch` gets the rows of each batch before it runs, in the batch's order (none where its scores do not
+    count). Several processes share the batches, and all have all scores in the end, the very same as one
+    would; `alone`: this one runs them all, and others need not call. Raises DataError for a text without
+    tokens, CheckpointError if a score is not finite.
     """
     refuse_empty(encoded)
     check_texts(model, encoded)
@@ -66,6 +66,8 @@ def score(
         if not alone and processes.is_sharded(model):
             # Each layer is put together out of all processes' parts, so all run as many batches.
             for _ in range(-(-len(groups) // ranks.count()) - len(mine)):
+                if on_batch is not None:
+                    on_batch([])
                 forward(model, [encoded[row] for row in groups[-1]], pad)
     processes.part_again(model)
     # Only now to the CPU: a copy would wait for each batch to end.

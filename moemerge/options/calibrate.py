@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Run, Source, Sources, TextFormat
+from moemerge.options.base import SHARDED, Run, Source, Sources, TextFormat
 
 
 class Calibrate(TextFormat, Run):
@@ -18,6 +18,7 @@ class Calibrate(TextFormat, Run):
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
     resamples: int = Field(1000, ge=100, le=100_000, description="bootstrap resamples for the intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    sharded: bool = SHARDED
 
     @model_validator(mode="after")
     def _some_models(self) -> Calibrate:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from moemerge.options.base import Run, Source, Sources, TextFormat
+from moemerge.options.base import SHARDED, Run, Source, Sources, TextFormat
 from moemerge.options.gold import GoldSource
 
 
@@ -93,3 +93,4 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
         description="folder written by calibrate; in ensembles each member's scores are divided by its scale",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    sharded: bool = SHARDED

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moemerge.options.base import Options, Run, Source, TextFormat
+from moemerge.options.base import SHARDED, Options, Run, Source, TextFormat
 
 
 class RouteSettings(Options):
@@ -33,3 +33,4 @@ class Route(RouteSettings, TextFormat, Run):
 
     model: Source = Field(description="MoE folder")
     pairs: Source = Field(description="preference pairs")
+    sharded: bool = SHARDED

@@ -121,7 +121,7 @@ def _score_models(
             scores[name] = [of_set.clone() for of_set in scores[twin]]  # no file holds a tensor twice
             models[name] = cast(TimedFacts, {**models[twin], "source": folder.source})
             continue
-        model = load_reward_model(folder, device)
+        model = load_reward_model(folder, device, sharded=options.sharded)
         started = time.perf_counter()
         scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
         seconds = time.perf_counter() - started

@@ -10,12 +10,12 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moemerge.artifacts.ranks import several
+from moemerge.artifacts.ranks import require_several
 from moemerge.artifacts.stage import Draft
 from moemerge.data.pairs import Pair, doubts_of, margins_of
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candidates, encode_pairs, texts_of
-from moemerge.errors import DataError, OptionError, together
+from moemerge.errors import DataError, together
 from moemerge.models.device import use_training_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
@@ -52,13 +52,8 @@ def open_bench(options: Train, draft: Draft) -> Bench:
 
         if faults := trainer_faults(options.trainer):
             raise together("options", faults)
-    if options.sharded and not several():
-        raise OptionError(
-            "sharded needs several processes",
-            given="one process, which holds all of the weights",
-            expected="two or more, each with a part of them",
-            fix="leave sharded out, or start it with torchrun --nproc-per-node N -m moemerge train ...",
-        )
+    if options.sharded:
+        require_several()
     device = use_training_device(options)
     model = ModelFolder(options.model, options.trust_remote_code, options.fresh_head)
     tokenizer = load_tokenizer(model)

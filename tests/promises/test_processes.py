@@ -82,6 +82,29 @@ def test_several_processes_make_what_one_makes(stage: str, home: Path) -> None:
     assert differing <= {"manifest.json", "report.html"} | ROUNDED.get(stage, set())
 
 
+@pytest.mark.parametrize("stage", ["calibrate", "evaluate", "route"])
+def test_parts_of_a_model_make_what_the_whole_makes(stage: str, home: Path, tmp_path: Path) -> None:
+    """Each of two processes holds half of each weight; they run unequal numbers of batches of their own."""
+    one, two = home / f"{stage}-alone", tmp_path / "two"
+    if not one.exists():
+        alone(stage, home)
+    done = ranks([*flags_of(stage, home), "--sharded", "--output", str(two)])
+    assert {ended.code for ended in done} == {0}, [ended.err[-3000:] for ended in done]
+    if stage == "route":
+        ours, theirs = (RoutingStatistics.load(folder) for folder in (one, two))
+        assert torch.equal(ours.total().selections_LN, theirs.total().selections_LN)
+        torch.testing.assert_close(ours.total().gate_LN, theirs.total().gate_LN)
+    elif stage == "evaluate":
+        scores = [load_file(folder / "scores.safetensors") for folder in (one, two)]
+        for name, tensor in scores[0].items():
+            torch.testing.assert_close(tensor, scores[1][name])
+        reports = [json.loads((folder / "report.json").read_text())["models"]["moe"] for folder in (one, two)]
+        assert reports[0]["parameters"] == reports[1]["parameters"]
+    else:
+        scales = [json.loads((folder / "calibration.json").read_text()) for folder in (one, two)]
+        assert scales[0]["models"]["moe"]["scale"] == pytest.approx(scales[1]["models"]["moe"]["scale"])
+
+
 def test_counts_of_several_processes_have_the_same_bits(home: Path) -> None:
     """Counts are whole numbers; other sums differ by the order of what is added."""
     one, two = (RoutingStatistics.load(home / f"route-{way}") for way in ("alone", "two"))
