@@ -40,6 +40,7 @@ from moemerge.registry import Registry
 from moemerge.reports.table import Table, inert_markdown
 
 SHORT = 12
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "gate", "export")
 MIXTURES = (PREFIX, "qwen2_moe")
@@ -114,12 +115,40 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     chain = ancestors(manifest)
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
-    code = f"```python\n{scoring_code(title, folder)}\n```"
-    parts = [f"# {inert_markdown(title)}", _kind(manifest, folder), scoring_words(chain), code]
-    parts += ["## Made from", _made_from(chain, option_classes), *_fresh_heads(chain)]
-    parts += _coefficients(manifest)
-    parts += _evaluation(evaluation) if evaluation else []
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    said = {
+        "title": inert_markdown(title),
+        "kind": _kind(manifest, folder),
+        "words": scoring_words(chain),
+        "code": scoring_code(title, folder),
+        "limits": _fresh_heads(chain),
+        "origin": _origin(chain),
+        "stages": _made_from(chain, option_classes),
+        "coefficients": _coefficients(manifest),
+        "cited": _cited(manifest),
+        **(_evaluation(evaluation) if evaluation else {}),
+    }
+    return ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **said)
+
+
+def _origin(chain: list[Manifest]) -> str:
+    """Models and data at the start of the chain, in a line."""
+    names = dict.fromkeys(_source_name(record) for record in _origins(chain))
+    data = dict.fromkeys(
+        _source_name(record)
+        for manifest in chain
+        for name, record in flat_inputs(manifest).items()
+        if manifest["stage"] == "train" and name == "pairs"
+    )
+    trained = f", trained on {', '.join(data)}" if data else ""
+    return f"{', '.join(names) or 'Models that manifests do not name'}{trained}, in {len(chain)} stages."
+
+
+def _cited(manifest: Manifest) -> str:
+    """The papers whose method the model is made by."""
+    if manifest["stage"] == "upcycle":
+        return "; upcycling: arXiv 2212.05055"
+    merges_experts = manifest["stage"] == "merge" and manifest["options"].get("model")
+    return "; merging: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724)" if merges_experts else ""
 
 
 def home_of(model: Path) -> Path:
@@ -335,11 +364,11 @@ def _host_method(manifest: Manifest) -> str | None:
     return None if method == ours else method
 
 
-def _coefficients(manifest: Manifest) -> list[str]:
-    """The coefficients that a model was merged with, block by block."""
+def _coefficients(manifest: Manifest) -> str:
+    """The coefficients that a model was merged with, block by block; "" if by none."""
     table = manifest["results"].get("table") if _host_method(manifest) is None else None
     if not table:
-        return []
+        return ""
     member = "model" if manifest["options"].get("models") else "expert"
     header = ["block", "shared", *(f"{member} {i}" for i in range(len(table[0][2])))]
     rows = [[str(block), f"{shared:.4f}", *(f"{a:.4f}" for a in alpha_N)] for block, shared, alpha_N in table]
@@ -348,7 +377,7 @@ def _coefficients(manifest: Manifest) -> list[str]:
     added = f"W = W_shared + Σ_i {member}_i · (W_i - W_shared), so shared = 1 - Σ_i {member}_i"
     formula = added if manifest["results"].get("coordinates") == "sum" else average
     note = f"{formula}, for every {what}. {_scales(manifest)}".strip()
-    return ["## Coefficients", Table("Per block", header, rows, note).markdown().rstrip()]
+    return Table("Coefficients per block", header, rows, note).markdown().rstrip()
 
 
 def _scales(manifest: Manifest) -> str:
@@ -359,13 +388,18 @@ def _scales(manifest: Manifest) -> str:
     return f"Reward heads were divided by {', '.join(f'{scale:.4g}' for scale in scales)} first."
 
 
-def _evaluation(evaluation: Evaluation) -> list[str]:
-    tables = [numbers_to_see_first(evaluation.report)]
-    for name, result in evaluation.report["probes"].items():
-        tables += PROBES.get(name).tables(result) if name in PROBES else []
-    plots = [
-        f"![{plot.name}](plots/{plot.name})" for plot in evaluation.plots if PLAIN_NAME.fullmatch(plot.name)
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """What the card says of an evaluation: the main numbers, plots, and all tables."""
+    tables = [
+        table
+        for name, result in evaluation.report["probes"].items()
+        if name in PROBES
+        for table in PROBES.get(name).tables(result)
     ]
-    intro = f"In the tables and plots this model is called **{inert_markdown(evaluation.model)}**."
-    words = [inert_markdown(text) for text in [standing(evaluation.report)] if text]
-    return ["## Evaluation", intro, *words, *(table.markdown().rstrip() for table in tables), *plots]
+    return {
+        "name": inert_markdown(evaluation.model),
+        "standing": inert_markdown(standing(evaluation.report)),
+        "numbers": numbers_to_see_first(evaluation.report).markdown().rstrip(),
+        "plots": [plot.name for plot in evaluation.plots if PLAIN_NAME.fullmatch(plot.name)],
+        "details": "\n\n".join(table.markdown().rstrip() for table in tables),
+    }

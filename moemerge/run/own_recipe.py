@@ -225,8 +225,9 @@ def _of_data(found: Found, path: Path) -> Iterator[tuple[str, str]]:
     yield "rows", f"{lengths.pairs:,} pairs, {lengths.prompts:,} prompts{broken}"
     yield "text", _text(found)
     yield "max_length", str(found.max_length)
-    known = ", ".join(f"{share:.0%} up to {lengths.quantile(share)}" for share in QUANTILES)
-    yield "lengths", f"of all pairs {known} tokens; above {found.max_length}, and left out: {out:.1%}"
+    first, *more = ((f"{share:.0%}", lengths.quantile(share)) for share in QUANTILES)
+    known = [f"{first[0]} of the pairs have up to {first[1]} tokens", *(f"{s} up to {n}" for s, n in more)]
+    yield "lengths", f"{', '.join(known)}; longer than {found.max_length}, and left out: {out:.1%}"
     yield "bad_rows", "skip" if lengths.broken or out else "refuse"
 
 
@@ -250,6 +251,8 @@ def _of_machine(found: Found) -> Iterator[tuple[str, str]]:
     caps = [f"max_train: {fit.max_train}  # {why}", *(f"max_{name}: {MOST_HELD_OUT}" for name in HELD_OUT)]
     yield "caps", "\n  ".join(caps) if fit.max_train else ""
     yield "memory", in_words(found.memory)
+    all_probes = "accuracy, calibration, biases"
+    yield "probes", "accuracy, calibration" if fit.max_train else all_probes
     yield "batch_size", str(fit.batch_size)
     yield "accumulation", str(PAIRS_PER_STEP // fit.batch_size)
     yield "layers", fit.layers

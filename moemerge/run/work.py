@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moemerge.data.lengths import Lengths, measure
+from moemerge.evaluation.probes import PROBES, expand
 from moemerge.fitting.methods import FINDS_SHARED
 from moemerge.models.device import memory_at_hand, pick_device, torch_threads
 from moemerge.models.folder import ModelFolder
@@ -219,12 +220,21 @@ def _batch(run: Foreseen, o: Any) -> float:
 
 def _evaluate(run: Foreseen, o: Evaluate) -> Work:
     parts = [run.pairs[source] for source in o.pairs.values() if source in run.pairs]
-    most = o.max_pairs or math.inf
-    tokens = sum(2 * min(part.count, most) * part.mean for part in parts)
+    most, edits = o.max_pairs or math.inf, _edits(o)
+    tokens = sum(
+        (2 * min(part.count, most) + edits * min(part.count, most, o.bias_pairs)) * part.mean
+        for part in parts
+    )
     models = [run.model(path) for path in o.models.values()]
     seconds = sum(run.forward(model.size, tokens) for model in models)
     memory = max(model.bytes for model in models) + _batch(run, o)
     return Work(tokens=tokens * len(models), seconds=seconds, memory=memory)
+
+
+def _edits(o: Evaluate) -> int:
+    """Edited answers of a pair that the probes ask for."""
+    probes = [PROBES.get(name) for name in expand(o.probes)]
+    return sum(len(probe.edits.functions) for probe in probes if probe.edits is not None)
 
 
 def _fit(run: Foreseen, o: Fit) -> Work:

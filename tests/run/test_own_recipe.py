@@ -65,8 +65,8 @@ def test_max_length_keeps_most_pairs_and_the_share_that_falls_out_is_said(home: 
     longest = np.array([len((row["prompt"] + row["chosen"]).split()) + 1 for row in rows])  # and an end token
     chosen = tree["data"]["max_length"]
     assert chosen % 64 == 0 and chosen - 64 < np.quantile(longest, 0.95, method="higher") <= chosen
-    assert f"left out: {(longest > chosen).mean():.1%}" in text
-    assert f"50% up to {np.quantile(longest, 0.5, method='higher')}" in text
+    assert f"and left out: {(longest > chosen).mean():.1%}" in text
+    assert f"50% of the pairs have up to {np.quantile(longest, 0.5, method='higher')}" in text
     assert tree["data"]["bad_rows"] == "skip" and tree["data"]["tests"] == {"test": str(home / "test.jsonl")}
 
 

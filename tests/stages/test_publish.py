@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -317,3 +318,17 @@ def test_push_without_yes_shows_all_and_writes_nothing(run: dict[str, Path], tmp
     shown = ["to me/ours (private)", "MB  model.safetensors", "base_model: org/dense-rm"]
     assert [part for part in shown if part not in caught.value.given] == []
     assert "--yes" in caught.value.fix and list(tmp_path.iterdir()) == []
+
+
+def test_the_card_shows_use_before_tables_and_folds_these(run: dict[str, Path], tmp_path: Path) -> None:
+    """What a reader needs stands open: code, use, limits, main numbers; every other table is folded."""
+    out = publish(model=str(run["merged"]), evaluation=str(run["evaluation"]), output=tmp_path / "p")
+    text = ModelCard.load(out / "README.md").text
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == ["## Use", "## Made from", "## Evaluation", "## Citation"]
+    open_text = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+    assert re.findall(r"^### (.*)$", open_text, re.M) == ["Main numbers"]
+    assert "**Intended use.**" in open_text and "**Limits.**" in open_text and "def reward(" in open_text
+    assert len(open_text.splitlines()) < 120 and "{{" not in text and "{%" not in text
+    alone = ModelCard.load(publish(model=str(run["merged"]), output=tmp_path / "q") / "README.md").text
+    assert "## Evaluation" not in alone and "## Use" in alone
