@@ -27,6 +27,7 @@ from moemerge.artifacts.manifest import (
 from moemerge.artifacts.paths import reads_like_path
 from moemerge.errors import ArtifactError
 from moemerge.evaluation.measures import main_measures
+from moemerge.evaluation.model_kinds import host_method, kind_of
 from moemerge.evaluation.page import numbers_to_see_first
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import Report, read_report
@@ -34,7 +35,6 @@ from moemerge.evaluation.scoring_code import scoring_code, scoring_words
 from moemerge.evaluation.verdict import standing
 from moemerge.models.families.base import PREFIX
 from moemerge.options.base import Run
-from moemerge.options.merge import MergeSettings
 from moemerge.options.publish import Publish
 from moemerge.registry import Registry
 from moemerge.reports.table import Table, inert_markdown
@@ -44,34 +44,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "gate", "export")
 MIXTURES = (PREFIX, "qwen2_moe")
-MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
-one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
-model that the mixture was made from. Its one output is the reward of prompt and answer together."""
-NATIVE = """A dense reward model: the experts of a reward model that was a mixture of experts from the start,
-merged per layer into one MLP ({way}) with moemerge. Its one output is the reward of prompt and answer
-together. To be known of the result:
-
-{caveats}"""
-ROUTED = """A mixture of experts made with moemerge: the experts are the MLPs of whole reward models, and one
-of them runs, picked by the prompt. It costs what one of them costs, and takes the memory of all. Its one
-output is the reward of prompt and answer together."""
-ASSEMBLED = """A mixture of experts made with moemerge of the MLPs of whole reward models. Nothing has been
-trained or fitted since: its routers are drawn at random."""
-AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
-moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
-answer together."""
-AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
-[UMM-RM](https://arxiv.org/abs/2512.00724)"""
-SUM = """sum of the changes from their common start, [task arithmetic](https://arxiv.org/abs/2212.04089)"""
-MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
-Its one output is the reward of prompt and answer together."""
-STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
-gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
-and answer together."""
-UPCYCLED = """A mixture-of-experts reward model, upcycled with moemerge from a dense one and not yet trained:
-it computes the same rewards. Its one output is the reward of prompt and answer together."""
-TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
-and answer together."""
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +89,7 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     data = _card_data(title, options, chain, evaluation)
     said = {
         "title": inert_markdown(title),
-        "kind": _kind(manifest, folder),
+        "kind": kind_of(manifest, folder),
         "words": scoring_words(chain),
         "code": scoring_code(title, folder),
         "limits": _fresh_heads(chain),
@@ -332,41 +304,9 @@ def _brief(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
-def _kind(manifest: Manifest, folder: Path) -> str:
-    """What sort of model this is, in a few sentences."""
-    if manifest["stage"] == "export":
-        if manifest["options"].get("form") == "qwen2_moe":
-            return STOCK
-        experts = manifest["options"].get("model") is not None
-        what = (
-            "one expert of a mixture-of-experts reward model" if experts else "made to be merged with others"
-        )
-        return MEMBER.format(member=folder.resolve().name, what=what)
-    if manifest["stage"] != "merge":
-        assembled = manifest["options"].get("experts")
-        upcycled = ASSEMBLED if assembled else UPCYCLED
-        return {"upcycle": upcycled, "gate": ROUTED}.get(manifest["stage"], TRAINED)
-    host = _host_method(manifest)
-    ours = SUM if manifest["results"].get("coordinates") == "sum" else AVERAGE
-    way = ours if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
-    models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
-    count = sum(model is not None for model in models)
-    caveats = "\n".join(f"- {inert_markdown(text)}" for text in manifest["results"].get("caveats", []))
-    if caveats:
-        return NATIVE.format(way=way, caveats=caveats)
-    return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
-
-
-def _host_method(manifest: Manifest) -> str | None:
-    """mergekit's method that merged the model; None for the routing-normalised average."""
-    ours = MergeSettings.model_fields["method"].default
-    method = str(manifest["options"].get("method", ours))
-    return None if method == ours else method
-
-
 def _coefficients(manifest: Manifest) -> str:
     """The coefficients that a model was merged with, block by block; "" if by none."""
-    table = manifest["results"].get("table") if _host_method(manifest) is None else None
+    table = manifest["results"].get("table") if host_method(manifest) is None else None
     if not table:
         return ""
     member = "model" if manifest["options"].get("models") else "expert"

@@ -118,11 +118,17 @@ MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
 SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
 SHORTHAND = re.compile(r"^~|(^|/)\$[{A-Za-z_]")  # what a shell would have replaced
 INPUT, CODE = _Input(), _Code()
+Listed = str | list[str] | dict[str, str]  # what may be given
 Named = Annotated[str, BeforeValidator(path_as_text), AfterValidator(_nameable)]
 Source = Annotated[str, INPUT, BeforeValidator(path_as_text), AfterValidator(_nameable)]
 Name = Annotated[str, AfterValidator(_file_name), AfterValidator(_nameable)]
-Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(by_name)]
-Several = Annotated[dict[Name, Named], INPUT, BeforeValidator(by_name), AfterValidator(_several)]
+Sources = Annotated[dict[Name, Named], INPUT, BeforeValidator(by_name, json_schema_input_type=Listed)]
+Several = Annotated[
+    dict[Name, Named],
+    INPUT,
+    BeforeValidator(by_name, json_schema_input_type=Listed),
+    AfterValidator(_several),
+]
 SourceList = Annotated[list[Named], INPUT]
 Output = Annotated[Path, BeforeValidator(path_as_text), AfterValidator(_nameable)]
 MAX_SEED = 2**32 - 1  # of numpy, and so of transformers

@@ -21,6 +21,7 @@ from moemerge.models.families import family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.train import TrainSettings
 from moemerge.options.upcycle import UpcycleSettings
+from moemerge.run.recipe_schema import schema_line
 from moemerge.run.templates import folder_of_templates, write_new
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def write_recipe(
     found = _find_out(sources, str(test if goal == "audit" and test else train))
     text = (folder_of_templates() / "own" / f"{goal}.yml").read_text(encoding="utf-8")
     values = dict(_values(found, Path(path), None if test is None else str(test)))
-    return write_new(path, _laid_out(Template(text).substitute(values)))
+    return write_new(path, schema_line() + _laid_out(Template(text).substitute(values)))
 
 
 def _check_goal(goal: str, models: Sequence[str], test: str | Path | None) -> None:

@@ -1,11 +1,12 @@
-"""Writes moemerge/__init__.pyi: what type checkers and editors are shown, made from the options.
+"""Writes moemerge/__init__.pyi and merge_configs/recipe.schema.json: what editors are shown.
 
-`make stub` runs it; tests/run/test_python_door.py holds the file to it.
+Both are made from the options. `make stub` runs it; tests hold the files to it.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 import textwrap
@@ -17,8 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import moemerge
 from moemerge.options.signature import PATH
+from moemerge.run.recipe_schema import FILE, recipe_schema
+from moemerge.run.templates import folder_of_templates
 
 STUB = Path(moemerge.__file__).with_suffix(".pyi")
+SCHEMA = folder_of_templates() / FILE
 HEAD = '''"""Upcycle a reward model into a mixture of experts, train it, and merge it back."""
 
 # Made from the options: `make stub` writes it anew. Do not edit.
@@ -95,5 +99,11 @@ def stub() -> str:
     return text
 
 
+def schema() -> str:
+    """What the schema of recipes is to hold."""
+    return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
     STUB.write_text(stub(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")

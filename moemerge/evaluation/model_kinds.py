@@ -1,0 +1,70 @@
+"""What sort of model a stage wrote, in a card's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moemerge.artifacts.manifest import Manifest
+from moemerge.options.merge import MergeSettings
+from moemerge.reports.table import inert_markdown
+
+MERGED = """A dense reward model: the experts of a mixture-of-experts reward model, merged per layer into
+one MLP ({way}) with moemerge. It has the architecture and the cost of the dense
+model that the mixture was made from. Its one output is the reward of prompt and answer together."""
+NATIVE = """A dense reward model: the experts of a reward model that was a mixture of experts from the start,
+merged per layer into one MLP ({way}) with moemerge. Its one output is the reward of prompt and answer
+together. To be known of the result:
+
+{caveats}"""
+ROUTED = """A mixture of experts made with moemerge: the experts are the MLPs of whole reward models, and one
+of them runs, picked by the prompt. It costs what one of them costs, and takes the memory of all. Its one
+output is the reward of prompt and answer together."""
+ASSEMBLED = """A mixture of experts made with moemerge of the MLPs of whole reward models. Nothing has been
+trained or fitted since: its routers are drawn at random."""
+AVERAGED = """A dense reward model: {count} models of one architecture merged into one ({way}) with
+moemerge. It has the architecture and the cost of one of them. Its one output is the reward of prompt and
+answer together."""
+AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
+[UMM-RM](https://arxiv.org/abs/2512.00724)"""
+SUM = """sum of the changes from their common start, [task arithmetic](https://arxiv.org/abs/2212.04089)"""
+MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
+Its one output is the reward of prompt and answer together."""
+STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
+gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
+and answer together."""
+UPCYCLED = """A mixture-of-experts reward model, upcycled with moemerge from a dense one and not yet trained:
+it computes the same rewards. Its one output is the reward of prompt and answer together."""
+TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
+and answer together."""
+
+
+def kind_of(manifest: Manifest, folder: Path) -> str:
+    """What sort of model this is, in a few sentences."""
+    if manifest["stage"] == "export":
+        if manifest["options"].get("form") == "qwen2_moe":
+            return STOCK
+        experts = manifest["options"].get("model") is not None
+        what = (
+            "one expert of a mixture-of-experts reward model" if experts else "made to be merged with others"
+        )
+        return MEMBER.format(member=folder.resolve().name, what=what)
+    if manifest["stage"] != "merge":
+        assembled = manifest["options"].get("experts")
+        upcycled = ASSEMBLED if assembled else UPCYCLED
+        return {"upcycle": upcycled, "gate": ROUTED}.get(manifest["stage"], TRAINED)
+    host = host_method(manifest)
+    ours = SUM if manifest["results"].get("coordinates") == "sum" else AVERAGE
+    way = ours if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
+    models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
+    count = sum(model is not None for model in models)
+    caveats = "\n".join(f"- {inert_markdown(text)}" for text in manifest["results"].get("caveats", []))
+    if caveats:
+        return NATIVE.format(way=way, caveats=caveats)
+    return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
+
+
+def host_method(manifest: Manifest) -> str | None:
+    """mergekit's method that merged the model; None for the routing-normalised average."""
+    ours = MergeSettings.model_fields["method"].default
+    method = str(manifest["options"].get("method", ours))
+    return None if method == ours else method
