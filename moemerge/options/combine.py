@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Run, Several, Source
+from moemerge.options.base import Run, Several, Source, refuse_twice
 from moemerge.options.choose import ChooseSettings
 
 
@@ -50,6 +50,7 @@ class CombineSettings(ChooseSettings):
 
     @model_validator(mode="after")
     def _names_apart(self) -> CombineSettings:
+        refuse_twice([*self.models.values()])
         candidates = {*RESERVED, *(f"{name}-tuned" for name in (*self.models, *RESERVED))}
         if clash := sorted(candidates & {*self.models}):
             raise ValueError(f"models: another name than {clash[0]}, which a candidate has")

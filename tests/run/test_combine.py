@@ -140,7 +140,7 @@ def test_what_is_done_is_not_done_again(combined: RunReport, world: Path) -> Non
 
 def test_equal_members_are_taken_as_they_are(world: Path) -> None:
     output = world / "equal"
-    models = {"first": str(world / "a"), "second": str(world / "a")}
+    models = {"first": str(world / "a"), "second": str(shutil.copytree(world / "a", world / "copy"))}
     report = combine(**given(world, models=models, tune="none", folds=2), output=output)
     told = choice(output)
     assert told["taken"] in models
@@ -237,6 +237,7 @@ def test_a_start_is_taken_only_if_it_is_what_it_was(world: Path, tmp_path: Path)
     ("changes", "what"),
     [
         ({"models": {"a": "a"}}, "two models at least"),
+        ({"models": {"a": "a", "b": "a"}}, "models has a twice"),
         ({"models": {"a": "a", "sum": "b"}}, "another name than sum"),
         ({"models": {"a": "a", "a-tuned": "b"}}, "another name than a-tuned"),
         ({"folds": 1}, "folds"),
