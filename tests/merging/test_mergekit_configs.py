@@ -157,8 +157,9 @@ def test_every_example_is_tested_and_shipped_but_is_no_recipe() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folder = ROOT / "merge_configs"
     shipped = {path for glob in data["moemerge.merge_configs"] for path in folder.glob(glob)}
-    shipped |= {path for glob in data["moemerge.merge_configs.mergekit"] for path in CONFIGS.glob(glob)}
-    assert shipped == set(folder.rglob("*.yml"))
+    for part in ("mergekit", "own"):
+        shipped |= {p for glob in data[f"moemerge.merge_configs.{part}"] for p in (folder / part).glob(glob)}
+    assert shipped == {*folder.rglob("*.yml"), folder / "recipe.schema.json"}
     for path in CONFIGS.glob("*.yml"):
         assert all(len(line) <= 120 for line in path.read_text().splitlines()), path
         assert all(part["base_model"] for part in yaml.safe_load_all(path.read_text())), path
