@@ -17,7 +17,7 @@ from moemerge.data.tokenise import EncodedPair, texts_of
 from moemerge.errors import OptionError
 from moemerge.merging.merged_model import Answers, MergedModel, batch_tokens, margins
 from moemerge.models.families.dense import is_moe
-from moemerge.models.modelling import load_moe
+from moemerge.models.modelling import moe_to_look_at
 from moemerge.models.routing import gate_mass
 from moemerge.options.fit import FitSettings
 
@@ -107,7 +107,7 @@ class Targets:
         return margins(self.merged.model, self.tokenizer, self.pairs, self.settings.micro_batch_size)
 
     def _moe(self) -> PreTrainedModel:
-        return load_moe(self.merged.source.folder, str(self.merged.device))
+        return moe_to_look_at(self.merged.source.folder, str(self.merged.device))
 
     def _owner_N(self, subset: str, count: int) -> Tensor:
         owner = self.settings.owners.get(subset)

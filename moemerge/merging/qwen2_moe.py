@@ -29,7 +29,7 @@ from moemerge.models.equivalence import largest_difference, probe_scores, probe_
 from moemerge.models.families.base import PREFIX, ExpertTensor
 from moemerge.models.families.dense import dense_config, shared_values
 from moemerge.models.loading import load_reward_model
-from moemerge.models.modelling import load_moe
+from moemerge.models.modelling import moe_to_look_at
 from moemerge.options.export import Export
 
 # Width of a shared expert of zeros, where the MoE has none: what any tensor-parallel split divides.
@@ -194,7 +194,7 @@ def _compare(options: Export, source: MoeCheckpoint, draft: Draft) -> None:
     """Largest difference between the scores of the MoE and of what was written, on a probe batch."""
     device = use_device(options)
     texts = probe_texts(source.config, options.seed)
-    theirs_B = probe_scores(load_moe(source.folder, str(device)), texts)
+    theirs_B = probe_scores(moe_to_look_at(source.folder, str(device)), texts)
     ours_B = probe_scores(load_reward_model(draft.folder, device, source.dtype), texts)
     draft.results["largest_difference"] = largest_difference(ours_B, theirs_B)
     what, fix = "the Qwen2-MoE does not equal the MoE", "report this model's config"

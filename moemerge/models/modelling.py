@@ -36,7 +36,7 @@ from moemerge.models.families.dense import dense_class, dense_config, describes_
 from moemerge.models.folder import ModelFolder, opened
 from moemerge.models.heads import output_layer
 from moemerge.models.layout import Layout, write_layout
-from moemerge.models.loading import check_loading, load_weights
+from moemerge.models.loading import check_loading, load_weights, quiet_loading
 from moemerge.models.moe import HeadByExpert, MoELayer, StackedExperts, TokenContext, moe_layers
 from moemerge.models.moe_settings import BY_EXPERT, MoeSettings
 
@@ -307,6 +307,31 @@ def load_moe(
     model, loading = load_weights(moe, deepcopy(moe.config), dtype or "auto", device_map=device)
     check_loading(moe, model, loading)
     return model.eval()
+
+
+def moe_to_look_at(folder: ModelFolder | str | Path, device: str = "cpu") -> PreTrainedModel:
+    """As load_moe, to be run and not changed: on a CPU its weights stay in its files, and take no memory.
+
+    Whoever writes to them ends the process.
+    """
+    moe = opened(folder)
+    moe.require_moe()
+    mapped = _mapped(moe) if device == "cpu" else None
+    return load_moe(moe, device) if mapped is None else mapped.eval()
+
+
+def _mapped(moe: ModelFolder) -> PreTrainedModel | None:
+    """The MoE on the tensors of its files where they lie; None unless these are just what it is made of."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(), quiet_loading():
+        model = AutoModelForSequenceClassification.from_config(deepcopy(moe.config), dtype=moe.config.dtype)
+    names, wanted = moe.weights.names, model.state_dict()
+    forms = {name: (moe.weights.shape(name), moe.weights.dtype(name)) for name in names}
+    if forms != {name: (tuple(weight.shape), weight.dtype) for name, weight in wanted.items()}:
+        return None
+    model.load_state_dict({name: moe.weights.mapped(name) for name in names}, assign=True)
+    return cast("PreTrainedModel", model)
 
 
 def __getattr__(name: str) -> Any:

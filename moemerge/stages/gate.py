@@ -25,7 +25,7 @@ from moemerge.models.device import free_memory, use_device
 from moemerge.models.families import family_of
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
-from moemerge.models.modelling import layout_of, load_moe, write_moe_config
+from moemerge.models.modelling import layout_of, moe_to_look_at, write_moe_config
 from moemerge.models.moe_settings import MoeSettings
 from moemerge.options.gate import Gate
 
@@ -52,7 +52,7 @@ def gate(options: Gate, draft: Draft) -> None:
     require_prompts(encoded)
     prompts = len({prompt_key(pair.pair) for pair in encoded})
     _require_several(prompts)
-    model = load_moe(folder, str(device))
+    model = moe_to_look_at(folder, str(device))
     fitted = fit_gate(Passes(model, tokenizer, encoded, options.batch_tokens))
     del model
     free_memory()

@@ -31,7 +31,7 @@ from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder
 from moemerge.models.heads import output_names, warn_of_fresh_head
 from moemerge.models.loading import load_reward_model
-from moemerge.models.modelling import layout_of, load_moe, moe_config, write_moe_config
+from moemerge.models.modelling import layout_of, moe_config, moe_to_look_at, write_moe_config
 from moemerge.models.moe import make_router
 from moemerge.models.moe_settings import BY_EXPERT, MoeSettings
 from moemerge.models.pooling import name_pad_of_fresh_head
@@ -232,7 +232,7 @@ def _routers(
 
 def _compare(options: Upcycle, source: ModelFolder, draft: Draft, device: torch.device) -> None:
     """Largest difference between the scores of dense model and MoE on a probe batch."""
-    moe = load_moe(draft.folder, str(device))
+    moe = moe_to_look_at(draft.folder, str(device))
     texts, dtype = probe_texts(moe.config, options.seed), moe.dtype
     ours_B = probe_scores(moe, texts, prompt_lengths=True)
     # A fresh head is drawn, not read: the dense model gets the MoE\'s, to be compared with.

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from moemerge.errors import CheckpointError
 from moemerge.merging.mergekit.bridge import OURS
 from moemerge.models.families.dense import dense_class, is_moe
-from moemerge.models.modelling import load_moe
+from moemerge.models.modelling import load_moe, moe_to_look_at
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
 MASK = (IDS != 0).long()
@@ -46,6 +46,28 @@ def test_reload_is_exact(saved: tuple[torch.nn.Module, Path]) -> None:
     torch.testing.assert_close(scores(again), scores(model), rtol=0, atol=1e-8)
     assert is_moe(again.config)
     assert again.config._experts_implementation == "grouped_mm"
+
+
+def test_a_moe_on_its_mapped_files_is_the_one_loaded(saved: tuple[torch.nn.Module, Path]) -> None:
+    """Bit for bit, buffers too; and its weights are views of one file, not copies."""
+    _, folder = saved
+    loaded, mapped = load_moe(folder), moe_to_look_at(folder)
+    for name, tensor in [*loaded.state_dict().items(), *loaded.named_buffers()]:
+        found = dict([*mapped.state_dict().items(), *mapped.named_buffers()])[name]
+        assert torch.equal(tensor, found) and tensor.dtype == found.dtype, name
+    assert torch.equal(scores(mapped), scores(loaded))
+    first, *others = (weight.untyped_storage().data_ptr() for weight in mapped.parameters())
+    assert max(abs(other - first) for other in others) < (folder / "model.safetensors").stat().st_size
+
+
+def test_a_moe_of_mixed_dtypes_is_loaded_as_ever(tmp_path: Path) -> None:
+    tiny_moe().to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    weights = load_file(tmp_path / "moe/model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_file(weights, tmp_path / "moe/model.safetensors", metadata={"format": "pt"})
+    mapped = moe_to_look_at(tmp_path / "moe")
+    assert {weight.dtype for weight in mapped.parameters()} == {torch.bfloat16}
+    assert torch.equal(scores(mapped), scores(load_moe(tmp_path / "moe")))
 
 
 def test_shards_dtypes_and_device_maps(tmp_path: Path) -> None:
