@@ -37,7 +37,7 @@ FOLDERS["run"] = LOWER | {"stages"}
 HOMES = {
     "click": {"run"},
     "trl": {"training", "stages"},
-    "accelerate": {"training", "stages", "models.processes"},
+    "accelerate": {"training", "stages", "models.processes", "models.modelling"},
     "peft": {"training", "stages"},
     "mergekit": {"merging.mergekit"},
     "datasets": {"data", "training", "stages"},
