@@ -1766,6 +1766,7 @@ def combine(
     level: float = 0.05,
     confidence: float = 0.95,
     resamples: int = 2000,
+    language_models: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     base: StrPath | None = None,
     split_by: str | None = None,
     folds: int = 3,
@@ -1806,6 +1807,8 @@ def combine(
             0.05]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples for the intervals  [default: 2000]
+        language_models: with one reward model: language models of its base that know what it lacks;
+            each is tried averaged into it, head kept, by the weight that suits the pairs best (DogeRM)
         base: the model that all of them were trained from, with or without a reward head (default: the
             start that moemerge train recorded in all; without one, averages only, no sums)
         split_by: row field, e.g. topic: rows with the same value are held out together

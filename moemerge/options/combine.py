@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from moemerge.options.base import Run, Several, Source, refuse_twice
+from moemerge.options.base import Run, Source, Sources, refuse_twice
 from moemerge.options.choose import ChooseSettings
 
 
 class CombineSettings(ChooseSettings):
     """Reward models that are good at different things -> the one dense model to use, and why."""
 
-    models: Several = Field(description="two reward models or more, of one architecture")
+    language_models: Sources = Field(  # before models: whether one of these is enough hangs on it
+        default_factory=dict,
+        description="with one reward model: language models of its base that know what it lacks; each is "
+        "tried averaged into it, head kept, by the weight that suits the pairs best (DogeRM)",
+    )
+    models: Sources = Field(description="two reward models or more, of one architecture")
     base: Source | None = Field(
         None,
         description="the model that all of them were trained from, with or without a reward head (default: "
@@ -48,10 +53,24 @@ class CombineSettings(ChooseSettings):
     l2: float = Field(0.03, ge=0, description="fitted coefficients: pull towards those of the sum")
     max_epochs: int = Field(10, ge=1, description="fitted coefficients: most passes over the pairs")
 
+    @field_validator("models")
+    @classmethod
+    def _enough_models(cls, models: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        if len(models) < (1 if info.data.get("language_models") else 2):
+            raise ValueError("two models at least, as name=source or sources alone")
+        return models
+
+    @model_validator(mode="after")
+    def _something_to_merge(self) -> CombineSettings:
+        if self.language_models and (len(self.models) > 1 or self.base or self.form == "moe"):
+            raise ValueError("language_models go with one reward model, without base and form moe")
+        refuse_twice([*self.models.values()])
+        return self
+
     @model_validator(mode="after")
     def _names_apart(self) -> CombineSettings:
-        refuse_twice([*self.models.values()])
-        candidates = {*RESERVED, *(f"{name}-tuned" for name in (*self.models, *RESERVED))}
+        made = {*RESERVED, *map(with_language_model, self.language_models)}
+        candidates = {*made, *(f"{name}-tuned" for name in (*self.models, *made))}
         if clash := sorted(candidates & {*self.models}):
             raise ValueError(f"models: another name than {clash[0]}, which a candidate has")
         return self
@@ -65,4 +84,11 @@ class Combine(CombineSettings, Run):
 
 MARK = "scores"  # the ensemble that is shown beside the candidates, as MARK-mean
 ROUTED = "routed"  # the candidate of form moe
+
+
+def with_language_model(name: str) -> str:
+    """The candidate into which the language model `name` is averaged."""
+    return f"with-{name}"
+
+
 RESERVED = {"uniform", "sum", "fitted", ROUTED, MARK, f"{MARK}-mean"}

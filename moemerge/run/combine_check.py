@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from moemerge.data.reading import read_pairs
@@ -20,14 +21,15 @@ def input_faults(options: Combine, section: str = "") -> list[MoemergeError]:
 
 def model_faults(options: Combine, section: str = "", on_hub: bool = False) -> list[MoemergeError]:
     """What configs and tokenizers say against the models on this disk, and with `on_hub` against all."""
-    from moemerge.merging.sources.likeness import check_models
+    from moemerge.merging.sources.likeness import check_language_models, check_models
 
-    models = [source for source in options.models.values() if on_hub or Path(source).is_dir()]
+    models = _here(options.models.values(), on_hub)
     base = options.base if options.base and (on_hub or Path(options.base).is_dir()) else None
     if not models:
         return []
     try:
         check_models(models, base)
+        check_language_models(models, _here(options.language_models.values(), on_hub))
     except MoemergeError as fault:
         return [fault]
     if options.form == "moe" and not family_called(ModelFolder(models[0]).dense_type).causal:
@@ -36,6 +38,10 @@ def model_faults(options: Combine, section: str = "", on_hub: bool = False) -> l
         return [_no_prompts(options, section)]
     layers = {named("train_layers", section): options.train_layers}
     return list(layer_faults(layers, ModelFolder(models[0]).config_json))
+
+
+def _here(sources: Iterable[str], on_hub: bool) -> list[str]:
+    return [source for source in sources if on_hub or Path(source).is_dir()]
 
 
 def _prompted(options: Combine) -> bool:

@@ -30,9 +30,10 @@ def write_pages(options: Combine, reports: Sequence[StepReport]) -> RunReport:
     run = options.output
     fix = "remove the folders of the steps that you have not made yourself, then run the command again"
     with written_by_stages(f"what the steps of {run} wrote cannot be shown", fix):
-        numbers, look = (read_object(run / name / "choice.json") for name in (CHOICE, LOOK))
+        numbers = read_object(run / CHOICE / "choice.json")
+        look = look_sentence(read_object(run / LOOK / "choice.json")) if len(options.models) > 1 else ""
         first, *rest = tables(numbers, options.confidence)
-        words = [text for text in (in_parts_sentence(numbers), look_sentence(look)) if text]
+        words = [text for text in (in_parts_sentence(numbers), look) if text]
         figure = Figure.load(run / CHOICE / PICTURE)
         page = run / PAGE
         if not is_current(page, reports, [report.name for report in reports]):

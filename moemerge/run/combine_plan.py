@@ -9,7 +9,7 @@ from typing import Any
 
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.options.base import SCALE_OF_SUM
-from moemerge.options.combine import MARK, ROUTED, Combine
+from moemerge.options.combine import MARK, ROUTED, Combine, with_language_model
 from moemerge.run.steps import Step, StepPlan
 
 log = logging.getLogger(__name__)
@@ -22,12 +22,14 @@ class Merge:
     """A way to merge the members: how much it takes, what is told of it, what `merge` is called with.
 
     fits: whether its coefficients are fitted to pairs. needs_base: whether changes from a base are added.
+    language_model: what is averaged into the one member, but for its head.
     """
 
     rank: int
     note: str
     fits: bool = False
     needs_base: bool = False
+    language_model: str = ""
 
 
 MERGES = {
@@ -47,6 +49,11 @@ class Plan(StepPlan):
         self.options = options
         self.members = dict(options.models)
         self.merges = {n: m for n, m in MERGES.items() if options.base or not m.needs_base}
+        if options.language_models:
+            self.merges = {
+                with_language_model(name): Merge(2, f"{name} averaged into it (DogeRM)", True, False, source)
+                for name, source in options.language_models.items()
+            }
         tuned = {"all": [*self.members, *self.merges], "merges": [*self.merges], "none": []}
         self.tuned = tuned[options.tune]
 
@@ -67,8 +74,15 @@ class Plan(StepPlan):
         """A few words on each candidate."""
         notes = dict.fromkeys(self.members, "as given") | {n: m.note for n, m in self.merges.items()}
         notes |= dict.fromkeys(self._routed(), "one model's MLPs per prompt, in the average; memory of all")
-        tuned = {f"{name}-tuned": f"{name}, trained on the pairs" for name in self.tuned}
-        return notes | tuned | {f"{MARK}-mean": f"mean score of {len(self.members)} models, at their cost"}
+        notes |= {f"{name}-tuned": f"{name}, trained on the pairs" for name in self.tuned}
+        if self.several:
+            notes |= {f"{MARK}-mean": f"mean score of {len(self.members)} models, at their cost"}
+        return notes
+
+    @property
+    def several(self) -> bool:
+        """Whether there are members to compare and to put on one scale."""
+        return len(self.members) > 1
 
     def trials(self) -> Iterator[Step]:
         """All steps up to the choice."""
@@ -78,7 +92,10 @@ class Plan(StepPlan):
             "data", "data", train=o.pairs, folds=o.folds, validation_share=0, split_by=o.split_by,
             tokenizer=first, fields=o.fields, **self.format,
         )  # fmt: skip
-        yield self.step("scales", "calibrate", models=self.members, pairs=self._all_pairs(), **self.format)
+        if self.several:
+            yield self.step(
+                "scales", "calibrate", models=self.members, pairs=self._all_pairs(), **self.format
+            )
         if o.base:
             yield self.step(
                 "changes", "changes", models=self.members, base=o.base, pairs=self._all_pairs(), **self.format
@@ -91,8 +108,10 @@ class Plan(StepPlan):
                 shared_expert=False, heads="by_expert", calibration=self.path("scales"),
             )  # fmt: skip
         for part in self.parts:
-            yield self._scores(f"{part}/members", part, self.members | self._unfitted(), MARK)
-        yield self._choice(LOOK, dict.fromkeys(self.members, AS_GIVEN), ["members"])
+            mark = MARK if self.several else ""
+            yield self._scores(f"{part}/members", part, self.members | self._unfitted(), mark)
+        if self.several:
+            yield self._choice(LOOK, dict.fromkeys(self.members, AS_GIVEN), ["members"])
         for fold, part in enumerate(self.parts):
             yield from self._made_on(part, self.path("data", "folds", str(fold), "train.jsonl.gz"))
         yield self._choice(CHOICE, self.ranks(), ["members", "made"])
@@ -101,13 +120,16 @@ class Plan(StepPlan):
         """The steps that make the candidate `taken` from all pairs, and its card."""
         start = taken if taken in self.members else taken.removesuffix("-tuned")
         if start in self._fits():
-            yield self._fit(ALL, self._all_pairs())
+            yield self._fit(ALL, start, self._all_pairs())
         if taken in self._routed():
             yield self._gate(MODEL, self._all_pairs())
         elif start != taken:
             if start in self._fits():
                 yield self._merge(f"{ALL}/{start}", start, ALL)
             yield self._tune(MODEL, self._model_of(start, ALL), self._all_pairs())
+        elif taken in self.members and not self.several:
+            # One model is no merge; all the weight on it gives it bit for bit.
+            yield self._with_language_model(MODEL, next(iter(self.merges)), weights=[1.0, 0.0])
         elif taken in self.members:
             weights = [float(name == taken) for name in self.members]
             yield self.step(MODEL, "merge", models=list(self.members.values()), weights=weights)
@@ -139,22 +161,39 @@ class Plan(StepPlan):
     def _merge(self, folder: str, name: str, fitted: str = "") -> Step:
         """The merge `name`; one with fitted coefficients has those in the folder `fitted`."""
         models: dict[str, Any] = {"models": list(self.members.values())}
+        coefficients = self.path(fitted, self._coefficients(name))
+        if self.merges[name].language_model:
+            return self._with_language_model(folder, name, coefficients=coefficients)
         if self.merges[name].fits:
-            coefficients = self.path(fitted, COEFFICIENTS)
             return self.step(folder, "merge", **models, base=self.options.base, coefficients=coefficients)
         if self.merges[name].needs_base:
             scale = self.options.scale or SCALE_OF_SUM
             models |= {"base": self.options.base, "coordinates": "sum", "scale": scale}
         return self.step(folder, "merge", **models, calibration=self.path("scales"))
 
-    def _fit(self, folder: str, pairs: str) -> Step:
-        o = self.options
+    def _coefficients(self, name: str) -> str:
+        """Where the coefficients of a fitted merge stand, in the folder of what they were fitted to."""
+        return f"{COEFFICIENTS}-{name}" if self.merges[name].language_model else COEFFICIENTS
+
+    def _with_language_model(self, folder: str, name: str, **how: Any) -> Step:
+        (member,) = self.members.values()
+        models = [self.merges[name].language_model]
+        return self.step(folder, "merge", models=models, base=member, scope="body", **how)
+
+    def _fit(self, folder: str, name: str, pairs: str) -> Step:
+        o, output = self.options, f"{folder}/{self._coefficients(name)}"
+        if source := self.merges[name].language_model:
+            (member,) = self.members.values()
+            return self.step(
+                output, "fit", models=[source], base=member, scope="body", method="grid", pairs=pairs,
+                **self.format,
+            )  # fmt: skip
         fields: dict[str, Any] = {"models": list(self.members.values()), "pairs": pairs, **self.format}
         if o.base:
             fields |= {"base": o.base, "coordinates": "sum", "scale": o.scale or SCALE_OF_SUM}
         # The choice among candidates is made on pairs that the fit has not seen: it needs no test of its own.
         return self.step(
-            f"{folder}/{COEFFICIENTS}", "fit", **fields, calibration=self.path("scales"), level=1.0, l2=o.l2,
+            output, "fit", **fields, calibration=self.path("scales"), level=1.0, l2=o.l2,
             granularity=o.granularity, max_epochs=o.max_epochs, sensitivity=False,
         )  # fmt: skip
 
@@ -175,7 +214,7 @@ class Plan(StepPlan):
     def _made_on(self, part: str, pairs: str) -> Iterator[Step]:
         """Every candidate that is made from pairs, made from these, and their scores on the part."""
         for name in self._fits():
-            yield self._fit(part, pairs)
+            yield self._fit(part, name, pairs)
             yield self._merge(f"{part}/{name}", name, part)
         for name in self._routed():
             yield self._gate(f"{part}/{name}", pairs)
@@ -202,7 +241,7 @@ class Plan(StepPlan):
 
 def with_start(options: Combine) -> Combine:
     """The options with the models' common start as base, if none is given and one is known."""
-    if options.base is not None:
+    if options.base is not None or options.language_models:
         return options
     try:
         start = common_start(list(options.models.values()))

@@ -14,14 +14,15 @@ import yaml
 from hostile_files import edit_json
 from small_moe import write_rows
 from small_training import write
-from tiny_models import save_dense
-from transformers import AutoModelForSequenceClassification
+from tiny_models import SIZES, TINY, save_dense, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moemerge import check_recipe, combine, load_moe, merge, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.errors import CheckpointError, DataError, OptionError, UnsupportedError
 from moemerge.evaluation.scoring_code import how_to_score
+from moemerge.merging.coefficients import Coefficients
 from moemerge.options.combine import Combine
 from moemerge.run import cli
 from moemerge.run.check import load_recipe
@@ -166,6 +167,47 @@ def test_a_mixture_is_tried_where_it_is_asked_for(world: Path) -> None:
     assert "prompt_lengths" in (world / "moe" / "card" / "README.md").read_text()
 
 
+def test_language_models_are_averaged_into_one_reward_model(world: Path) -> None:
+    """DogeRM: by a weight that was chosen without the part on which the merge is judged."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model("llama", **{**SIZES, **TINY["llama"]})
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(world / "lm")
+    tiny_tokenizer().save_pretrained(world / "lm")
+    changes = {"models": {"a": str(world / "a")}, "base": None, "tune": "merges", "folds": 2, "epochs": 0.5}
+    options = Combine(
+        **given(world, **changes), language_models={"lm": str(world / "lm")}, output=world / "doge"
+    )
+    report = combine(options)
+    assert set(choice(world / "doge")["models"]) == {"a", "with-lm", "with-lm-tuned"}
+    fits = [step for step in report.steps if step.stage == "fit" and step.name.startswith("part-")]
+    assert [step.manifest["options"]["method"] for step in fits] == ["grid"] * 2
+    for step in fits:
+        fold = step.name.split("/")[0].removeprefix("part-")
+        assert step.manifest["options"]["pairs"].endswith(f"folds/{fold}/train.jsonl.gz")
+    assert not {"scales", "look", "uniform", "changes"} & {step.name for step in report.steps}
+    start = AutoModelForSequenceClassification.from_pretrained(world / "a").state_dict()
+    found, _ = taken(options, "a")
+    assert found.keys() == start.keys() and all(torch.equal(found[name], start[name]) for name in start)
+    found, fitted = taken(options, "with-lm")
+    assert fitted.manifest["options"]["pairs"].endswith("data/train.jsonl.gz")
+    weight = Coefficients.load(options.output / fitted.name).shared_L[0].item()
+    language, name = (
+        AutoModelForCausalLM.from_pretrained(world / "lm").state_dict(),
+        "model.layers.1.mlp.up_proj.weight",
+    )
+    average = weight * start[name] + (1 - weight) * language[name]
+    torch.testing.assert_close(found[name], average, atol=1e-6, rtol=0)
+    assert torch.equal(found["score.weight"], start["score.weight"])
+
+
+def taken(options: Combine, name: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """The weights that there are if this candidate is taken, and the first step that makes them."""
+    for step in ("model", "card"):
+        shutil.rmtree(options.output / step, ignore_errors=True)
+    first, *_ = run_steps(Plan(options).winner(name))
+    return AutoModelForSequenceClassification.from_pretrained(options.output / "model").state_dict(), first
+
+
 def test_a_mixture_of_encoders_is_refused_at_the_start(world: Path) -> None:
     for name in ("e", "f"):
         save_dense(world / name, "bert")
@@ -239,6 +281,7 @@ def test_a_start_is_taken_only_if_it_is_what_it_was(world: Path, tmp_path: Path)
         ({"models": {"a": "a"}}, "two models at least"),
         ({"models": {"a": "a", "b": "a"}}, "models has a twice"),
         ({"models": {"a": "a", "sum": "b"}}, "another name than sum"),
+        ({"language_models": {"lm": "lm"}}, "language_models go with one reward model"),
         ({"models": {"a": "a", "a-tuned": "b"}}, "another name than a-tuned"),
         ({"folds": 1}, "folds"),
         ({"pairs": "./nowhere.jsonl"}, "pairs does not exist"),

@@ -57,6 +57,19 @@ def check_models(models: Sequence[str], base: str | None = None) -> None:
     check_vocabularies(opened, tokenizers, has_base)
 
 
+def check_language_models(models: Sequence[str], language_models: Sequence[str]) -> None:
+    """Refuse language models that cannot be averaged into the body of the one reward model.
+
+    Raises as `check_models`.
+    """
+    if models and language_models:
+        opened = [ModelFolder(source) for source in (*models, *language_models)]
+        for model in opened:
+            model.require_dense()
+        headless = [number for number, model in enumerate(opened) if model.is_base]
+        check_architectures(opened, True, "body", headless)
+
+
 def names_in_scope(model: ModelFolder, scope: Scope) -> list[str]:
     """The dense names of what is merged, in the class's order."""
     own = skeleton(model.config)
