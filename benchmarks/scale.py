@@ -5,8 +5,8 @@ python benchmarks/scale.py measure [--shapes narrow real] | sizes
 `measure` makes random Llamas in bfloat16 and runs every stage on them, a fresh process each: wall and CPU
 seconds, peak of anonymous memory, bytes read and written. narrow: 32 layers and 1 + 7 experts in as many
 tensors and shards as an 8B has, a sixteenth as wide; with half the layers, and half the experts, it shows
-whether time is in proportion. real: two layers of an 8B as they are. `sizes` prints the tables of
-docs/scale.md.
+whether time is in proportion, above what a tiny model takes, which is start-up. real: two layers of an 8B as
+they are. `sizes` prints the tables of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Shape:
 
 NARROW = Shape(256, 896, 32, 8016, shard=20_000_000)
 SHAPES = {
+    "tiny": Shape(64, 128, 2, 256),
     "narrow": NARROW,
     "narrow, half the layers": Shape(256, 896, 16, 8016, shard=20_000_000),
     "narrow, half the experts": Shape(256, 896, 32, 8016, experts=3, shard=20_000_000),
@@ -93,7 +94,6 @@ def commands(root: Path, shape: Shape) -> Iterator[tuple[str, list[str]]]:
         line = [sys.executable, "-m", "moemerge", stage, *map(str, flags), "--output", str(root / output)]
         return stage, line
 
-    yield "start-up", [sys.executable, "-m", "moemerge", "merge", "--help"]
     experts = ["--num-routed-experts", shape.experts, "--num-experts-per-tok", 2]
     yield of(
         "upcycle",
@@ -138,19 +138,15 @@ def measure(name: str, folder: Path) -> dict[str, Cost]:
 
 
 def proportions(found: dict[str, dict[str, Cost]]) -> None:
-    """CPU time above start-up of the halves, as a share of the whole's."""
-    if not {"narrow", "narrow, half the layers", "narrow, half the experts"} <= found.keys():
+    """CPU time of the halves as a share of the whole's, both above the tiny model's."""
+    whole, tiny, halves = "narrow", "tiny", ("narrow, half the layers", "narrow, half the experts")
+    if not {whole, tiny, *halves} <= found.keys():
         return
     print("| CPU time above start-up, of the whole's | half the layers | half the experts |")
     print("| --- | ---: | ---: |")
-    above = {
-        name: {stage: cost.cpu - costs["start-up"].cpu for stage, cost in costs.items()}
-        for name, costs in found.items()
-    }
-    for stage in (stage for stage in above["narrow"] if stage != "start-up"):
-        halves = ("narrow, half the layers", "narrow, half the experts")
-        shares = " | ".join(f"{above[half][stage] / above['narrow'][stage]:.2f}" for half in halves)
-        print(f"| {stage} | {shares} |")
+    for stage, floor in found[tiny].items():
+        above = {name: costs[stage].cpu - floor.cpu for name, costs in found.items() if stage in costs}
+        print(f"| {stage} | " + " | ".join(f"{above[half] / above[whole]:.2f}" for half in halves) + " |")
 
 
 def sizes() -> None:
