@@ -120,7 +120,8 @@ def _cited(manifest: Manifest) -> str:
     if manifest["stage"] == "upcycle":
         return "; upcycling: arXiv 2212.05055"
     merges_experts = manifest["stage"] == "merge" and manifest["options"].get("model")
-    return "; merging: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724)" if merges_experts else ""
+    ours = merges_experts and host_method(manifest) is None
+    return "; merging: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724)" if ours else ""
 
 
 def home_of(model: Path) -> Path:

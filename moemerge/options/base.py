@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -97,13 +98,18 @@ class Contradiction(ValueError):
         self.fix = fix
 
 
-def refuse_twice(models: list[str]) -> None:
-    """Raise Contradiction if a model is listed twice: a merge would count it so."""
+def listed_twice(models: Sequence[str]) -> list[str]:
+    """Those that are listed more than once, under one path or several."""
     places = [os.path.realpath(model) if os.path.exists(model) else model for model in models]
-    if twice := [model for model, place in zip(models, places, strict=True) if places.count(place) > 1]:
+    return [model for model, place in zip(models, places, strict=True) if places.count(place) > 1]
+
+
+def refuse_twice(models: Sequence[str]) -> None:
+    """Raise Contradiction if a model is listed twice."""
+    if twice := listed_twice(models):
         raise Contradiction(
             f"models has {twice[0]} twice",
-            "list each model once; one that is to count more has a larger weight (weights, in merge)",
+            "list each model once",
         )
 
 

@@ -16,7 +16,6 @@ from moemerge.options.base import (
     Source,
     Sources,
     TextFormat,
-    refuse_twice,
 )
 
 
@@ -179,7 +178,6 @@ class Fit(FitSettings, Members, TextFormat, Run):
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Fit:
-        refuse_twice(self.models)
         if self.start and self.initial != "auto":
             raise ValueError("start and initial exclude each other: give one of them")
         if self.folds and self.validation:

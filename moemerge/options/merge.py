@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import OURS, Contradiction, Members, Options, Run, Source, refuse_twice
+from moemerge.options.base import OURS, Contradiction, Members, Options, Run, Source
 
 
 class MergeSettings(Options):
@@ -61,7 +61,6 @@ class Merge(MergeSettings, Members, Run):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Merge:
-        refuse_twice(self.models)
         if self.weights and (self.model or self.coefficients):
             raise ValueError("weights go with models, in place of coefficients")
         if self.scale is not None and (self.coordinates != "sum" or self.weights or self.coefficients):

@@ -546,7 +546,7 @@ def test_rows_left_out_are_told_by_share_and_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: int, level: str
 ) -> None:
     rows = [pair_row(i, chosen="") for i in range(bad)] + [pair_row(9 + i) for i in range(20 - bad)]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "moemerge"):
         prepared(tmp_path, "out", rows, bad_rows="skip", validation_share=0.0)
     (record,) = [record for record in caplog.records if "left out" in record.message]
     share = f"{bad / 20:.1%}"

@@ -219,9 +219,9 @@ def test_models_with_the_same_weights_are_told_and_scored_once(
     loaded: list[str] = []
     load = evaluate_stage.load_reward_model
 
-    def spy(folder: ModelFolder, *rest: Any) -> Any:
+    def spy(folder: ModelFolder, *rest: Any, **more: Any) -> Any:
         loaded.append(Path(folder.source).name)
-        return load(folder, *rest)
+        return load(folder, *rest, **more)
 
     monkeypatch.setattr(evaluate_stage, "load_reward_model", spy)
     copy = shutil.copytree(world["models"]["dense"], tmp_path / "copy")

@@ -89,12 +89,6 @@ def test_a_bad_option(kind: type[Options], fields: dict[str, Any], said: tuple[s
         ),
         (Merge, MOE, ("needs coefficients", "coefficients nothing", "moemerge fit --model moe")),
         (
-            Merge,
-            {"models": ["a", "b", "a"], "output": "o"},
-            ("models has a twice", "'a', 'b', 'a'", "larger weight"),
-        ),
-        (Fit, LISTED | {"models": ["b", "b"]}, ("models has b twice", "'b', 'b'", "each model once")),
-        (
             Upcycle,
             MOE | {"num_routed_experts": 3},
             ("is larger than", "num_experts_per_tok 5, num_routed_experts 3", "num_experts_per_tok or"),

@@ -35,7 +35,7 @@ from moemerge.models.families.dense import dense_config, skeleton
 from moemerge.models.folder import ModelFolder
 from moemerge.models.heads import output_names
 from moemerge.models.loading import load_tokenizer
-from moemerge.options.base import Coordinates
+from moemerge.options.base import Coordinates, listed_twice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -102,6 +102,8 @@ class ModelList(MergeSource):
         coordinates: Coordinates = "average",
         scales: tuple[float, ...] | None = None,
     ) -> None:
+        if twice := listed_twice(models):
+            log.warning("models has %s twice: it counts as often as it is listed", twice[0])
         self.has_shared, self.num_members, self.scope = base is not None, len(models), scope
         self.models = [Model(folder) for folder in ([base] if base else []) + list(models)]
         self.scales = scales
