@@ -27,6 +27,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -241,17 +242,25 @@ def of_seed(name: str, number: int, arguments: argparse.Namespace) -> dict[str, 
         noisy = {
             use: told(rows, setting.noise if use != "test" else 0.0, draw) for use, rows in dealt.items()
         }
-        files = write_sets(home, {"pairs": noisy})["pairs"]
-        whole, upper = arguments.models / setting.model, arguments.output / f"{setting.model}-upper"
-        if not upper.exists():
-            upper_layers(whole, UPPER, upper)
-        start = headed(upper, number, home / "start")
-        with install(LowerLayers(whole, UPPER)):
-            found = measured(Seed(home, setting, start, files, number))
-        remove_models(home)
-        return found
+        with opened_seed(arguments, home, setting, noisy, number) as seed:
+            return measured(seed)
 
     return recorded(ROWS, name, number, measure)
+
+
+@contextmanager
+def opened_seed(
+    arguments: argparse.Namespace, home: Path, setting: Setting, dealt: Pairs, number: int
+) -> Iterator[Seed]:
+    """A seed whose model's lower layers are computed once per text; its models are removed once measured."""
+    files = write_sets(home, {"pairs": dealt})["pairs"]
+    whole, upper = arguments.models / setting.model, arguments.output / f"{setting.model}-upper"
+    if not upper.exists():
+        upper_layers(whole, UPPER, upper)
+    start = headed(upper, number, home / "start")
+    with install(LowerLayers(whole, UPPER)):
+        yield Seed(home, setting, start, files, number)
+    remove_models(home)
 
 
 def told(rows: Sequence[Row], noise: float, draw: random.Random) -> list[Row]:

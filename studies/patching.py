@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from common import Measures, interval, options_of, recorded, write_sets
-from frozen_layers import LowerLayers, install, upper_layers
-from kinds import remove_models
+from common import Measures, interval, options_of, recorded
 from noisy_labels import SETTINGS as DATA
-from noisy_labels import UPPER, Seed, headed
+from noisy_labels import Seed, opened_seed
 
 from moemerge.run.patch import patch
 from moemerge.run.patch_plan import SEEN, UNSEEN
@@ -77,15 +75,9 @@ def of_seed(name: str, number: int, arguments: argparse.Namespace) -> dict[str, 
     def measure() -> dict[str, Measures]:
         setting = SETTINGS[name]
         data, home = DATA[setting.data], arguments.output / name / f"seed-{number}"
-        files = write_sets(home, {"pairs": data.deal(arguments.data, random.Random(number))})["pairs"]
-        whole, upper = arguments.models / data.model, arguments.output / f"{data.model}-upper"
-        if not upper.exists():
-            upper_layers(whole, UPPER, upper)
-        start = headed(upper, number, home / "start")
-        with install(LowerLayers(whole, UPPER)):
-            found = measured(Seed(home, data, start, files, number), setting)
-        remove_models(home)
-        return found
+        dealt = data.deal(arguments.data, random.Random(number))
+        with opened_seed(arguments, home, data, dealt, number) as seed:
+            return measured(seed, setting)
 
     return recorded(ROWS, name, number, measure)
 

@@ -23,6 +23,7 @@ from moemerge.errors import unexpected
 from moemerge.models import processes
 from moemerge.models.configs import log_own_code
 from moemerge.models.families import family_of
+from moemerge.models.families.dense import skeleton
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.guards import needless, old_buffer, refuse_larger
 from moemerge.models.heads import in_head, refuse_lost_head, warn_of_fresh_head
@@ -86,7 +87,10 @@ def load_reward_model(
         refuse_larger(folder.weights, config)
         folder.weights.release()  # transformers maps the files itself
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    sharding = _sharding(folder, config) if sharded else None
+    sharding = None
+    if sharded:
+        layers, _ = family_of(config).dense_layers(skeleton(config))
+        sharding = processes.sharding(layers)
     loaded, loading = load_weights(folder, config, wanted, sharding=sharding)
     check_loading(folder, loaded, loading, fresh_head_seed)
     if fresh_head_seed is None:
@@ -99,16 +103,6 @@ def load_reward_model(
         warn_of_fresh_head(folder.source, tuple(folder.drawn_head))
     placed = loaded if sharded else loaded.to(device)  # type: ignore[arg-type]
     return placed.eval()  # type: ignore[no-any-return]
-
-
-def _sharding(folder: ModelFolder, config: PreTrainedConfig) -> Any:
-    """How transformers is to spread the model over all processes: each layer is put together when it runs."""
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(
-            deepcopy(config), trust_remote_code=folder.trust_remote_code
-        )
-    path, _ = family_of(config).dense_layers(model)
-    return processes.sharding(path)
 
 
 def load_weights(

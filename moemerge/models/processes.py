@@ -53,7 +53,7 @@ def sharding(layers: str) -> DistributedConfig:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a part of each weight only: all have to run the model as often."""
-    return any(in_parts(weight) for weight in model.parameters())
+    return several() and any(map(in_parts, model.parameters()))
 
 
 def in_parts(weight: Tensor) -> bool:
