@@ -3,9 +3,10 @@
 `upper_layers` writes the upper layers as a model of their own. While `install` is open, every embedding of
 the model's width gives, in place of embeddings, the states that the lower layers make of the text: all of
 moemerge then works on the upper layers as if the whole model ran, and the whole model's scores come out.
-Causal models and BERT, padded on the right only.
+Causal models and BERT, padded on the right only. BERT's last layer is computed at the first token alone, if
+asked: no other is pooled.
 
-B sequences, T tokens, D width.
+B sequences, T tokens, D width, N heads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.bert.modeling_bert import BertEmbeddings
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 STATES, TEXTS = "states.npy", "texts.npz"
 
@@ -126,16 +127,22 @@ class LowerLayers:
 
 
 current: list[LowerLayers | None] = [None]
+pooled: list[bool] = [False]
 
 
 @contextmanager
-def install(lower: LowerLayers | None) -> Iterator[None]:
-    """While open, embeddings of `lower`'s width give its states; None: embeddings are embeddings."""
-    before, current[0] = current[0], lower
+def install(lower: LowerLayers | None, pooled_only: bool = False) -> Iterator[None]:
+    """While open, embeddings of `lower`'s width give its states; None: embeddings are embeddings.
+
+    `pooled_only`: BERT's last layer is computed at the first token alone. Not for a MoE, whose routing is
+    counted over all tokens, nor for objectives that look at other tokens.
+    """
+    before = current[0], pooled[0]
+    current[0], pooled[0] = lower, pooled_only
     try:
         yield
     finally:
-        current[0] = before
+        current[0], pooled[0] = before
 
 
 def _replace(
@@ -149,4 +156,36 @@ def _replace(
     return lower.states(ids_BT) if width == lower.width else None
 
 
+def _at_first_token(layer: Any, states_BTD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+    """What a BERT layer makes of the first token, [B, 1, D]."""
+    attention, first_B1D = layer.attention.self, states_BTD[:, :1]
+
+    def heads(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    seen_BN1D = nn.functional.scaled_dot_product_attention(
+        heads(attention.query(first_B1D)),
+        heads(attention.key(states_BTD)),
+        heads(attention.value(states_BTD)),
+        attn_mask=None if mask_B1TT is None else mask_B1TT[:, :, :1],
+        dropout_p=attention.dropout.p if layer.training else 0.0,
+    )
+    mixed_B1D = layer.attention.output(seen_BN1D.transpose(1, 2).flatten(2), first_B1D)
+    made_B1D: Tensor = layer.feed_forward_chunk(mixed_B1D)
+    return made_B1D
+
+
+def _last_layer(
+    layer: Any, states_BTD: Tensor, mask_B1TT: Tensor | None = None, *others: Any, **named: Any
+) -> Tensor:
+    lower, attention = current[0], layer.attention.self
+    last = attention.layer_idx == attention.config.num_hidden_layers - 1
+    if pooled[0] and lower is not None and last and states_BTD.shape[-1] == lower.width:
+        return _at_first_token(layer, states_BTD, mask_B1TT)
+    made_BTD: Tensor = whole_layer(layer, states_BTD, mask_B1TT, *others, **named)
+    return made_BTD
+
+
+whole_layer = BertLayer.forward
+BertLayer.forward = _last_layer
 nn.modules.module.register_module_forward_hook(_replace, with_kwargs=True)

@@ -291,7 +291,7 @@ def of_seed(name: str, seed: int, arguments: argparse.Namespace, start: Path) ->
 
     def measure() -> dict[str, Measures]:
         home = arguments.output / f"seed-{seed}"
-        with install(LowerLayers(arguments.models / "minilm", UPPER)):
+        with install(LowerLayers(arguments.models / "minilm", UPPER), pooled_only=True):
             found = measured(Seed(home, arguments, str(start), seed), SETTINGS[name], home / name)
         remove_models(home / name)
         return found

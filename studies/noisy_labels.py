@@ -258,7 +258,7 @@ def opened_seed(
     if not upper.exists():
         upper_layers(whole, UPPER, upper)
     start = headed(upper, number, home / "start")
-    with install(LowerLayers(whole, UPPER)):
+    with install(LowerLayers(whole, UPPER), pooled_only=True):
         yield Seed(home, setting, start, files, number)
     remove_models(home)
 
