@@ -1,4 +1,4 @@
-"""What studies of real models rest on: upper layers on kept states are the model (studies/frozen_layers.py)."""
+"""Studies of real models: upper layers on kept states are the model (studies/frozen_layers.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.tiny_models import batch, save_dense, scores
 from transformers import AutoModelForSequenceClassification
+
+from tests.support.tiny_models import batch, save_dense, scores
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
