@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moemerge.registry import USED
+
 PACKAGES = ("moemerge", "torch", "transformers", "trl", "mergekit", "peft", "safetensors", "tokenizers")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+def versions(also: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on: those that added what is used, too."""
     by_package = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in dict.fromkeys((*PACKAGES, *sorted(USED), *also)):
         with suppress(metadata.PackageNotFoundError):
             by_package[package] = metadata.version(package)
     return by_package

@@ -43,6 +43,7 @@ def other_versions(manifest: Manifest) -> list[str]:
 
     They make nothing stale: an upgrade would cost days of training, mostly for the same numbers.
     """
-    now, then = versions(), manifest["versions"]
+    then = manifest["versions"]
+    now = versions(then)
     packages = [name for name in then if name != "moemerge" and now.get(name) != then[name]]
     return [f"{name} {then[name]} (now {now.get(name, 'none')})" for name in packages]

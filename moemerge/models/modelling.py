@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from moemerge.errors import UnsupportedError
-from moemerge.models.families import FAMILIES, family_of
+from moemerge.models.families import ADDED, FAMILIES, family_of
 from moemerge.models.families.base import PREFIX, Family
 from moemerge.models.families.dense import dense_class, dense_config, describes_model, skeleton
 from moemerge.models.folder import ModelFolder, opened
@@ -164,8 +164,13 @@ def _with(body: dict[str, Any]) -> Any:
 
 def register() -> None:
     """Make AutoConfig know every family's MoE; the model classes follow with the first such config."""
-    for family in FAMILIES:
+    for family in _model_types():
         AutoConfig.register(PREFIX + family, config_class(family), exist_ok=True)
+
+
+def _model_types() -> list[str]:
+    """Of all families that transformers has; those of other packages are not imported for this."""
+    return [*FAMILIES, *(name for name in ADDED if name in CONFIG_MAPPING)]
 
 
 @cache
@@ -340,7 +345,7 @@ def __getattr__(name: str) -> Any:
         (model_class, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         (_backbone_class, MODEL_MAPPING_NAMES),
     )
-    for family in FAMILIES if name.startswith("Moemerge") else ():
+    for family in _model_types() if name.startswith("Moemerge") else ():
         if name == config_class(family).__name__:
             return config_class(family)
         for make, names in models:

@@ -10,7 +10,7 @@ from moemerge.artifacts.paths import near_path, reads_like_path
 from moemerge.artifacts.stage import RECIPE_COPY
 from moemerge.errors import CheckpointError, MoemergeError, OptionError, UnsupportedError
 from moemerge.models.config_file import LAYERS
-from moemerge.models.families import FAMILIES, family_called
+from moemerge.models.families import family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import Run, input_fields
 from moemerge.options.data import DataSettings
@@ -163,12 +163,12 @@ def _check_model(recipe: Recipe) -> Iterator[MoemergeError]:
 
 def _check_architecture(recipe: Recipe, model: ModelFolder) -> Iterator[MoemergeError]:
     """Whether it can be upcycled, with that gate, and has a head or is given one."""
+    family = None
     if "model_type" in model.config_json:
         try:
-            family_called(model.dense_type)
+            family = family_called(model.dense_type)
         except UnsupportedError as fault:
             yield fault
-    family = FAMILIES.get(model.dense_type)
     if recipe.upcycle.gate == "prompt" and family and not family.causal:
         yield fault_of(
             "gate prompt needs a causal model",

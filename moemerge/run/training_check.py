@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from moemerge.errors import MoemergeError, OptionError, unknown
+from moemerge.errors import MoemergeError, OptionError, UnsupportedError, unknown
 from moemerge.options.recipe import Recipe
 from moemerge.options.train import TrainSettings
+from moemerge.registry import Registry
 from moemerge.run.baselines import plainly
 
 
@@ -27,9 +28,14 @@ def fault_of(what: str, given: object, expected: str, fix: str) -> OptionError:
 
 
 def unknown_name(key: str, name: str, known: Iterable[str]) -> Iterator[MoemergeError]:
-    """The fault of a name that is not among the known ones, if it is not."""
-    if name not in (known := list(known)):
-        yield unknown(key, name, known)
+    """The fault of a name that is not among the known ones, if it is not, or of a broken package's."""
+    if name not in (names := list(known)):
+        yield unknown(key, name, names)
+    elif isinstance(known, Registry) and name in known.added:
+        try:
+            known.get(name)
+        except UnsupportedError as fault:
+            yield fault
 
 
 def has_validation(recipe: Recipe) -> bool:

@@ -26,6 +26,8 @@ PROBES: Registry[Probe] = Registry(
         "irrelevance": "moemerge.evaluation.probes.irrelevance:PROBE",
         "damage": "moemerge.evaluation.probes.damage:PROBE",
     },
+    group="probes",
+    needs=("needs", "measure", "tables", "plot", "edits"),
 )
 BIASES = ("length", "style", "flattery", "confidence", "boilerplate", "irrelevance", "damage")
 

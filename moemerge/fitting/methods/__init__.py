@@ -22,4 +22,5 @@ METHODS: Registry[Method] = Registry(
         "grid": "moemerge.fitting.methods.grid:grid",
         "least_squares": "moemerge.fitting.methods.least_squares:least_squares",
     },
+    group="methods",
 )

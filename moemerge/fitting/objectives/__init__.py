@@ -16,4 +16,5 @@ OBJECTIVES: Registry[MakeTerm] = Registry(
         "distillation": "moemerge.fitting.objectives.distillation:distillation",
         "alignment": "moemerge.fitting.objectives.alignment:alignment",
     },
+    group="objectives",
 )

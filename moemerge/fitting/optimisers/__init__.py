@@ -16,6 +16,7 @@ OPTIMISERS: Registry[Optimiser] = Registry(
         "adam": "moemerge.fitting.optimisers.adam:adam",
         "cma": "moemerge.fitting.optimisers.evolution:cma",
     },
+    group="optimisers",
 )
 SMALL_SET = 2048
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from moemerge.errors import CheckpointError, UnsupportedError, few
-from moemerge.models.families import FAMILIES, family_of
+from moemerge.models.families import family_of, known_family
 from moemerge.models.families.dense import skeleton
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
@@ -84,7 +84,7 @@ def names_in_scope(model: ModelFolder, scope: Scope) -> list[str]:
 
 def mlp_names(model: ModelFolder) -> set[str]:
     """Dense names of the tensors of MLPs; none in an architecture whose MLPs are not known."""
-    if model.config.model_type not in FAMILIES:
+    if known_family(model.config.model_type) is None:
         return set()
     return {tensor.dense for tensor in family_of(model.config).expert_tensors(model.config)}
 
@@ -150,7 +150,7 @@ def _sizes(model: ModelFolder, other: ModelFolder) -> str:
 
 def check_pooling(models: Sequence[ModelFolder], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
     """All reward models must read scores at one token, or the merged head is given foreign states."""
-    family = FAMILIES.get(models[0].model_type)
+    family = known_family(models[0].model_type)
     if family is not None and not family.causal:  # encoders read the first token
         return
     judges = [*zip(models, tokenizers, strict=True)]

@@ -10,6 +10,7 @@ from moemerge.models.families.encoders import ENCODERS
 from moemerge.models.families.gated import GATED
 from moemerge.models.families.plain import PLAIN
 from moemerge.models.families.refused import REFUSED
+from moemerge.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,16 +20,26 @@ FAMILIES: dict[str, Family] = {
     for family in sorted((*GATED, *PLAIN, *ENCODERS), key=lambda family: family.model_type)
 }
 
+# Those of other packages, by model_type.
+ADDED: Registry[Family] = Registry(
+    "architecture", {}, group="families", needs=("layers", "block", "matrices")
+)
+
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a dense or MoE config; as `family_called`."""
     return family_called(config.model_type.removeprefix(PREFIX))
 
 
+def known_family(name: str) -> Family | None:
+    """The family of a dense model_type, if there is one. UnsupportedError if its package is broken."""
+    return FAMILIES[name] if name in FAMILIES else ADDED.get(name) if name in ADDED else None
+
+
 def family_called(name: str) -> Family:
     """The family of a dense model_type. Raises UnsupportedError, with the reason where there is one."""
-    if name in FAMILIES:
-        return FAMILIES[name]
+    if family := known_family(name):
+        return family
     if name in REFUSED:
         raise UnsupportedError(
             f"this architecture cannot be upcycled: {REFUSED[name]}",

@@ -18,6 +18,7 @@ LOSSES: Registry[MakeLoss] = Registry(
         "language": "moemerge.training.losses.language:language",
         "contrast": "moemerge.training.losses.contrast:contrast",
     },
+    group="losses",
 )
 CENTER = "center"  # a term as well, which options.center weighs
 
