@@ -1290,7 +1290,8 @@ def evaluate(
     Raises OptionError if nothing can be measured or the baseline is no model, DataError for unusable rows.
 
     Options:
-        models: folders or hub names; without name= each has the name of its folder  [required]
+        models: folders or hub names, or a scorer.json; without name= each has the name of its folder
+            [required]
         data: files or hub name:split; their columns show which are pairs, candidates, RewardBench or
             RM-Bench
         output: folder to write; must not exist yet  [required]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.manifest import holds_manifest, read_manifest, stated_licence
 from moemerge.artifacts.redaction import redact, redacted
+from moemerge.artifacts.scorer_file import read_scorer, scorer_file, sources_of
 from moemerge.options.base import Options, Run, functions, input_fields
 from moemerge.options.trainer import deciding_keys
 
@@ -91,12 +93,22 @@ def local_inputs(options: Run) -> Iterator[tuple[str, Path]]:
 def fingerprints(value: Any, known: Any = None) -> Any:
     """Fingerprint of one source, or of each in a mapping or list; of a hub name, the name itself.
 
+    That of a scorer has in it those of the models that it is made of.
     `known` are fingerprints taken before: their checksums are used again for files that have not changed.
     """
     if isinstance(value, list):
         value = {str(number): source for number, source in enumerate(value)}
     if isinstance(value, dict):
         return {key: fingerprints(source, (known or {}).get(key)) for key, source in value.items()}
+    record = _fingerprint(value, known)
+    if (file := scorer_file(value)) is None:
+        return record
+    named = {name: _fingerprint(source) for name, source in sources_of(read_scorer(file)[1]).items()}
+    whole = json.dumps([record["sha256"], digests(named)], sort_keys=True)
+    return {**record, "sha256": hashlib.sha256(whole.encode()).hexdigest(), "sources": named}
+
+
+def _fingerprint(value: Any, known: Any = None) -> dict[str, Any]:
     path = Path(value)
     if not path.exists():
         return {"hub": redact(value), "sha256": redact(value)}

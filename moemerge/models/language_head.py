@@ -66,6 +66,8 @@ class LanguageHead:
     def _log_probabilities(self, states_SD: Tensor, targets_S: Tensor) -> Tensor:
         """Of each target after its state. Logits are made again in the backward pass, and never kept."""
         chunks = zip(states_SD.split(self._chunk), targets_S.split(self._chunk), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._of_chunk(*chunk) for chunk in chunks])
         how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         return torch.cat([checkpoint(self._of_chunk, *chunk, **how) for chunk in chunks])
 
@@ -113,6 +115,21 @@ def open_language_head(model: PreTrainedModel, own: ModelFolder, given: ModelFol
         shapes = tuple(output.shape), tuple(embeddings.shape)
         raise _unlike(source, f"a head of shape {shapes[0]} for embeddings of shape {shapes[1]}")
     return LanguageHead(head.eval(), trunk, len(output))
+
+
+def split(model: PreTrainedModel) -> tuple[PreTrainedModel, LanguageHead]:
+    """A causal language model in two: its trunk, and its head for the trunk's states. `model` is used up."""
+    trunk, stand_in = cast(PreTrainedModel, model.base_model), _Trunk()
+    if trunk is model:
+        raise UnsupportedError(
+            "a language model without a trunk of its own",
+            given=type(model).__name__,
+            expected="a class of transformers that holds a base model",
+            fix="give another language model",
+        )
+    vocabulary = len(cast(Tensor, model.get_output_embeddings().weight))
+    setattr(model, model.base_model_prefix, stand_in)
+    return trunk, LanguageHead(model, stand_in, vocabulary)
 
 
 def _without_trunk(config: PreTrainedConfig) -> tuple[PreTrainedModel, _Trunk, str, dict[str, str]]:

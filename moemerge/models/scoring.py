@@ -52,24 +52,48 @@ def score(
     check_texts(model, encoded)
     if not encoded:
         return torch.zeros(0)
+    in_step = processes.is_sharded(model)
+    quickly = torch.no_grad if in_step else torch.inference_mode
+    with padding(model, encoded) as pad:
+
+        def run(texts: Sequence[Encoded]) -> Tensor:
+            with quickly():
+                return forward(model, texts, pad)[:, 0]
+
+        scores = in_batches(encoded, batch_tokens, run, progress, on_batch, alone, in_step)
+    processes.part_again(model)
+    return scores
+
+
+def in_batches(
+    encoded: Sequence[Encoded],
+    batch_tokens: int,
+    run: Callable[[Sequence[Encoded]], Tensor],
+    progress: str = "",
+    on_batch: OnBatch | None = None,
+    alone: bool = False,
+    in_step: bool = False,
+) -> Tensor:
+    """As `score`, with `run` in place of a model: it gives the scores of one batch of texts, [B].
+
+    in_step: several processes have to run as many batches each.
+    """
     groups = list(batches([len(text.ids) for text in encoded], batch_tokens))
     mine = groups if alone else [groups[number] for number in processes.share(len(groups))]
     done: list[Tensor] = []
     scored = [row for rows in mine for row in rows]
-    quickly = torch.no_grad if processes.is_sharded(model) else torch.inference_mode
-    with quickly(), padding(model, encoded) as pad, _bar(len(scored), progress) as bar:
+    with _bar(len(scored), progress) as bar:
         for rows in mine:
             if on_batch is not None:
                 on_batch(rows)
-            done.append(forward(model, [encoded[row] for row in rows], pad)[:, 0].float())
+            done.append(run([encoded[row] for row in rows]).float())
             bar.update(len(rows))
-        if not alone and processes.is_sharded(model):
+        if not alone and in_step:
             # Each layer is put together out of all processes' parts, so all run as many batches.
             for _ in range(-(-len(groups) // ranks.count()) - len(mine)):
                 if on_batch is not None:
                     on_batch([])
-                forward(model, [encoded[row] for row in groups[-1]], pad)
-    processes.part_again(model)
+                run([encoded[row] for row in groups[-1]])
     # Only now to the CPU: a copy would wait for each batch to end.
     scores_S = torch.cat([scores_B.cpu() for scores_B in done]) if done else torch.zeros(0)
     scores = torch.zeros(len(encoded)).index_copy(0, torch.tensor(scored, dtype=torch.long), scores_S)

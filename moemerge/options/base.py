@@ -121,7 +121,7 @@ def _several(models: dict[str, str]) -> dict[str, str]:
 
 
 MAX_PATH, MAX_NAME, MAX_KEY = 4000, 255, 100
-SUFFIX = re.compile(r"\.(jsonl|json|parquet)(\.gz)?$")
+SUFFIX = re.compile(r"(\.scorer)?\.(jsonl|json|parquet)(\.gz)?$")
 SHORTHAND = re.compile(r"^~|(^|/)\$[{A-Za-z_]")  # what a shell would have replaced
 INPUT, CODE = _Input(), _Code()
 Listed = str | list[str] | dict[str, str]  # what may be given

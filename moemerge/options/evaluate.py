@@ -78,7 +78,9 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
 
     POSITIONAL = ("models", "data")
 
-    models: Sources = Field(description="folders or hub names; without name= each has the name of its folder")
+    models: Sources = Field(
+        description="folders or hub names, or a scorer.json; without name= each has the name of its folder"
+    )
     data: Sources = Field(
         default_factory=dict,
         description="files or hub name:split; their columns show which are pairs, candidates, RewardBench or "

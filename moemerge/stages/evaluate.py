@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.environment import hardware, versions
 from moemerge.artifacts.json_file import write_json
@@ -37,11 +36,8 @@ from moemerge.evaluation.sets import (
     score_tensors,
 )
 from moemerge.merging.calibration import Calibration
-from moemerge.models.cost import cost
 from moemerge.models.device import free_memory, use_device
-from moemerge.models.folder import ModelFolder
-from moemerge.models.loading import load_reward_model, load_tokenizer
-from moemerge.models.scoring import score
+from moemerge.models.scorers import Loaded, Scorer, open_scorer
 from moemerge.options.evaluate import Evaluate, EvaluateSettings
 from moemerge.reports.html import write_report
 from moemerge.reports.provenance import provenance_section
@@ -69,14 +65,14 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     scales = _scales(options)
     probes = _probes(options)
     device = use_device(options)
-    folders = {name: ModelFolder(path, options.trust_remote_code) for name, path in options.models.items()}
-    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    scorers = {name: open_scorer(path, options.trust_remote_code) for name, path in options.models.items()}
+    tokenizers = {name: scorer.reader() for name, scorer in scorers.items()}
     sets = _regraded(read_sets(options, tokenizers), options, device)
     check_sections(options, {pair.subset for read in sets if read.kind == "pairs" for pair in read.items})
     described = protocol.describe(options, tokenizers, sets)
     sets += edited_sets(options, tokenizers, probes, sets)
     alike = equal_models(draft.provenance["inputs"]["models"])
-    scores, models = _score_models(options, folders, tokenizers, sets, scales, device, alike)
+    scores, models = _score_models(options, scorers, sets, scales, device, alike)
     inputs = probe_inputs(sets, scores)
     results = {
         name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
@@ -103,8 +99,7 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
 
 def _score_models(
     options: Evaluate,
-    folders: Mapping[str, ModelFolder],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    scorers: Mapping[str, Scorer],
     sets: Sequence[EvaluationSet],
     scales: Mapping[str, float],
     device: torch.device,
@@ -116,19 +111,19 @@ def _score_models(
     """
     scores: dict[str, list[Tensor]] = {}
     models: dict[str, TimedFacts] = {}
-    for name, folder in folders.items():
+    for name, scorer in scorers.items():
         if twin := _scored_before(name, alike, scores, sets):
             scores[name] = [of_set.clone() for of_set in scores[twin]]  # no file holds a tensor twice
-            models[name] = cast(TimedFacts, {**models[twin], "source": folder.source})
+            models[name] = cast(TimedFacts, {**models[twin], "source": scorer.source})
             continue
-        model = load_reward_model(folder, device, sharded=options.sharded)
+        loaded = scorer.load(device, sharded=options.sharded)
         started = time.perf_counter()
-        scores[name] = _score_sets(name, model, tokenizers[name], sets, options.batch_tokens)
+        scores[name] = _score_sets(name, loaded, sets, options.batch_tokens)
         seconds = time.perf_counter() - started
         tokens = sum(len(text.ids) for scored in sets for text in scored.texts[name])
-        facts = {"source": folder.source, "class": type(model).__name__, **cost(model)}
+        facts = {"source": scorer.source, **loaded.facts}
         models[name] = cast(TimedFacts, {**facts, "seconds": seconds, "tokens": tokens})
-        del model
+        del loaded
         free_memory()
     return scores | ensemble_scores(options, scores, scales), models | ensemble_facts(options, models)
 
@@ -199,16 +194,12 @@ def _regraded(sets: list[EvaluationSet], options: Evaluate, device: torch.device
 
 def _score_sets(
     name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
     sets: Sequence[EvaluationSet],
     batch_tokens: int,
 ) -> list[Tensor]:
     """Scores of each set's texts, one after the other."""
-    return [
-        score(model, tokenizer, scored.texts[name], batch_tokens, f"{name} on {scored.name}")
-        for scored in sets
-    ]
+    return [loaded.score(scored.texts[name], batch_tokens, f"{name} on {scored.name}") for scored in sets]
 
 
 def _write(draft: Draft, report: Report) -> None:

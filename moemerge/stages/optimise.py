@@ -30,11 +30,12 @@ from moemerge.evaluation.policy_page import MEASURED, table
 from moemerge.evaluation.probes import over_optimisation
 from moemerge.models.device import free_memory, use_training_device
 from moemerge.models.folder import ModelFolder
+from moemerge.models.language_model import load_language_model
 from moemerge.options.optimise import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.statistics import Floats, banded, resampled_curves
-from moemerge.training.policy import Answers, batch_seed, kl_from, load_policy, sample_answers, short_prompts
+from moemerge.training.policy import Answers, batch_seed, kl_from, sample_answers, short_prompts
 
 TITLES = {
     "gold": "gold score",
@@ -132,8 +133,8 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     from moemerge.training.policy_gradient import optimise_policy
 
     trust, start = options.trust_remote_code, ModelFolder(options.policy, options.trust_remote_code)
-    policy, tokenizer = load_policy(start, device, torch.float32)
-    reference, _ = load_policy(start, device, torch.float32)
+    policy, tokenizer = load_language_model(start, device, torch.float32)
+    reference, _ = load_language_model(start, device, torch.float32)
     rewarding = ModelFolder(options.models[name], trust)
     proxy = gold.model_reward(rewarding, device, options.max_length)
     credit = token_credit(rewarding, device, options.max_length) if options.credit == "token" else None

@@ -23,9 +23,10 @@ from moemerge.evaluation import gold
 from moemerge.models import processes
 from moemerge.models.device import free_memory, use_device
 from moemerge.models.folder import ModelFolder
+from moemerge.models.language_model import load_language_model
 from moemerge.models.scoring import batches
 from moemerge.options.sample import Sample
-from moemerge.training.policy import batch_seed, load_policy, prompt_ids, sample_answers, short_prompts
+from moemerge.training.policy import batch_seed, prompt_ids, sample_answers, short_prompts
 
 Drawn = dict[str, list[Any]]
 
@@ -44,7 +45,7 @@ def sample(options: Sample, draft: Draft) -> None:
     """
     device = use_device(options)
     gold_reward = gold.load_gold(options, device, options, options.trust_remote_code)
-    policy, tokenizer = load_policy(ModelFolder(options.model, options.trust_remote_code), device)
+    policy, tokenizer = load_language_model(ModelFolder(options.model, options.trust_remote_code), device)
     prompts, report = read_prompts(options.prompts, options)
     prompts = distinct(short_prompts(prompts, report, tokenizer, options))[: options.max_prompts]
     with workspace(options) as folder:

@@ -1,4 +1,4 @@
-"""Language models as policies: loading them, sampling answers, and how far one has gone from another.
+"""Language models as policies: sampling answers, and how far one has gone from another.
 
 B sequences, T tokens, V words of the vocabulary.
 """
@@ -11,20 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.pairs import CandidateSet
 from moemerge.data.rows import SHORTEN, BadRow, RowReport, Text
 from moemerge.data.tokenise import begins_with_bos, ids_of, render, tell_untemplated
-from moemerge.errors import CheckpointError, DataError, UnsupportedError, few
-from moemerge.models.folder import ModelFolder, opened, unloadable
-from moemerge.models.loading import load_tokenizer, quiet_loading
+from moemerge.errors import DataError, UnsupportedError
 from moemerge.options.optimise import Optimise
 from moemerge.options.sample import Sample
 
@@ -44,64 +41,6 @@ class Answers:
     mask_BT: Tensor
     start: int
     ended_B: Tensor
-
-
-def load_policy(
-    source: ModelFolder | str | Path, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, every weight from the checkpoint, and its tokenizer.
-
-    `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. Raises CheckpointError for tensors
-    that are missing, as of a reward model, or misshapen, and for pickled weights.
-    """
-    folder = opened(source)
-    if folder.is_local:
-        folder.weights  # noqa: B018 (raises for pickled and damaged weights)
-    tokenizer = load_tokenizer(folder)
-    wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    model, missing = _load_language_model(folder, wanted)
-    if missing:
-        raise CheckpointError(
-            f"{folder.source} is not a language model",
-            given=f"without {few(missing)}",
-            expected="every tensor of a causal language model",
-            fix="give a language model, such as the one that the reward model was made from",
-        )
-    _name_pad(tokenizer, folder.source)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    # What is left unset when text is generated, transformers takes from here.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return model.to(device).eval(), tokenizer
-
-
-def _name_pad(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """Have the tokenizer pad with its end token if it names no pad token: in generation masks hide it."""
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise CheckpointError(
-            f"the tokenizer of {source} has no pad token",
-            given="neither pad_token nor eos_token",
-            expected="one of the two",
-            fix="set pad_token in tokenizer_config.json",
-        )
-
-
-def _load_language_model(folder: ModelFolder, dtype: Any) -> tuple[Any, list[str]]:
-    """The model, and the tensors that its checkpoint lacks."""
-    try:
-        with quiet_loading():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder.source,
-                dtype=dtype,
-                trust_remote_code=folder.trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # a model's class may raise anything at values that it does not expect
-        what, expected = "the policy cannot be loaded", "a causal language model"
-        raise unloadable(what, folder.source, error, expected) from error
-    model, loading = loaded
-    return model, sorted(loading["missing_keys"])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Text]) -> list[list[int]]:

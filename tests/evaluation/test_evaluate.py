@@ -25,10 +25,10 @@ from moemerge.evaluation.sets import EvaluationSet, by_kind, probe_inputs
 from moemerge.models.cost import parameters
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scorers import classifier
 from moemerge.options.base import TextFormat
 from moemerge.options.evaluate import Evaluate
 from moemerge.run import cli
-from moemerge.stages import evaluate as evaluate_stage
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.upcycle import upcycle
 
@@ -217,13 +217,13 @@ def test_models_with_the_same_weights_are_told_and_scored_once(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
-    load = evaluate_stage.load_reward_model
+    load = classifier.load_reward_model
 
     def spy(folder: ModelFolder, *rest: Any, **more: Any) -> Any:
         loaded.append(Path(folder.source).name)
         return load(folder, *rest, **more)
 
-    monkeypatch.setattr(evaluate_stage, "load_reward_model", spy)
+    monkeypatch.setattr(classifier, "load_reward_model", spy)
     copy = shutil.copytree(world["models"]["dense"], tmp_path / "copy")
     (copy / "README.md").write_text("a copy")
     models = {"rm": world["models"]["dense"], "copy": str(copy), "moe": world["models"]["moe"]}

@@ -19,6 +19,7 @@ from moemerge.errors import DataError, MoemergeError
 from moemerge.merging.sources.open import open_source
 from moemerge.models.folder import ModelFolder
 from moemerge.models.guards import check_reward_model
+from moemerge.models.language_model import load_language_model
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.modelling import layout_of, moe_config
 from moemerge.models.scoring import score
@@ -26,7 +27,7 @@ from moemerge.options.base import Members
 from moemerge.options.upcycle import Upcycle
 from moemerge.run.check import check_recipe
 from moemerge.stages.upcycle import _dense_config, _settings
-from moemerge.training.policy import load_policy, sample_answers
+from moemerge.training.policy import sample_answers
 
 CPU = torch.device("cpu")
 SIZES = [2, 3, 4, 7, 31, 32, 48, 64, 100, 1000, 2000, 10**6, 2**40]
@@ -145,7 +146,7 @@ def read_whole(folder: Path) -> None:
 
 def read_policy(folder: Path) -> None:
     """A policy and an answer of it."""
-    policy, tokenizer = load_policy(ModelFolder(folder / "model"), CPU)
+    policy, tokenizer = load_language_model(ModelFolder(folder / "model"), CPU)
     sample_answers(policy, tokenizer, ["w1 w2 "], 0, 2)
 
 

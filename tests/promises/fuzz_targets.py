@@ -15,6 +15,7 @@ from fuzz_tools import AWKWARD, Dice, Target, mutated, rows, text
 from hostile_files import CANDIDATES, PAIR, RECIPE, pairs
 from pyarrow import parquet
 
+from moemerge.artifacts.scorer_file import read_scorer
 from moemerge.data.reading import read_candidates, read_pairs
 from moemerge.models.routing import RoutingStatistics
 from moemerge.options.base import TextFormat
@@ -23,6 +24,7 @@ FULL = (Path(__file__).parent.parent.parent / "merge_configs" / "quickstart.yml"
 LINES = "".join(json.dumps(pair) + "\n" for pair in pairs(4))
 CHAT = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 CHAT["rejected"] = [CHAT["chosen"][0], {"role": "assistant", "content": "c"}]
+SCORER = {"kind": "implicit", "policy": "policy", "reference": "reference", "beta": 0.1, "per_token": True}
 PLAIN = TextFormat(bad_rows="skip")
 SHARDS = ("train-00000-of-00002", "train-00001-of-00002")
 SAVED = {
@@ -93,6 +95,9 @@ TARGETS: dict[str, Target] = {
     "generation": Target(model_with("generation_config.json", "policy"), models.read_policy, turns=1),
     "tokenizers": Target(models.make_tokenizer, models.read_tokenizer),
     "templates": Target(models.make_template, models.read_template),
+    "scorers": Target(
+        text("a.scorer.json", json.dumps(SCORER)), lambda folder: read_scorer(folder / "a.scorer.json")
+    ),
     "manifests": Target(artifacts.make_manifest, artifacts.read_manifests),
     "verified": Target(artifacts.make_manifest, artifacts.read_verified),
     "licences": Target(text("README.md", artifacts.CARD), artifacts.read_licence),

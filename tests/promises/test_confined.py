@@ -19,13 +19,14 @@ from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.errors import ArtifactError, CheckpointError, MoemergeError
 from moemerge.evaluation.report import FORMAT
 from moemerge.models.folder import ModelFolder
+from moemerge.models.language_model import load_language_model
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.run.check import check_recipe
 from moemerge.stages.compare import compare
 from moemerge.stages.publish import publish
 from moemerge.stages.sample import sample
 from moemerge.stages.upcycle import upcycle
-from moemerge.training.policy import load_policy, sample_answers
+from moemerge.training.policy import sample_answers
 
 CPU = torch.device("cpu")
 SECRET = "root:x:0:0"
@@ -145,7 +146,7 @@ def test_an_adapters_base_is_not_opened(
         (model / "adapter_config.json").write_text(json.dumps(adapter))
     loads = {
         reward: lambda source: load_reward_model(source, CPU),
-        policy: lambda s: load_policy(s, CPU),
+        policy: lambda s: load_language_model(s, CPU),
     }
     for model, load in loads.items():
         root = tmp_path / f"{model.name}-cache"
@@ -192,7 +193,9 @@ def test_a_policys_generation_config_only_says_what_ends_an_answer(
 ) -> None:
     plain, other = save_policy(tmp_path / "plain"), save_policy(tmp_path / "other")
     edit_json(other / "generation_config.json", **spelt(GENERATION[name], secret))
-    drawn = [sample_answers(*load_policy(str(one), CPU), ["w1 w2 ", "w3 "], 0, 8) for one in (plain, other)]
+    drawn = [
+        sample_answers(*load_language_model(str(one), CPU), ["w1 w2 ", "w3 "], 0, 8) for one in (plain, other)
+    ]
     assert drawn[0].texts == drawn[1].texts
 
 

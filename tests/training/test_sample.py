@@ -19,11 +19,12 @@ from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.reading import distinct, read_candidates, read_prompts
 from moemerge.errors import CheckpointError, DataError, UnsupportedError
 from moemerge.evaluation.gold import model_reward
+from moemerge.models.language_model import load_language_model
 from moemerge.options.base import TextFormat
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.sample import sample
 from moemerge.training import policy as policies
-from moemerge.training.policy import answer_text, kl_from, load_policy, prompt_ids, sample_answers
+from moemerge.training.policy import answer_text, kl_from, prompt_ids, sample_answers
 
 CPU = torch.device("cpu")
 PROMPTS: list[Any] = ["w1 w2 w3 w4 ", "w5 ", "w6 w7 "]
@@ -40,7 +41,7 @@ def read(path: Path) -> list[Any]:
 
 def test_answers_are_drawn_from_the_policys_own_distribution(folder: Path) -> None:
     """First tokens of many answers to prompts of unequal length, padded, against the exact odds."""
-    policy, tokenizer = load_policy(str(folder), CPU)
+    policy, tokenizer = load_language_model(str(folder), CPU)
     many = PROMPTS[:2] * 1000
     first_B = sample_answers(policy, tokenizer, many, 0, 1, temperature=0.25).ids_BT[:, -1]
     for place, prompt in enumerate(PROMPTS[:2]):
@@ -53,7 +54,7 @@ def test_answers_are_drawn_from_the_policys_own_distribution(folder: Path) -> No
 
 
 def test_one_seed_gives_one_answer_and_leaves_other_draws_alone(folder: Path) -> None:
-    policy, tokenizer = load_policy(str(folder), CPU)
+    policy, tokenizer = load_language_model(str(folder), CPU)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, again, other = (sample_answers(policy, tokenizer, PROMPTS, seed, 6) for seed in (1, 1, 2))
@@ -62,7 +63,7 @@ def test_one_seed_gives_one_answer_and_leaves_other_draws_alone(folder: Path) ->
 
 
 def test_masks_end_with_the_first_end_token(folder: Path) -> None:
-    policy, tokenizer = load_policy(str(folder), CPU)
+    policy, tokenizer = load_language_model(str(folder), CPU)
     answers = sample_answers(policy, tokenizer, PROMPTS * 40, 0, 30)
     assert 0 < answers.ended_B.float().mean() < 1
     for ids_T, mask_T, ended, text in zip(
@@ -80,11 +81,11 @@ def test_masks_end_with_the_first_end_token(folder: Path) -> None:
 
 def test_kl_is_zero_from_itself_and_agrees_with_the_log_ratio(folder: Path, tmp_path: Path) -> None:
     """The mean over many answers of log policy - log reference is the same KL, with more noise."""
-    policy, tokenizer = load_policy(str(folder), CPU)
-    reference, _ = load_policy(str(save_policy(tmp_path / "other", seed=1)), CPU)
+    policy, tokenizer = load_language_model(str(folder), CPU)
+    reference, _ = load_language_model(str(save_policy(tmp_path / "other", seed=1)), CPU)
     answers = sample_answers(policy, tokenizer, PROMPTS * 100, 0, 5, temperature=0.5)
     assert kl_from(policy, policy, answers, 0.5).abs().max() < 1e-5
-    near, _ = load_policy(str(folder), CPU)
+    near, _ = load_language_model(str(folder), CPU)
     with torch.no_grad():
         near.lm_head.weight *= 1 + 1e-6
     assert 0 <= kl_from(near, policy, answers, 0.5).min() < 1e-5
@@ -131,7 +132,7 @@ def test_prompts_are_left_open(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "w1"}]
     with pytest.raises(DataError, match="without a chat template"):
         prompt_ids(tiny_tokenizer(), [chat])
-    _, tokenizer = load_policy(str(save_policy(tmp_path / "chat", chat=True)), CPU)
+    _, tokenizer = load_language_model(str(save_policy(tmp_path / "chat", chat=True)), CPU)
     assert tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, [chat])[0]) == ["<unk>", "w1", "w9"]
     ending = tiny_tokenizer()
     ending.eos_token = "w7"
@@ -142,10 +143,10 @@ def test_prompts_are_left_open(tmp_path: Path) -> None:
 
 
 def test_a_reward_model_is_no_policy_and_tied_heads_are_no_fault(tmp_path: Path) -> None:
-    tied, _ = load_policy(str(save_policy(tmp_path / "tied", tie_word_embeddings=True)), CPU)
+    tied, _ = load_language_model(str(save_policy(tmp_path / "tied", tie_word_embeddings=True)), CPU)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     with pytest.raises(CheckpointError, match="is not a language model"):
-        load_policy(str(save_dense(tmp_path / "dense")), CPU)
+        load_language_model(str(save_dense(tmp_path / "dense")), CPU)
 
 
 def test_samples_can_be_evaluated(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""What a scorer is: it has answers made into tokens, and tokens into scores. The one place to open any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moemerge.artifacts.foreign import refuse_foreign
+from moemerge.artifacts.scorer_file import read_scorer, scorer_file
+from moemerge.data.tokenise import Encoded
+from moemerge.errors import UnsupportedError
+from moemerge.models.folder import ModelFolder
+from moemerge.options.scorers import KIND, ROWS
+from moemerge.registry import Registry
+
+
+class Loaded(Protocol):
+    """A scorer in memory. facts: class, parameters, active_parameters, flops_per_token (models.cost)."""
+
+    facts: dict[str, Any]
+
+    def score(
+        self, encoded: Sequence[Encoded], batch_tokens: int, progress: str = "", alone: bool = False
+    ) -> Tensor:
+        """Scores of texts that the scorer's reader made tokens of; all else as models.scoring.score."""
+
+
+class Scorer(Protocol):
+    """A scorer that is opened: what is wrong with it is known, and little of it is in memory."""
+
+    source: str
+
+    def reader(self) -> Any:
+        """What makes tokens of prompts and answers for it: a tokenizer, or a data.tokenise.Reader."""
+
+    def load(self, device: torch.device, sharded: bool = False) -> Loaded:
+        """The scorer with its weights."""
+
+
+SCORERS: Registry[Any] = Registry(KIND, {kind: row.opener for kind, row in ROWS.items()})
+
+
+def open_scorer(source: str | Path, trust_remote_code: bool = False) -> Scorer:
+    """The scorer at `source`: a model folder or hub name is a classifier; else scorer.json or its folder.
+
+    Raises what ModelFolder raises, and for scorer.json CheckpointError and OptionError.
+    """
+    from moemerge.models.scorers.classifier import Classifier
+
+    file = scorer_file(source)
+    if file is None:
+        return Classifier(ModelFolder(source, trust_remote_code))
+    refuse_foreign(Path(source))
+    kind, options = read_scorer(file)
+    opened: Scorer = SCORERS.get(kind)(str(source), options, trust_remote_code)
+    return opened
+
+
+def refuse_sharded(source: str) -> None:
+    """Raise UnsupportedError: only classifiers are loaded in parts."""
+    raise UnsupportedError(
+        f"{source} cannot be loaded in parts",
+        given="sharded, and a scorer that is no classifier",
+        expected="a model that a process holds whole",
+        fix="leave sharded out",
+    )

@@ -1,0 +1,48 @@
+"""A reward model as everybody knows it: a sequence classifier with one output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moemerge.data.tokenise import Encoded
+from moemerge.models.cost import cost
+from moemerge.models.folder import ModelFolder
+from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scoring import score
+
+
+class Classifier:
+    """A reward model's folder, opened."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder, self.source = folder, folder.source
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def reader(self) -> PreTrainedTokenizerBase:
+        """Its own tokenizer. Raises as load_tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.folder)
+        return self._tokenizer
+
+    def load(self, device: torch.device, sharded: bool = False) -> LoadedClassifier:
+        """Raises as load_reward_model."""
+        return LoadedClassifier(load_reward_model(self.folder, device, sharded=sharded), self.reader())
+
+
+class LoadedClassifier:
+    """A reward model in memory."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.facts: dict[str, Any] = {"class": type(model).__name__, **cost(model)}
+
+    def score(
+        self, encoded: Sequence[Encoded], batch_tokens: int, progress: str = "", alone: bool = False
+    ) -> Tensor:
+        """As models.scoring.score."""
+        return score(self.model, self.tokenizer, encoded, batch_tokens, progress, alone=alone)
