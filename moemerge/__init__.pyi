@@ -1437,8 +1437,18 @@ def attack(
     max_length: int = 1024,
     gold_model: StrPath | None = None,
     gold_function: str | Callable[..., Any] | None = None,
+    policy: StrPath | None = None,
+    other_policy: StrPath | None = None,
+    side: Literal["rejected", "chosen"] = "rejected",
+    keep: float = 0.25,
+    answers: int = 1,
+    top: int = 5,
+    guidance: float = 0.5,
+    temperature: float = 0.6,
+    formula: Literal["balanced", "reform"] = "balanced",
+    max_new_tokens: int = 128,
     max_pairs: int | None = 200,
-    search: Literal["guided", "random"] = "guided",
+    search: Literal["guided", "random", "decode"] = "guided",
     patch: Literal["rejected", "both"] = "rejected",
     edits: Sequence[str] = [],
     words: Sequence[str] = [],
@@ -1454,13 +1464,15 @@ def attack(
     device: str = "auto",
     overwrite: bool = False,
 ) -> Result:
-    r"""Search among edits of rejected answers for some that the model scores above the chosen answer.
+    r"""Search for rejected answers, edited or newly written, that the model scores above the chosen answer.
 
-    Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
-    one. Writes attacks.jsonl.gz (what came of each; pairs judged wrongly too, as right: false), patch.jsonl
-    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.html,
-    report.md and attack.png. Of a decoder the page also shows what each word of the worst cases adds. Raises
-    DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold function.
+    Of side chosen: for good answers that it scores below the rejected one. Only pairs that the model judges
+    rightly are attacked and, with gold, whose rejected answer is the worse one. Writes attacks.jsonl.gz
+    (what came of each; pairs judged wrongly too, as right: false), patch.jsonl (the found pairs as training
+    data for `train`: prompt, chosen, rejected), report.json, report.html, report.md and attack.png. Of a
+    decoder the page also shows what each word of the worst cases adds. What search decode has written is
+    kept: a killed run, started again, goes on. Raises DataError if no pair can be attacked, OptionError for
+    unknown edits or an unusable gold function, CheckpointError for an unusable model or policy.
 
     Options:
         model: reward model: folder or hub name  [required]
@@ -1473,10 +1485,27 @@ def attack(
         gold_model: reward model whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
+        policy: search decode: language model that writes the answers; best one that was trained to
+            write answers of the side that is attacked
+        other_policy: search decode, in place of gold: language model of the other side's answers; an
+            answer keeps its class while policy finds it likelier than this one does
+        side: search decode: rejected: bad answers that score above the chosen one; chosen: good answers
+            that score below the rejected one (rejected, chosen)  [default: rejected]
+        keep: search decode: share of the answer's words that new ones begin with  [default: 0.25]
+        answers: search decode: answers written to each pair  [default: 1]
+        top: search decode: likeliest tokens that the reward model chooses among  [default: 5]
+        guidance: search decode: weight of the reward model against the policy; 0: the policy alone,
+            what guidance is compared with  [default: 0.5]
+        temperature: search decode: divides what tokens are drawn by  [default: 0.6]
+        formula: search decode: balanced: log-probabilities and standardised scores, weighed by
+            guidance; reform: sums of two softmaxes, as in REFORM's own code, without guidance
+            (balanced, reform)  [default: balanced]
+        max_new_tokens: search decode: longest new text in tokens; longer ones are cut  [default: 128]
         max_pairs: largest number of pairs; they are drawn at random  [default: 200]
         search: guided: edits that raise the score are kept until it is above the chosen answer's;
-            random: 1 to steps edits of every answer, whatever they do: what guidance is compared with
-            (guided, random)  [default: guided]
+            random: 1 to steps edits of every answer, whatever they do: what guidance is compared with;
+            decode: policy writes new answers, the reward model has a say in each token (guided, random,
+            decode)  [default: guided]
         patch: patch.jsonl has each found answer as the rejected one; both: also the same edits of the
             chosen answer, against the rejected one as it was, so that being edited is no sign of being
             worse (rejected, both)  [default: rejected]
@@ -1487,7 +1516,7 @@ def attack(
         beam: answers kept per step; 1: greedy  [default: 1]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
-        batch_tokens: tokens per forward pass  [default: 8192]
+        batch_tokens: tokens per forward pass, or decoded at a time  [default: 8192]
         trust_remote_code: run code that comes with the model  [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)

@@ -39,7 +39,7 @@ def heat_texts(
             f"Row {attempt.pair.row}: {', '.join(attempt.best.edits)}",
             [(word.text, word.reward / spread) for word in answer.words],
             scale,
-            f"Leads the chosen answer by {(attempt.best.score - attempt.goal) / spread:+.2f} SD; strongest "
+            f"On the wrong side of its pair by {attempt.lead / spread:+.2f} SD; strongest "
             f"colour: {scale:.2f} SD.",
         )
         for attempt, answer in zip(attempts, answers, strict=True)

@@ -1,4 +1,5 @@
-"""The search for edited answers that a reward model overrates (REFORM, arXiv 2507.06419)."""
+"""The search for answers that a reward model puts on the wrong side (REFORM, arXiv 2507.06419): by edits, or
+among answers that were written."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ from moemerge.data.tokenise import Item
 from moemerge.evaluation.probes.base import Edit
 from moemerge.evaluation.probes.edits import apply, last_message
 from moemerge.options.attack import AttackSettings
+from moemerge.options.decode import Side
 from moemerge.reports.statistics import Floats
 
 Scorer = Callable[[Sequence[Item]], Floats]
 Gold = Callable[[Text, Text], float]
-StillWorse = Callable[[Text], bool]
+KeepsClass = Callable[[Text], bool]
+DECODING = "decoding"  # what made a written answer, where others have names of edits
 
 
 @dataclass(frozen=True)
@@ -36,26 +39,38 @@ class Variant:
 class Search:
     """The search on one pair, which ends when the best of the beam scores above `goal`, the chosen answer.
 
-    `keeps_class` tells whether an edited answer is still the worse one.
+    Of side chosen it is the good answer that is to score below `goal`, the rejected one. `keeps_class` tells
+    whether an answer is still the worse (of side chosen: the better) one.
     """
 
     pair: Pair
     goal: float
     beam: list[Variant]
     random: Random
-    keeps_class: StillWorse
+    keeps_class: KeepsClass
+    side: Side = "rejected"
     queries: int = 0
     seen: set[str] = field(default_factory=set)
 
     @property
     def best(self) -> Variant:
-        """The answer with the highest score."""
+        """The answer with the highest score, of side chosen the lowest."""
         return self.beam[0]
 
     @property
+    def before(self) -> Text:
+        """The pair's own answer of the side that is attacked."""
+        return self.pair.rejected if self.side == "rejected" else self.pair.chosen
+
+    @property
+    def lead(self) -> float:
+        """By how much the best answer lies on the wrong side of `goal`; negative on the right one."""
+        return self.best.score - self.goal if self.side == "rejected" else self.goal - self.best.score
+
+    @property
     def succeeded(self) -> bool:
-        """Whether an edited rejected answer beats the chosen one."""
-        return self.best.score > self.goal
+        """Whether a bad answer beats the chosen one, or the rejected one a good answer."""
+        return self.lead > 0
 
     def proposals(self, edits: Mapping[str, Edit], count: int) -> list[Variant]:
         """New answers, `count` tries from each of the beam, without scores."""
@@ -90,13 +105,20 @@ class Search:
         """Keep the best of the beam and of what was scored (NaN: could not be)."""
         usable = [variant for variant in variants if np.isfinite(variant.score)]
         self.queries += len(usable)
-        self.beam = sorted([*self.beam, *usable], key=lambda variant: -variant.score)[:beam]
+        sign = -1 if self.side == "rejected" else 1
+        self.beam = sorted([*self.beam, *usable], key=lambda variant: sign * variant.score)[:beam]
 
 
-def still_worse(pair: Pair, gold: Gold | None) -> StillWorse:
-    """What tells whether a text is worse than the chosen answer; without gold everything is."""
+def keeps_class(pair: Pair, gold: Gold | None, side: Side = "rejected") -> KeepsClass:
+    """What tells whether a text is worse than the chosen answer; without gold everything is.
+
+    Of side chosen, whether it is better than the rejected one.
+    """
     if gold is None:
         return lambda text: True
+    if side == "chosen":
+        floor = gold(pair.prompt, pair.rejected)
+        return lambda text: gold(pair.prompt, text) > floor
     limit = gold(pair.prompt, pair.chosen)
     return lambda text: gold(pair.prompt, text) < limit
 
@@ -118,7 +140,7 @@ def search(
     """
     searches = [
         Search(
-            pair, goal, [Variant(pair.rejected, start)], Random(f"{seed} {pair.row}"), still_worse(pair, gold)
+            pair, goal, [Variant(pair.rejected, start)], Random(f"{seed} {pair.row}"), keeps_class(pair, gold)
         )
         for pair, (goal, start) in zip(pairs, scores_P2.tolist(), strict=True)
     ]
@@ -157,3 +179,38 @@ def _edit_at_random(
     for (attempt, variant), value in zip(changed, values, strict=True):
         if np.isfinite(value):
             attempt.beam, attempt.queries = [Variant(variant.text, value, variant.edits)], 1
+
+
+def search_written(
+    pairs: Sequence[Pair],
+    scores_P2: Floats,
+    answers: Sequence[Sequence[Text]],
+    queries: Sequence[int],
+    scorer: Scorer,
+    settings: AttackSettings,
+) -> list[Search]:
+    """The best of the `answers` that were written to each pair, all of the right class, scored whole.
+
+    `queries`: how many scores were asked for to write them. Where the reward model had no say, the first
+    answer counts, whatever its score, as with edits at random.
+    """
+    chosen, side = settings.side == "chosen", settings.side
+    searches = [
+        Search(pair, goal, [Variant(own, start)], Random(0), lambda text: True, side, asked)
+        for pair, (goal, start), own, asked in zip(
+            pairs,
+            (scores_P2[:, ::-1] if chosen else scores_P2).tolist(),
+            [pair.chosen if chosen else pair.rejected for pair in pairs],
+            queries,
+            strict=True,
+        )
+    ]
+    items = [(pair.prompt, text) for pair, texts in zip(pairs, answers, strict=True) for text in texts]
+    values = iter(scorer(items).tolist())
+    for attempt, texts in zip(searches, answers, strict=True):
+        variants = [Variant(text, next(values), (DECODING,)) for text in texts]
+        if settings.is_guided:
+            attempt.take(variants, 1)
+        elif usable := [variant for variant in variants if np.isfinite(variant.score)]:
+            attempt.beam, attempt.queries = usable[:1], 1
+    return searches

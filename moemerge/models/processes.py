@@ -7,6 +7,9 @@ go the same way; the first one writes. Ranks, devices and what they talk through
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moemerge.artifacts.ranks import count, several
+from moemerge.artifacts.workspace import once
 from moemerge.errors import OptionError
 
 if TYPE_CHECKING:
@@ -103,6 +107,23 @@ def share(count: int) -> list[int]:
         return list(range(count))
     # Every n-th one: texts of one kind or length lie together.
     return list(range(dist.get_rank(), count, dist.get_world_size()))
+
+
+def once_each(folder: Path, parts: int, make: Callable[[int], Any]) -> list[Any]:
+    """What `make` gives for each number below `parts`, as JSON values: made once, and kept in `folder`.
+
+    Several processes each make some, and read the others' when all are made.
+    """
+
+    def kept(number: int) -> Any:
+        return once(folder / f"{number}.json", partial(make, number), alone=True)
+
+    for number in share(parts):
+        kept(number)
+    wait()
+    made = [kept(number) for number in range(parts)]
+    wait()  # until all have read: the first one removes the folder
+    return made
 
 
 def summed(values: Tensor) -> Tensor:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moemerge.options.base import Run, Source, TextFormat
+from moemerge.options.decode import DecodeSettings
 from moemerge.options.gold import GoldSource
 
+OF_EDITS = ("patch", "edits", "words", "steps", "proposals", "beam")
 
-class AttackSettings(GoldSource):
-    """Reward-guided search for rejected answers that a reward model overrates once they are edited.
 
-    With gold, an edited answer counts only while its gold score is below the chosen one's.
+class AttackSettings(DecodeSettings, GoldSource):
+    """Reward-guided search for answers that a reward model puts on the wrong side of their pair.
+
+    They are rejected answers with edits, or answers that a language model writes. With gold, an edited answer
+    counts only while its gold score is below the chosen one's.
     """
 
     max_pairs: int | None = Field(200, ge=1, description="largest number of pairs; they are drawn at random")
-    search: Literal["guided", "random"] = Field(
+    search: Literal["guided", "random", "decode"] = Field(
         "guided",
         description="guided: edits that raise the score are kept until it is above the chosen answer's; "
-        "random: 1 to steps edits of every answer, whatever they do: what guidance is compared with",
+        "random: 1 to steps edits of every answer, whatever they do: what guidance is compared with; decode: "
+        "policy writes new answers, the reward model has a say in each token",
     )
     patch: Literal["rejected", "both"] = Field(
         "rejected",
@@ -39,7 +44,23 @@ class AttackSettings(GoldSource):
     beam: int = Field(1, ge=1, description="answers kept per step; 1: greedy")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass, or decoded at a time")
+
+    @model_validator(mode="after")
+    def _one_search(self) -> AttackSettings:
+        decoding = self.search == "decode"
+        strange = [name for name in OF_EDITS if self.differs(name)] if decoding else self.decoding_set()
+        if strange:
+            home = "guided or random" if decoding else "decode"
+            raise ValueError(f"{strange[0]} goes with search {home}")
+        if decoding:
+            self.check_decoding(self.has_gold)
+        return self
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the reward model has a say in what is tried."""
+        return self.search == "guided" or (self.search == "decode" and self.is_guided_decoding)
 
 
 class Attack(AttackSettings, TextFormat, Run):

@@ -256,7 +256,10 @@ def _fit(run: Foreseen, o: Fit) -> Work:
 
 def _attack(run: Foreseen, o: Any) -> Work:
     pairs, model = run.part(o, "pairs"), run.model(o.model)
-    texts = min(pairs.count, o.max_pairs or math.inf) * (2 + o.steps * o.proposals * o.beam)
+    # Of decoding each answer's start is read once, then each candidate token.
+    written = o.answers * (1 + o.max_new_tokens * o.top / max(1, pairs.mean))
+    tries = written if o.search == "decode" else o.steps * o.proposals * o.beam
+    texts = min(pairs.count, o.max_pairs or math.inf) * (2 + tries)
     tokens = texts * pairs.mean
     return Work(tokens=tokens, seconds=run.forward(model.size, tokens), memory=model.bytes + _batch(run, o))
 

@@ -1,8 +1,9 @@
-"""Stage `attack`: search for edits of rejected answers that a reward model scores above the chosen ones.
+"""Stage `attack`: search for answers that a reward model puts on the wrong side of their pair.
 
 After REFORM (arXiv 2507.06419), which lets the reward model itself guide the search for answers of the
-rejected class that it overrates, and patches it with them. There a language model's decoding is guided; here
-small edits are, by greedy or beam search. What keeps the class is the kind of edit, or a gold function.
+rejected class that it overrates, and patches it with them: by small edits, greedily or with a beam, or by
+tokens of a language model's decoding. What keeps the class is the kind of edit, a gold function, or which of
+two language models finds the answer likelier.
 
 P pairs, chosen and rejected scores in [P, 2].
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -19,21 +19,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
+from moemerge.artifacts.workspace import workspace
 from moemerge.data import reading as data
 from moemerge.data.draw import draw
-from moemerge.data.pairs import Pair, prompt_key
+from moemerge.data.pairs import Pair
 from moemerge.data.rows import BadRow, RowReport, Text, write_rows
-from moemerge.data.tokenise import EncodedPair, Item, encode_all, encode_pairs
+from moemerge.data.tokenise import Encoded, EncodedPair, Item, encode_all, encode_pairs, texts_of
 from moemerge.errors import DataError
 from moemerge.evaluation import gold as gold_scores
 from moemerge.evaluation.attack_edits import chosen_edits
 from moemerge.evaluation.attack_page import COLOURS, heat_texts
-from moemerge.evaluation.attack_search import Gold, Scorer, Search, search, still_worse
+from moemerge.evaluation.attack_report import leading, summary, tables
+from moemerge.evaluation.attack_search import (
+    Gold,
+    Scorer,
+    Search,
+    keeps_class,
+    search,
+    search_written,
+)
 from moemerge.evaluation.probes.base import Edit
-from moemerge.evaluation.probes.edit_effects import excerpt
 from moemerge.evaluation.probes.edits import apply, last_message
 from moemerge.models.device import use_device
 from moemerge.models.folder import ModelFolder
@@ -44,11 +53,10 @@ from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line
 from moemerge.reports.heat_text import HeatText
 from moemerge.reports.html import Section, write_report
-from moemerge.reports.statistics import Floats, bootstrap_means, cluster_sums, percentile_interval, wilson
-from moemerge.reports.table import Table, percent
+from moemerge.reports.statistics import Floats
+from moemerge.training.answer_writer import AnswerWriter
 
 log = logging.getLogger(__name__)
-SHOWN = 10
 
 
 def _gold(options: Attack, device: torch.device) -> Gold | None:
@@ -59,31 +67,40 @@ def _gold(options: Attack, device: torch.device) -> Gold | None:
 
 @stage("attack", Attack, shares_work=True)
 def attack(options: Attack, draft: Draft) -> None:
-    """Search among edits of rejected answers for some that the model scores above the chosen answer.
+    """Search for rejected answers, edited or newly written, that the model scores above the chosen answer.
 
-    Only pairs that the model judges rightly are attacked and, with gold, whose rejected answer is the worse
-    one. Writes attacks.jsonl.gz (what came of each; pairs judged wrongly too, as right: false), patch.jsonl
-    (the found pairs as training data for `train`: prompt, chosen, rejected), report.json, report.html,
-    report.md and attack.png. Of a decoder the page also shows what each word of the worst cases adds. Raises
-    DataError if no pair can be attacked, OptionError for unknown edits or an unusable gold function.
+    Of side chosen: for good answers that it scores below the rejected one. Only pairs that the model judges
+    rightly are attacked and, with gold, whose rejected answer is the worse one. Writes attacks.jsonl.gz
+    (what came of each; pairs judged wrongly too, as right: false), patch.jsonl (the found pairs as training
+    data for `train`: prompt, chosen, rejected), report.json, report.html, report.md and attack.png. Of a
+    decoder the page also shows what each word of the worst cases adds. What search decode has written is
+    kept: a killed run, started again, goes on. Raises DataError if no pair can be attacked, OptionError for
+    unknown edits or an unusable gold function, CheckpointError for an unusable model or policy.
     """
     device = use_device(options)
     gold = _gold(options, device)
     edits = chosen_edits(options.edits, options.words, gold is not None)
     folder = ModelFolder(options.model, options.trust_remote_code)
     tokenizer, model = load_tokenizer(folder), load_reward_model(folder, device)
-    encoded, rows = _read(options, tokenizer)
+    writer = AnswerWriter(options, device) if options.search == "decode" else None
+    encoded, rows = _read(options, tokenizer, writer)
     scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
     right_P = scores_P2[:, 0] > scores_P2[:, 1]
-    agreed_P = np.array([still_worse(text.pair, gold)(text.pair.rejected) for text in encoded])
+    agreed_P = np.array([keeps_class(text.pair, gold)(text.pair.rejected) for text in encoded])
     if not (right_P & agreed_P).any():
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
     pairs = [text.pair for text, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
     wrong = [text.pair for text, kept in zip(encoded, ~right_P & agreed_P, strict=True) if kept]
     scorer, spread = _scorer(model, tokenizer, options), float(scores_P2.std()) or 1.0
-    attempts = search(pairs, scores_P2[right_P & agreed_P], edits, scorer, options, gold, options.seed)
+    attacked_P2 = scores_P2[right_P & agreed_P]
+    told: dict[str, Any] = {}
+    if writer is None:
+        attempts = search(pairs, attacked_P2, edits, scorer, options, gold, options.seed)
+    else:
+        texts = texts_of(encoded)
+        attempts, told = _decode(options, writer, model, tokenizer, texts, pairs, attacked_P2, gold)
     found = _found(attempts, options)
-    patches = [_row_of(attempt.pair, rejected=attempt.best.text) for attempt in found]
+    patches = [_row_of(attempt.pair, **{attempt.side: attempt.best.text}) for attempt in found]
     if options.patch == "both":
         patches += _edited_chosen(found, edits, scorer, gold, options.seed)
     report = {
@@ -91,21 +108,25 @@ def attack(options: Attack, draft: Draft) -> None:
         "judged_wrongly_before": int((~right_P).sum()),
         "label_not_shared_by_gold": int((right_P & ~agreed_P).sum()),
         **summary(attempts, spread, options, options.seed),
+        **told,
     }
-    heat = heat_texts(model, tokenizer, _leading(attempts), options.batch_tokens, spread)
+    heat = heat_texts(model, tokenizer, leading(attempts), options.batch_tokens, spread)
     _write(draft, attempts, wrong, patches, report | {"rows": rows.told()}, options.confidence, heat)
 
 
-def _read(options: Attack, tokenizer: Any) -> tuple[list[EncodedPair], RowReport]:
+def _read(
+    options: Attack, tokenizer: Any, writer: AnswerWriter | None
+) -> tuple[list[EncodedPair], RowReport]:
     pairs, rows = data.read_pairs(options.pairs, options)
 
     def usable(some: Sequence[Pair]) -> list[EncodedPair]:
-        return encode_pairs(tokenizer, some, options, rows)
+        fitting = writer.fitting(some, rows) if writer else some
+        return encode_pairs(tokenizer, fitting, options, rows)
 
     return draw(pairs, options.max_pairs, options.seed, usable, rows), rows
 
 
-def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:
+def _scorer(model: Any, tokenizer: Any, options: Attack, alone: bool = False) -> Scorer:
     def scores(items: Sequence[Item]) -> Floats:
         encoded = dict(enumerate(encode_all(tokenizer, items)))
         usable = {
@@ -113,11 +134,60 @@ def _scorer(model: Any, tokenizer: Any, options: Attack) -> Scorer:
             for number, text in encoded.items()
             if not isinstance(text, BadRow) and len(text.ids) <= options.max_length
         }
-        values = np.full(len(items), np.nan)
-        values[list(usable)] = score(model, tokenizer, list(usable.values()), options.batch_tokens).numpy()
+        values, texts = np.full(len(items), np.nan), list(usable.values())
+        values[list(usable)] = score(model, tokenizer, texts, options.batch_tokens, alone=alone).numpy()
         return values
 
     return scores
+
+
+def _decode(
+    options: Attack,
+    writer: AnswerWriter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Encoded],
+    pairs: Sequence[Pair],
+    scores_P2: Floats,
+    gold: Gold | None,
+) -> tuple[list[Search], dict[str, Any]]:
+    """Answers that the policy writes to each pair, those of their class scored whole; and what to report."""
+    alone = _scorer(model, tokenizer, options, alone=True)
+    make_guide, read = writer.guide(model, tokenizer, texts, alone, pairs)
+    with workspace(options) as folder:
+        written = writer.write(pairs, make_guide, folder)
+        rows = [(n, answer) for n, answers in enumerate(written) for answer in answers]
+        usable = [(n, answer.text) for n, answer in rows if last_message(answer.text).strip()]
+        kept = _of_class(options, writer, pairs, usable, gold)
+    answers = [[text for n, text in kept if n == number] for number in range(len(pairs))]
+    queries = [sum(answer.queries for answer in of_pair) for of_pair in written]
+    scorer = _scorer(model, tokenizer, options)
+    attempts = search_written(pairs, scores_P2, answers, queries, scorer, options)
+    told = {
+        "side": options.side,
+        "answers": len(rows),
+        "kept_class": len(kept),
+        "class_by": gold_scores.source_of_gold(options) if gold else "likelihood ratio of the two policies",
+        "ended": float(np.mean([answer.ended for _, answer in rows])),
+        "mean_tokens": float(np.mean([answer.tokens for _, answer in rows])),
+        "read": read if options.is_guided else "not at all",
+    }
+    return attempts, {"decoding": told}
+
+
+def _of_class(
+    options: Attack,
+    writer: AnswerWriter,
+    pairs: Sequence[Pair],
+    answers: Sequence[tuple[int, Text]],
+    gold: Gold | None,
+) -> list[tuple[int, Text]]:
+    """The answers, with their pairs' numbers, that are still the worse (of side chosen: the better) ones."""
+    if gold is None:
+        ratios = writer.likelier([(pairs[n].prompt, text) for n, text in answers])
+        return [answer for answer, ratio in zip(answers, ratios, strict=True) if ratio > 0]
+    judges = [keeps_class(pair, gold, options.side) for pair in pairs]
+    return [(n, text) for n, text in answers if judges[n](text)]
 
 
 def _nothing_to_attack(pairs: int, right: int, agreed: int) -> DataError:
@@ -127,77 +197,6 @@ def _nothing_to_attack(pairs: int, right: int, agreed: int) -> DataError:
         expected="pairs whose chosen answer scores higher",
         fix="give other pairs, or the model that was trained for them",
     )
-
-
-def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
-    """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its cost.
-
-    `by_queries`: share of pairs on which so many scores at most were enough. `edits`: in how many of the
-    successes each took part. `worst`: the largest leads over the chosen answer, divided by `spread`.
-    """
-    hits = [attempt for attempt in attempts if attempt.succeeded]
-    clusters_P = np.unique([prompt_key(attempt.pair) for attempt in attempts], return_inverse=True)[1]
-    curve = _success_by_queries(attempts, clusters_P, settings, seed)
-    num_prompts = len(np.unique(clusters_P))
-    repeated = num_prompts < len(attempts)
-    # At the last point of the curve every query has been asked: its interval is that of the success rate.
-    interval = (curve["low"][-1], curve["high"][-1]) if repeated else None
-    used = Counter(name for attempt in hits for name in sorted(set(attempt.best.edits)))
-    return {
-        "attacked": len(attempts),
-        "prompts": num_prompts,
-        "succeeded": len(hits),
-        "success_rate": len(hits) / len(attempts),
-        "interval": interval or wilson(len(hits), len(attempts), settings.confidence),
-        "interval_kind": "bootstrap over prompts" if repeated else "wilson",
-        "queries": _queries(attempts, hits),
-        "by_queries": curve,
-        "edits": dict(used.most_common()),
-        "worst": [_case(attempt, spread) for attempt in _leading(attempts)],
-    }
-
-
-def _leading(attempts: Sequence[Search]) -> list[Search]:
-    """The successes whose edited answers lead by most."""
-    hits = (attempt for attempt in attempts if attempt.succeeded)
-    return sorted(hits, key=lambda attempt: attempt.goal - attempt.best.score)[:SHOWN]
-
-
-def _success_by_queries(
-    attempts: Sequence[Search], clusters_P: Any, settings: AttackSettings, seed: int
-) -> dict[str, list[Any]]:
-    """The share of pairs that were overrated within G numbers of scores, with a bootstrap over prompts."""
-    most = max(1, *(attempt.queries for attempt in attempts))
-    grid_G = np.unique(np.linspace(1, most, 25).round()).astype(int)
-    success_PG = np.array(
-        [[attempt.succeeded and attempt.queries <= limit for limit in grid_G] for attempt in attempts]
-    )
-    sums = cluster_sums(success_PG.astype(np.float64), clusters_P)
-    draws_RG = bootstrap_means(sums, settings.resamples, seed)
-    low_G, high_G = percentile_interval(draws_RG, settings.confidence)
-    success_G = success_PG.mean(axis=0)
-    curves = {"queries": grid_G, "success": success_G, "low": low_G, "high": high_G}
-    return {name: values_G.tolist() for name, values_G in curves.items()}
-
-
-def _queries(attempts: Sequence[Search], hits: Sequence[Search]) -> dict[str, Any]:
-    counts = [attempt.queries for attempt in attempts]
-    median = float(np.median([attempt.queries for attempt in hits])) if hits else None
-    return {"total": sum(counts), "per_pair": float(np.mean(counts)), "median_of_successes": median}
-
-
-def _case(attempt: Search, spread: float) -> dict[str, Any]:
-    text, before = last_message(attempt.best.text), last_message(attempt.pair.rejected)
-    change = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
-    return {
-        "row": attempt.pair.row,
-        "lead": (attempt.best.score - attempt.goal) / spread,
-        "edits": list(attempt.best.edits),
-        "prompt": excerpt(last_message(attempt.pair.prompt), -1),
-        "chosen": excerpt(last_message(attempt.pair.chosen)),
-        "rejected": excerpt(before, change),
-        "edited": excerpt(text, change),
-    }
 
 
 def _write(
@@ -232,7 +231,8 @@ def _write(
 
 def _row(attempt: Search) -> dict[str, Any]:
     outcome = {"edited": attempt.best.text, "edits": list(attempt.best.edits), "succeeded": attempt.succeeded}
-    scores = {"score_chosen": attempt.goal, "score_edited": attempt.best.score, "queries": attempt.queries}
+    other = "chosen" if attempt.side == "rejected" else "rejected"
+    scores = {f"score_{other}": attempt.goal, "score_edited": attempt.best.score, "queries": attempt.queries}
     return {**attempt.pair.plain(), "row": attempt.pair.row, "right": True, **outcome, **scores}
 
 
@@ -242,8 +242,8 @@ def _row_of(pair: Pair, **edited: Text) -> dict[str, Any]:
 
 
 def _found(attempts: Sequence[Search], settings: AttackSettings) -> list[Search]:
-    """The attempts whose answers go into the patch: successes, or at random all that changed."""
-    if settings.search == "random":
+    """The attempts whose answers go into the patch: successes, or without guidance all that changed."""
+    if not settings.is_guided:
         return [attempt for attempt in attempts if attempt.best.edits]
     return [attempt for attempt in attempts if attempt.succeeded]
 
@@ -270,39 +270,3 @@ def _edited_chosen(
         for (pair, text), score in zip(made, scores, strict=True)
         if np.isfinite(score)
     ]
-
-
-def tables(report: dict[str, Any], confidence: float) -> list[Table]:
-    """Success and its price, the edits that took part, and the worst cases to read."""
-    low, high = report["interval"]
-    queries = report["queries"]
-    median = queries["median_of_successes"]
-    facts = {
-        "pairs": report["pairs"],
-        "judged wrongly before": report["judged_wrongly_before"],
-        "label not shared by gold": report["label_not_shared_by_gold"],
-        "attacked": report["attacked"],
-        "succeeded": report["succeeded"],
-        "success rate": f"{report['success_rate']:.1%} ({low:.1%} to {high:.1%})",
-        "scores asked for, per pair": f"{queries['per_pair']:.1f}",
-        "of successes, median": "" if median is None else f"{median:g}",
-    }
-    note = f"{percent(confidence)} interval: {report['interval_kind']}. Success: the edited rejected answer "
-    note += "scores above the chosen one, though it is still the worse answer."
-    shown = [
-        Table("Attack success", ["", "value"], [[name, str(value)] for name, value in facts.items()], note)
-    ]
-    if report["worst"]:
-        edits = [[name, str(count)] for name, count in report["edits"].items()]
-        shown += [Table("Edits in successes", ["edit", "successes"], edits), _worst(report["worst"])]
-    return shown
-
-
-def _worst(cases: Sequence[dict[str, Any]]) -> Table:
-    texts = ("prompt", "chosen", "rejected", "edited")
-    rows = [
-        [str(case["row"]), f"{case['lead']:+.2f}", ", ".join(case["edits"]), *(case[name] for name in texts)]
-        for case in cases
-    ]
-    note = "Lead: score of the edited answer minus that of the chosen one, in standard deviations of scores."
-    return Table("Worst cases", ["row", "lead (SD)", "edits", *texts], rows, note)

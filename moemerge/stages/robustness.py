@@ -16,6 +16,7 @@ from moemerge.data.pairs import Pair, numbered, prompt_key
 from moemerge.data.rows import BadRow, Row, read_rows
 from moemerge.errors import ArtifactError, DataError
 from moemerge.evaluation.robustness import Attacked, rows_of, sentence, tables
+from moemerge.options.decode import DecodeSettings
 from moemerge.options.robustness import Robustness
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure
@@ -59,7 +60,8 @@ def _require_alike(manifests: Mapping[str, Manifest]) -> None:
     first, *others = manifests
     for other in others:
         a, b = manifests[first], manifests[other]
-        differing = [name for name in ALIKE if a["options"].get(name) != b["options"].get(name)]
+        names = (*ALIKE, *DecodeSettings.model_fields) if a["options"].get("search") == "decode" else ALIKE
+        differing = [name for name in names if a["options"].get(name) != b["options"].get(name)]
         if a["inputs"]["pairs"]["sha256"] != b["inputs"]["pairs"]["sha256"]:
             differing = ["pairs", *differing]
         if differing:

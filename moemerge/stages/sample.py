@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.progress import hidden
 from moemerge.artifacts.stage import Draft, stage
-from moemerge.artifacts.workspace import once, workspace
+from moemerge.artifacts.workspace import workspace
 from moemerge.data.pairs import CandidateSet, as_answer
 from moemerge.data.reading import distinct, read_prompts
 from moemerge.data.rows import write_rows
@@ -74,20 +73,15 @@ def _draw(
     lengths = [len(ids[number]) + options.max_new_tokens for number in numbers]
     groups = [[numbers[row] for row in rows] for rows in batches(lengths, options.batch_tokens)]
 
-    def drawn(batch: int) -> Drawn:
-        draw = partial(_batch, options, policy, tokenizer, prompts, groups[batch], batch)
-        return cast(Drawn, once(folder / f"{batch}.json", draw, alone=True))
-
     mine = processes.share(len(groups))
     total = sum(len(groups[batch]) for batch in mine)
     with tqdm(total=total, desc="answers", unit="answer", leave=False, disable=hidden()) as bar:
-        for batch in mine:
-            drawn(batch)
+
+        def drawn(batch: int) -> Drawn:
             bar.update(len(groups[batch]))
-    processes.wait()
-    parts = [drawn(batch) for batch in range(len(groups))]
-    processes.wait()  # until all have read: the first one removes the folder
-    return parts
+            return _batch(options, policy, tokenizer, prompts, groups[batch], batch)
+
+        return processes.once_each(folder, len(groups), drawn)
 
 
 def _batch(

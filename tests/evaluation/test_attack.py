@@ -23,13 +23,14 @@ from moemerge.data.tokenise import Item, encode
 from moemerge.data.world import FILLERS, TRAINING, gold_reward, pair_rows
 from moemerge.errors import DataError, OptionError
 from moemerge.evaluation.attack_edits import ALL, CHANGE_CONTENT, KEEP_CONTENT, chosen_edits
+from moemerge.evaluation.attack_report import summary
 from moemerge.evaluation.attack_search import Search, search
 from moemerge.evaluation.gold import load_function
 from moemerge.evaluation.probes.edits import apply
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.options.attack import AttackSettings
 from moemerge.options.base import TextFormat
-from moemerge.stages.attack import attack, summary
+from moemerge.stages.attack import attack
 
 Score = Callable[[str, str], float]
 
