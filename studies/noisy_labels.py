@@ -154,9 +154,8 @@ class Seed:
     def trained(self, name: str, pairs: str, **options: Any) -> str:
         """A model trained on `pairs`."""
         given = {**TRAINING, "epochs": self.setting.epochs, **self.text, "seed": self.seed, **options}
-        return once(
-            self.home / name, train, model=self.start, pairs=pairs, validation=self.files["held"], **given
-        )
+        files = {"model": self.start, "pairs": pairs, "validation": self.files["held"]}
+        return once(self.home / name, train, **files | given)
 
     def treated(self, name: str, **treatment: Any) -> str:
         """The training pairs as the vote treats them; the vote itself for `VOTE`."""
@@ -237,20 +236,28 @@ def of_seed(name: str, number: int, arguments: argparse.Namespace) -> dict[str, 
 
     def measure() -> dict[str, Measures]:
         setting, home = SETTINGS[name], arguments.output / name / f"seed-{number}"
-        draw = random.Random(number)
-        dealt = setting.deal(arguments.data, draw)
-        noisy = {
-            use: told(rows, setting.noise if use != "test" else 0.0, draw) for use, rows in dealt.items()
-        }
-        with opened_seed(arguments, home, setting, noisy, number) as seed:
+        pairs = noisy_pairs(setting, arguments.data, number)
+        with opened_seed(arguments, home, setting, pairs, number) as seed:
             return measured(seed)
 
     return recorded(ROWS, name, number, measure)
 
 
+def noisy_pairs(setting: Setting, data: Path, number: int) -> Pairs:
+    """A seed's pairs, some of them flipped, but for those of the test."""
+    draw = random.Random(number)
+    dealt = setting.deal(data, draw)
+    return {use: told(rows, setting.noise if use != "test" else 0.0, draw) for use, rows in dealt.items()}
+
+
 @contextmanager
 def opened_seed(
-    arguments: argparse.Namespace, home: Path, setting: Setting, dealt: Pairs, number: int
+    arguments: argparse.Namespace,
+    home: Path,
+    setting: Setting,
+    dealt: Pairs,
+    number: int,
+    pooled_only: bool = True,
 ) -> Iterator[Seed]:
     """A seed whose model's lower layers are computed once per text; its models are removed once measured."""
     files = write_sets(home, {"pairs": dealt})["pairs"]
@@ -258,7 +265,7 @@ def opened_seed(
     if not upper.exists():
         upper_layers(whole, UPPER, upper)
     start = headed(upper, number, home / "start")
-    with install(LowerLayers(whole, UPPER), pooled_only=True):
+    with install(LowerLayers(whole, UPPER), pooled_only):
         yield Seed(home, setting, start, files, number)
     remove_models(home)
 
