@@ -1872,9 +1872,22 @@ def patch(
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
+    gold_model: StrPath | None = None,
+    gold_function: str | Callable[..., Any] | None = None,
+    policy: StrPath | None = None,
+    other_policy: StrPath | None = None,
+    side: Literal["rejected", "chosen"] = "rejected",
+    keep: float = 0.25,
+    answers: int = 1,
+    top: int = 5,
+    guidance: float = 0.5,
+    temperature: float = 0.6,
+    formula: Literal["balanced", "reform"] = "balanced",
+    max_new_tokens: int = 128,
     test: StrPath | None = None,
     test_share: float = 0.3,
     split_by: str | None = None,
+    search: Literal["guided", "decode"] = "guided",
     unseen: Sequence[str] = ["flattery", "agreement", "bold", "bullets", "headings", "emoji"],
     rounds: int = 1,
     share: float = 0.05,
@@ -1897,13 +1910,14 @@ def patch(
     r"""Make a reward model hold better against edits that raise its score, and measure whether it does.
 
     The model is attacked on its training pairs, and trained on for `rounds` rounds with a share of the
-    answers found, each edit also made to a chosen answer, so that being edited is no sign of being worse.
-    Before and after it is attacked on other pairs, by the patch's own kinds of edits and by kinds that no
-    patch has, and so are two rivals of as many steps: trained on ordinary pairs, and on pairs edited at
-    random. Writes a run's folder: the model in OUTPUT/round-N/patched, its card in OUTPUT/card, and
-    OUTPUT/report.html. Steps that are done are not done again. Where no attack succeeds there is nothing to
-    patch, and the page says so. Raises OptionError, ArtifactError if another run is at work there, and
-    whatever the stages raise. Source: REFORM (arXiv 2507.06419).
+    answers found: edited ones, or with search decode written by a language model. Each edit is also made to a
+    chosen answer, so that being edited is no sign of being worse. Before and after it is attacked on other
+    pairs, by the patch's own kind of attack and by edits that no patch has, and so are two rivals of as many
+    steps: trained on ordinary pairs, and on pairs edited at random or written without guidance. Writes a
+    run's folder: the model in OUTPUT/round-N/patched, its card in OUTPUT/card, and OUTPUT/report.html. Steps
+    that are done are not done again. Where no attack succeeds there is nothing to patch, and the page says
+    so. Raises OptionError, ArtifactError if another run is at work there, and whatever the stages raise.
+    Source: REFORM (arXiv 2507.06419).
 
     Options:
         model: reward model: folder or hub name  [required]
@@ -1913,9 +1927,30 @@ def patch(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        gold_model: reward model whose scores are gold
+        gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
+            score
+        policy: search decode: language model that writes the answers; best one that was trained to
+            write answers of the side that is attacked
+        other_policy: search decode, in place of gold: language model of the other side's answers; an
+            answer keeps its class while policy finds it likelier than this one does
+        side: search decode: rejected: bad answers that score above the chosen one; chosen: good answers
+            that score below the rejected one (rejected, chosen)  [default: rejected]
+        keep: search decode: share of the answer's words that new ones begin with  [default: 0.25]
+        answers: search decode: answers written to each pair  [default: 1]
+        top: search decode: likeliest tokens that the reward model chooses among  [default: 5]
+        guidance: search decode: weight of the reward model against the policy; 0: the policy alone,
+            what guidance is compared with  [default: 0.5]
+        temperature: search decode: divides what tokens are drawn by  [default: 0.6]
+        formula: search decode: balanced: log-probabilities and standardised scores, weighed by
+            guidance; reform: sums of two softmaxes, as in REFORM's own code, without guidance
+            (balanced, reform)  [default: balanced]
+        max_new_tokens: search decode: longest new text in tokens; longer ones are cut  [default: 128]
         test: other pairs, on which it is seen what the patch does (default: a share of pairs)
         test_share: without test: share of the prompts that is kept for it  [default: 0.3]
         split_by: row field, e.g. topic: rows with the same value stay on one side of the split
+        search: what the patch is made of: edits that the model's score guides; decode: answers that a
+            language model writes and the model's score guides (guided, decode)  [default: guided]
         unseen: edits that no patch has: whether it helps against more than what it was made of
             [default: flattery, agreement, bold, bullets, headings, emoji]
         rounds: attacks and trainings, each on the model of the last  [default: 1]
@@ -1925,7 +1960,7 @@ def patch(
         batch_size: pairs per step  [default: 8]
         train_layers: transformer layers that train, such as last:4  [default: all]
         controls: train two rivals for as many steps: on ordinary pairs alone, and with as many pairs
-            whose edits are random  [default: yes]
+            whose edits are random (of decode: that were written without guidance)  [default: yes]
         max_pairs: most pairs that an attack takes; they are drawn at random  [default: 200]
         steps: attack: largest number of edits of one answer  [default: 6]
         proposals: attack: edits tried per step  [default: 12]

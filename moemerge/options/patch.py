@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from moemerge.options.base import Run, Source, TextFormat
+from moemerge.options.decode import DecodeSettings
+from moemerge.options.gold import GoldSource
 
 
-class PatchSettings(TextFormat):
-    """A reward model is attacked, trained on with a few of the answers found, and attacked again."""
+class PatchSettings(DecodeSettings, GoldSource, TextFormat):
+    """A reward model is attacked, trained on with a few of the answers found, and attacked again.
+
+    With gold, an answer that is found counts only while gold has it on its old side.
+    """
 
     model: Source = Field(description="reward model: folder or hub name")
     pairs: Source = Field(description="pairs to attack and to train on: file or hub name:split")
@@ -20,6 +27,11 @@ class PatchSettings(TextFormat):
     )
     split_by: str | None = Field(
         None, description="row field, e.g. topic: rows with the same value stay on one side of the split"
+    )
+    search: Literal["guided", "decode"] = Field(
+        "guided",
+        description="what the patch is made of: edits that the model's score guides; decode: answers that a "
+        "language model writes and the model's score guides",
     )
     unseen: list[str] = Field(
         default_factory=lambda: ["flattery", "agreement", "bold", "bullets", "headings", "emoji"],
@@ -34,7 +46,7 @@ class PatchSettings(TextFormat):
     controls: bool = Field(
         True,
         description="train two rivals for as many steps: on ordinary pairs alone, and with as many pairs "
-        "whose edits are random",
+        "whose edits are random (of decode: that were written without guidance)",
     )
     max_pairs: int = Field(200, ge=1, description="most pairs that an attack takes; they are drawn at random")
     steps: int = Field(6, ge=1, description="attack: largest number of edits of one answer")
@@ -47,6 +59,14 @@ class PatchSettings(TextFormat):
     def _something_unseen(self) -> PatchSettings:
         if not self.unseen:
             raise ValueError("unseen: one edit at least, to see whether the patch helps against other ones")
+        return self
+
+    @model_validator(mode="after")
+    def _one_search(self) -> PatchSettings:
+        if self.search == "decode":
+            self.check_decoding(self.has_gold)
+        elif strange := self.decoding_set():
+            raise ValueError(f"{strange[0]} goes with search decode")
         return self
 
 

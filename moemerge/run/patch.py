@@ -1,6 +1,6 @@
 """patch: a reward model is attacked, trained on with a few of the answers found, and attacked again.
 
-After REFORM (arXiv 2507.06419), with edits in place of guided decoding, and with rivals of equal budget.
+After REFORM (arXiv 2507.06419), by edits or by guided decoding, and with rivals of equal budget.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def patch(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
     """Make a reward model hold better against edits that raise its score, and measure whether it does.
 
     The model is attacked on its training pairs, and trained on for `rounds` rounds with a share of the
-    answers found, each edit also made to a chosen answer, so that being edited is no sign of being worse.
-    Before and after it is attacked on other pairs, by the patch's own kinds of edits and by kinds that no
-    patch has, and so are two rivals of as many steps: trained on ordinary pairs, and on pairs edited at
-    random. Writes a run's folder: the model in OUTPUT/round-N/patched, its card in OUTPUT/card, and
-    OUTPUT/report.html. Steps that are done are not done again. Where no attack succeeds there is nothing to
-    patch, and the page says so. Raises OptionError, ArtifactError if another run is at work there, and
-    whatever the stages raise. Source: REFORM (arXiv 2507.06419).
+    answers found: edited ones, or with search decode written by a language model. Each edit is also made to a
+    chosen answer, so that being edited is no sign of being worse. Before and after it is attacked on other
+    pairs, by the patch's own kind of attack and by edits that no patch has, and so are two rivals of as many
+    steps: trained on ordinary pairs, and on pairs edited at random or written without guidance. Writes a
+    run's folder: the model in OUTPUT/round-N/patched, its card in OUTPUT/card, and OUTPUT/report.html. Steps
+    that are done are not done again. Where no attack succeeds there is nothing to patch, and the page says
+    so. Raises OptionError, ArtifactError if another run is at work there, and whatever the stages raise.
+    Source: REFORM (arXiv 2507.06419).
     """
     refuse_several("patch")
     options: Patch = parse_call(Patch, "patch", inputs, fields)

@@ -23,7 +23,7 @@ def _faults(options: Patch, section: str) -> Iterator[MoemergeError]:
     from moemerge.evaluation.attack_edits import chosen_edits  # imports scipy
 
     try:
-        chosen_edits(options.unseen, options.words, has_gold=False)
+        chosen_edits(options.unseen, options.words, has_gold=options.has_gold)
     except MoemergeError as fault:
         yield fault
     if Path(options.model).is_dir():

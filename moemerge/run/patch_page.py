@@ -17,11 +17,10 @@ from moemerge.reports.html import Section, write_report
 from moemerge.reports.provenance import provenance_section
 from moemerge.reports.table import Table
 from moemerge.run.page import steps_section
-from moemerge.run.patch_plan import BEFORE, COMPARED, EVALUATION, PATCHED, SEEN, UNSEEN, Plan
+from moemerge.run.patch_plan import BEFORE, COMPARED, EVALUATION, PATCHED, UNSEEN, WORDS, Plan
 from moemerge.run.steps import RunReport, StepReport, is_current
 
 SUMMARY, PAGE = "summary.md", "report.html"
-WORDS = {UNSEEN: "edits that no patch has", SEEN: "the patch's own kinds of edits"}
 
 
 def write_pages(plan: Plan, reports: Sequence[StepReport]) -> RunReport:
@@ -60,26 +59,27 @@ def _write(plan: Plan, sections: Sequence[Section], reports: Sequence[StepReport
 def _nothing(plan: Plan) -> Section:
     """The section of a run in which no attack on the training pairs succeeded."""
     rows = []
-    for edits, words in WORDS.items():
-        report = read_object(plan.output / edits / BEFORE / "report.json")
-        rows.append([words, str(report["attacked"]), f"{report['success_rate']:.1%}"])
+    for kind in (UNSEEN, plan.own):
+        report = read_object(plan.output / kind / BEFORE / "report.json")
+        rows.append([WORDS[kind], str(report["attacked"]), f"{report['success_rate']:.1%}"])
     table = Table("Attacks on other pairs", ["by", "attacked", "overturned"], rows)
     lead = "There is nothing to patch: no attack on the training pairs succeeded."
     return Section("Patch", [], [table], lead=lead)
 
 
 def _compared(plan: Plan) -> list[Section]:
-    """What the patch does to edits that it has not, to its own, and to accuracy."""
-    numbers = {edits: read_object(plan.output / edits / COMPARED / "robustness.json") for edits in WORDS}
+    """What the patch does to edits that it has not, to attacks of its own kind, and to accuracy."""
+    kinds = (UNSEEN, plan.own)
+    numbers = {kind: read_object(plan.output / kind / COMPARED / "robustness.json") for kind in kinds}
     evaluated = read_report(plan.output / EVALUATION)
-    words = [sentence(numbers[edits], WORDS[edits]) for edits in WORDS]
+    words = [sentence(numbers[kind], WORDS[kind]) for kind in kinds]
     words.append(standing(evaluated))
     sections: list[Section] = []
-    for edits in WORDS:
-        figure = Figure.load(plan.output / edits / COMPARED / "robustness.png")
-        title = f"Attacked by {WORDS[edits]}"
+    for kind in kinds:
+        figure = Figure.load(plan.output / kind / COMPARED / "robustness.png")
+        title = f"Attacked by {WORDS[kind]}"
         lead, *text = words if not sections else ("",)
-        sections.append(Section(title, text, tables(numbers[edits]), [figure], lead=lead))
+        sections.append(Section(title, text, tables(numbers[kind]), [figure], lead=lead))
     accuracy = Table("", *main_table.main_table(evaluated))
     return [*sections, Section("Accuracy on the test pairs", tables=[accuracy])]
 

@@ -5,31 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moemerge.options.decode import DecodeSettings
 from moemerge.options.patch import Patch
 from moemerge.run.steps import Step, StepPlan
 
-BEFORE, PATCHED, CONTROL, RANDOM = "before", "patched", "control", "random-edits"
-SEEN, UNSEEN = "seen-edits", "unseen-edits"
+BEFORE, PATCHED, CONTROL, RANDOM, UNGUIDED = "before", "patched", "control", "random-edits", "unguided"
+SEEN, UNSEEN, DECODED = "seen-edits", "unseen-edits", "decoded"
+# What an attack is made by, in words.
+WORDS = {
+    UNSEEN: "edits that no patch has",
+    SEEN: "the patch's own kinds of edits",
+    DECODED: "guided decoding, of which the patch is made",
+}
 FOUND, COMPARED, EVALUATION, CARD = "found", "compared", "evaluation", "card"
 
 
 class Plan(StepPlan):
-    """The steps of a patch; `rounds`: how many rounds of training are done."""
+    """The steps of a patch; `rounds`: how many rounds of training are done.
 
-    ARMS = (PATCHED, CONTROL, RANDOM)
+    own: the kind of attack that the patch is made of. attacks: that and another kind, each with its options.
+    """
 
     def __init__(self, options: Patch, rounds: int = 0) -> None:
         super().__init__(options)
         self.options, self.rounds = options, rounds
         from moemerge.evaluation.attack_edits import KEEP_CONTENT  # imports scipy
 
+        decodes = options.search == "decode"
+        self.own, self.rival = (DECODED, UNGUIDED) if decodes else (SEEN, RANDOM)
+        self.rival_pairs = "written" if decodes else "edited"
         seen = [name for name in KEEP_CONTENT if name not in options.unseen]
-        self.edits = {SEEN: seen, UNSEEN: options.unseen}
+        own = self._decoding() if decodes else self._editing(seen)
+        self.attacks = {self.own: own, UNSEEN: self._editing(options.unseen)}
 
     @property
     def arms(self) -> list[str]:
         """The models that are trained on, the patched one first."""
-        return [*self.ARMS] if self.options.controls else [PATCHED]
+        return [PATCHED, CONTROL, self.rival] if self.options.controls else [PATCHED]
 
     def models(self) -> dict[str, str]:
         """All models that are compared, as they are at the end."""
@@ -61,19 +73,20 @@ class Plan(StepPlan):
         if o.controls:
             # Without patch pairs an epoch is shorter by their share: as many steps all the same.
             yield self._train(home, CONTROL, number, epochs=o.epochs / (1 - o.share))
-            model = self.model_of(RANDOM, number - 1)
-            yield self._attack(f"{home}/edited", model, number=number, search="random")
-            yield self._train(home, RANDOM, number, "edited")
+            model, folder = self.model_of(self.rival, number - 1), self.rival_pairs
+            blind = {"guidance": 0.0, "formula": "balanced"} if self.own == DECODED else {"search": "random"}
+            yield self._attack(f"{home}/{folder}", model, number=number, **blind)
+            yield self._train(home, self.rival, number, folder)
 
     def last(self) -> Iterator[Step]:
         """The trained models attacked, and compared."""
         o, models = self.options, self.models()
         for arm in self.arms:
             yield from self._attacks(arm, models[arm])
-        for edits in self.edits:
-            attacks = {name: self.path(edits, name) for name in models}
+        for kind in self.attacks:
+            attacks = {name: self.path(kind, name) for name in models}
             yield self.step(
-                f"{edits}/{COMPARED}", "robustness", attacks=attacks, confidence=o.confidence,
+                f"{kind}/{COMPARED}", "robustness", attacks=attacks, confidence=o.confidence,
                 resamples=o.resamples,
             )  # fmt: skip
         yield self.step(
@@ -91,19 +104,29 @@ class Plan(StepPlan):
         return self.path("data", "tests", "test.jsonl.gz")
 
     def _attacks(self, name: str, model: str) -> Iterator[Step]:
-        """The model on other pairs: with the edits of the patch, and with those that it has not."""
-        for edits in self.edits:
-            yield self._attack(f"{edits}/{name}", model, pairs=self._test, edits=self.edits[edits])
+        """The model on other pairs: attacked as for the patch, and by edits that it has not."""
+        for kind in self.attacks:
+            yield self._attack(f"{kind}/{name}", model, kind, pairs=self._test)
 
-    def _attack(self, folder: str, model: str, number: int = 0, **fields: Any) -> Step:
+    def _attack(self, folder: str, model: str, kind: str = "", number: int = 0, **fields: Any) -> Step:
         o = self.options
-        words = o.words if "insert_word" in fields.get("edits", self.edits[SEEN]) else []
-        given = {"pairs": self._train_pairs, "edits": self.edits[SEEN], "patch": "both"} | fields
+        given = {"pairs": self._train_pairs, **self.attacks[kind or self.own]} | fields
         return self.step(
-            folder, "attack", model=model, **given, max_pairs=o.max_pairs, steps=o.steps, words=words,
-            proposals=o.proposals, confidence=o.confidence, resamples=o.resamples, **self.format,
+            folder, "attack", model=model, **given, max_pairs=o.max_pairs, gold_model=o.gold_model,
+            gold_function=o.gold_function, confidence=o.confidence, resamples=o.resamples, **self.format,
             seed=o.seed + number,
         )  # fmt: skip
+
+    def _editing(self, edits: list[str]) -> dict[str, Any]:
+        o = self.options
+        words = o.words if "insert_word" in edits else []
+        return {
+            "edits": edits, "words": words, "patch": "both", "steps": o.steps, "proposals": o.proposals,
+        }  # fmt: skip
+
+    def _decoding(self) -> dict[str, Any]:
+        chosen = {name: getattr(self.options, name) for name in DecodeSettings.model_fields}
+        return {"search": "decode", **chosen}
 
     def _train(self, home: str, arm: str, number: int, patch: str = "", **fields: Any) -> Step:
         o = self.options

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_policy import save_policy
 from small_training import rows, write
 from tiny_models import save_dense
 from transformers import AutoModelForSequenceClassification
@@ -16,10 +17,12 @@ from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.data.rows import read_rows
 from moemerge.errors import Faults, OptionError
+from moemerge.options.attack import Attack
+from moemerge.options.patch import Patch
 from moemerge.run import cli
 from moemerge.run.check import check_recipe
 from moemerge.run.patch import patch
-from moemerge.run.patch_plan import Plan
+from moemerge.run.patch_plan import every_step
 from moemerge.run.pipeline import run_recipe
 from moemerge.run.steps import RunReport
 from moemerge.stages.train import train
@@ -28,6 +31,14 @@ OPTIONS: dict[str, Any] = {
     "words": ["w60"], "unseen": ["bold", "repeat_word"], "share": 0.3, "epochs": 2, "learning_rate": 1e-3,
     "steps": 2, "proposals": 5, "max_pairs": 40, "resamples": 100, "threads": 1,
 }  # fmt: skip
+
+ARMS = ("patched", "control", "random-edits")
+
+
+def low_numbers(prompt: str, answer: str) -> float:
+    """Gold of the rows: lower numbers of words are better."""
+    numbers = [int(word.removeprefix("w")) for word in answer.split()]
+    return -sum(numbers) / len(numbers)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +78,7 @@ def test_a_planted_hack_goes(done: RunReport, home: Path) -> None:
 
 
 def test_rivals_have_as_many_steps_and_see_other_pairs(done: RunReport, home: Path) -> None:
-    results = {arm: read_manifest(home / f"out/round-1/{arm}")["results"] for arm in Plan.ARMS}
+    results = {arm: read_manifest(home / f"out/round-1/{arm}")["results"] for arm in ARMS}
     steps = {arm: found["steps"] for arm, found in results.items()}
     assert max(steps.values()) - min(steps.values()) <= 2 and steps["patched"] > 5
     assert "patch" not in results["control"]["rows"] and results["patched"]["rows"]["patch"]["total"] > 0
@@ -95,6 +106,46 @@ def test_what_is_done_is_not_done_again(done: RunReport, home: Path) -> None:
     assert all(step.reason is None for step in again.steps) and len(again.steps) == len(done.steps)
     assert (home / "out/report.html").read_bytes() == page and again.verdict == done.verdict
     assert len(again.table()) == 4
+
+
+def decoding(home: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a patch of written answers."""
+    few = {"max_new_tokens": 2, "top": 60, "guidance": 1.0, "temperature": 0.05, "keep": 0.9, "epochs": 1}
+    edits = {"max_pairs": 8, "words": [], "unseen": ["repeat_word"], "steps": 1}
+    found = {"model": home / "rm", "pairs": home / "pairs.jsonl", "output": tmp_path / "out"}
+    decode = {"search": "decode", "policy": save_policy(tmp_path / "policy"), "gold_function": low_numbers}
+    return {**OPTIONS, **few, **edits, **found, **decode}
+
+
+def test_the_plan_of_a_patch_of_written_answers(home: Path, tmp_path: Path) -> None:
+    """Found and attacked by guided decoding; the rival is written without guidance; edits stay unseen."""
+    options = decoding(home, tmp_path)
+    steps = {step.name: step.options for step in every_step(Patch(**options))}
+    found, written = (steps[f"round-1/{name}"].model_dump() for name in ("found", "written"))
+    assert {key for key in found if found[key] != written[key]} == {"guidance", "output"}
+    assert (found["search"], found["guidance"], written["guidance"]) == ("decode", 1.0, 0.0)
+    assert {name: steps[f"{name}/patched"].search for name in ("decoded", "unseen-edits")} == {
+        "decoded": "decode",
+        "unseen-edits": "guided",
+    }
+    assert steps["unseen-edits/patched"].edits == ["repeat_word"]
+    assert all(o.gold_function is low_numbers for o in steps.values() if isinstance(o, Attack))
+    for change, match in {
+        ("search", "guided"): "goes with search decode",
+        ("gold_function", None): "nothing says whether",
+        ("policy", None): "needs a policy",
+    }.items():
+        with pytest.raises(OptionError, match=match):
+            patch(**options | dict([change]))
+
+
+@pytest.mark.slow
+def test_a_patch_of_written_answers(home: Path, tmp_path: Path) -> None:
+    done = patch(**decoding(home, tmp_path))
+    numbers = read_object(tmp_path / "out/decoded/compared/robustness.json")["models"]
+    assert list(numbers) == ["before", "patched", "control", "unguided"]
+    assert numbers["before"]["overturned"]["value"] > 0
+    assert "guided decoding, of which the patch is made" in done.verdict
 
 
 def test_nothing_found_is_said(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
