@@ -203,7 +203,8 @@ def strength(
         share: flip and drop: share of pairs, the weakest ones  [default: 0.2]
         confidence: coverage of intervals  [default: 0.95]
         batch_tokens: tokens per forward pass when pairs are scored  [default: 8192]
-        voters: in place of training: reward models that vote as they are and have not seen the pairs
+        voters: in place of training: reward models (or scorer.json) that vote as they are and have not
+            seen the pairs
         votes: in place of training: folder that strength wrote for these pairs, to treat them otherwise
             by the same votes
         model: what voters are trained from: a reward model, or a base model (fresh head)
@@ -1143,7 +1144,7 @@ def sample(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        gold_model: reward model whose scores are gold
+        gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         per_prompt: answers to each prompt  [default: 16]
@@ -1206,15 +1207,15 @@ def optimise(
 
     Options:
         policy: policy to start from: a causal language model, folder or hub name  [required]
-        models: reward models, name=folder or hub name; the policy is optimised against each by itself
-            [required]
+        models: reward models, name=folder, hub name or scorer.json; the policy is optimised against
+            each by itself  [required]
         prompts: rows with a prompt; equal prompts count once  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        gold_model: reward model whose scores are gold
+        gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         steps: optimiser steps  [default: 200]
@@ -1299,7 +1300,7 @@ def evaluate(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        gold_model: reward model whose scores are gold
+        gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         probes: what to measure; biases stands for all bias probes  [default: accuracy, calibration,
@@ -1475,14 +1476,14 @@ def attack(
     unknown edits or an unusable gold function, CheckpointError for an unusable model or policy.
 
     Options:
-        model: reward model: folder or hub name  [required]
+        model: reward model: folder or hub name, or a scorer.json  [required]
         pairs: preference pairs whose rejected answers are edited  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        gold_model: reward model whose scores are gold
+        gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         policy: search decode: language model that writes the answers; best one that was trained to

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from moemerge.data.reading import collect
 from moemerge.data.rows import BadRow, Row, RowReport, read_rows
-from moemerge.data.tokenise import Encoded, ids_of, render, shared_length
+from moemerge.data.tokenise import Encoded, Item, Reader, encode_all, ids_of, render, rivals_of, shared_length
 from moemerge.errors import DataError
 from moemerge.options.evaluate import Evaluate
 
@@ -116,6 +116,8 @@ def encode_choices(
     version 2 on the side that the tokenizer's settings say. Raises DataError for `rewardbench_template` chat
     without a template, and if bad rows are refused or none is left.
     """
+    if isinstance(tokenizer, Reader):
+        return _encode_own_way(tokenizer, choices, options, report)
     if options.rewardbench_template == "chat" and tokenizer.chat_template is None:
         raise DataError(
             "RewardBench's rows cannot be rendered",
@@ -127,8 +129,32 @@ def encode_choices(
     wholes = [_written(tokenizer, [*c.turns, text], plain) for c in choices for text in c.texts]
     prompts = [_written(tokenizer, c.turns, plain, alone=True) for c in choices for _ in c.texts]
     side = truncation_side(choices[0].version, tokenizer)
-    texts = iter(_encode_texts(tokenizer, wholes, prompts, options.rewardbench_max_length, side))
-    encoded = []
+    texts = _encode_texts(tokenizer, wholes, prompts, options.rewardbench_max_length, side)
+    return _by_choice(texts, choices, options, report)
+
+
+def _encode_own_way(
+    reader: Reader, choices: Sequence[Choice], options: Evaluate, report: RowReport
+) -> list[EncodedChoice]:
+    """As encode_choices, in the reader's words, of which none can be cut."""
+    items: list[Item] = [
+        (_messages(c.turns), [{"role": "assistant", "content": text}]) for c in choices for text in c.texts
+    ]
+    encoded = encode_all(reader, items, rivals_of(items, [len(c.texts) for c in choices]))
+    most = options.rewardbench_max_length
+    long = BadRow(f"longer than {most} tokens, and a question cannot be cut")
+    fitting = [long if isinstance(text, Encoded) and len(text.ids) > most else text for text in encoded]
+    return _by_choice(fitting, choices, options, report)
+
+
+def _by_choice(
+    encoded_texts: Sequence[Encoded | BadRow],
+    choices: Sequence[Choice],
+    options: Evaluate,
+    report: RowReport,
+) -> list[EncodedChoice]:
+    """The texts by row; the rows that have a bad one are told."""
+    texts, encoded = iter(encoded_texts), []
     for choice in choices:
         answers = [next(texts) for _ in choice.texts]
         good = [answer for answer in answers if isinstance(answer, Encoded)]
@@ -151,8 +177,12 @@ def _written(tokenizer: Any, turns: Sequence[str], plain: bool, alone: bool = Fa
     if plain:
         end = "\n" if alone else tokenizer.eos_token or ""
         return "\n".join(turns) + end
+    return render(tokenizer, _messages(turns))
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
     roles = ("user", "assistant")
-    return render(tokenizer, [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)])
+    return [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def _encode_texts(

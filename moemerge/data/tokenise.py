@@ -77,6 +77,32 @@ def require_prompts(pairs: Sequence[EncodedPair]) -> None:
                     lacking, len(pairs))  # fmt: skip
 
 
+class Reader:
+    """Puts prompts and answers into words of its own, such as a judge's question, and makes tokens of these.
+
+    Otherwise it is the tokenizer that it does so with.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tokenizer":  # asked for before there is one, as by copy
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    @property
+    def wording(self) -> str:
+        """Equal for readers that put texts into equal words; for people to read."""
+        raise NotImplementedError
+
+    def encode_all(
+        self, items: Sequence[Item], rivals: Sequence[Sequence[Text]] | None
+    ) -> list[Encoded | BadRow]:
+        """As the function of this name. rivals: the other answers of each item's row, where that is known."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class EncodedCandidates:
     """A candidate set and the tokens of each answer."""
@@ -102,8 +128,15 @@ def encode(tokenizer: Any, prompt: Text, answer: Text) -> Encoded:
     return encoded
 
 
-def encode_all(tokenizer: Any, items: Sequence[Item]) -> list[Encoded | BadRow]:
-    """`encode` for many (prompt, answer) at once; returns the BadRow that encode would raise."""
+def encode_all(
+    tokenizer: Any, items: Sequence[Item], rivals: Sequence[Sequence[Text]] | None = None
+) -> list[Encoded | BadRow]:
+    """`encode` for many (prompt, answer) at once; returns the BadRow that encode would raise.
+
+    `tokenizer` may be a Reader, of which some look at an answer's rivals.
+    """
+    if isinstance(tokenizer, Reader):
+        return tokenizer.encode_all(items, rivals)
     whole = _tokens(tokenizer, [_whole(prompt, answer, tokenizer) for prompt, answer in items])
     # Both answers of a pair have one prompt: each is encoded once.
     keys = [json.dumps(prompt) for prompt, _ in items]
@@ -228,7 +261,7 @@ def tell_untemplated(tokenizer: Any, texts: Sequence[Text], report: RowReport) -
     the token that opens a message.
     """
     plain = next((text for text in texts if isinstance(text, str) and text.strip()), None)
-    if report.told_plain or plain is None or tokenizer.chat_template is None:
+    if report.told_plain or plain is None or tokenizer.chat_template is None or isinstance(tokenizer, Reader):
         return
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = [*tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
@@ -264,6 +297,13 @@ def encode_candidates(
     return [EncodedCandidates(g, candidates) for g, candidates in zip(groups, sets, strict=True) if g]
 
 
+def rivals_of(items: Sequence[Item], sizes: Sequence[int]) -> list[list[Text]]:
+    """For each item the other answers of its row; rows have `sizes` items, one after the other."""
+    stream = iter(items)
+    rows = [[answer for _, answer in itertools.islice(stream, size)] for size in sizes]
+    return [[*row[:place], *row[place + 1 :]] for row in rows for place in range(len(row))]
+
+
 def _fitting(
     tokenizer: Any,
     items: list[tuple[Text, Text]],
@@ -274,7 +314,7 @@ def _fitting(
 ) -> list[list[Encoded]]:
     """The encoded items of each row, or an empty list where the row turned out to be bad."""
     tell_untemplated(tokenizer, [prompt or answer for prompt, answer in items[:1]], report)
-    stream, groups, expected = iter(encode_all(tokenizer, items)), [], RENDERED_ROWS
+    stream, groups, expected = iter(encode_all(tokenizer, items, rivals_of(items, sizes))), [], RENDERED_ROWS
     for size, row in zip(sizes, rows, strict=True):
         group = list(itertools.islice(stream, size))
         good = [item for item in group if isinstance(item, Encoded) and len(item.ids) <= format.max_length]

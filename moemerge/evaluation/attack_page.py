@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from moemerge.data.tokenise import encode
 from moemerge.errors import UnsupportedError
 from moemerge.evaluation.attack_search import Search
 from moemerge.evaluation.explanation import scale_of
 from moemerge.evaluation.token_rewards import rewards_of
+from moemerge.models.scorers import Loaded
+from moemerge.models.scorers.classifier import LoadedClassifier
 from moemerge.reports.heat_text import HeatText
 
 COLOURS = (
@@ -20,13 +20,15 @@ COLOURS = (
 
 
 def heat_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
     attempts: Sequence[Search],
     batch_tokens: int,
     spread: float,
 ) -> list[HeatText]:
     """The edited answers with what each word adds, `spread` the unit; none of a model that cannot say."""
+    if not isinstance(loaded, LoadedClassifier):
+        return []
+    model, tokenizer = loaded.model, loaded.tokenizer
     items = [(attempt.pair.prompt, attempt.best.text) for attempt in attempts]
     encoded = [encode(tokenizer, *item) for item in items]
     try:

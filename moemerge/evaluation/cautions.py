@@ -48,6 +48,8 @@ def judges_nothing(numbers: ModelAccuracy, pairs: int) -> bool:
 def equal_models(inputs: Mapping[str, Any]) -> list[list[str]]:
     """Names of models whose weight files and config.json have equal checksums, group by group.
 
+    Scorers made of other models are equal as a whole.
+
     inputs: what a manifest records of each model folder (fingerprints).
     """
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -55,5 +57,6 @@ def equal_models(inputs: Mapping[str, Any]) -> list[list[str]]:
         files = record.get("files", {})
         deciding = sorted(file for file in files if file.endswith(".safetensors") or file == "config.json")
         if deciding:
-            groups.setdefault(tuple(files[file]["sha256"] for file in deciding), []).append(name)
+            key = tuple(files[file]["sha256"] for file in deciding)
+            groups.setdefault((record["sha256"],) if "sources" in record else key, []).append(name)
     return [names for names in groups.values() if len(names) > 1]

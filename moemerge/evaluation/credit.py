@@ -11,23 +11,25 @@ import torch
 from moemerge.data.tokenise import Item, encode_all, token_texts
 from moemerge.evaluation.gold import BATCH_TOKENS, usable
 from moemerge.evaluation.probes.edits import last_message
-from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.prefix_scores import prefix_scores
+from moemerge.models.scorers import Scorer
+from moemerge.models.scorers.classifier import classifier_of
 from moemerge.reports.statistics import Floats
 
 Credit: TypeAlias = Callable[[Sequence[Item], Sequence[Sequence[int]]], tuple[Floats, list[Floats]]]
 
 
-def token_credit(source: ModelFolder, device: torch.device, max_length: int) -> Credit:
+def token_credit(scorer: Scorer, device: torch.device, max_length: int) -> Credit:
     """A function of (prompt, answer) items and, for each, where the policy's tokens end within the answer.
 
     It gives each item's score, and what each token has added to it (RED, arXiv 2411.08302, equation 6): the
     score up to the reward model's last token that has ended with it, minus that of the token before. So all
     of them sum to the score minus that of the prompt; the last token has what comes behind it, an end token
     or a template's closing ones. An answer that the chat template changes has all of it in its last token.
-    Raises as gold.model_reward, and UnsupportedError for an encoder.
+    Raises as gold.model_reward, and UnsupportedError for an encoder or a scorer that is no classifier.
     """
+    source = classifier_of(scorer, "credit token").folder
     tokenizer, model = load_tokenizer(source), load_reward_model(source, device)
 
     def credit(items: Sequence[Item], ends: Sequence[Sequence[int]]) -> tuple[Floats, list[Floats]]:

@@ -21,9 +21,7 @@ from moemerge.data.rows import BadRow, Text
 from moemerge.data.tokenise import Encoded, Item, encode_all
 from moemerge.errors import DataError, MoemergeError, OptionError, suggest
 from moemerge.models import processes
-from moemerge.models.folder import ModelFolder, opened
-from moemerge.models.loading import load_reward_model, load_tokenizer
-from moemerge.models.scoring import score
+from moemerge.models.scorers import Scorer, open_scorer
 from moemerge.options.base import TextFormat
 from moemerge.options.gold import GoldSource
 from moemerge.reports.statistics import Floats
@@ -48,7 +46,7 @@ def load_gold(
     Raises CheckpointError for an unusable model, OptionError if there is no such function.
     """
     if source.gold_model:
-        return model_reward(ModelFolder(source.gold_model, trust), device, format.max_length)
+        return model_reward(open_scorer(source.gold_model, trust), device, format.max_length)
     return function_reward(source.gold_function) if source.gold_function else None
 
 
@@ -60,18 +58,17 @@ def regrade(sets: Sequence[CandidateSet], gold: Reward) -> list[CandidateSet]:
     return [replace(candidates, gold=[next(scores) for _ in candidates.texts]) for candidates in sets]
 
 
-def model_reward(source: ModelFolder | str, device: torch.device, max_length: int) -> Reward:
-    """The scores of a reward model: its own tokenizer and chat template, texts as evaluate makes them.
+def model_reward(source: Scorer | str, device: torch.device, max_length: int) -> Reward:
+    """The scores of a reward model or another scorer: its own tokenizer, texts as evaluate makes them.
 
     What is returned raises DataError for a text that is longer than `max_length` tokens or cannot be encoded.
     """
-    folder = opened(source)
-    tokenizer = load_tokenizer(folder)
-    model = load_reward_model(folder, device)
+    scorer = open_scorer(source) if isinstance(source, str) else source
+    reader, loaded = scorer.reader(), scorer.load(device)
 
     def scores(items: Sequence[Item]) -> Floats:
-        encoded = [usable(text, folder.source, max_length) for text in encode_all(tokenizer, items)]
-        return score(model, tokenizer, encoded, BATCH_TOKENS).double().numpy()
+        encoded = [usable(text, scorer.source, max_length) for text in encode_all(reader, items)]
+        return loaded.score(encoded, BATCH_TOKENS).double().numpy()
 
     return scores
 

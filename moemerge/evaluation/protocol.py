@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from moemerge.data.rewardbench import truncation_side
+from moemerge.data.tokenise import Reader
 from moemerge.evaluation.report import ModelProtocol, Protocol, SetProtocol
 from moemerge.options.evaluate import Evaluate
 from moemerge.reports.table import Table
@@ -61,12 +62,14 @@ def _of_set(
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> ModelProtocol:
     template = tokenizer.chat_template
     digest = hashlib.sha256(str(template).encode()).hexdigest()
-    return {
+    asked = {"question": tokenizer.wording} if isinstance(tokenizer, Reader) else {}
+    read: ModelProtocol = {
         "chat_template": None if template is None else f"sha256 {digest[:12]}",
         "bos": tokenizer.bos_token,
         "eos": tokenizer.eos_token,
         "padding": "right",
     }
+    return cast(ModelProtocol, {**read, **asked})
 
 
 def tables(protocol: Protocol) -> list[Table]:
@@ -89,7 +92,9 @@ def tables(protocol: Protocol) -> list[Table]:
         ]
         for name, facts in protocol["models"].items()
     ]
+    asked = [[name, facts["question"]] for name, facts in protocol["models"].items() if "question" in facts]
     return [
         Table("How the texts were read", header, rows),
         Table("Tokenizers", ["model", "chat template", "BOS", "EOS", "padding"], models),
+        *([Table("What judges are asked", ["model", "question"], asked)] if asked else []),
     ]

@@ -74,12 +74,13 @@ class SetProtocol(TypedDict):
 
 
 class ModelProtocol(TypedDict):
-    """One model's template and special tokens."""
+    """One model's template and special tokens; of one that is asked about answers, the question."""
 
     chat_template: str | None
     bos: str | None
     eos: str | None
     padding: str
+    question: NotRequired[str]
 
 
 class Protocol(TypedDict):

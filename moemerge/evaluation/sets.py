@@ -19,7 +19,7 @@ from moemerge.data.pairs import CandidateSet, Pair, numbered, prompt_key, value_
 from moemerge.data.rewardbench import Choice, encode_choices, is_choice, read_choices
 from moemerge.data.rmbench import is_styled, read_styles
 from moemerge.data.rows import RowReport, RowSummary, Text, read_rows
-from moemerge.data.tokenise import Encoded, encode_candidates, encode_pairs
+from moemerge.data.tokenise import Encoded, Reader, encode_candidates, encode_pairs
 from moemerge.errors import OptionError
 from moemerge.evaluation.probes.base import (
     CandidateScores,
@@ -190,7 +190,8 @@ def _identity(tokenizer: Any) -> str:
     """Equal for tokenizers that encode alike; a slow tokenizer only equals itself."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core = str(id(tokenizer)) if backend is None else backend.to_str()
-    return json.dumps([core, str(tokenizer.chat_template), str(tokenizer.eos_token)])
+    wording = tokenizer.wording if isinstance(tokenizer, Reader) else ""
+    return json.dumps([core, str(tokenizer.chat_template), str(tokenizer.eos_token), wording])
 
 
 def _characters(text: Text) -> int:

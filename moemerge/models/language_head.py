@@ -63,6 +63,10 @@ class LanguageHead:
         log_S = self._log_probabilities(states_BTD[row_S, place_S - 1], ids_BT[row_S, place_S])
         return log_S.new_zeros(len(ids_BT)).index_add(0, row_S, log_S), asked_BT.sum(1)
 
+    def logits(self, states_SD: Tensor, words_K: Tensor) -> Tensor:
+        """The logits of these words after each state, [S, K]."""
+        return torch.cat([self._logits(chunk_CD)[:, words_K] for chunk_CD in states_SD.split(self._chunk)])
+
     def _log_probabilities(self, states_SD: Tensor, targets_S: Tensor) -> Tensor:
         """Of each target after its state. Logits are made again in the backward pass, and never kept."""
         chunks = zip(states_SD.split(self._chunk), targets_S.split(self._chunk), strict=True)
@@ -72,10 +76,13 @@ class LanguageHead:
         return torch.cat([checkpoint(self._of_chunk, *chunk, **how) for chunk in chunks])
 
     def _of_chunk(self, states_CD: Tensor, targets_C: Tensor) -> Tensor:
+        return -cross_entropy(self._logits(states_CD), targets_C, reduction="none")
+
+    def _logits(self, states_CD: Tensor) -> Tensor:
         self._trunk.states = states_CD[None]
-        logits_CV = self._model(input_ids=targets_C[None], use_cache=False).logits[0]
-        wide_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-        return -cross_entropy(wide_CV, targets_C, reduction="none")
+        ids_1C = torch.zeros(1, len(states_CD), dtype=torch.long, device=states_CD.device)  # never looked at
+        logits_CV: Tensor = self._model(input_ids=ids_1C, use_cache=False).logits[0]
+        return logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
 
 
 def open_language_head(model: PreTrainedModel, own: ModelFolder, given: ModelFolder | None) -> LanguageHead:

@@ -26,7 +26,8 @@ from moemerge.models.scoring import collate
 class LanguageModel:
     """A causal language model that reads texts; its states and its head can be had one without the other.
 
-    facts: its class, and what it costs (models.cost), its head at every token included.
+    facts: its class, and what it costs (models.cost), its head at every token included; trunk_flops: what a
+    token costs without the head.
     """
 
     def __init__(self, source: ModelFolder, device: torch.device) -> None:
@@ -34,7 +35,8 @@ class LanguageModel:
         vocabulary, width = cast(Tensor, model.get_input_embeddings().weight).shape
         self.facts: dict[str, Any] = {"class": type(model).__name__, **cost(model)}
         self.trunk, self._head = split(model)
-        tied = self.facts["flops_per_token"] == cost(self.trunk)["flops_per_token"]
+        self.trunk_flops = cost(self.trunk)["flops_per_token"]
+        tied = self.facts["flops_per_token"] == self.trunk_flops
         self.facts["flops_per_token"] += 2 * width * vocabulary * tied
 
     def states(self, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,6 +50,13 @@ class LanguageModel:
         """log p(answer | prompt) of each text in nats, and of how many tokens that is the sum; [B] both."""
         prompts_B = torch.tensor([text.prompt_length for text in texts], device=self.trunk.device)
         return self._head.answers(*self.states(texts), prompts_B)
+
+    @torch.inference_mode()
+    def next_logits(self, texts: Sequence[Encoded], words_K: Sequence[int]) -> Tensor:
+        """The logits of these words after the last token of each text, [B, K]."""
+        states_BTD, _, mask_BT = self.states(texts)
+        last_BD = states_BTD[torch.arange(len(texts)), mask_BT.sum(1) - 1]
+        return self._head.logits(last_BD, torch.tensor(words_K, device=last_BD.device))
 
 
 def load_language_model(

@@ -68,6 +68,6 @@ class Attack(AttackSettings, TextFormat, Run):
 
     POSITIONAL = ("model", "pairs")
 
-    model: Source = Field(description="reward model: folder or hub name")
+    model: Source = Field(description="reward model: folder or hub name, or a scorer.json")
     pairs: Source = Field(description="preference pairs whose rejected answers are edited")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")

@@ -26,7 +26,9 @@ Function = Annotated[str | None, CODE, WrapValidator(_or_callable), PlainSeriali
 class GoldSource(Options):
     """Who says what an answer is truly worth, if not scores in the file."""
 
-    gold_model: Source | None = Field(None, description="reward model whose scores are gold")
+    gold_model: Source | None = Field(
+        None, description="reward model, or a scorer.json, whose scores are gold"
+    )
     gold_function: Function = Field(
         None,
         description="FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold score",

@@ -70,7 +70,8 @@ class Optimise(OptimiseSettings, TextFormat, Run):
     POSITIONAL = ("policy", "models", "prompts")
 
     models: Sources = Field(
-        description="reward models, name=folder or hub name; the policy is optimised against each by itself"
+        description="reward models, name=folder, hub name or scorer.json; the policy is optimised against "
+        "each by itself"
     )
     baseline: str | None = Field(None, description="model that the others are compared with")
     trust_remote_code: bool = Field(False, description="run code that comes with the models")

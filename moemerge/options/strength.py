@@ -78,7 +78,8 @@ class StrengthSettings(VoteSettings, TrainSettings):
 
     voters: SourceList = Field(
         default_factory=list,
-        description="in place of training: reward models that vote as they are and have not seen the pairs",
+        description="in place of training: reward models (or scorer.json) that vote as they are and have not "
+        "seen the pairs",
     )
     votes: Source | None = Field(
         None,

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
@@ -45,9 +44,8 @@ from moemerge.evaluation.attack_search import (
 from moemerge.evaluation.probes.base import Edit
 from moemerge.evaluation.probes.edits import apply, last_message
 from moemerge.models.device import use_device
-from moemerge.models.folder import ModelFolder
-from moemerge.models.loading import load_reward_model, load_tokenizer
-from moemerge.models.scoring import score, score_pairs
+from moemerge.models.scorers import Loaded, open_scorer
+from moemerge.models.scorers.classifier import LoadedClassifier, classifier_of
 from moemerge.options.attack import Attack, AttackSettings
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line
@@ -80,25 +78,29 @@ def attack(options: Attack, draft: Draft) -> None:
     device = use_device(options)
     gold = _gold(options, device)
     edits = chosen_edits(options.edits, options.words, gold is not None)
-    folder = ModelFolder(options.model, options.trust_remote_code)
-    tokenizer, model = load_tokenizer(folder), load_reward_model(folder, device)
-    writer = AnswerWriter(options, device) if options.search == "decode" else None
-    encoded, rows = _read(options, tokenizer, writer)
-    scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, "pairs").double().numpy()
+    attacked = open_scorer(options.model, options.trust_remote_code)
+    decodes = options.search == "decode"
+    if decodes:
+        classifier_of(attacked, "search decode")
+    reader, loaded = attacked.reader(), attacked.load(device)
+    writer = AnswerWriter(options, device) if decodes else None
+    encoded, rows = _read(options, reader, writer)
+    texts = texts_of(encoded)
+    scores_P2 = loaded.score(texts, options.batch_tokens, "pairs").view(-1, 2).double().numpy()
     right_P = scores_P2[:, 0] > scores_P2[:, 1]
     agreed_P = np.array([keeps_class(text.pair, gold)(text.pair.rejected) for text in encoded])
     if not (right_P & agreed_P).any():
         raise _nothing_to_attack(len(encoded), int(right_P.sum()), int(agreed_P.sum()))
     pairs = [text.pair for text, kept in zip(encoded, right_P & agreed_P, strict=True) if kept]
     wrong = [text.pair for text, kept in zip(encoded, ~right_P & agreed_P, strict=True) if kept]
-    scorer, spread = _scorer(model, tokenizer, options), float(scores_P2.std()) or 1.0
+    scorer, spread = _scorer(loaded, reader, options), float(scores_P2.std()) or 1.0
     attacked_P2 = scores_P2[right_P & agreed_P]
     told: dict[str, Any] = {}
     if writer is None:
         attempts = search(pairs, attacked_P2, edits, scorer, options, gold, options.seed)
     else:
-        texts = texts_of(encoded)
-        attempts, told = _decode(options, writer, model, tokenizer, texts, pairs, attacked_P2, gold)
+        assert isinstance(loaded, LoadedClassifier)
+        attempts, told = _decode(options, writer, loaded, texts, pairs, attacked_P2, gold)
     found = _found(attempts, options)
     patches = [_row_of(attempt.pair, **{attempt.side: attempt.best.text}) for attempt in found]
     if options.patch == "both":
@@ -110,7 +112,7 @@ def attack(options: Attack, draft: Draft) -> None:
         **summary(attempts, spread, options, options.seed),
         **told,
     }
-    heat = heat_texts(model, tokenizer, leading(attempts), options.batch_tokens, spread)
+    heat = heat_texts(loaded, leading(attempts), options.batch_tokens, spread)
     _write(draft, attempts, wrong, patches, report | {"rows": rows.told()}, options.confidence, heat)
 
 
@@ -126,16 +128,16 @@ def _read(
     return draw(pairs, options.max_pairs, options.seed, usable, rows), rows
 
 
-def _scorer(model: Any, tokenizer: Any, options: Attack, alone: bool = False) -> Scorer:
+def _scorer(loaded: Loaded, reader: Any, options: Attack, alone: bool = False) -> Scorer:
     def scores(items: Sequence[Item]) -> Floats:
-        encoded = dict(enumerate(encode_all(tokenizer, items)))
+        encoded = dict(enumerate(encode_all(reader, items)))
         usable = {
             number: text
             for number, text in encoded.items()
             if not isinstance(text, BadRow) and len(text.ids) <= options.max_length
         }
         values, texts = np.full(len(items), np.nan), list(usable.values())
-        values[list(usable)] = score(model, tokenizer, texts, options.batch_tokens, alone=alone).numpy()
+        values[list(usable)] = loaded.score(texts, options.batch_tokens, alone=alone).numpy()
         return values
 
     return scores
@@ -144,15 +146,15 @@ def _scorer(model: Any, tokenizer: Any, options: Attack, alone: bool = False) ->
 def _decode(
     options: Attack,
     writer: AnswerWriter,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedClassifier,
     texts: Sequence[Encoded],
     pairs: Sequence[Pair],
     scores_P2: Floats,
     gold: Gold | None,
 ) -> tuple[list[Search], dict[str, Any]]:
     """Answers that the policy writes to each pair, those of their class scored whole; and what to report."""
-    alone = _scorer(model, tokenizer, options, alone=True)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    alone = _scorer(loaded, tokenizer, options, alone=True)
     make_guide, read = writer.guide(model, tokenizer, texts, alone, pairs)
     with workspace(options) as folder:
         written = writer.write(pairs, make_guide, folder)
@@ -161,7 +163,7 @@ def _decode(
         kept = _of_class(options, writer, pairs, usable, gold)
     answers = [[text for n, text in kept if n == number] for number in range(len(pairs))]
     queries = [sum(answer.queries for answer in of_pair) for of_pair in written]
-    scorer = _scorer(model, tokenizer, options)
+    scorer = _scorer(loaded, tokenizer, options)
     attempts = search_written(pairs, scores_P2, answers, queries, scorer, options)
     told = {
         "side": options.side,

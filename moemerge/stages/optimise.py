@@ -31,6 +31,7 @@ from moemerge.evaluation.probes import over_optimisation
 from moemerge.models.device import free_memory, use_training_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.language_model import load_language_model
+from moemerge.models.scorers import open_scorer
 from moemerge.options.optimise import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
@@ -135,7 +136,7 @@ def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device
     trust, start = options.trust_remote_code, ModelFolder(options.policy, options.trust_remote_code)
     policy, tokenizer = load_language_model(start, device, torch.float32)
     reference, _ = load_language_model(start, device, torch.float32)
-    rewarding = ModelFolder(options.models[name], trust)
+    rewarding = open_scorer(options.models[name], trust)
     proxy = gold.model_reward(rewarding, device, options.max_length)
     credit = token_credit(rewarding, device, options.max_length) if options.credit == "token" else None
     prompts, rows = _prompts(options, tokenizer)

@@ -31,15 +31,13 @@ from moemerge.errors import ArtifactError, CheckpointError, DataError, OptionErr
 from moemerge.evaluation.vote import draw_planted
 from moemerge.evaluation.vote_report import DROPPED, FLIPPED, Poll, sentence, write_page
 from moemerge.models.device import free_memory, use_device
-from moemerge.models.folder import ModelFolder
-from moemerge.models.loading import load_reward_model, load_tokenizer
-from moemerge.models.scoring import score_pairs
+from moemerge.models.scorers import open_scorer
 from moemerge.options.base import COLUMNS, TextFormat
 from moemerge.options.parse import parse_options
 from moemerge.options.strength import RELABELS, Strength
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench, read_encoded
-from moemerge.training.flops import FLOPS, scoring_flops
+from moemerge.training.flops import FLOPS
 from moemerge.training.voters import Election
 
 PAIRS, VOTES, TRUSTED = "pairs.jsonl.gz", "votes.jsonl.gz", "trusted.jsonl.gz"
@@ -140,24 +138,25 @@ def _read(source: str, options: Strength, draft: Draft, name: str) -> list[Pair]
     """The pairs of `source` that all voters' tokenizers can encode."""
     pairs, report = read_pairs(source, options)
     for model in options.voters:
-        tokenizer = load_tokenizer(ModelFolder(model, options.trust_remote_code))
-        pairs = [encoded.pair for encoded in encode_pairs(tokenizer, pairs, options, report)]
+        reader = open_scorer(model, options.trust_remote_code).reader()
+        pairs = [encoded.pair for encoded in encode_pairs(reader, pairs, options, report)]
     draft.results.setdefault("rows", {})[name] = report.told()
     return pairs
 
 
 def _said(options: Strength, model: str, sets: dict[str, list[Pair]], device: Any) -> dict[str, Any]:
     """Score differences of all pairs by one model that is given, and the FLOPs of scoring them."""
-    opened = ModelFolder(model, options.trust_remote_code)
-    opened.require_one_output()
-    tokenizer, loaded = load_tokenizer(opened), load_reward_model(opened, device)
+    voter = open_scorer(model, options.trust_remote_code)
+    loaded = voter.load(device)
     pairs = [pair for some in sets.values() for pair in some]
-    encoded = encode_pairs(tokenizer, pairs, options, RowReport(model, total=len(pairs)))
-    scores_X2 = score_pairs(loaded, tokenizer, encoded, options.batch_tokens, model).double()
+    encoded = encode_pairs(voter.reader(), pairs, options, RowReport(model, total=len(pairs)))
+    texts = texts_of(encoded)
+    scores_X2 = loaded.score(texts, options.batch_tokens, model).view(-1, 2).double()
+    flops = float(loaded.facts["flops_per_token"] * sum(len(text.ids) for text in texts))
     del loaded
     free_memory()
     differences_X: list[float] = (scores_X2[:, 0] - scores_X2[:, 1]).tolist()
-    return {"differences": differences_X, FLOPS: scoring_flops(opened, texts_of(encoded))}
+    return {"differences": differences_X, FLOPS: flops}
 
 
 def _judges_nothing(model: str, pairs: int) -> CheckpointError:

@@ -18,7 +18,7 @@ import moemerge
 from moemerge.data.tokenise import Item
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.evaluation.credit import Credit, token_credit
-from moemerge.models.folder import ModelFolder
+from moemerge.models.scorers import open_scorer
 from moemerge.options.optimise import Optimise
 from moemerge.training.policy import token_ends
 from moemerge.training.policy_gradient import TokenCreditTrainer, optimise_policy
@@ -37,7 +37,7 @@ SHORT: dict[str, Any] = {
 
 
 def credit_of(folder: Path) -> Credit:
-    return token_credit(ModelFolder(folder), torch.device("cpu"), 100)
+    return token_credit(open_scorer(folder), torch.device("cpu"), 100)
 
 
 def ends_of(item: Item) -> list[int]:

@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.data.tokenise import Encoded
+from moemerge.errors import UnsupportedError
 from moemerge.models.cost import cost
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.scorers.base import Scorer
 from moemerge.models.scoring import score
 
 
@@ -32,6 +34,18 @@ class Classifier:
     def load(self, device: torch.device, sharded: bool = False) -> LoadedClassifier:
         """Raises as load_reward_model."""
         return LoadedClassifier(load_reward_model(self.folder, device, sharded=sharded), self.reader())
+
+
+def classifier_of(scorer: Scorer, needed_by: str) -> Classifier:
+    """The scorer, if it is a classifier; else UnsupportedError."""
+    if isinstance(scorer, Classifier):
+        return scorer
+    raise UnsupportedError(
+        f"{needed_by} needs a classifier",
+        given=f"{scorer.source}, a scorer of another kind",
+        expected="a reward model's folder or hub name: its score can be read at every token",
+        fix=f"take a classifier, or leave {needed_by} out",
+    )
 
 
 class LoadedClassifier:
