@@ -168,8 +168,12 @@ def sizes() -> None:
         "all weights": {},
         "experts, routers, head": {"trainable": "experts"},
         "the same in the upper 4 layers": {"trainable": "experts", "train_layers": "last:4"},
-    }
-    print("\n| training in float32 | " + " | ".join(f"{n} dense | {n} MoE" for n in dense) + " |")
+        "all weights, in bfloat16": {"weights": "bfloat16"},
+        "the same in the upper 4 layers, in bfloat16": {
+            "trainable": "experts", "train_layers": "last:4", "weights": "bfloat16",
+        },
+    }  # fmt: skip
+    print("\n| training | " + " | ".join(f"{n} dense | {n} MoE" for n in dense) + " |")
     print("| --- |" + " ---: |" * 2 * len(dense))
     for way, options in ways.items():
         settings = TrainSettings(**options)

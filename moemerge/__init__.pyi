@@ -57,6 +57,7 @@ def strength(
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    weights: Literal["float32", "bfloat16"] = "float32",
     gradient_checkpointing: bool = False,
     group_by_length: bool = False,
     eval_steps: int | None = None,
@@ -141,6 +142,9 @@ def strength(
         lora_alpha: scale of LoRA on attention  [default: 32.0]
         precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
             auto]
+        weights: type of weights and gradients, also as saved; bfloat16: 12 bytes a weight in place of
+            16; moments are float32, and updates are rounded at random, so that small ones are not lost
+            (float32, bfloat16)  [default: float32]
         gradient_checkpointing: less memory, about a third more time  [default: no]
         group_by_length: batches of similar length: faster where lengths vary, but a less random order
             [default: no]
@@ -311,6 +315,7 @@ def train(
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    weights: Literal["float32", "bfloat16"] = "float32",
     gradient_checkpointing: bool = False,
     group_by_length: bool = False,
     eval_steps: int | None = None,
@@ -351,7 +356,7 @@ def train(
 ) -> Result:
     r"""Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
 
-    Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
+    Weights train and are saved as `weights` says, moments in float32. With validation pairs the weights
     that stand best by `choose_by` are kept, which may be those of the start (best_step 0). A killed run,
     started again with equal options, goes on from its last checkpoint, and on CPU ends with the very same
     weights. Several processes share each step's pairs (DDP). Also writes history.json and history.png. Losses
@@ -385,6 +390,9 @@ def train(
         lora_alpha: scale of LoRA on attention  [default: 32.0]
         precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
             auto]
+        weights: type of weights and gradients, also as saved; bfloat16: 12 bytes a weight in place of
+            16; moments are float32, and updates are rounded at random, so that small ones are not lost
+            (float32, bfloat16)  [default: float32]
         gradient_checkpointing: less memory, about a third more time  [default: no]
         group_by_length: batches of similar length: faster where lengths vary, but a less random order
             [default: no]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from moemerge.options.train import TrainSettings
     from moemerge.options.upcycle import UpcycleSettings
 
-FLOAT32 = 4
-ADAMW = 4  # copies of a weight that training holds in float32: weight, gradient, two moments
+WIDTH = {"float32": 4, "bfloat16": 2}
+MOMENTS = 2 * WIDTH["float32"]  # AdamW's, of a weight that trains
 CHECKPOINTS = 3  # that training keeps at most, each with weights and two moments
 
 
@@ -91,10 +91,16 @@ class ModelSize:
         return self.passes("all" if all_of_them else f"{lowest}-{self.layers - 1}")
 
     def training_memory(self, options: TrainSettings) -> int:
-        """Bytes of weights, gradients and AdamW's moments in float32."""
-        trained = self.trained(options)
-        return FLOAT32 * (self.parameters + (ADAMW - 1) * trained)
+        """Bytes of weights, gradients and AdamW's moments."""
+        width, trained = WIDTH[options.weights], self.trained(options)
+        return width * self.parameters + (width + MOMENTS) * trained
 
     def training_space(self, options: TrainSettings) -> int:
         """Bytes on the disk that a training needs while it runs, at most: checkpoints, and what it writes."""
-        return FLOAT32 * (3 * CHECKPOINTS * self.trained(options) + self.parameters)
+        return training_space(self.parameters, self.trained(options), options)
+
+
+def training_space(parameters: int, trained: int, options: TrainSettings) -> int:
+    """Bytes on the disk that a training of `trained` of a model's `parameters` needs at most."""
+    width = WIDTH[options.weights]
+    return width * parameters + CHECKPOINTS * (width + MOMENTS) * trained

@@ -29,7 +29,8 @@ ONLY_WITH = {
 LOOKAHEAD = ("lookahead", "lookahead_rate", "lookahead_sets")
 LOSS = ("objectives", "label_smoothing", "margin", "center", *LOOKAHEAD, *ONLY_WITH)
 # What looks at weights outside of the model's own forward and backward pass.
-NEED_WHOLE = ("lora", "lookahead", "policy", "language")
+NEED_FLOAT32 = ("lookahead", "policy", "language")
+NEED_WHOLE = ("lora", *NEED_FLOAT32)
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
@@ -64,6 +65,11 @@ class TrainSettings(Options):
     lora_alpha: float = Field(32.0, gt=0, description="scale of LoRA on attention")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on a GPU, float32 on CPU"
+    )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="type of weights and gradients, also as saved; bfloat16: 12 bytes a weight in place of "
+        "16; moments are float32, and updates are rounded at random, so that small ones are not lost",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time")
     group_by_length: bool = Field(
@@ -175,15 +181,12 @@ class TrainSettings(Options):
         return search
 
     @model_validator(mode="after")
-    def _parts_of_weights_have_no_other_use(self) -> TrainSettings:
-        if self.sharded:
-            for name in NEED_WHOLE:
-                if (
-                    name == self.trainable
-                    or name in self.minimised
-                    or (name == "lookahead" and self.lookahead)
-                ):
-                    raise ValueError(f"{name} needs whole weights: leave it out, or sharded")
+    def _weights_have_no_other_use(self) -> TrainSettings:
+        used = {self.trainable, *self.minimised, *(["lookahead"] if self.lookahead else [])}
+        if self.sharded and (clash := used.intersection(NEED_WHOLE)):
+            raise ValueError(f"{min(clash)} needs whole weights: leave it out, or sharded")
+        if self.weights != "float32" and (clash := used.intersection(NEED_FLOAT32)):
+            raise ValueError(f"{min(clash)} needs weights float32: leave it out, or weights {self.weights}")
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from moemerge.fitting.methods import FINDS_SHARED
 from moemerge.models.device import memory_at_hand, pick_device, torch_threads
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_tokenizer
-from moemerge.models.sizes import FLOAT32, ModelSize
+from moemerge.models.sizes import WIDTH, ModelSize
 from moemerge.models.timing import LayerCost, time_layer
 from moemerge.options.data import Data
 from moemerge.options.evaluate import Evaluate
@@ -152,7 +152,7 @@ def _train(run: Foreseen, o: Train) -> Work:
     work = _training(run, o)
     if o.flops_of and (plain := work.seconds):
         work = _training(run, o.scaled(sum(_seconds_of(run, o, at, plain) for at in o.flops_of) / plain))
-    run.models[str(o.output)] = Stored(run.model(o.model).size, FLOAT32)
+    run.models[str(o.output)] = Stored(run.model(o.model).size, WIDTH[o.weights])
     run.seconds[str(o.output)] = work.seconds or 0.0
     return work
 
@@ -180,7 +180,7 @@ def _training(run: Foreseen, o: Train) -> Work:
         tokens=trials * (tokens + evaluations * held_out.tokens),
         seconds=trials * (once + evaluations * run.forward(size, held_out.tokens)),
         memory=size.training_memory(o) + 2 * o.batch_size * run.max_length * cost.kept * kept_by_layers,
-        kept=FLOAT32 * size.parameters,
+        kept=WIDTH[o.weights] * size.parameters,
         disk=size.training_space(o),
     )
 
@@ -250,7 +250,7 @@ def _fit(run: Foreseen, o: Fit) -> Work:
     again = cost.forward if o.method == "grid" else cost.training
     seconds = run.forward(dense, tokens / passes) + tokens * merged * again
     activations = 2 * o.micro_batch_size * run.max_length * cost.kept * merged
-    memory = old.bytes + 3 * FLOAT32 * dense.parameters + activations
+    memory = old.bytes + 3 * WIDTH["float32"] * dense.parameters + activations
     return Work(tokens=tokens, seconds=seconds, memory=memory)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from moemerge.artifacts.disk import flush_and_forget, flush_tree
@@ -28,7 +27,7 @@ from moemerge.training.trials import compete, finished, trials_of
 def train(options: Train, draft: Draft) -> None:
     """Train a MoE or dense reward model, or a base model under a fresh head; write an ordinary HF folder.
 
-    Weights train and are saved in float32 (bfloat16 is for autocast only). With validation pairs the weights
+    Weights train and are saved as `weights` says, moments in float32. With validation pairs the weights
     that stand best by `choose_by` are kept, which may be those of the start (best_step 0). A killed run,
     started again with equal options, goes on from its last checkpoint, and on CPU ends with the very same
     weights. Several processes share each step's pairs (DDP). Also writes history.json and history.png. Losses
@@ -56,5 +55,5 @@ def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) ->
     for path in folder.glob("*.safetensors"):
         flush_and_forget(path)
     meant = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
-    saved = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", torch.float32)
+    saved = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", model.dtype)
     require_as_meant(folder, meant, saved.state_dict().items())

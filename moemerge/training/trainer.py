@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,14 @@ from moemerge.training.losses.base import Course
 from moemerge.training.losses.mixture import Mixture
 from moemerge.training.pair_columns import PairCollator, pair_columns
 from moemerge.training.parts import load_moments, load_trained, save_moments, save_parts
+from moemerge.training.rounded_adamw import RoundedAdamW
 
 STATE = "trainer_state.json"
 SCHEDULER = "scheduler.pt"
 WHOLE = "whole"
 EVAL_TOKENS = 8192
+
+log = logging.getLogger(__name__)
 
 
 class PairTrainer(RewardTrainer):
@@ -82,9 +86,16 @@ class PairTrainer(RewardTrainer):
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the given groups."""
+        """AdamW over the given groups, or what TRL's key optim names."""
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            narrow = any(w.dtype == torch.bfloat16 for group in self.groups for w in group["params"])
+            if narrow and kind is torch.optim.AdamW:
+                kind, settings = RoundedAdamW, {"seed": self.args.seed, **settings}
+            elif narrow:
+                log.warning(
+                    "%s rounds bfloat16 weights to the nearest: small updates are lost", kind.__name__
+                )
             self.optimizer = kind(self.groups, **settings)
         return self.optimizer
 

@@ -31,6 +31,7 @@ from moemerge.models.families import family_of
 from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model
 from moemerge.models.moe import moe_layers
+from moemerge.models.sizes import training_space
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
 from moemerge.options.train import Train
@@ -100,7 +101,7 @@ def _trial(bench: Bench, options: Train, home: Path) -> dict[str, Any]:
     clock = time.perf_counter()
     model, roles = _prepare(bench, options, bench.device, options.sharded)
     counts = _count(model, roles)
-    bench.draft.reserve(checkpoint_space(counts), there=size_of(home.parent))
+    bench.draft.reserve(checkpoint_space(counts, options), there=size_of(home.parent))
     data = (bench.pairs, bench.held_out, home, bench.candidates)
     trainer = make_trainer(options, model, bench.tokenizer, roles, *data)
     before = trainer.measure() if bench.held_out else None
@@ -155,8 +156,8 @@ def finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedM
 def _prepare(
     bench: Bench, options: Train, device: torch.device, sharded: bool = False
 ) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The model in float32 with exactly the intended parameters to train, and the role of each of these."""
-    model = load_reward_model(bench.model, device, torch.float32, options.seed, sharded)
+    """The model with exactly the intended parameters to train, and the role of each of these."""
+    model = load_reward_model(bench.model, device, getattr(torch, options.weights), options.seed, sharded)
     if options.trainable == "lora":
         _add_lora(model, options)
     roles = trained_parameters(model, options)
@@ -206,9 +207,9 @@ def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:
     return {**counts, "trained": sum(counts.values()), "model": sum(p.numel() for p in model.parameters())}
 
 
-def checkpoint_space(parameters: dict[str, int]) -> int:
-    """Bytes that training writes: three checkpoints at most with two moments of AdamW each, and the model."""
-    return 4 * (3 * 3 * parameters["trained"] + parameters["model"])
+def checkpoint_space(parameters: dict[str, int], options: Train) -> int:
+    """Bytes that training writes: checkpoints with two moments of AdamW each, and the model."""
+    return training_space(parameters["model"], parameters["trained"], options)
 
 
 def _add_lora(model: PreTrainedModel, options: Train) -> None:
