@@ -1936,7 +1936,7 @@ def patch(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        gold_model: reward model whose scores are gold
+        gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
         policy: search decode: language model that writes the answers; best one that was trained to
