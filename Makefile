@@ -1,4 +1,5 @@
 # make demo: install into .venv, run the quickstart, combine models trained apart. make test: install with the test extra, check everything.
+# make site: the documents, with a reference of options, as pages in build/site.
 # make stub: after a change of options or of what they mean, write what editors see.
 # make torture: kills, full disks, failing writes, mutated inputs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -17,7 +18,7 @@ NUMERICAL := $(addprefix tests/,models/test_moe.py models/test_routing.py models
 	merging/test_averaging.py merging/test_weight_gradients.py fitting/test_learning.py evaluation/test_gold.py \
 	training/test_train.py::test_best_weights_are_kept_not_the_last)
 
-.PHONY: demo test stub torture fuzz wheel versions clean
+.PHONY: demo test site stub torture fuzz wheel versions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moemerge run merge_configs/quickstart.yml
@@ -39,6 +40,11 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERICAL) \
 		-k 'not planted and not convex and not every_option'
+
+site: $(VENV)/.installed
+	$(PIP) '.[site]'
+	$(BIN)/python docs/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/mkdocs.yml
 
 # What editors and type checkers see of `import moemerge`, from the options.
 stub: $(VENV)/.test-installed

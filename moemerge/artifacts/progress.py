@@ -7,6 +7,15 @@ import sys
 from moemerge.artifacts.ranks import leads
 
 
+class Progress:
+    """How far the step at work has come, in words, for those who see no bar."""
+
+    words = ""
+
+
+PROGRESS = Progress()
+
+
 def in_notebook() -> bool:
     """Whether the kernel of a notebook runs this; its stderr is no terminal, and still a person sees it."""
     ipython = sys.modules.get("IPython")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moemerge.artifacts import ranks
-from moemerge.artifacts.progress import hidden
+from moemerge.artifacts.progress import PROGRESS, hidden
 from moemerge.data.tokenise import Encoded, EncodedPair, texts_of
 from moemerge.errors import CheckpointError, DataError
 from moemerge.models import processes
@@ -88,6 +88,8 @@ def in_batches(
                 on_batch(rows)
             done.append(run([encoded[row] for row in rows]).float())
             bar.update(len(rows))
+            if progress:
+                PROGRESS.words = f", {progress}: {sum(map(len, done))} of {len(scored)} texts"
         if not alone and in_step:
             # Each layer is put together out of all processes' parts, so all run as many batches.
             for _ in range(-(-len(groups) // ranks.count()) - len(mine)):

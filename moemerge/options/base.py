@@ -243,6 +243,11 @@ def input_fields(options: Options) -> dict[str, Any]:
     return _marked(options, INPUT)
 
 
+def is_input(field: Any) -> bool:
+    """Whether an option names something to read."""
+    return INPUT in _marks(field)
+
+
 def functions(options: Options) -> dict[str, Any]:
     """The options that name a function of the user's, or are one, by field name, without the unset ones."""
     return _marked(options, CODE)

@@ -23,6 +23,7 @@ from moemerge.artifacts.redaction import redact
 from moemerge.errors import MoemergeError, OptionError, first_line, suggest
 from moemerge.reports.table import Table, visible
 from moemerge.run import commands
+from moemerge.run.completion import files, names
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
 from moemerge.run.messages import Discreet
@@ -146,11 +147,31 @@ class InitCommand(click.Command):
 
 
 @cli.command(cls=InitCommand)
-@click.option("--model", "models", multiple=True, metavar="MODEL", help="Your model; repeat for several.")
-@click.option("--train", metavar="DATA", help="Your pairs: a file, or a hub name:split.")
-@click.option("--test", metavar="DATA", help="Other pairs, to measure on.")
-@click.option("--goal", metavar="GOAL", help="What it is to do, see below.  [default: merge or combine]")
-@click.option("--template", metavar="NAME", help="Or a recipe to copy, see below.  [default: quickstart]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODEL",
+    help="Your model; repeat for several.",
+    shell_complete=files,
+)
+@click.option(
+    "--train", metavar="DATA", help="Your pairs: a file, or a hub name:split.", shell_complete=files
+)
+@click.option("--test", metavar="DATA", help="Other pairs, to measure on.", shell_complete=files)
+@click.option(
+    "--goal",
+    metavar="GOAL",
+    help="What it is to do, see below.  [default: merge or combine]",
+    shell_complete=names("init", "goal"),
+)
+@click.option("--hours", type=float, help="Most hours of training the mixture.  [default: 2]")
+@click.option(
+    "--template",
+    metavar="NAME",
+    help="Or a recipe to copy, see below.  [default: quickstart]",
+    shell_complete=names("init", "template"),
+)
 @click.argument("path", type=click.Path(path_type=Path))
 def init(
     path: Path,
@@ -158,6 +179,7 @@ def init(
     train: str | None,
     test: str | None,
     goal: str | None,
+    hours: float | None,
     template: str | None,
 ) -> None:
     """Write a commented recipe to PATH: for your model and pairs, or a copy of one that comes with moemerge.
@@ -167,13 +189,13 @@ def init(
     """
     from moemerge.run.templates import write_template
 
-    if not (models or train or test or goal):
+    if not (models or train or test or goal) and hours is None:
         _say(f"wrote {write_template(path, template or 'quickstart')}; run it: moemerge run {path}")
         return
-    from moemerge.run.own_recipe import write_recipe
+    from moemerge.run.own_recipe import HOURS, write_recipe
 
     _refuse_half(models, train, template)
-    written = write_recipe(path, models, str(train), test, goal)
+    written = write_recipe(path, models, str(train), test, goal, HOURS if hours is None else hours)
     _say(f"wrote {written}; look at it, then: moemerge check {path}; moemerge run {path}")
 
 

@@ -10,6 +10,7 @@ import click
 from moemerge.errors import OptionError
 from moemerge.registry import Registry
 from moemerge.run import commands
+from moemerge.run.completion import completion
 from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
@@ -73,25 +74,28 @@ def flags(stage: str) -> list[Flag]:
 
     fields = COMMANDS.get(stage).model_fields
     order = sorted(fields, key=lambda name: (not fields[name].is_required(), name in Run.model_fields))
-    return [_flag(name, fields[name]) for name in order]
+    return [_flag(stage, name, fields[name]) for name in order]
 
 
-def _flag(name: str, field: FieldInfo) -> Flag:
+def _flag(stage: str, name: str, field: FieldInfo) -> Flag:
     from moemerge.options.signature import default_text
 
     dashed = "--" + name.replace("_", "-")
     help = f"{field.description}{default_text(field)}"
-    kinds = _kinds(field.annotation)
+    kinds, offered = _kinds(field.annotation), completion(stage, name, field)
     if kinds == [bool]:
         return Flag([f"{dashed}/--no-{dashed[2:]}", name], default=None, help=help)
     if dict in kinds:
-        return Flag([dashed, name], multiple=True, metavar=_mapping_metavar(field), help=help)
+        return Flag(
+            [dashed, name], multiple=True, metavar=_mapping_metavar(field), help=help, shell_complete=offered
+        )
     if list in kinds:
-        return Flag([dashed, name], multiple=True, metavar="VALUE", help=help + "; several, or repeated")
+        help += "; several, or repeated"
+        return Flag([dashed, name], multiple=True, metavar="VALUE", help=help, shell_complete=offered)
     if all(isinstance(kind, str) for kind in kinds):
         return Flag([dashed, name], type=click.Choice(kinds), help=help)
     metavar = "|".join(kind if isinstance(kind, str) else kind.__name__.upper() for kind in kinds)
-    return Flag([dashed, name], metavar=metavar, help=help)
+    return Flag([dashed, name], metavar=metavar, help=help, shell_complete=offered)
 
 
 def _kinds(annotation: Any) -> list[Any]:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 KEPT = 0.95  # share of pairs that max_length is to keep
 STEP = 64  # max_length is a multiple of it
 OF_MEMORY = 0.8  # what training may take of the memory at hand
-MOST_SECONDS = 7200  # that training the mixture may take
+HOURS = 2.0  # that training the mixture may take
 PAIRS_PER_STEP = 16
-HELD_OUT = ("validation", "test")
-MOST_HELD_OUT = 300  # pairs of a set, where training takes too long for all
+EVALUATIONS = 4  # of a training, where there is no time for more
+FEWEST, MOST_HELD_OUT = 50, 300  # pairs of a set, where training takes too long for all
 QUANTILES = (0.5, 0.9, 0.99)
 MANY = 1000  # models
 COMMENT = 38  # column in which comments stand
@@ -78,6 +78,7 @@ class Found:
     has_template: bool
     max_length: int
     memory: int
+    hours: float
     fit: Fit
 
     @property
@@ -92,19 +93,25 @@ def write_recipe(
     train: str | Path,
     test: str | Path | None = None,
     goal: str | None = None,
+    hours: float = HOURS,
 ) -> Path:
     """Write a commented recipe for these models and pairs to `path`.
 
     goal: merge (default), combine (of several models; the default for these), audit (on the test pairs, if
     there are any) or patch. max_length is chosen to keep most pairs; layers, experts and batch size so that
-    training has room in the memory at hand.
+    training has room in the memory at hand; layers, experts and, if need be, pairs so that training the
+    mixture takes no more than `hours`, by an estimate.
     Raises OptionError for an existing file and a goal that does not go with what is given, UnsupportedError
     for an architecture of no family, DataError and CheckpointError for what cannot be read.
     """
     sources = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     goal = goal or ("combine" if len(sources) > 1 else "merge")
     _check_goal(goal, sources, test)
-    found = _find_out(sources, str(test if goal == "audit" and test else train))
+    if not 0 < hours < math.inf:
+        raise OptionError(
+            "bad option hours", given=str(hours), expected="a number above 0", fix="correct --hours"
+        )
+    found = _find_out(sources, str(test if goal == "audit" and test else train), hours)
     text = (folder_of_templates() / "own" / f"{goal}.yml").read_text(encoding="utf-8")
     values = dict(_values(found, Path(path), None if test is None else str(test)))
     return write_new(path, schema_line() + _laid_out(Template(text).substitute(values)))
@@ -130,7 +137,7 @@ def _check_goal(goal: str, models: Sequence[str], test: str | Path | None) -> No
         )
 
 
-def _find_out(models: list[str], train: str) -> Found:
+def _find_out(models: list[str], train: str, hours: float) -> Found:
     """Opens configs and tokenizer, reads the rows, times one layer."""
     from moemerge.models.device import memory_at_hand, pick_device
     from moemerge.models.loading import load_tokenizer
@@ -149,12 +156,19 @@ def _find_out(models: list[str], train: str) -> Found:
     max_length = min(wanted, longest_text(folder.config) or wanted)
     typical = max(8, round(lengths.mean(max_length)))
     cost = time_layer(folder.config, device, typical, autocasts("auto", device))
-    fit = _fitting(size, cost, lengths, max_length, memory)
+    fit = _fitting(size, cost, lengths, max_length, memory, hours * 3600)
     has_template = tokenizer.chat_template is not None
-    return Found(models, folder, size, lengths, has_template, max_length, memory, fit)
+    return Found(models, folder, size, lengths, has_template, max_length, memory, hours, fit)
 
 
-def _fitting(size: ModelSize, cost: LayerCost | None, lengths: Lengths, max_length: int, memory: int) -> Fit:
+def _fitting(
+    size: ModelSize,
+    cost: LayerCost | None,
+    lengths: Lengths,
+    max_length: int,
+    memory: int,
+    most_seconds: float,
+) -> Fit:
     """The largest mixture that has room and can be trained in the time, with as many pairs per step as fit.
 
     Where none can be trained in the time, the smallest one on as many pairs as can.
@@ -172,11 +186,11 @@ def _fitting(size: ModelSize, cost: LayerCost | None, lengths: Lengths, max_leng
         more = moe.backward(options) * (cost.training - cost.forward) if cost else 0.0
         seconds = tokens * (more + moe.passes() * cost.forward) if cost else 0.0
         best = Fit(layers, experts, active, batch, None)
-        if room > per_pair * min(batch, 4) and seconds < MOST_SECONDS:
+        if room > per_pair * min(batch, 4) and seconds < most_seconds:
             return best
     assert best is not None
-    most = int(lengths.pairs * MOST_SECONDS / seconds) if seconds > MOST_SECONDS else None
-    return best._replace(max_train=most and max(50, most - most % 50))
+    most = int(lengths.pairs * most_seconds / seconds) if seconds > most_seconds else None
+    return best._replace(max_train=most and max(FEWEST, most - most % FEWEST))
 
 
 def _mixtures(count: int) -> Iterator[tuple[str, int, int]]:
@@ -248,9 +262,21 @@ def _of_test(test: str | None, path: Path) -> Iterator[tuple[str, str]]:
 
 def _of_machine(found: Found) -> Iterator[tuple[str, str]]:
     fit = found.fit
-    why = f"drawn at random: as many as {MOST_SECONDS // 3600} hours of training take here"
-    caps = [f"max_train: {fit.max_train}  # {why}", *(f"max_{name}: {MOST_HELD_OUT}" for name in HELD_OUT)]
-    yield "caps", "\n  ".join(caps) if fit.max_train else ""
+    if fit.max_train:
+        hours = f"{found.hours:g} hour{'s' * (found.hours != 1)}"
+        why = f"drawn at random: as many as {hours} of training take here (init --hours)"
+        caps = [f"max_train: {fit.max_train}  # {why}"]
+        # Each evaluation on the validation pairs costs as much as training on a third as many.
+        shares = {"validation": fit.max_train // 4, "test": fit.max_train}
+        caps += [f"max_{name}: {min(max(n, FEWEST), MOST_HELD_OUT)}" for name, n in shares.items()]
+    else:
+        caps = ["# max_train: 1000  # draw so many pairs; max_validation and max_test likewise"]
+    yield "caps", "\n  ".join(caps)
+    steps = math.ceil((fit.max_train or 0) / PAIRS_PER_STEP)
+    every = (
+        f"eval_steps: {math.ceil(steps / EVALUATIONS)}  # from one evaluation on validation pairs to the next"
+    )
+    yield "evaluations", every if fit.max_train else ""
     yield "memory", in_words(found.memory)
     all_probes = "accuracy, calibration, biases"
     yield "probes", "accuracy, calibration" if fit.max_train else all_probes

@@ -19,7 +19,7 @@ from moemerge.artifacts.disk import disk_faults, leftovers, parents, recover, wr
 from moemerge.artifacts.inputs import plain_options
 from moemerge.artifacts.lock import hold, lock_of
 from moemerge.artifacts.manifest import Manifest, expect_stage, read_manifest
-from moemerge.artifacts.progress import hidden
+from moemerge.artifacts.progress import PROGRESS, hidden
 from moemerge.artifacts.result import Result, data_frame, html_table, picture_html
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
@@ -210,11 +210,11 @@ def _sign_of_life(what: str) -> Iterator[None]:
         log.info("%s", what)
         yield
         return
-    done, started = threading.Event(), time.perf_counter()
+    done, started, PROGRESS.words = threading.Event(), time.perf_counter(), ""
 
     def beat() -> None:
         while not done.wait(BEAT):
-            log.info("%s: %.0f s so far", what, time.perf_counter() - started)
+            log.info("%s: %.0f s so far%s", what, time.perf_counter() - started, PROGRESS.words)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

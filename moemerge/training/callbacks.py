@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from moemerge.artifacts.progress import PROGRESS
 from moemerge.models.pooling import set_pad
 from moemerge.options.train import Train
 from moemerge.training.report import standings
@@ -24,6 +25,14 @@ class Pooling(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name it."""
         set_pad(kwargs["model"].config, self.pad)
+
+
+class Telling(TrainerCallback):
+    """Says how far the training has come."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say it."""
+        PROGRESS.words = f", step {state.global_step} of {state.max_steps}"
 
 
 class Patience(TrainerCallback):

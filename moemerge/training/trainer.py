@@ -36,7 +36,7 @@ from moemerge.models.pooling import safe_pad, set_pad
 from moemerge.models.scoring import bradley_terry, gates_by_prompt, score_pairs
 from moemerge.options.train import Train
 from moemerge.training.arguments import curves_of, keep_curves, reward_arguments
-from moemerge.training.callbacks import Pooling
+from moemerge.training.callbacks import Pooling, Telling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
 from moemerge.training.lookahead import Lookahead
 from moemerge.training.losses.base import Course
@@ -295,6 +295,7 @@ def make_trainer(
         schedule=schedule,
     )
     trainer.add_callback(Pooling(pad))
+    trainer.add_callback(Telling())
     keep_curves(trainer, curves_of(options, folder.name))
     set_pad(model.config, pad)  # for what is measured before training
     if mixed:

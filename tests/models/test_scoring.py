@@ -15,6 +15,7 @@ from tiny_models import CORE, SIZES, TINY, save_dense, tiny_tokenizer, tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from moemerge.artifacts.progress import PROGRESS
 from moemerge.data.pairs import Pair
 from moemerge.data.tokenise import Encoded, EncodedPair
 from moemerge.errors import CheckpointError, DataError
@@ -114,6 +115,12 @@ def test_a_prompt_gated_mixture_is_told_where_prompts_end(dense_folder: Path, tm
     assert (found - torch.stack(alone)).abs().max() <= 1e-5
     shorter = score(model, tokenizer, [Encoded(text.ids, 1) for text in encoded], 300)
     assert (found - shorter).abs().max() > 1e-4
+
+
+def test_how_far_it_has_come_is_told(dense_folder: Path) -> None:
+    model, tokenizer = load_reward_model(str(dense_folder), "cpu"), load_tokenizer(str(dense_folder))
+    score(model, tokenizer, [Encoded([3, 4], 1)] * 5, 4, "test")
+    assert PROGRESS.words == ", test: 5 of 5 texts"
 
 
 def test_no_texts_and_empty_texts(dense_folder: Path) -> None:

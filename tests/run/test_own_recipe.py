@@ -93,6 +93,13 @@ def test_layers_experts_and_pairs_follow_memory_and_time(
     monkeypatch.setattr("moemerge.models.timing.time_layer", lambda *_: slow)
     tree, text = written(home, tmp_path / "slow.yml", ["rm"])
     assert tree["data"]["max_train"] < ROWS and "2 hours of training" in text
+    assert tree["data"]["max_validation"] == 50 and tree["train"]["eval_steps"] == 1
+    fast = LayerCost(forward=0.01, training=0.03, kept=10.0)
+    monkeypatch.setattr("moemerge.models.timing.time_layer", lambda *_: fast)
+    whole, text = written(home, tmp_path / "whole.yml", ["rm"], hours=20)
+    half, _ = written(home, tmp_path / "half.yml", ["rm"], hours=0.05)
+    assert "# max_train: 1000" in text and "eval_steps" not in whole["train"]
+    assert whole["upcycle"]["num_routed_experts"] > half["upcycle"]["num_routed_experts"]
 
 
 def test_what_cannot_be_is_refused(home: Path, tmp_path: Path) -> None:
@@ -105,6 +112,8 @@ def test_what_cannot_be_is_refused(home: Path, tmp_path: Path) -> None:
         write_recipe(tmp_path / "x.yml", [model, model], pairs, goal="merge")
     with pytest.raises(OptionError, match="parts of its own pairs"):
         write_recipe(tmp_path / "x.yml", [model, home / "b rm"], pairs, pairs)
+    with pytest.raises(OptionError, match="bad option hours"):
+        write_recipe(tmp_path / "x.yml", model, pairs, hours=0)
     with pytest.raises(DataError, match="does not exist"):
         write_recipe(tmp_path / "x.yml", model, tmp_path / "none.jsonl")
     (tmp_path / "x.yml").touch()

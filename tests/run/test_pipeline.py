@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_reports import REPORT
 
-from moemerge.artifacts import staleness
+from moemerge.artifacts import progress, staleness
 from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.environment import package_version
 from moemerge.artifacts.lock import hold, lock_of
@@ -703,7 +703,9 @@ def test_a_long_step_gives_signs_of_life(
 
     def slow(options: Any) -> None:
         end = time.monotonic() + 10
-        while "so far" not in caplog.text and time.monotonic() < end:
+        while "step 2 of 5" not in caplog.text and time.monotonic() < end:
+            if "so far" in caplog.text:
+                progress.PROGRESS.words = ", step 2 of 5"
             time.sleep(0.01)
         write_world(options)
 
@@ -712,7 +714,8 @@ def test_a_long_step_gives_signs_of_life(
     options = Synthetic(**TINY_WORLD, output=tmp_path / "world")
     with caplog.at_level(logging.INFO, logger="moemerge"):
         (report,) = steps.run_steps([steps.Step("world", "synthetic", options)], before=2, after=1)
-    assert report.place == "3/4" and "[3/4] world: 0 s so far" in caplog.text
+    assert report.place == "3/4" and "[3/4] world: 0 s so far\n" in caplog.text
+    assert "s so far, step 2 of 5\n" in caplog.text
     assert "wrote" not in caplog.text
     with caplog.at_level(logging.INFO, logger="moemerge"):
         write_world(options.model_copy(update={"overwrite": True}))

@@ -35,6 +35,7 @@ from tiny_models import save_dense, tiny_tokenizer
 from torch.nn.functional import logsigmoid
 
 from moemerge.artifacts.manifest import read_manifest
+from moemerge.artifacts.progress import PROGRESS
 from moemerge.data.pairs import Pair, margins_of
 from moemerge.errors import DataError, OptionError
 from moemerge.models.loading import load_reward_model
@@ -364,6 +365,8 @@ def test_best_weights_are_kept_not_the_last(
         steps.append(1)
         if len(steps) == 34:
             self.model.score.weight.data.neg_()
+        if len(steps) == 36:
+            assert PROGRESS.words == ", step 35 of 36"
         return train_step(self, *args, **kwargs)
 
     monkeypatch.setattr(PairTrainer, "training_step", train_and_spoil)
