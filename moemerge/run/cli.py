@@ -20,12 +20,12 @@ import click
 from moemerge.artifacts.memory import shortage
 from moemerge.artifacts.ranks import first_to_fail, leads
 from moemerge.artifacts.redaction import redact
-from moemerge.errors import MoemergeError, OptionError, first_line, suggest
+from moemerge.errors import MoemergeError, first_line, suggest
 from moemerge.reports.table import Table, visible
 from moemerge.run import commands
-from moemerge.run.completion import files, names
 from moemerge.run.flags import StageCommand, given_options
 from moemerge.run.headlines import headline
+from moemerge.run.init_command import InitCommand, init_options, refuse_half
 from moemerge.run.messages import Discreet
 from moemerge.run.signals import Stopped, stoppable
 from moemerge.stages import ROWS
@@ -132,46 +132,8 @@ _set = click.option(
 )
 
 
-class InitCommand(click.Command):
-    """Tells of templates and goals what each is."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Two lists below the options."""
-        from moemerge.run.own_recipe import GOALS
-        from moemerge.run.templates import summary, templates
-
-        with formatter.section("Goals"):
-            formatter.write_dl([(name, goal.summary) for name, goal in GOALS.items()])
-        with formatter.section("Templates"):
-            formatter.write_dl([(name, summary(path)) for name, path in templates().items()])
-
-
 @cli.command(cls=InitCommand)
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    metavar="MODEL",
-    help="Your model; repeat for several.",
-    shell_complete=files,
-)
-@click.option(
-    "--train", metavar="DATA", help="Your pairs: a file, or a hub name:split.", shell_complete=files
-)
-@click.option("--test", metavar="DATA", help="Other pairs, to measure on.", shell_complete=files)
-@click.option(
-    "--goal",
-    metavar="GOAL",
-    help="What it is to do, see below.  [default: merge or combine]",
-    shell_complete=names("init", "goal"),
-)
-@click.option("--hours", type=float, help="Most hours of training the mixture.  [default: 2]")
-@click.option(
-    "--template",
-    metavar="NAME",
-    help="Or a recipe to copy, see below.  [default: quickstart]",
-    shell_complete=names("init", "template"),
-)
+@init_options
 @click.argument("path", type=click.Path(path_type=Path))
 def init(
     path: Path,
@@ -194,21 +156,9 @@ def init(
         return
     from moemerge.run.own_recipe import HOURS, write_recipe
 
-    _refuse_half(models, train, template)
+    refuse_half(models, train, template)
     written = write_recipe(path, models, str(train), test, goal, HOURS if hours is None else hours)
     _say(f"wrote {written}; look at it, then: moemerge check {path}; moemerge run {path}")
-
-
-def _refuse_half(models: Sequence[str], train: str | None, template: str | None) -> None:
-    """A recipe of one's own needs model and pairs, and is no template."""
-    if not models or train is None or template is not None:
-        given = {"--model": models, "--train": train, "--template": template}
-        raise OptionError(
-            "a recipe for your own model and data cannot be written",
-            given=", ".join(flag for flag, value in given.items() if value) or "neither model nor data",
-            expected="--model and --train, or --template alone",
-            fix="give --model MODEL --train DATA",
-        )
 
 
 init.params.append(_verbosity())
