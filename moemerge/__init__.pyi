@@ -1180,6 +1180,20 @@ def optimise(
     max_length: int = 1024,
     gold_model: StrPath | None = None,
     gold_function: str | Callable[..., Any] | None = None,
+    refresh: Mapping[str, Literal["during", "before"]] = {},
+    refresh_every: int = 1,
+    verifier: str | Callable[..., Any] | None = None,
+    right_above: float | None = None,
+    negatives: Literal["both", "answers", "made"] = "both",
+    corrupt: str | Callable[..., Any] | None = None,
+    tries: int = 3,
+    refresh_trains: Literal["all", "head", "experts", "coefficients"] = "all",
+    refresh_coefficients: StrPath | None = None,
+    refresh_learning_rate: float | None = None,
+    refresh_center: float = 0.01,
+    replay_pairs: StrPath | None = None,
+    replay: float = 0.5,
+    held_out_pairs: StrPath | None = None,
     steps: int = 200,
     batch_size: int = 32,
     gradient_accumulation: int = 1,
@@ -1211,7 +1225,9 @@ def optimise(
     Policy, its first state, reward model and gold model are in memory at once. All models meet the same
     prompts with the same seeds, so that differences are paired. A finished model's run is kept: a killed run,
     started again, goes on with the next. Writes report.json, report.md, optimise.png and samples.jsonl.gz,
-    the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
+    the measured answers with their scores; of reward models that were refreshed (Cooper, arXiv 2508.05613)
+    also refreshed/NAME, the model, and refresh.jsonl.gz, the verified pairs. Raises OptionError, DataError,
+    CheckpointError, or UnsupportedError for a refresh of what has no weights here.
 
     Options:
         policy: policy to start from: a causal language model, folder or hub name  [required]
@@ -1226,6 +1242,30 @@ def optimise(
         gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
+        refresh: reward models that are refreshed, by name; during: while the policy trains; before: by
+            as many updates on the first policy's answers, the control of equal budget; others stay as
+            they are (during, before)
+        refresh_every: refresh: policy steps per update of a reward model  [default: 1]
+        verifier: refresh: FILE.py:NAME or MODULE:NAME, a function of prompt and answer: 1 if the answer
+            is right, 0 if it is wrong, None if it cannot say
+        right_above: refresh, in place of verifier: gold score above which answers are right, others
+            wrong
+        negatives: refresh: answers: the policy's own wrong ones to the same prompt; made: right answers
+            made wrong; both: made where there are no wrong ones (both, answers, made)  [default: both]
+        corrupt: refresh: a function of prompt and right answer that makes a wrong one (default: words
+            are deleted and change places)
+        tries: refresh: tries to make an answer wrong by the rule  [default: 3]
+        refresh_trains: refresh: what of the reward model learns; coefficients: only how a MoE's experts
+            are merged, the merge being the reward model (all, head, experts, coefficients)  [default:
+            all]
+        refresh_coefficients: refresh_trains coefficients: folder of fit to start from (default: equal
+            ones)
+        refresh_learning_rate: refresh: default 1e-5, head 1e-4, coefficients 0.05 (of their logits)
+        refresh_center: refresh: weight of the pair's squared sum of scores, which holds their level
+            [default: 0.01]
+        replay_pairs: refresh: pairs that the model was trained on, to be trained on again
+        replay: refresh: share of replay_pairs in an update  [default: 0.5]
+        held_out_pairs: pairs on which the reward models' accuracy is measured while the policy trains
         steps: optimiser steps  [default: 200]
         batch_size: answers per pass  [default: 32]
         gradient_accumulation: passes per optimiser step  [default: 1]

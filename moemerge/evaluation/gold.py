@@ -21,7 +21,7 @@ from moemerge.data.rows import BadRow, Text
 from moemerge.data.tokenise import Encoded, Item, encode_all
 from moemerge.errors import DataError, MoemergeError, OptionError, suggest
 from moemerge.models import processes
-from moemerge.models.scorers import Scorer, open_scorer
+from moemerge.models.scorers import Loaded, Scorer, open_scorer
 from moemerge.options.base import TextFormat
 from moemerge.options.gold import GoldSource
 from moemerge.reports.statistics import Floats
@@ -64,10 +64,14 @@ def model_reward(source: Scorer | str, device: torch.device, max_length: int) ->
     What is returned raises DataError for a text that is longer than `max_length` tokens or cannot be encoded.
     """
     scorer = open_scorer(source) if isinstance(source, str) else source
-    reader, loaded = scorer.reader(), scorer.load(device)
+    return loaded_reward(scorer.load(device), scorer.reader(), scorer.source, max_length)
+
+
+def loaded_reward(loaded: Loaded, reader: Any, source: str, max_length: int) -> Reward:
+    """As `model_reward`, of a scorer in memory that is called `source`; `reader` makes tokens for it."""
 
     def scores(items: Sequence[Item]) -> Floats:
-        encoded = [usable(text, scorer.source, max_length) for text in encode_all(reader, items)]
+        encoded = [usable(text, source, max_length) for text in encode_all(reader, items)]
         return loaded.score(encoded, BATCH_TOKENS).double().numpy()
 
     return scores

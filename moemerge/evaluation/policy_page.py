@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from moemerge.data.rows import Row
+from moemerge.evaluation.refresh_report import refresh_table
 from moemerge.reports.table import Table, ends, percent, with_interval
 
 MEASURED = ("gold", "proxy", "kl")
 COSTS = ("peak_step", "peak_kl", "drop", "alpha", "beta")
 
 
-def table(report: dict[str, Any]) -> Table:
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Where each model's run began, peaked and ended; and what refreshes came to, if there were any."""
+    refreshes = refresh_table(report)
+    return [_table(report), *([refreshes] if refreshes else [])]
+
+
+def _table(report: dict[str, Any]) -> Table:
     """Where each model's run began, peaked and ended."""
     header = [
         "model",

@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 
 from moemerge.options.base import Run, Source, Sources, TextFormat
 from moemerge.options.gold import GoldSource
+from moemerge.options.refresh import RefreshSettings
 
 
-class OptimiseSettings(GoldSource):
+class OptimiseSettings(RefreshSettings, GoldSource):
     """A small policy-gradient run against reward models."""
 
     policy: Source = Field(description="policy to start from: a causal language model, folder or hub name")
@@ -56,6 +57,7 @@ class OptimiseSettings(GoldSource):
             raise ValueError("batch_size * gradient_accumulation must be a multiple of answers_per_prompt")
         if self.credit_weight != 1 and self.credit != "token":
             raise ValueError("credit_weight goes with credit token")
+        self.check_refresh(self.credit == "token")
         return self
 
     @property

@@ -11,7 +11,7 @@ from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.evaluation import verdict
 from moemerge.evaluation.page import evaluation_sections, row_table
-from moemerge.evaluation.policy_page import table
+from moemerge.evaluation.policy_page import tables
 from moemerge.evaluation.report import Report, read_report
 from moemerge.evaluation.vote_report import number_tables, paragraphs
 from moemerge.reports.figures import Figure, on_one_scale
@@ -67,9 +67,9 @@ def _stage_sections(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section
         steps = [step for step, manifest in manifests.items() if manifest["stage"] == stage]
         figures = [figure for step in steps for figure in _figures(run / step, len(steps) > 1)]
         lines = [f"{step}: {headline(manifests[step])}" for step in steps]
-        tables = [_optimised(run / step) for step in steps if stage == "optimise"]
+        shown = [one for step in steps if stage == "optimise" for one in _optimised(run / step)]
         if figures:
-            yield Section(title, lines, tables=tables, figures=on_one_scale(figures))
+            yield Section(title, lines, tables=shown, figures=on_one_scale(figures))
 
 
 def _votes(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
@@ -80,8 +80,8 @@ def _votes(run: Path, manifests: Mapping[str, Any]) -> Iterator[Section]:
         yield Section("Training labels", paragraphs(numbers), number_tables(numbers), figures, lead=lead)
 
 
-def _optimised(folder: Path) -> Table:
-    return table(read_object(folder / "report.json"))
+def _optimised(folder: Path) -> list[Table]:
+    return tables(read_object(folder / "report.json"))
 
 
 def _figures(folder: Path, named: bool) -> Iterator[Figure]:

@@ -1,11 +1,8 @@
-"""Stage `optimise`: a small policy-gradient run against each reward model; gold and proxy over its steps.
-
-Q prompts that are measured on, V measurements (at step 0 and then every so many steps), M models, R resamples
-(the values themselves come first).
-"""
+"""Stage `optimise`: a small policy-gradient run against each reward model; gold and proxy over its steps."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,31 +16,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moemerge.artifacts.json_file import read_object, write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import once, workspace
-from moemerge.data.pairs import CandidateSet, as_answer
-from moemerge.data.reading import distinct, read_prompts
+from moemerge.data.pairs import CandidateSet, as_answer, numbered, prompt_key
+from moemerge.data.reading import distinct, read_pairs, read_prompts
 from moemerge.data.rows import Row, RowSummary, Text, write_rows
-from moemerge.errors import DataError, OptionError, together, unknown
+from moemerge.data.tokenise import EncodedPair, Item, encode_pairs, texts_of
+from moemerge.errors import DataError, OptionError, UnsupportedError, together, unknown
 from moemerge.evaluation import gold
 from moemerge.evaluation.credit import token_credit
 from moemerge.evaluation.gold import Reward
-from moemerge.evaluation.policy_page import MEASURED, table
-from moemerge.evaluation.probes import over_optimisation
+from moemerge.evaluation.policy_page import MEASURED, tables
+from moemerge.evaluation.policy_report import policy_report
+from moemerge.evaluation.refresh_report import HELD_OUT
+from moemerge.evaluation.verifier import load_corrupt, load_rule
+from moemerge.fitting.coefficient_learner import CoefficientLearner, equal_coefficients
+from moemerge.merging.coefficients import Coefficients
+from moemerge.merging.sources.base import MergeSource
+from moemerge.merging.sources.open import open_source
 from moemerge.models.device import free_memory, use_training_device
 from moemerge.models.folder import ModelFolder
 from moemerge.models.language_model import load_language_model
-from moemerge.models.scorers import open_scorer
+from moemerge.models.loading import load_reward_model
+from moemerge.models.scorers import Loaded, Scorer, open_scorer
+from moemerge.models.scorers.classifier import LoadedClassifier, classifier_of
+from moemerge.options.base import Members
 from moemerge.options.optimise import Optimise
 from moemerge.reports import plotting
 from moemerge.reports.figures import Line, Panel
-from moemerge.reports.statistics import Floats, banded, resampled_curves
+from moemerge.reports.statistics import Floats
 from moemerge.training.policy import Answers, batch_seed, kl_from, sample_answers, short_prompts
+from moemerge.training.refresh import Learner, Refresher, WeightLearner, learn_before, told
+from moemerge.training.saving import save_model
 
 TITLES = {
     "gold": "gold score",
     "proxy": "model's own score (from step 0, standardised)",
     "kl": "KL from the first policy (nats)",
+    HELD_OUT: "accuracy on held-out pairs",
 }
-UNITS = {"gold": "gold score", "proxy": "own score", "kl": "KL"}
+UNITS = {"gold": "gold score", "proxy": "own score", "kl": "KL", HELD_OUT: "accuracy"}
 
 
 def _rows(folder: Path) -> Iterator[Row]:
@@ -62,9 +72,11 @@ def optimise(options: Optimise, draft: Draft) -> None:
     Policy, its first state, reward model and gold model are in memory at once. All models meet the same
     prompts with the same seeds, so that differences are paired. A finished model's run is kept: a killed run,
     started again, goes on with the next. Writes report.json, report.md, optimise.png and samples.jsonl.gz,
-    the measured answers with their scores. Raises OptionError, DataError or CheckpointError.
+    the measured answers with their scores; of reward models that were refreshed (Cooper, arXiv 2508.05613)
+    also refreshed/NAME, the model, and refresh.jsonl.gz, the verified pairs. Raises OptionError, DataError,
+    CheckpointError, or UnsupportedError for a refresh of what has no weights here.
     """
-    _check_baseline(options)
+    _check_names(options)
     _check_trackers(options)
     device = use_training_device(options)
     gold_reward = gold.load_gold(options, device, options, options.trust_remote_code)
@@ -72,18 +84,26 @@ def optimise(options: Optimise, draft: Draft) -> None:
     with workspace(options) as folder:
         runs = {}
         for number, name in enumerate(options.models):
-            run = partial(_run, options, name, gold_reward, device, folder)
-            runs[name] = once(folder / f"{number}.json", run)
+            kept, model = folder / f"{number}.json", folder / f"{number}-model"
+            if name in options.refresh and not model.exists():
+                kept.unlink(missing_ok=True)
+            run = partial(_run, options, name, gold_reward, device, folder, model)
+            runs[name] = once(kept, run)
             free_memory()
-    report = _report(options, runs)
+            if name in options.refresh:
+                shutil.copytree(model, draft.folder / "refreshed" / name)
+        report = policy_report(options, runs, gold_reward)
     _write(draft, report, runs)
 
 
-def _check_baseline(options: Optimise) -> None:
+def _check_names(options: Optimise) -> None:
     if not options.models:
         raise OptionError("no models", given="none", expected="name=folder", fix="give models")
     if options.baseline is not None and options.baseline not in options.models:
         raise unknown("baseline", options.baseline, options.models)
+    for name in options.refresh:
+        if name not in options.models:
+            raise unknown("model to refresh", name, options.models)
 
 
 def _check_trackers(options: Optimise) -> None:
@@ -129,22 +149,134 @@ class _Meter:
         return sample_answers(self.policy, self.tokenizer, prompts, seed, longest, self.options.temperature)
 
 
-def _run(options: Optimise, name: str, gold_reward: Reward, device: torch.device, folder: Path) -> Row:
-    """Optimise against one model: the rows of all its measurements, and what became of the prompts' rows."""
+def _run(
+    options: Optimise, name: str, gold_reward: Reward, device: torch.device, folder: Path, model: Path
+) -> Row:
+    """Optimise against one model: the rows of all its measurements, and what became of the prompts' rows.
+
+    A reward model that is refreshed is written to `model`.
+    """
     from moemerge.training.policy_gradient import optimise_policy
 
     trust, start = options.trust_remote_code, ModelFolder(options.policy, options.trust_remote_code)
     policy, tokenizer = load_language_model(start, device, torch.float32)
     reference, _ = load_language_model(start, device, torch.float32)
     rewarding = open_scorer(options.models[name], trust)
-    proxy = gold.model_reward(rewarding, device, options.max_length)
     credit = token_credit(rewarding, device, options.max_length) if options.credit == "token" else None
     prompts, rows = _prompts(options, tokenizer)
     held = min(options.measure_prompts, len(prompts) // 2)
+    refresh = _Refresh(options, name, rewarding, gold_reward, device)
+    proxy = gold.loaded_reward(refresh.loaded, refresh.reader, rewarding.source, options.max_length)
     meter = _Meter(options, policy, reference, tokenizer, prompts[:held], proxy, gold_reward, [])
-    meter.measure(0)
-    optimise_policy(options, name, policy, tokenizer, prompts[held:], proxy, credit, meter.measure, folder)
-    return {"rows": meter.rows, "prompts": {"trained": len(prompts) - held, "measured": held}, "source": rows}
+    if options.refresh.get(name) == "before" and refresh.refresher:
+        learn_before(refresh.refresher, policy, tokenizer, prompts[held:])
+
+    def measure(step: int) -> None:
+        meter.measure(step)
+        refresh.measure(step)
+
+    measure(0)
+    watched = refresh.watched(proxy)
+    after = refresh.after_step if options.refresh.get(name) == "during" else None
+    train = partial(optimise_policy, options, name, policy, tokenizer, prompts[held:], watched, credit)
+    train(measure, folder, after)
+    counts = {"trained": len(prompts) - held, "measured": held}
+    return {"rows": meter.rows, "prompts": counts, "source": rows, **refresh.ended(model)}
+
+
+class _Refresh:
+    """What goes on beside a run: the reward model's own updates, if any, and its held-out accuracy."""
+
+    def __init__(
+        self, options: Optimise, name: str, rewarding: Scorer, gold_reward: Reward, device: torch.device
+    ) -> None:
+        self._options, self._name, self._last = options, name, list[Item]()
+        self.refresher: Refresher | None = None
+        self.loaded: Loaded
+        if name in options.refresh:
+            learner = _learner(options, rewarding, device)
+            self.loaded, self.reader = LoadedClassifier(learner.model, learner.tokenizer), learner.tokenizer
+            rule, corrupt = load_rule(options, gold_reward), load_corrupt(options)
+            replay = self._read(options.replay_pairs)
+            self.refresher = Refresher(options, learner, rule, corrupt, replay)
+        else:
+            self.loaded, self.reader = rewarding.load(device), rewarding.reader()
+        self._held, self._right = self._read(options.held_out_pairs), dict[str, list[int]]()
+        self._before = self._judged()
+
+    def _read(self, source: str | None) -> list[EncodedPair]:
+        if source is None:
+            return []
+        pairs, report = read_pairs(source, self._options)
+        return encode_pairs(self.reader, pairs, self._options, report)
+
+    def _judged(self) -> list[int]:
+        """Whether each held-out pair is judged rightly."""
+        scores_H2 = self.loaded.score(texts_of(self._held), gold.BATCH_TOKENS).view(-1, 2)
+        right: list[int] = (scores_H2[:, 0] > scores_H2[:, 1]).int().tolist()
+        return right
+
+    def measure(self, step: int) -> None:
+        """Judge the held-out pairs, as the model is now."""
+        self._right[str(step)] = self._judged() if self.refresher else self._before
+
+    def watched(self, reward: Reward) -> Reward:
+        """The reward, of which it is noted what it was asked last: the policy's answers in this step."""
+
+        def rewards(items: Sequence[Item]) -> Floats:
+            self._last = list(items)
+            return reward(items)
+
+        return rewards
+
+    def after_step(self, step: int) -> None:
+        """An update, if it is time for one: the rewards of this step were given before it."""
+        if step % self._options.refresh_every == 0 and self.refresher:
+            self.refresher.update(self._last)
+
+    def ended(self, model: Path) -> Row:
+        """What the run keeps of all this; the refreshed model is written to `model`."""
+        found: Row = {}
+        if self._held:
+            prompts = numbered(prompt_key(pair.pair) for pair in self._held)
+            found["held_out"] = {"prompts": prompts, "before": self._before, "right": self._right}
+        if self.refresher is None:
+            return found
+        learner = self.refresher.learner
+        if model.exists():  # of a run that was killed as it wrote
+            shutil.rmtree(model)
+        save_model(learner.model, learner.tokenizer, model, self._options.trust_remote_code)
+        if isinstance(learner, CoefficientLearner):
+            learner.coefficients().save(model)
+        return found | {"refresh": told(self.refresher, self._name)}
+
+
+def _learner(options: Optimise, rewarding: Scorer, device: torch.device) -> Learner:
+    """The reward model, and what of it learns. Raises UnsupportedError for what has no weights here."""
+    classifier = classifier_of(rewarding, "refresh")
+    tokenizer, trains = classifier.reader(), options.refresh_trains
+    if trains == "coefficients":
+        source = open_source(Members(model=classifier.source))
+        start = _start(options, source)
+        return CoefficientLearner(source, tokenizer, start, options.rate, device)
+    model = load_reward_model(classifier.folder, device, torch.float32)
+    return WeightLearner(model, tokenizer, trains, options.rate, options.max_grad_norm)
+
+
+def _start(options: Optimise, source: MergeSource) -> Coefficients:
+    """The coefficients that a refresh starts from; without any, equal ones, half of it the shared expert."""
+    if options.refresh_coefficients is None:
+        return equal_coefficients(source)
+    saved = Coefficients.load(options.refresh_coefficients)
+    source.check_fit(saved)
+    if saved.coordinates == "sum":
+        raise UnsupportedError(
+            "coefficients of a sum cannot be refreshed",
+            given=str(options.refresh_coefficients),
+            expected="those of an average",
+            fix="fit them with coordinates average",
+        )
+    return saved
 
 
 def _prompts(options: Optimise, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Text], RowSummary]:
@@ -162,82 +294,33 @@ def _prompts(options: Optimise, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     return [sets[number].prompt for number in order], report.summary()
 
 
-def _report(options: Optimise, runs: dict[str, Row]) -> dict[str, Any]:
-    """Curves over steps per model, with intervals over prompts, and differences to the baseline."""
-    models, first = list(runs), next(iter(runs.values()))
-    steps = sorted({row["step"] for row in first["rows"]})
-    values_3QMV = np.stack([_by_prompt(run["rows"], steps) for run in runs.values()], axis=2)
-    means_3MRV = resampled_curves(values_3QMV, options.resamples, options.seed)
-    baseline = models.index(options.baseline or models[0])
-    return {
-        "confidence": options.confidence,
-        "prompts": first["prompts"],
-        "rows": first["source"],
-        "gold": gold.source_of_gold(options),
-        "steps": steps,
-        "baseline": models[baseline],
-        "models": {
-            name: _summary(means_3MRV[:, number], means_3MRV[:, baseline], steps, options.confidence)
-            for number, name in enumerate(models)
-        },
-    }
-
-
-def _by_prompt(rows: Sequence[Row], steps: Sequence[int]) -> Floats:
-    """Gold, standardised proxy and KL, means over answers; [3, Q, V]."""
-    start = np.array([row["proxy"] for row in rows if row["step"] == steps[0]])
-    count = 1 + max(row["number"] for row in rows)
-    sums_3QV, column = np.zeros((3, count, len(steps))), {step: v for v, step in enumerate(steps)}
-    for row in rows:
-        sums_3QV[:, row["number"], column[row["step"]]] += [row[name] for name in MEASURED]
-    means_3QV = sums_3QV / (len(start) / count)
-    means_3QV[1] = (means_3QV[1] - start.mean()) / (start.std() or 1.0)
-    return means_3QV
-
-
-def _summary(means_3RV: Floats, baseline_3RV: Floats, steps: Sequence[int], confidence: float) -> Row:
-    curves = dict(zip(MEASURED, means_3RV, strict=True))
-    numbers, theirs = (_numbers(values_3RV, steps) for values_3RV in (means_3RV, baseline_3RV))
-    if means_3RV is not baseline_3RV and not np.array_equal(means_3RV, baseline_3RV):
-        curves["minus_baseline"] = means_3RV[0] - baseline_3RV[0]
-        numbers |= {f"{name}_minus_baseline": numbers[name] - theirs[name] for name in theirs}
-    shown = {**curves, **numbers}
-    return {key: v for name, values in shown.items() for key, v in banded(name, values, confidence).items()}
-
-
-def _numbers(means_3RV: Floats, steps: Sequence[int]) -> dict[str, Floats]:
-    """Peak and drop of gold, and Gao's fit of policy gradient, each [1 + R]."""
-    gold_RV, _, kl_RV = means_3RV
-    peak_R = over_optimisation.peak(gold_RV)
-    terms_RV2 = over_optimisation.policy_gradient_terms(kl_RV)
-    fit_R2, _ = over_optimisation.fit(terms_RV2, gold_RV - gold_RV[:, :1])
-    return {
-        "peak_step": np.asarray(steps)[peak_R],
-        "peak_kl": kl_RV[np.arange(len(kl_RV)), peak_R],
-        "drop": gold_RV[:, peak_R[0]] - gold_RV[:, -1],
-        "alpha": fit_R2[:, 0],
-        "beta": fit_R2[:, 1],
-    }
-
-
 def _write(draft: Draft, report: dict[str, Any], runs: dict[str, Row]) -> None:
     write_json(draft.folder / "report.json", report)
     samples = ({"model": name, **row} for name, run in runs.items() for row in run["rows"])
     write_rows(draft.folder / "samples.jsonl.gz", samples)
+    if any("refresh" in run for run in runs.values()):
+        refreshes = {name: run["refresh"]["pairs"] for name, run in runs.items() if "refresh" in run}
+        rows = ({"model": name, **row} for name, pairs in refreshes.items() for row in pairs)
+        write_rows(draft.folder / "refresh.jsonl.gz", rows)
     _plot(report, draft.folder / "optimise.png")
-    text = f"# Policy gradient\n\n{table(report).markdown()}\n![optimise.png](optimise.png)\n"
+    shown = "\n".join(one.markdown() for one in tables(report))
+    text = f"# Policy gradient\n\n{shown}\n![optimise.png](optimise.png)\n"
     (draft.folder / "report.md").write_text(text, encoding="utf-8")
     last = {
         model: {name: curves[name][-1] for name in MEASURED} | {"peak_step": curves["peak_step"]}
         for model, curves in report["models"].items()
     }
     draft.results |= {"prompts": report["prompts"], "rows": report["rows"], "models": last}
+    refreshed = {name: m["refresh"] for name, m in report["models"].items() if "refresh" in m}
+    draft.results |= {"refresh": refreshed} if refreshed else {}
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     """Gold, proxy and KL over steps, and gold over KL."""
     over_steps = [_panel(report, name, None) for name in MEASURED]
-    plotting.panels([*over_steps, _panel(report, "gold", "kl")], path, title="Policy gradient")
+    held = any(HELD_OUT in curves for curves in report["models"].values())
+    last = [_panel(report, HELD_OUT, None)] if held else []
+    plotting.panels([*over_steps, _panel(report, "gold", "kl"), *last], path, title="Policy gradient")
 
 
 def _panel(report: dict[str, Any], name: str, over: str | None) -> Panel:

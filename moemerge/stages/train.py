@@ -5,21 +5,14 @@ A run is one trial, or a grid of them (`search`): training/trials.py.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from transformers import PreTrainedModel
-
-from moemerge.artifacts.disk import flush_and_forget, flush_tree
 from moemerge.artifacts.ranks import leads
-from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import workspace
-from moemerge.models.folder import ModelFolder
-from moemerge.models.loading import load_reward_model
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench
 from moemerge.training.budget import budgeted
 from moemerge.training.report import logged_rows, results, write_history
+from moemerge.training.saving import save_model
 from moemerge.training.trials import compete, finished, trials_of
 
 
@@ -41,19 +34,7 @@ def train(options: Train, draft: Draft) -> None:
         reports, best = compete(bench, trials, folder)
         if leads():
             model = finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
-            model.save_pretrained(draft.folder)
-            bench.tokenizer.save_pretrained(draft.folder)
-            _read_back(model, draft.folder, options.trust_remote_code)
+            save_model(model, bench.tokenizer, draft.folder, options.trust_remote_code)
     write_history(reports[best]["history"], draft.folder)
     draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
     draft.results |= {"fresh_head": bench.model.drawn_head} if bench.model.drawn_head else {}
-
-
-def _read_back(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
-    """Load what was saved from the disk, and compare it with `model`, bit for bit."""
-    flush_tree(folder)
-    for path in folder.glob("*.safetensors"):
-        flush_and_forget(path)
-    meant = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
-    saved = load_reward_model(ModelFolder(folder, trust_remote_code), "cpu", model.dtype)
-    require_as_meant(folder, meant, saved.state_dict().items())

@@ -88,6 +88,10 @@ class Visits(TrainerCallback):
         model.train()
 
 
+class AfterSteps(Visits):
+    """The same, called before what is measured; Trainer warns of two callbacks of one class."""
+
+
 def optimise_policy(
     options: Optimise,
     name: str,
@@ -98,13 +102,15 @@ def optimise_policy(
     credit: Callable[[Sequence[Item], Sequence[Sequence[int]]], tuple[Floats, list[Floats]]] | None,
     visit: Callable[[int], None],
     folder: Path,
+    after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train `policy` in place for `options.steps` towards `reward`, calling `visit` at every measurement.
 
     Answers are drawn at `temperature` from all tokens. Each answer's baseline is the mean reward of the other
     answers to its prompt. `credit`, if given, gives each answer's reward in place of `reward`, and what each
-    of its tokens, by their ends in its text, has added to it: see TokenCreditTrainer. Nothing is saved; TRL
-    wants `folder` for an output folder. `name`: the reward model's, for trackers.
+    of its tokens, by their ends in its text, has added to it: see TokenCreditTrainer. `after_step` is called
+    after each step, before it is measured. Nothing is saved; TRL wants `folder` for an output folder.
+    `name`: the reward model's, for trackers.
     """
 
     def rewards(prompts: list[Text], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
@@ -122,7 +128,10 @@ def optimise_policy(
         args=_arguments(options, name, policy.device, folder),
         train_dataset=_dataset(options, prompts),
         processing_class=tokenizer,
-        callbacks=[Visits(visit, options.measured_every)],
+        callbacks=[
+            *([AfterSteps(after_step, 1)] if after_step else []),
+            Visits(visit, options.measured_every),
+        ],
     )
     trainer.weight = options.credit_weight
     trainer.remove_callback(PrinterCallback)

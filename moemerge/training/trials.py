@@ -30,7 +30,7 @@ from moemerge.models import processes
 from moemerge.models.families import family_of
 from moemerge.models.heads import in_head
 from moemerge.models.loading import load_reward_model
-from moemerge.models.moe import moe_layers
+from moemerge.models.roles import roles_of
 from moemerge.models.sizes import training_space
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
@@ -175,28 +175,13 @@ def trained_parameters(model: PreTrainedModel, options: Train) -> dict[str, str]
     path, layers = family_of(model.config).dense_layers(model)
     chosen = parse_layers(options.train_layers, len(layers))
     prefixes = tuple(f"{path}.{number}." for number in chosen) if options.train_layers != "all" else ("",)
-    roles = _roles(model)
+    roles = roles_of(model)
 
     def trains(name: str) -> bool:
         wanted = options.trainable == "full" or name in roles or ".lora_" in name
         return in_head(model, name) or (wanted and name.startswith(prefixes))
 
     return {name: roles.get(name, "rest") for name, _ in model.named_parameters() if trains(name)}
-
-
-def _roles(model: PreTrainedModel) -> dict[str, str]:
-    """Role of each parameter that belongs to an expert or a router."""
-    # By identity, as names differ from family to family.
-    parts: list[tuple[str, nn.Module]] = []
-    for layer in moe_layers(model).values():
-        experts = [layer.experts, *([layer.shared_expert] if layer.shared_expert is not None else [])]
-        parts += [("routers", layer.router), *(("experts", part) for part in experts)]
-    if not parts:
-        family = family_of(model.config)
-        _, layers = family.dense_layers(model)
-        parts = [("experts", part) for layer in layers for part in family.linears(layer).values()]
-    roles = {id(weight): role for role, part in parts for weight in part.parameters()}
-    return {name: roles[id(weight)] for name, weight in model.named_parameters() if id(weight) in roles}
 
 
 def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:

@@ -12,7 +12,8 @@ from small_policy import save_last_word_model, save_policy, write_prompts
 
 from moemerge.data.rows import read_rows
 from moemerge.errors import DataError, OptionError
-from moemerge.stages.optimise import _by_prompt, optimise
+from moemerge.evaluation.policy_report import by_prompt
+from moemerge.stages.optimise import optimise
 
 TINY: dict[str, Any] = {
     "steps": 24,
@@ -123,7 +124,7 @@ def test_means_by_prompt() -> None:
         for q in range(3)
         for a in (-1, 1)
     ]
-    found = _by_prompt(rows, [0, 5])
+    found = by_prompt(rows, [0, 5])
     np.testing.assert_allclose(found[0], [[0, 5], [1, 6], [2, 7]])
     np.testing.assert_allclose(found[2], [[0, 10]] * 3)
     start = np.array([row["proxy"] for row in rows if row["step"] == 0])
