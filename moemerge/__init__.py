@@ -32,6 +32,7 @@ _HOMES = {
     "sample": "stages.sample",
     "optimise": "stages.optimise",
     "evaluate": "stages.evaluate",
+    "few_shot": "stages.few_shot",
     "explain": "stages.explain",
     "choose": "stages.choose",
     "attack": "stages.attack",

@@ -1384,6 +1384,79 @@ def evaluate(
         overwrite: replace an existing output once the new one is whole  [default: no]
     """
 
+def few_shot(
+    model: StrPath,
+    pairs: StrPath,
+    *,
+    output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
+    form: Literal["scalar", "ranked"] = "scalar",
+    criterion: str = "it is helpful, correct and harmless",
+    yes: str = "Yes",
+    no: str = "No",
+    examples: int = 80,
+    shots: int = 4,
+    select: Literal["reinforce", "greedy"] = "reinforce",
+    steps: int = 600,
+    masks: int = 32,
+    learning_rate: float = 0.1,
+    draws: int = 10,
+    held_out: StrPath | None = None,
+    max_held_out: int = 1000,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    batch_tokens: int = 8192,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Result:
+    r"""Make a scorer of a language model and a few labelled pairs, and measure it on held-out pairs.
+
+    Some attention heads get their mean activations over the examples; what the model then says of an answer
+    is the score. The control, a ridge probe on the same pairs and the same activations, is written beside it.
+    Writes scorer.json and heads.safetensors, the same in probe/, few_shot.json, report.html, report.md and
+    choice.png; `evaluate` and others take the folder, and probe/, as scorers. The language model is not
+    copied. A killed run goes on where it was. Raises OptionError if a verdict is no single token, DataError
+    for too few pairs, UnsupportedError for a model whose heads are not known, CheckpointError.
+
+    Options:
+        model: language model, folder or hub name; it is not trained  [required]
+        pairs: preference pairs, of which the examples are drawn  [required]
+        output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        form: scalar: whether an answer meets the criterion, yes or no; ranked: which of two answers
+            does so better, A or B, in both orders: for rows of two answers only (scalar, ranked)
+            [default: scalar]
+        criterion: what is asked for  [default: it is helpful, correct and harmless]
+        yes: verdict, a single token; of form ranked A is one  [default: Yes]
+        no: the other verdict; of form ranked B  [default: No]
+        examples: pairs to learn from; they are drawn at random  [default: 80]
+        shots: others put before each example, with right verdicts, when means are taken  [default: 4]
+        select: how heads are chosen; greedy: those that help most by themselves (reinforce, greedy)
+            [default: reinforce]
+        steps: of reinforce: steps, an example each  [default: 600]
+        masks: of reinforce: sets of heads tried per step  [default: 32]
+        learning_rate: of reinforce: Adam's  [default: 0.1]
+        draws: of reinforce: sets drawn at the end, of which the best is kept  [default: 10]
+        held_out: pairs to measure on (default: the other ones of pairs, with other prompts)
+        max_held_out: largest number of these; they are drawn at random  [default: 1000]
+        confidence: coverage of intervals  [default: 0.95]
+        resamples: bootstrap resamples  [default: 2000]
+        batch_tokens: tokens per forward pass  [default: 8192]
+        trust_remote_code: run code that comes with the model  [default: no]
+        seed: seed of every random draw  [default: 0]
+        threads: CPU threads (default: leave as it is)
+        device: auto, cpu, cuda, cuda:N  [default: auto]
+        overwrite: replace an existing output once the new one is whole  [default: no]
+    """
+
 def explain(
     model: StrPath,
     pairs: StrPath,

@@ -294,7 +294,7 @@ def test_files_that_the_documents_name_exist() -> None:
 def commands(document: Path) -> Iterator[tuple[str, set[str]]]:
     """Commands of moemerge that a document shows, each with the flags that it gives."""
     text = document.read_text(encoding="utf-8").replace("\\\n", " ")
-    for name, rest in re.findall(r"\bmoemerge ([a-z]+) ([^\n`#|]*)", text):
+    for name, rest in re.findall(r"\bmoemerge ([a-z-]+) ([^\n`#|]*)", text):
         yield name, set(re.findall(r"(?<!\S)--[\w-]+", rest))
 
 

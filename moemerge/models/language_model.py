@@ -34,7 +34,7 @@ class LanguageModel:
         model, _ = load_language_model(source, device)
         vocabulary, width = cast(Tensor, model.get_input_embeddings().weight).shape
         self.facts: dict[str, Any] = {"class": type(model).__name__, **cost(model)}
-        self.trunk, self._head = split(model)
+        self.trunk, self.head = split(model)
         self.trunk_flops = cost(self.trunk)["flops_per_token"]
         tied = self.facts["flops_per_token"] == self.trunk_flops
         self.facts["flops_per_token"] += 2 * width * vocabulary * tied
@@ -49,14 +49,18 @@ class LanguageModel:
     def log_probabilities(self, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """log p(answer | prompt) of each text in nats, and of how many tokens that is the sum; [B] both."""
         prompts_B = torch.tensor([text.prompt_length for text in texts], device=self.trunk.device)
-        return self._head.answers(*self.states(texts), prompts_B)
+        return self.head.answers(*self.states(texts), prompts_B)
 
     @torch.inference_mode()
     def next_logits(self, texts: Sequence[Encoded], words_K: Sequence[int]) -> Tensor:
         """The logits of these words after the last token of each text, [B, K]."""
-        states_BTD, _, mask_BT = self.states(texts)
-        last_BD = states_BTD[torch.arange(len(texts)), mask_BT.sum(1) - 1]
-        return self._head.logits(last_BD, torch.tensor(words_K, device=last_BD.device))
+        states_BTD, _, _ = self.states(texts)
+        last_BD = states_BTD[torch.arange(len(texts)), self.ends(texts)]
+        return self.head.logits(last_BD, torch.tensor(words_K, device=last_BD.device))
+
+    def ends(self, texts: Sequence[Encoded]) -> Tensor:
+        """Where the last token of each text stands in a batch of them, [B]."""
+        return torch.tensor([len(text.ids) - 1 for text in texts], device=self.trunk.device)
 
 
 def load_language_model(

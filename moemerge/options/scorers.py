@@ -30,7 +30,6 @@ class Implicit(Options):
 class Question(Options):
     """What a language model is asked about answers; its verdict is the next token."""
 
-    model: Source = Field(description="language model, best one that follows instructions")
     form: Literal["scalar", "ranked"] = Field(
         "scalar",
         description="scalar: whether an answer meets the criterion, yes or no; ranked: which of two answers "
@@ -46,10 +45,24 @@ class Question(Options):
 class Judge(Question):
     """A language model as judge: its log-odds of one verdict over the other (arXiv 2306.05685)."""
 
+    model: Source = Field(description="language model, best one that follows instructions")
     shots: Source | None = Field(
         None, description="preference pairs that are shown first, with right verdicts (default: none)"
     )
     examples: int = Field(4, ge=1, le=64, description="how many of these, the first ones")
+
+
+class Activation(Question):
+    """What few_shot writes: a judge some of whose heads are replaced, or read (arXiv 2507.01368)."""
+
+    model: Source = Field(description="language model whose heads these are")
+    fingerprint: str | None = Field(None, description="checksum of its weights (default: not checked)")
+    heads: Source = Field("heads.safetensors", description="places of heads, and numbers for each")
+    read: Literal["verdict", "projection"] = Field(
+        "verdict",
+        description="verdict: heads have these activations, and the log-odds of the verdict count; "
+        "projection: the heads' own activations, times these numbers, summed",
+    )
 
 
 class Row(NamedTuple):
@@ -62,6 +75,9 @@ class Row(NamedTuple):
 ROWS = {
     "implicit": Row("moemerge.options.scorers:Implicit", "moemerge.models.scorers.implicit:ImplicitScorer"),
     "judge": Row("moemerge.options.scorers:Judge", "moemerge.models.scorers.judge:JudgeScorer"),
+    "activation": Row(
+        "moemerge.options.scorers:Activation", "moemerge.models.scorers.activation:ActivationScorer"
+    ),
 }
 KIND = "kind of scorer"
 OPTIONS: Registry[type[Options]] = Registry(KIND, {kind: row.options for kind, row in ROWS.items()})

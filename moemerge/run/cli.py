@@ -90,7 +90,7 @@ def run_stage(stage: str, **values: Any) -> None:
     from moemerge.artifacts.manifest import read_manifest
     from moemerge.stages import STAGES
 
-    output = STAGES.get(stage)(**given_options(stage, values))
+    output = STAGES.get(stage)(**given_options(stage.replace("_", "-"), values))
     if leads():
         _say(f"{output}  {headline(read_manifest(output))}")
         if stage == "evaluate":
@@ -271,7 +271,7 @@ def _tell_step(step: StepReport) -> None:
 for _row in ROWS:
     cli.add_command(
         StageCommand(
-            _row.name, help=_row.summary, callback=partial(run_stage, _row.name), params=[_verbosity()]
+            _row.command, help=_row.summary, callback=partial(run_stage, _row.name), params=[_verbosity()]
         )
     )
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Every command with flags of its own: the stages, and what runs several of them.
 COMMANDS: Registry[type[Run]] = Registry(
-    "command", {row.name: row.options for row in (*ROWS, *commands.ROWS)}
+    "command",
+    {row.command: row.options for row in ROWS} | {row.name: row.options for row in commands.ROWS},
 )
 # The flag that arguments before any flag belong to.
 LEADING = {"audit": "--models", "compare": "--runs", "evaluate": "--models", "combine": "--models"}

@@ -30,6 +30,11 @@ class Row(NamedTuple):
     summary: str
     headline: Callable[[Mapping[str, Any]], str]
 
+    @property
+    def command(self) -> str:
+        """What it is called on the command line."""
+        return self.name.replace("_", "-")
+
 
 ROWS = (
     Row(
@@ -136,6 +141,13 @@ ROWS = (
         "moemerge.options.evaluate:Evaluate",
         "Compare reward models.",
         headlines.evaluate,
+    ),
+    Row(
+        "few_shot",
+        "moemerge.stages.few_shot:few_shot",
+        "moemerge.options.few_shot:FewShot",
+        "Make a scorer of a language model and a few labelled pairs, beside a probe on the same pairs.",
+        "{sentence}".format_map,
     ),
     Row(
         "explain",

@@ -98,6 +98,7 @@ TARGETS: dict[str, Target] = {
     "scorers": Target(
         text("a.scorer.json", json.dumps(SCORER)), lambda folder: read_scorer(folder / "a.scorer.json")
     ),
+    "heads": Target(weights.make_heads, weights.read_heads_file),
     "manifests": Target(artifacts.make_manifest, artifacts.read_manifests),
     "verified": Target(artifacts.make_manifest, artifacts.read_verified),
     "licences": Target(text("README.md", artifacts.CARD), artifacts.read_licence),

@@ -22,6 +22,7 @@ from moemerge.models.layout import FILE as LAYOUT
 from moemerge.models.layout import _key, read_layout
 from moemerge.models.moe_settings import MoeSettings
 from moemerge.models.routing import RoutingStatistics
+from moemerge.models.scorers.activation import read_heads, write_heads
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "num_hidden_layers": 2}
 SETTINGS = {
@@ -101,6 +102,18 @@ def read_calibration(folder: Path) -> None:
     models = [str(library() / "dense" / family) for family in ("llama", "bert")]
     scales = Calibration.load(folder).scales_of(models)
     assert all(0 < float(scale) < float("inf") for scale in scales)
+
+
+def make_heads(folder: Path, draw: Dice) -> None:
+    """Heads of an activation scorer, in a broken file."""
+    write_heads(folder / "heads.safetensors", torch.eye(2, 3, dtype=torch.bool), torch.ones(2, 3, 4))
+    damage(folder / "heads.safetensors", draw)
+
+
+def read_heads_file(folder: Path) -> None:
+    """The heads, for the model that they were made for."""
+    _, values = read_heads(folder / "heads.safetensors", (2, 3, 4))
+    assert values.shape == (2, 3, 4) and bool(values.isfinite().all())
 
 
 def make_routing(folder: Path, draw: Dice) -> None:

@@ -98,6 +98,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     answers = ["--prompts", pairs, "--max-new-tokens", "2", "--max-length", "64", "--gold-model", dense]
     steps = ["--steps", "2", "--batch-size", "4", "--answers-per-prompt", "2", "--learning-rate", "1e-3"]
     measured = ["--measure-prompts", "2", "--measure-answers", "2", "--resamples", "100"]
+    asked = ["--yes", "w1", "--no", "w2", "--shots", "1", "--examples", "8", "--resamples", "100"]
     compared = ["--base", str(inputs / "base"), "--pairs", pairs]
     commands = {
         "synthetic": [*world, "--candidates", "3", "--hidden-size", "8", "--num-layers", "1"],
@@ -120,6 +121,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
             *("b=1", "--resamples", "100"),
         ],
         "attack": ["--model", dense, "--pairs", held_out, "--steps", "2", "--proposals", "3"],
+        "few-shot": ["--model", policy, "--pairs", pairs, *asked, "--steps", "2", "--masks", "2"],
         "explain": ["--model", moe, "--pairs", held_out, "--least", "2"],
         "robustness": ["--attacks", *(f"{name}={inputs}/attacked-{name}" for name in "ab")],
         "publish": ["--model", str(made / "merge"), "--repo", "me/mine"],

@@ -34,7 +34,7 @@ from moemerge.options.fit import Fit
 from moemerge.run import cli, steps
 from moemerge.run.check import load_recipe
 from moemerge.run.plan import plan
-from moemerge.stages import OPTIONS, ROWS
+from moemerge.stages import OPTIONS, ROWS, Row
 from moemerge.training.trainer import PairTrainer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,12 +86,12 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
 # Flags
 
 
-@pytest.mark.parametrize("command", [row.name for row in ROWS])
-def test_every_option_of_a_stage_is_a_flag_with_help(main: Main, command: str) -> None:
-    code, out, _ = main(command, "--help")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_option_of_a_stage_is_a_flag_with_help(main: Main, row: Row) -> None:
+    code, out, _ = main(row.command, "--help")
     text = " ".join(out.split())
     assert code == 0
-    for name, field in OPTIONS.get(command).model_fields.items():
+    for name, field in OPTIONS.get(row.name).model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert " ".join(str(field.description).split()[:3]) in text
 
@@ -419,7 +419,7 @@ def test_a_stage_from_python_writes_what_the_command_line_wrote(
 def test_importing_and_asking_for_help_load_nothing_heavy() -> None:
     code = (
         "import sys, moemerge, moemerge.run.cli; "
-        "[moemerge.run.flags.flags(row.name) for row in moemerge.run.cli.ROWS]; "
+        "[moemerge.run.flags.flags(row.command) for row in moemerge.run.cli.ROWS]; "
         "print(sorted({'torch', 'transformers', 'mergekit', 'numpy', 'wrapt'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

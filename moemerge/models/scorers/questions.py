@@ -79,9 +79,12 @@ class Questions(Reader):
         questions = [self.question(*item, other=other) for item, other in zip(items, others, strict=True)]
         return self.encode_questions(questions)
 
-    def encode_questions(self, questions: Sequence[str]) -> list[Encoded | BadRow]:
-        """Tokens of questions, each up to where its verdict comes."""
-        texts = [self._whole(question) for question in questions]
+    def encode_questions(
+        self, questions: Sequence[str], shots: Sequence[Sequence[Shot]] | None = None
+    ) -> list[Encoded | BadRow]:
+        """Tokens of questions, each up to where its verdict comes; `shots` of each in place of its own."""
+        told = shots if shots is not None else [self._shots] * len(questions)
+        texts = [self._whole(question, before) for question, before in zip(questions, told, strict=True)]
         usable = [text for text in texts if isinstance(text, str)]
         ids = iter(self._ids(usable) if usable else [])
         return [text if isinstance(text, BadRow) else _asked(next(ids)) for text in texts]
@@ -94,13 +97,13 @@ class Questions(Reader):
     def _fixed(self) -> dict[str, str]:
         return {"criterion": self._options.criterion, "yes": self._options.yes, "no": self._options.no}
 
-    def _whole(self, question: str) -> str | BadRow:
+    def _whole(self, question: str, shots: Sequence[Shot]) -> str | BadRow:
         """Examples and question as one text."""
         if self.tokenizer.chat_template is None:
-            told = "".join(f"{s.question}\n{VERDICT} {s.verdict}\n\n" for s in self._shots)
+            told = "".join(f"{s.question}\n{VERDICT} {s.verdict}\n\n" for s in shots)
             return f"{told}{question}\n{VERDICT}"
         messages = []
-        for shot in self._shots:
+        for shot in shots:
             messages += [_message("user", shot.question), _message("assistant", shot.verdict)]
         return render(self.tokenizer, [*messages, _message("user", question)], add_generation_prompt=True)
 
@@ -108,7 +111,7 @@ class Questions(Reader):
         return ids_of(self.tokenizer, texts, add_special_tokens=self.tokenizer.chat_template is None)
 
     def _verdict_tokens(self) -> tuple[int, int]:
-        text = self._whole(self.question("a", "b", "c"))
+        text = self._whole(self.question("a", "b", "c"), self._shots)
         if isinstance(text, BadRow):
             raise text
         space = " " if self.tokenizer.chat_template is None else ""
