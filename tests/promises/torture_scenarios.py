@@ -99,6 +99,7 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
     steps = ["--steps", "2", "--batch-size", "4", "--answers-per-prompt", "2", "--learning-rate", "1e-3"]
     measured = ["--measure-prompts", "2", "--measure-answers", "2", "--resamples", "100"]
     asked = ["--yes", "w1", "--no", "w2", "--shots", "1", "--examples", "8", "--resamples", "100"]
+    refresh = ["--refresh", "b=during", "--right-above", "0", "--held-out-pairs", held_out]
     compared = ["--base", str(inputs / "base"), "--pairs", pairs]
     commands = {
         "synthetic": [*world, "--candidates", "3", "--hidden-size", "8", "--num-layers", "1"],
@@ -114,7 +115,19 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         "merge": ["--model", moe, "--coefficients", fitted],
         "export": ["--model", moe, "--coefficients", fitted],
         "sample": ["--model", policy, *answers, "--per-prompt", "3", "--batch-tokens", "64"],
-        "optimise": ["--policy", policy, "--models", f"a={dense}", f"b={moe}", *answers, *steps, *measured],
+        "optimise": [
+            *(
+                "--policy",
+                policy,
+                "--models",
+                f"a={dense}",
+                f"b={moe}",
+                *answers,
+                *steps,
+                *measured,
+                *refresh,
+            ),
+        ],
         "evaluate": ["--models", f"a={dense}", f"b={moe}", "--pairs", f"t={held_out}", "--resamples", "100"],
         "choose": [
             *("--evaluations", str(inputs / "evaluated-1"), "--pairs", f"t={held_out}", "--ranks", "a=0"),
@@ -136,6 +149,11 @@ def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
         )
         for name, given in commands.items()
     ]
+    output, few = work / "decode" / "out", ["--max-new-tokens", "3", "--batch-tokens", "400"]
+    decode = ["--search", "decode", "--policy", policy, "--gold-model", moe, *few, "--output", str(output)]
+    found.append(
+        Scenario("decode", ["attack", "--model", dense, "--pairs", held_out, *decode, *COMMON], output)
+    )
     output = work / "overwrite" / "out"
     over = ["merge", *commands["merge"], "--output", str(output), "--overwrite", *COMMON]
     found.append(Scenario("overwrite", over, output, before=made / "upcycle"))

@@ -301,7 +301,7 @@ def test_a_hole_closes(given: dict[str, Any], tmp_path: Path) -> None:
     assert refreshed["held_out_pairs"] == 20 and refreshed["held_out_change"]["value"] != 0
     page = (out / "report.md").read_text()
     assert "Reward models refreshed" in page and "| fresh | during | head | " in page
-    assert not [fault for fault in verify(out) if fault]
+    assert verify(out).faults == []
 
 
 def test_before_takes_as_many_updates_and_then_none(given: dict[str, Any], tmp_path: Path) -> None:
