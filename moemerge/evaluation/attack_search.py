@@ -191,8 +191,8 @@ def search_written(
 ) -> list[Search]:
     """The best of the `answers` that were written to each pair, all of the right class, scored whole.
 
-    `queries`: how many scores were asked for to write them. Where the reward model had no say, the first
-    answer counts, whatever its score, as with edits at random.
+    `queries`: how many scores were asked for to write them. Where the reward model had no say in that, the
+    pair's own answer is left behind even if it scores better, as with edits at random.
     """
     chosen, side = settings.side == "chosen", settings.side
     searches = [
@@ -209,8 +209,7 @@ def search_written(
     values = iter(scorer(items).tolist())
     for attempt, texts in zip(searches, answers, strict=True):
         variants = [Variant(text, next(values), (DECODING,)) for text in texts]
-        if settings.is_guided:
-            attempt.take(variants, 1)
-        elif usable := [variant for variant in variants if np.isfinite(variant.score)]:
-            attempt.beam, attempt.queries = usable[:1], 1
+        if not settings.is_guided and any(np.isfinite(variant.score) for variant in variants):
+            attempt.beam = []
+        attempt.take(variants, 1)
     return searches

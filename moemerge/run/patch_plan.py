@@ -74,7 +74,9 @@ class Plan(StepPlan):
             # Without patch pairs an epoch is shorter by their share: as many steps all the same.
             yield self._train(home, CONTROL, number, epochs=o.epochs / (1 - o.share))
             model, folder = self.model_of(self.rival, number - 1), self.rival_pairs
-            blind = {"guidance": 0.0, "formula": "balanced"} if self.own == DECODED else {"search": "random"}
+            # One answer each: of several the one that scores highest would be taken, which is guidance, too.
+            alone = {"guidance": 0.0, "formula": "balanced", "answers": 1}
+            blind = alone if self.own == DECODED else {"search": "random"}
             yield self._attack(f"{home}/{folder}", model, number=number, **blind)
             yield self._train(home, self.rival, number, folder)
 
