@@ -123,7 +123,7 @@ def test_without_guidance_what_is_written_is_kept(given: dict[str, Any], tmp_pat
     output = attack(**options(given, guidance=0.0, answers=2), output=tmp_path / "attack")
     report = json.loads((output / "report.json").read_text())
     assert report["decoding"]["answers"] == 48 and report["decoding"]["read"] == "not at all"
-    assert 0 < report["succeeded"] + report["queries"]["total"] <= 48
+    assert report["succeeded"] < 24 and report["queries"]["total"] == report["decoding"]["kept_class"] > 24
     patch = [json.loads(line) for line in (output / "patch.jsonl").read_text().splitlines()]
     written = [row["edited"] for row in rows_of(output) if row["right"] and row["edits"]]
     assert [row["rejected"] for row in patch] == written and len(patch) > report["succeeded"]
