@@ -96,6 +96,13 @@ def own_part(weight: Tensor) -> Tensor:
     return part
 
 
+def whole(weight: Tensor) -> Tensor:
+    """A weight put together, which all processes that hold a part of it have to ask for; else as it is."""
+    parts: Any = weight
+    found: Tensor = parts.full_tensor() if in_parts(weight) else weight
+    return found
+
+
 def wait() -> None:
     """Go on when all processes have come here."""
     summed(torch.zeros(1))

@@ -5,15 +5,14 @@ A run is one trial, or a grid of them (`search`): training/trials.py.
 
 from __future__ import annotations
 
-from moemerge.artifacts.ranks import leads
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import workspace
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench
 from moemerge.training.budget import budgeted
 from moemerge.training.report import logged_rows, results, write_history
-from moemerge.training.saving import save_model
-from moemerge.training.trials import compete, finished, trials_of
+from moemerge.training.saving import write_finished
+from moemerge.training.trials import compete, trials_of
 
 
 @stage("train", Train, shares_work=True, rows=logged_rows)
@@ -32,9 +31,8 @@ def train(options: Train, draft: Draft) -> None:
     trials = trials_of(options)
     with workspace(options) as folder:
         reports, best = compete(bench, trials, folder)
-        if leads():
-            model = finished(bench, trials[best], folder / f"trial-{best}", reports[best]["best_step"])
-            save_model(model, bench.tokenizer, draft.folder, options.trust_remote_code)
+        home, step = folder / f"trial-{best}", reports[best]["best_step"]
+        write_finished(bench, trials[best], home, step, draft.folder)
     write_history(reports[best]["history"], draft.folder)
     draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
     draft.results |= {"fresh_head": bench.model.drawn_head} if bench.model.drawn_head else {}

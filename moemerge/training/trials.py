@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _trial(bench: Bench, options: Train, home: Path) -> dict[str, Any]:
     from moemerge.training.trainer import make_trainer
 
     clock = time.perf_counter()
-    model, roles = _prepare(bench, options, bench.device, options.sharded)
+    model, roles = prepare(bench, options, bench.device, options.sharded)
     counts = _count(model, roles)
     bench.draft.reserve(checkpoint_space(counts, options), there=size_of(home.parent))
     data = (bench.pairs, bench.held_out, home, bench.candidates)
@@ -138,10 +139,22 @@ def _fit(trainer: Any, options: Train, before: dict[str, float] | None, home: Pa
 
 def finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedModel:
     """The model as loaded, with the weights of `step` (0: its own) and without any trace of LoRA."""
-    model, roles = _prepare(bench, options, torch.device("cpu"))
+    model, roles = prepare(bench, options, torch.device("cpu"))
     if step:
         load_trained(model, home / f"checkpoint-{step}")
-    broken = [name for name in roles if not model.get_parameter(name).isfinite().all()]
+    require_finite(model, roles)
+    _merge_lora(model)
+    return model
+
+
+def require_finite(model: PreTrainedModel, roles: Iterable[str]) -> None:
+    """Raise OptionError if a weight that trained is not finite, of a model in parts in any process."""
+    names = [*roles]
+    own = [processes.own_part(model.get_parameter(name)) for name in names]
+    counts = torch.stack([(~weight.isfinite()).sum().cpu() for weight in own])
+    if processes.is_sharded(model):
+        counts = processes.summed(counts)
+    broken = [name for name, count in zip(names, counts.tolist(), strict=True) if count]
     if broken:
         raise OptionError(
             "training diverged",
@@ -149,11 +162,9 @@ def finished(bench: Bench, options: Train, home: Path, step: int) -> PreTrainedM
             expected="finite weights",
             fix="lower the learning rates, or give validation pairs so that the best weights are kept",
         )
-    _merge_lora(model)
-    return model
 
 
-def _prepare(
+def prepare(
     bench: Bench, options: Train, device: torch.device, sharded: bool = False
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """The model with exactly the intended parameters to train, and the role of each of these."""

@@ -81,7 +81,7 @@ def trainer_of(world: Path, home: Path, model: str = "moe", pairs: str = "train"
     tokenizer = load_tokenizer(folder)
     held, fitted = (encoded(tokenizer, world / f"{name}.jsonl") for name in ("held", pairs))
     bench = Bench(torch.device("cpu"), folder, tokenizer, fitted, held, Draft(home, home))
-    loaded, roles = trials._prepare(bench, chosen, bench.device)
+    loaded, roles = trials.prepare(bench, chosen, bench.device)
     return make_trainer(chosen, loaded, tokenizer, roles, bench.pairs, held, home)
 
 

@@ -69,6 +69,9 @@ def test_two_processes_train_what_one_does(way: str, how: list[str], home: Path,
     assert any(not torch.equal(one[name], start[name]) for name in one)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    beside = {path.name for path in (tmp_path / "one").glob("[!mh]*")} | {"config.json"}
+    for name in beside - {"recipe.json"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     ours, theirs = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(ours) == len(theirs) > 3
     for mine, other in zip(ours, theirs, strict=True):

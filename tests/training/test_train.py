@@ -449,7 +449,7 @@ def test_search_goes_on_with_the_trial_it_was_killed_in(
         patch.setattr(trials, "_trial", fails_second)
         run(world, tmp_path / "killed", **options)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr("moemerge.stages.train.finished", raiser("killed"))
+        patch.setattr("moemerge.training.saving.finished", raiser("killed"))
         run(world, tmp_path / "killed", **options)
     (work,) = tmp_path.glob(".killed.*.work")
     kept = [path.parent.name for path in work.glob("trial-*/checkpoint-*")]
