@@ -1886,7 +1886,7 @@ def audit(
     ArtifactError if another run is at work there, and whatever the stages raise.
 
     Options:
-        models: reward models; folders or hub names  [required]
+        models: reward models; folders, hub names or scorer.json  [required]
         pairs: labelled pairs that the models were not trained on: file or hub name:split  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score

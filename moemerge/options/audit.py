@@ -10,7 +10,7 @@ from moemerge.options.base import Run, Source, Sources, TextFormat
 class AuditSettings(TextFormat):
     """How far reward models can be trusted: measured on pairs, under edits, and under attack."""
 
-    models: Sources = Field(description="reward models; folders or hub names")
+    models: Sources = Field(description="reward models; folders, hub names or scorer.json")
     pairs: Source = Field(
         description="labelled pairs that the models were not trained on: file or hub name:split"
     )

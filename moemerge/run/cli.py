@@ -229,7 +229,8 @@ def _tell_run(report: RunReport) -> None:
 
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
     _say(f"\n{report.overview}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
-    _say(how_to_score(report.merged))
+    if (report.merged / "config.json").is_file():  # an audit may be of scorers that are no classifiers
+        _say(how_to_score(report.merged))
 
 
 @_command

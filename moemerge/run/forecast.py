@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moemerge.artifacts.disk import free_space, in_words
+from moemerge.artifacts.scorer_file import scorer_file
 from moemerge.options.base import Run
 from moemerge.options.data import Data
 from moemerge.options.recipe import Recipe
@@ -98,6 +99,8 @@ def forecast(recipe: Recipe | Run | str | Path) -> Forecast | str:
     data = next((step.options for step in steps if step.stage == "data"), None)
     if not isinstance(data, Data) or data.tokenizer is None:
         return "no estimate: this run reads no pairs of its own"
+    if scorer_file(data.tokenizer) is not None:
+        return "no estimate: what a scorer that is no classifier takes is not known"
     sources = [source for source in (data.train, data.validation, data.fit, *data.tests.values()) if source]
     absent = [source for source in (data.tokenizer, *sources) if not Path(source).exists()]
     if absent:

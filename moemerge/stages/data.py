@@ -123,9 +123,9 @@ class _Reader:
 def _load_tokenizer(source: str | None) -> Any:
     if source is None:
         return None
-    from moemerge.models.loading import load_tokenizer
+    from moemerge.models.scorers import open_scorer
 
-    return load_tokenizer(source)
+    return open_scorer(source).reader()
 
 
 def _split(sets: dict[str, list[Pair]], options: Data) -> dict[str, list[Pair]]:

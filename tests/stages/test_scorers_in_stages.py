@@ -22,7 +22,9 @@ from moemerge.evaluation.gold import load_gold
 from moemerge.models.scorers import open_scorer
 from moemerge.options.base import TextFormat
 from moemerge.options.gold import GoldSource
+from moemerge.run import cli
 from moemerge.stages.attack import attack
+from moemerge.stages.data import prepare
 from moemerge.stages.optimise import optimise
 from moemerge.stages.strength import strength, vote_rows
 
@@ -111,3 +113,26 @@ def test_a_policy_is_optimised_against_a_scorer(home: Path, tmp_path: Path) -> N
 def test_a_scorers_score_is_not_had_by_token(home: Path) -> None:
     with pytest.raises(UnsupportedError, match="credit token needs a classifier"):
         token_credit(open_scorer(home / "dpo.scorer.json"), CPU, 64)
+
+
+def test_the_lengths_of_a_judges_questions_count(home: Path, tmp_path: Path) -> None:
+    """The stage data reads rows as the scorer does that is named as tokenizer."""
+    given = {"train": str(home / "pairs.jsonl"), "bad_rows": "skip", "max_length": 28, "validation_share": 0}
+    sizes = {
+        name: read_manifest(prepare(output=tmp_path / name, tokenizer=str(home / tokenizer), **given))[
+            "results"
+        ]["sizes"]["train"]
+        for name, tokenizer in (("plain", "policy"), ("judge", "judge.scorer.json"))
+    }
+    assert sizes["plain"] == 24 and 0 < sizes["judge"] < 24
+
+
+@pytest.mark.slow
+def test_an_audit_of_scorers(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [str(home / f"{name}.scorer.json") for name in ("dpo", "judge")]
+    quick = ["--steps", "1", "--proposals", "2", "--resamples", "100", "--output", str(tmp_path / "a")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["audit", *models, "--pairs", str(home / "pairs.jsonl"), *quick])
+    assert end.value.code == 0
+    assert "Report:" in capsys.readouterr().out
+    assert "judge" in (tmp_path / "a" / "report.md").read_text()
