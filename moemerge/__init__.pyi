@@ -41,6 +41,14 @@ def strength(
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
+    head: str | None = None,
+    head_width: int = 1024,
+    head_dropout: float = 0.1,
+    head_noise: bool | None = None,
+    head_start: Literal["positive", "uniform"] = "positive",
+    head_seed: int | None = None,
+    head_kl: float = 1e-05,
+    head_learning_rate: float | None = None,
     epochs: float = 1.0,
     max_steps: int | None = None,
     batch_size: int = 8,
@@ -123,6 +131,19 @@ def strength(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        head: draw a new reward head, in place of any that there is: linear, the stock one; mlp, two
+            layers and a weighted sum; nonnegative, BNRM's, whose factors and weights are never below 0
+            and are drawn in training. With the last two the result needs moemerge to be loaded
+        head_width: mlp, nonnegative: size of their layers  [default: 1024]
+        head_dropout: mlp, nonnegative: share of the last state that training leaves out  [default: 0.1]
+        head_noise: mlp, nonnegative: Weibull noise on factors and weights in training (default:
+            nonnegative yes, mlp no)
+        head_start: nonnegative: weights that are all above 0; uniform: the paper's, where half are 0
+            for ever (positive, uniform)  [default: positive]
+        head_seed: seed that the new head is drawn from (default: seed); models whose heads were drawn
+            alike can be averaged whole
+        head_kl: a nonnegative head with noise: weight of its distance from the prior  [default: 1e-05]
+        head_learning_rate: learning rate of the reward head (default: learning_rate)
         epochs: passes over the training pairs  [default: 1.0]
         max_steps: optimiser steps; overrides epochs
         batch_size: pairs per step; several processes share them  [default: 8]
@@ -299,6 +320,14 @@ def train(
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
+    head: str | None = None,
+    head_width: int = 1024,
+    head_dropout: float = 0.1,
+    head_noise: bool | None = None,
+    head_start: Literal["positive", "uniform"] = "positive",
+    head_seed: int | None = None,
+    head_kl: float = 1e-05,
+    head_learning_rate: float | None = None,
     epochs: float = 1.0,
     max_steps: int | None = None,
     batch_size: int = 8,
@@ -371,6 +400,19 @@ def train(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
+        head: draw a new reward head, in place of any that there is: linear, the stock one; mlp, two
+            layers and a weighted sum; nonnegative, BNRM's, whose factors and weights are never below 0
+            and are drawn in training. With the last two the result needs moemerge to be loaded
+        head_width: mlp, nonnegative: size of their layers  [default: 1024]
+        head_dropout: mlp, nonnegative: share of the last state that training leaves out  [default: 0.1]
+        head_noise: mlp, nonnegative: Weibull noise on factors and weights in training (default:
+            nonnegative yes, mlp no)
+        head_start: nonnegative: weights that are all above 0; uniform: the paper's, where half are 0
+            for ever (positive, uniform)  [default: positive]
+        head_seed: seed that the new head is drawn from (default: seed); models whose heads were drawn
+            alike can be averaged whole
+        head_kl: a nonnegative head with noise: weight of its distance from the prior  [default: 1e-05]
+        head_learning_rate: learning rate of the reward head (default: learning_rate)
         epochs: passes over the training pairs  [default: 1.0]
         max_steps: optimiser steps; overrides epochs
         batch_size: pairs per step; several processes share them  [default: 8]
@@ -1068,12 +1110,19 @@ def export(
     coefficients: StrPath | None = None,
     *,
     output: StrPath,
+    fields: Mapping[str, str] = {},
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+    max_length: int = 1024,
     models: Sequence[StrPath] = [],
     base: StrPath | None = None,
     scope: Literal["all", "body", "mlp"] = "all",
     coordinates: Literal["average", "sum"] = "average",
     calibration: StrPath | None = None,
-    form: Literal["dense", "qwen2_moe"] = "dense",
+    form: Literal["dense", "qwen2_moe", "linear"] = "dense",
+    pairs: StrPath | None = None,
+    holdout: float = 0.2,
+    least_agreement: float = 0.95,
+    batch_tokens: int = 8192,
     shard_size: int = 5000000000,
     seed: int = 0,
     threads: int | None = None,
@@ -1087,13 +1136,18 @@ def export(
     list of models: those that are not the reward models which take part in the merge (a language model, or a
     model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
     they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
-    for stock transformers (see qwen2_moe). Raises CheckpointError for what is not whole and for
-    coefficients of another source, UnsupportedError for a MoE that the form cannot express.
+    for stock transformers (see qwen2_moe); with linear a dense model under a stock head (see linear_head).
+    Raises CheckpointError for what is not whole and for coefficients of another source, UnsupportedError for
+    a model that the form cannot express.
 
     Options:
         model: MoE folder
         coefficients: folder written by fit: also writes linear.yml, the merge for stock mergekit
         output: folder to write; must not exist yet  [required]
+        fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
+        bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
+            [default: refuse]
+        max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
         models: in place of a MoE: models of one architecture; two or more, or one and base
         base: with models: a reward model that is merged as a shared expert is; it gives config,
             tokenizer and what is not merged (default: the first of models gives these, and nothing is
@@ -1105,8 +1159,14 @@ def export(
             [default: average]
         calibration: with models: folder written by calibrate; each model's scores are divided by its
             scale first (saved coefficients know this of themselves)
-        form: dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it (dense,
-            qwen2_moe)  [default: dense]
+        form: dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it; linear: a
+            model under a head of ours as a stock one, its head fitted by least squares to what its own
+            says (dense, qwen2_moe, linear)  [default: dense]
+        pairs: form linear: pairs whose texts the head is fitted to
+        holdout: form linear: share of pairs that both heads are compared on  [default: 0.2]
+        least_agreement: form linear: share of held-out pairs of which both must say that the same
+            answer is better; nothing is written below it  [default: 0.95]
+        batch_tokens: form linear: tokens per forward pass  [default: 8192]
         shard_size: largest shard in bytes  [default: 5000000000]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)

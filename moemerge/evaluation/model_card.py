@@ -5,7 +5,6 @@ No local path gets into a card: files and folders appear by name and checksum.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import Report, read_report
 from moemerge.evaluation.scoring_code import scoring_code, scoring_words
 from moemerge.evaluation.verdict import standing
-from moemerge.models.families.base import PREFIX
+from moemerge.models.folder import ModelFolder
 from moemerge.options.base import Run
 from moemerge.options.publish import Publish
 from moemerge.registry import Registry
@@ -43,7 +42,6 @@ SHORT = 12
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "gate", "export")
-MIXTURES = (PREFIX, "qwen2_moe")
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +190,8 @@ def _card_data(
 ) -> ModelCardData:
     base = options.base_model or _hub_base(chain)
     merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
-    mixture = ["mixture-of-experts"] if _model_type(Path(options.model)).startswith(MIXTURES) else []
+    is_mixture = ModelFolder(options.model).kind != "dense"
+    mixture = ["mixture-of-experts"] if is_mixture else []
     licence: dict[str, Any] = (
         {"license": options.license} if options.license else _inherited_license(base, chain)
     )
@@ -251,10 +250,6 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     ]
 
 
-def _model_type(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-
-
 def _made_from(chain: list[Manifest], option_classes: Registry[type[Run]]) -> str:
     rows = [_stage_row(manifest, option_classes) for manifest in chain]
     table = Table(
@@ -266,10 +261,11 @@ def _made_from(chain: list[Manifest], option_classes: Registry[type[Run]]) -> st
 def _fresh_heads(chain: list[Manifest]) -> list[str]:
     """A line for each stage that drew a reward head: what a score means was learned after that, or never."""
     drew = [m["stage"] for m in chain if m.get("fresh_head") or m.get("results", {}).get("fresh_head")]
+    asked = [f"{m['stage']} (`{m['options']['head']}`)" for m in chain if m["options"].get("head")]
     return [
         f"Stage {stage} drew a new reward head at random: it found none in the model that it was given."
         for stage in drew
-    ]
+    ] + [f"Stage {stage} drew a new reward head at random in place of any that there was." for stage in asked]
 
 
 def _stage_row(manifest: Manifest, option_classes: Registry[type[Run]]) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
+from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import Manifest
+from moemerge.models.heads.saved import SavedHead, head_field
 from moemerge.options.merge import MergeSettings
 from moemerge.reports.table import inert_markdown
 
@@ -32,17 +35,32 @@ Its one output is the reward of prompt and answer together."""
 STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
 gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
 and answer together."""
+LINEAR = """A dense reward model whose linear head was fitted, by least squares, to a head of moemerge's own
+that stock transformers lacks: on {agreement:.1%} of {held_out_pairs} pairs that it was not fitted to both
+say that the same answer is better. Its one output is the reward of prompt and answer together."""
 UPCYCLED = """A mixture-of-experts reward model, upcycled with moemerge from a dense one and not yet trained:
 it computes the same rewards. Its one output is the reward of prompt and answer together."""
 TRAINED = """A reward model trained on preference pairs with moemerge. Its one output is the reward of prompt
 and answer together."""
 
 
+NATIVE_FORM = "qwen2_moe"
+OWN_HEAD = """Its reward head is not the linear one of stock transformers, but of moemerge's kind `{kind}`
+({width} factors): loading it needs `pip install moemerge`. Scores are its means: nothing is drawn."""
+
+
 def kind_of(manifest: Manifest, folder: Path) -> str:
     """What sort of model this is, in a few sentences."""
+    head = head_field(read_object(folder / "config.json"))
+    told = "" if head is None else "\n\n" + OWN_HEAD.format(**asdict(SavedHead.read(head)))
+    return _kind_of(manifest, folder) + told
+
+
+def _kind_of(manifest: Manifest, folder: Path) -> str:
     if manifest["stage"] == "export":
-        if manifest["options"].get("form") == "qwen2_moe":
-            return STOCK
+        form = manifest["options"].get("form")
+        if form in (NATIVE_FORM, "linear"):
+            return STOCK if form == NATIVE_FORM else _linear(manifest)
         experts = manifest["options"].get("model") is not None
         what = (
             "one expert of a mixture-of-experts reward model" if experts else "made to be merged with others"
@@ -61,6 +79,11 @@ def kind_of(manifest: Manifest, folder: Path) -> str:
     if caveats:
         return NATIVE.format(way=way, caveats=caveats)
     return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
+
+
+def _linear(manifest: Manifest) -> str:
+    results = manifest["results"]
+    return LINEAR.format(agreement=results["agreement"], held_out_pairs=results["held_out_pairs"])
 
 
 def host_method(manifest: Manifest) -> str | None:

@@ -101,6 +101,7 @@ def native_config(source: MoeCheckpoint) -> Qwen2MoeConfig:
 
     Raises UnsupportedError, with the reason, for what Qwen2-MoE cannot express.
     """
+    source.opened.require_stock_head("Qwen2-MoE cannot express its head")
     _refuse_inexpressible(source)
     dense, settings = dense_config(source.config), source.settings
     layer_types = ATTENTION[dense.model_type](dense)

@@ -17,6 +17,7 @@ from moemerge.errors import CheckpointError, MoemergeError, UnsupportedError, su
 from moemerge.models.config_values import entries
 from moemerge.models.families.base import PREFIX
 from moemerge.models.folder import unloadable
+from moemerge.models.heads.saved import SavedHead, head_field
 from moemerge.models.moe_settings import MoeSettings
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ def read_model_config(model: ModelFolder) -> PreTrainedConfig:
     try:
         if model.trust_remote_code:
             log_own_code(model.source)
-        if model.kind == "moe":
+        if model.model_type.startswith(PREFIX):
             import_module("moemerge.models.modelling").register()
         config = AutoConfig.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
         _settle_pad(config, model.source)
         _leave_out_quantisation(config, model)
-        _check_layers(config)
+        _check_own_parts(config)
         _check_names(config)
     except MoemergeError:
         raise
@@ -99,11 +100,16 @@ def _leave_out_quantisation(config: PreTrainedConfig, model: ModelFolder) -> Non
         del config.quantization_config
 
 
-def _check_layers(config: PreTrainedConfig) -> None:
-    """The layers of a MoE are layers of its model."""
+def _check_own_parts(config: PreTrainedConfig) -> None:
+    """The layers of a MoE are layers of its model, and a head of ours is one that there is."""
     values = getattr(config, "moemerge", None)
     if not config.model_type.startswith(PREFIX) and values is None:
         return
+    head = head_field(config)
+    if head is not None:
+        SavedHead.read(head)
+        if values is None:
+            return
     if not isinstance(values, dict):
         raise ValueError("no field moemerge in a MoE's config")
     layers, count = MoeSettings.read(values).layers, config.num_hidden_layers

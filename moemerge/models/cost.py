@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from moemerge.models.families import family_of
 from moemerge.models.folder import ModelFolder
+from moemerge.models.heads.base import head_of
 from moemerge.models.moe import moe_layers
 
 
@@ -28,11 +29,14 @@ def cost(model: PreTrainedModel) -> dict[str, int]:
 
     One multiplication and one addition per weight that a token meets; embeddings are looked up, not
     multiplied (arXiv 2001.08361, section 2.1). The products of attention, which grow with the text and are
-    the same for models of one backbone, are left out. Training takes three times as much.
+    the same for models of one backbone, are left out; so is a head of ours, which runs once a text.
+    Training takes three times as much.
     """
     counts = parameters(model)
     tables = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding))
-    return {**counts, "flops_per_token": 2 * (counts["active_parameters"] - tables)}
+    head = head_of(model)
+    once_a_text = sum(weight.numel() for weight in head.parameters()) if head is not None else 0
+    return {**counts, "flops_per_token": 2 * (counts["active_parameters"] - tables - once_a_text)}
 
 
 @dataclass(frozen=True)

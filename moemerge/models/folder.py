@@ -23,6 +23,7 @@ from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.config_file import read_config
 from moemerge.models.families.base import PREFIX
 from moemerge.models.families.siblings import NO_SIBLING, SIBLINGS
+from moemerge.models.heads.saved import head_field, told_head
 from moemerge.models.tokenizer_file import FILE as TOKENIZER
 from moemerge.models.tokenizer_file import check_tokenizer_json, check_tokens
 
@@ -104,8 +105,14 @@ class ModelFolder:
     def kind(self) -> Literal["dense", "moe", "native"]:
         """moe: made by moemerge. native: a mixture of experts of transformers. dense: any other."""
         if self.model_type.startswith(PREFIX):
-            return "moe"
+            only_head = self.has_own_head and self.config_json.get("moemerge") is None
+            return "dense" if only_head else "moe"
         return "native" if self.model_type in SIBLINGS or self.model_type in NO_SIBLING else "dense"
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether its reward head is none of transformers', but one of models.heads."""
+        return head_field(self.config_json) is not None
 
     @property
     def architectures(self) -> list[str]:
@@ -189,7 +196,7 @@ class ModelFolder:
     def head_names(self) -> list[str]:
         """The tensors of the reward head, by their names in the dense reward model, here or not."""
         from moemerge.models.families.dense import skeleton
-        from moemerge.models.heads import in_head
+        from moemerge.models.head_tensors import in_head
 
         model = skeleton(self.config)
         return [name for name in model.state_dict() if in_head(model, name)]
@@ -204,6 +211,16 @@ class ModelFolder:
                 given=f"model_type {self.model_type}",
                 expected="a dense reward model",
                 fix="merge it with moemerge merge, or write its experts as dense models with moemerge export",
+            )
+
+    def require_stock_head(self, what: str) -> None:
+        """Raise UnsupportedError, `what` cannot be done, for a head that transformers does not have."""
+        if self.has_own_head:
+            raise UnsupportedError(
+                f"{self.source}: {what}",
+                given=told_head(self.config_json),
+                expected="the linear head of stock transformers",
+                fix="write it as a stock model first: moemerge export --form linear --model M --pairs P",
             )
 
     def require_moe(self) -> None:

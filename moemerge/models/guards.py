@@ -19,7 +19,7 @@ from moemerge.models.families.dense import dense_class, skeleton
 from moemerge.models.families.refused import REFUSED
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
-from moemerge.models.heads import foreign_head, in_head, refuse_lost_head, spare_head
+from moemerge.models.head_tensors import foreign_head, in_head, refuse_lost_head, spare_head
 
 SPARE = 10_000_000  # numbers that a config may ask for beyond twice those in the weights: buffers, a head
 BUFFERS = ("position_ids", "rotary_emb.inv_freq")
@@ -41,6 +41,7 @@ def check_reward_model(source: ModelFolder | str | Path) -> ModelFolder:
     model = opened(source)
     model.require_dense()
     model.config  # noqa: B018 (refuses classes of their own)
+    model.require_stock_head("mergekit would lose or misread its head")
     _refuse_other_kinds(model)
     model.require_one_output()
     check_tensors(model)

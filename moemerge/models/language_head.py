@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.families import family_of
-from moemerge.models.families.dense import dense_config, describes_model
+from moemerge.models.families.dense import describes_model, stock_config
 from moemerge.models.folder import ModelFolder
 
 NUMBERS = 2**24  # logits at a time: 64 MiB in float32
@@ -105,7 +105,7 @@ def open_language_head(model: PreTrainedModel, own: ModelFolder, given: ModelFol
     source = given or own
     if source.dense_type != own.dense_type:
         raise _unlike(source, f"model_type {source.dense_type}, not {own.dense_type}")
-    head, trunk, last, tied = _without_trunk(source.config if given else dense_config(model.config))
+    head, trunk, last, tied = _without_trunk(source.config if given else stock_config(model.config))
     embeddings = cast(nn.Parameter, model.get_input_embeddings().weight)
     for name, wanted in list(head.named_parameters()):
         if name in tied and given is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -26,9 +26,19 @@ from moemerge.models.families import family_of
 from moemerge.models.families.dense import skeleton
 from moemerge.models.folder import ModelFolder, misfit, opened, unloadable
 from moemerge.models.guards import needless, old_buffer, refuse_larger
-from moemerge.models.heads import in_head, refuse_lost_head, warn_of_fresh_head
+from moemerge.models.head_tensors import (
+    foreign_head,
+    in_head,
+    refuse_lost_head,
+    replaced_names,
+    warn_of_fresh_head,
+)
+from moemerge.models.heads.install import draw_head, with_new_head
 from moemerge.models.pooling import name_pad_of_fresh_head
 from moemerge.models.tokenizer_reading import check_reading
+
+if TYPE_CHECKING:
+    from moemerge.options.head import HeadOptions
 
 
 def load_tokenizer(model: ModelFolder | str | Path) -> PreTrainedTokenizerBase:
@@ -62,6 +72,7 @@ def load_reward_model(
     dtype: torch.dtype | None = None,
     fresh_head_seed: int | None = None,
     sharded: bool = False,
+    head: HeadOptions | None = None,
 ) -> PreTrainedModel:
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
 
@@ -69,9 +80,11 @@ def load_reward_model(
     encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
     if it names none; so is, where the folder is opened with `fresh_head`, any model without its head. A
     reward model's config stays as it is. `sharded`: each of several processes holds a part of every weight,
-    and never the whole of more than a layer (FSDP2). Raises CheckpointError for missing, left-over or
-    misshapen tensors, quantised or pickled weights, adapters, a reward model without its head, and any other
-    number of outputs; UnsupportedError for a class of its own, unless its code comes along and is trusted.
+    and never the whole of more than a layer (FSDP2). `head`: a new head, drawn from `fresh_head_seed` or a
+    seed of its own, takes the place of any that there is; class and config are those of its kind.
+    Raises CheckpointError for missing, left-over or misshapen tensors, quantised or pickled weights,
+    adapters, a reward model without its head, and any other number of outputs; UnsupportedError for a class
+    of its own, unless its code comes along and is trusted.
     """
     if sharded:
         require_several()
@@ -79,6 +92,7 @@ def load_reward_model(
     if folder.is_local:
         folder.weights  # noqa: B018 (damaged weights are reported before the config's faults)
     config = deepcopy(folder.config)
+    seed_of_head = fresh_head_seed or 0
     if folder.claims_head and not folder.fresh_head:
         fresh_head_seed = None  # a head that the config claims and the weights lack is a fault, not fresh
     if fresh_head_seed is not None:
@@ -86,18 +100,23 @@ def load_reward_model(
     if folder.is_local:
         refuse_larger(folder.weights, config)
         folder.weights.release()  # transformers maps the files itself
+    config = config if head is None else with_new_head(config, head)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     sharding = None
     if sharded:
         layers, _ = family_of(config).dense_layers(skeleton(config))
         sharding = processes.sharding(layers)
     loaded, loading = load_weights(folder, config, wanted, sharding=sharding)
+    if head is not None:
+        loading = _without_heads(loading, loaded, skeleton(folder.config))
+        draw_head(loaded, head, seed_of_head)
     check_loading(folder, loaded, loading, fresh_head_seed)
     if fresh_head_seed is None:
         folder.require_one_output()
     elif loading["missing_keys"]:
         folder.drawn_head = sorted(loading["missing_keys"])
         _draw_head(loaded, folder.drawn_head, fresh_head_seed)
+    if fresh_head_seed is not None and (folder.drawn_head or head is not None):
         name_pad_of_fresh_head(loaded.config, folder)
     if fresh_head_seed is not None and (folder.drawn_head or folder.fresh_head):
         warn_of_fresh_head(folder.source, tuple(folder.drawn_head))
@@ -177,6 +196,19 @@ def check_loading(
     if faults:
         fix = "copy the checkpoint again, or save it again with the code that made it"
         raise misfit(folder.source, faults, "every tensor of the reward model and no other", fix)
+
+
+def _without_heads(loading: dict[str, Any], *models: PreTrainedModel) -> dict[str, Any]:
+    """The loading info without the heads of these models, or under other tools' names: none is loaded."""
+    names = {name for model in models for name in replaced_names(model)}
+    return {
+        **loading,
+        "missing_keys": set(loading["missing_keys"]) - names,
+        "unexpected_keys": {
+            name for name in loading["unexpected_keys"] if name not in names and not foreign_head(name)
+        },
+        "mismatched_keys": [entry for entry in loading["mismatched_keys"] if entry[0] not in names],
+    }
 
 
 def _draw_head(model: PreTrainedModel, names: list[str], seed: int) -> None:

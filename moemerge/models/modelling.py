@@ -1,12 +1,15 @@
-"""MoE reward models as transformers classes: made from the dense ones, saved and loaded as HF folders.
+"""Reward models of our own as transformers classes: made from the dense ones, saved and loaded as HF folders.
 
-For each family there is a config class (model_type moemerge_FAMILY, the dense config plus the field
-`moemerge`) and model classes that put MoE layers where the dense MLPs stood. No modelling file is copied.
+For each family there is a config class (model_type moemerge_FAMILY, the dense config plus the fields
+`moemerge` and `moemerge_head`) and model classes that put MoE layers where the dense MLPs stood, if the first
+field is set, and another head where the dense model's stood, if the second is. No modelling file is copied.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -32,32 +35,36 @@ from transformers.models.auto.modeling_auto import (
 from moemerge.errors import UnsupportedError
 from moemerge.models.families import ADDED, FAMILIES, family_of
 from moemerge.models.families.base import PREFIX, Family
-from moemerge.models.families.dense import dense_class, dense_config, describes_model, skeleton
+from moemerge.models.families.dense import dense_class, dense_config, describes_model, is_moe, skeleton
 from moemerge.models.folder import ModelFolder, opened
-from moemerge.models.heads import output_layer
+from moemerge.models.head_tensors import output_layer
+from moemerge.models.heads.base import head_of
+from moemerge.models.heads.install import install_head, refuse_heads_by_expert
+from moemerge.models.heads.saved import FIELD, head_field
 from moemerge.models.layout import Layout, write_layout
 from moemerge.models.loading import check_loading, load_weights, quiet_loading
 from moemerge.models.moe import HeadByExpert, MoELayer, StackedExperts, TokenContext, moe_layers
 from moemerge.models.moe_settings import BY_EXPERT, MoeSettings
+from moemerge.models.pooling import named_pad, pooled_positions
+from moemerge.models.shim import install_shim
 
 __all__ = ["dense_class", "dense_config", "install_shim", "load_moe", "moe_config", "register"]
 
-SHIM = "moemerge_shim.py"
-SHIM_TEXT = '''"""This reward model is a mixture of experts made by moemerge: pip install moemerge"""
-import moemerge
-from moemerge import modelling
 
-Config = modelling.config_class("{family}")
-Model = modelling.model_class("{family}")
-'''
+OWN_FIELDS = ("moemerge", FIELD)
 
 
 class MoemergeConfigMixin:
-    """What every MoE config adds to the dense one."""
+    """What every config of ours adds to the dense one."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         _register_models(self.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the dense config, without what is not there: experts, or a head of ours."""
+        values: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {key: value for key, value in values.items() if not (key in OWN_FIELDS and value is None)}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -65,14 +72,15 @@ class MoemergeConfigMixin:
 
 
 class MoemergeModelMixin:
-    """What every MoE model adds to the dense one."""
+    """What every model of ours adds to the dense one."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         kernel = config._experts_implementation
         config._experts_implementation = None  # the dense class, which builds first, would refuse it
         super().__init__(config)  # type: ignore[call-arg]
         config._experts_implementation = kernel or "grouped_mm"
-        install_experts(cast(PreTrainedModel, self))
+        if is_moe(config):
+            install_experts(cast(PreTrainedModel, self))
 
     def get_correct_experts_implementation(self, requested: str | None) -> str | None:
         """As the dense class, but undecided stays so: a dense module inside would refuse a kernel."""
@@ -98,12 +106,14 @@ class MoemergeModelMixin:
 
 
 class MoemergeRewardMixin(MoemergeModelMixin):
-    """A MoE with a reward head, or one for each expert: learns which tokens count, and saves its shim."""
+    """A model with a reward head, or one for each expert: learns which tokens count, and saves its shim."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        if MoeSettings.read(config.moemerge).heads == BY_EXPERT:
+        if is_moe(config) and MoeSettings.read(config.moemerge).heads == BY_EXPERT:
             install_heads(cast(PreTrainedModel, self))
+        if head_field(config) is not None:
+            install_head(cast(PreTrainedModel, self))
 
     def forward(
         self,
@@ -114,25 +124,31 @@ class MoemergeRewardMixin(MoemergeModelMixin):
         **kwargs: Any,
     ) -> Any:
         """As the dense class, and `prompt_lengths` [B], tokens of the prompt, for the gate `prompt`."""
-        _mark_tokens(cast(PreTrainedModel, self), input_ids, attention_mask, prompt_lengths)
-        # By keyword: a few dense classes have another argument between the two.
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        model = cast(PreTrainedModel, self)
+        if is_moe(model.config):
+            _mark_tokens(model, input_ids, attention_mask, prompt_lengths)
+        with _scores_read_at(model, input_ids):
+            # By keyword: a few dense classes have another argument between the two.
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As the dense class; adds the shim, which says what to install, and the layout."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        install_shim(save_directory, self.config.model_type.removeprefix(PREFIX))  # type: ignore[attr-defined]
-        write_layout(save_directory, layout_of(cast(PreTrainedModel, self).config))
+        config = cast(PreTrainedModel, self).config
+        install_shim(save_directory)
+        if is_moe(config):
+            write_layout(save_directory, layout_of(config))
 
 
 @cache
 def config_class(family: str) -> type[PretrainedConfig]:
-    """The MoE config class of a family: the dense one's subclass."""
+    """Our config class of a family: the dense one's subclass."""
     dense = CONFIG_MAPPING[family]
     body = {
         "model_type": PREFIX + family,
-        "__annotations__": {"moemerge": dict | None},
+        "__annotations__": {"moemerge": dict | None, FIELD: dict | None},
         "moemerge": None,
+        FIELD: None,
         "__module__": __name__,
     }
     name = f"Moemerge{dense.__name__}"
@@ -141,7 +157,7 @@ def config_class(family: str) -> type[PretrainedConfig]:
 
 @cache
 def model_class(family: str) -> type[PreTrainedModel]:
-    """The MoE reward model class of a family."""
+    """Our reward model class of a family."""
     return _subclass(MoemergeRewardMixin, dense_class(CONFIG_MAPPING[family]()), family)
 
 
@@ -163,7 +179,7 @@ def _with(body: dict[str, Any]) -> Any:
 
 
 def register() -> None:
-    """Make AutoConfig know every family's MoE; the model classes follow with the first such config."""
+    """Make AutoConfig know every family's class; the model classes follow with the first such config."""
     for family in _model_types():
         AutoConfig.register(PREFIX + family, config_class(family), exist_ok=True)
 
@@ -181,7 +197,10 @@ def _register_models(family: str) -> None:
 
 
 def moe_config(dense: PretrainedConfig, settings: MoeSettings) -> PretrainedConfig:
-    """The config of the MoE made from `dense`: every dense value is kept."""
+    """The config of the MoE made from `dense`: every dense value is kept, and its head.
+
+    UnsupportedError for a prompt gate on an encoder, and for a head of ours where each expert is to have one.
+    """
     family = family_of(dense)
     if settings.gate == "prompt" and not family.causal:
         raise UnsupportedError(
@@ -193,8 +212,10 @@ def moe_config(dense: PretrainedConfig, settings: MoeSettings) -> PretrainedConf
     values = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map"):
         values.pop(name, None)
-    config = config_class(dense.model_type)(**{**values, "moemerge": settings.to_dict()})
-    config.architectures = [model_class(dense.model_type).__name__]
+    config = config_class(family.model_type)(**{**values, "moemerge": settings.to_dict()})
+    config.architectures = [model_class(family.model_type).__name__]
+    if head_field(config) is not None:
+        refuse_heads_by_expert(config)
     return config
 
 
@@ -256,6 +277,19 @@ def _install(layer: torch.nn.Module, family: Family, settings: MoeSettings, mode
         model._init_weights(module)
 
 
+@contextmanager
+def _scores_read_at(model: PreTrainedModel, input_ids: torch.Tensor | None) -> Iterator[None]:
+    """While open, a head of ours computes scores where the class reads them, and nowhere else."""
+    head, pad = head_of(model), named_pad(model.config)
+    if head is not None and input_ids is not None and pad is not None:
+        head.positions_B = pooled_positions(input_ids, pad)
+    try:
+        yield
+    finally:
+        if head is not None:
+            head.positions_B = None
+
+
 def _mark_tokens(
     model: PreTrainedModel,
     input_ids: torch.Tensor | None,
@@ -281,22 +315,8 @@ def _mark_tokens(
 def write_moe_config(folder: Path, config: PretrainedConfig, layout: Layout) -> None:
     """Write what lies beside a MoE's weights: its config, the shim, and the layout that follows from it."""
     config.save_pretrained(folder)
-    install_shim(folder, family_of(config).model_type)
+    install_shim(folder)
     write_layout(folder, layout)
-
-
-def install_shim(folder: str | Path, family: str) -> None:
-    """Write the few lines that tell people without moemerge what to install, and name them in the config."""
-    folder = Path(folder)
-    (folder / SHIM).write_text(SHIM_TEXT.format(family=family), encoding="utf-8")
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    module = SHIM.removesuffix(".py")
-    config["auto_map"] = {
-        "AutoConfig": f"{module}.Config",
-        "AutoModelForSequenceClassification": f"{module}.Model",
-    }
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_moe(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moemerge.data.tokenise import Encoded
-from moemerge.models.heads import output_layer
+from moemerge.models.head_tensors import output_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

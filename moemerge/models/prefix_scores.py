@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from moemerge.data.tokenise import Encoded
 from moemerge.errors import UnsupportedError
-from moemerge.models.heads import output_layer
+from moemerge.models.head_tensors import output_layer
 from moemerge.models.pooling import named_pad, padding
 from moemerge.models.scoring import batches, forward, refuse_empty
 from moemerge.models.token_limits import check_texts

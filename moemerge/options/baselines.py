@@ -25,6 +25,11 @@ class BaselineSettings(Options):
         description="a model trained as the control, for as many FLOPs, but by plain Bradley-Terry, without "
         "further objectives, smoothing or margins: what these are worth",
     )
+    heads: bool = Field(
+        False,
+        description="with a head in the control: the control under each other one, linear, mlp, mlp with "
+        "noise, with the same search: what the head, and what its noise, is worth",
+    )
     fine_tunes: int = Field(
         0,
         ge=0,
@@ -51,4 +56,5 @@ class BaselineSettings(Options):
 
     def of_control(self) -> bool:
         """Whether any is asked for: all share the control's training."""
-        return bool(self.same_flops or self.untreated or self.plain or self.fine_tunes or self.tuned)
+        own = self.same_flops or self.untreated or self.plain or self.heads
+        return bool(own or self.fine_tunes or self.tuned)

@@ -6,17 +6,31 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import Members, Run, Source
+from moemerge.options.base import Members, Run, Source, TextFormat
 
 
-class Export(Members, Run):
+class Export(Members, TextFormat, Run):
     """Options of `moemerge export`."""
 
     POSITIONAL = ("model", "coefficients")
 
-    form: Literal["dense", "qwen2_moe"] = Field(
-        "dense", description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it"
+    form: Literal["dense", "qwen2_moe", "linear"] = Field(
+        "dense",
+        description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it; linear: "
+        "a model under a head of ours as a stock one, its head fitted by least squares to what its own says",
     )
+    pairs: Source | None = Field(None, description="form linear: pairs whose texts the head is fitted to")
+    holdout: float = Field(
+        0.2, gt=0, lt=1, description="form linear: share of pairs that both heads are compared on"
+    )
+    least_agreement: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="form linear: share of held-out pairs of which both must say that the same answer is "
+        "better; nothing is written below it",
+    )
+    batch_tokens: int = Field(8192, ge=1, description="form linear: tokens per forward pass")
     coefficients: Source | None = Field(
         None, description="folder written by fit: also writes linear.yml, the merge for stock mergekit"
     )
@@ -25,5 +39,8 @@ class Export(Members, Run):
     @model_validator(mode="after")
     def _form_fits(self) -> Export:
         if self.form != "dense" and (self.models or self.coefficients):
-            raise ValueError(f"form {self.form} goes with a MoE as model, and without coefficients")
+            what = "a model" if self.form == "linear" else "a MoE as model"
+            raise ValueError(f"form {self.form} goes with {what}, and without coefficients")
+        if (self.form == "linear") != (self.pairs is not None):
+            raise ValueError("form linear and pairs go together")
         return self

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moemerge.errors import suggest
-from moemerge.options.base import Options, Run, Source, SourceList, Sources, TextFormat
+from moemerge.options.base import Run, Source, SourceList, Sources, TextFormat
+from moemerge.options.head import HeadOptions
 from moemerge.options.trainer import own_keys
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 EVALUATIONS = 10  # per training
-SEARCHABLE = {"learning_rate", "expert_learning_rate", "router_learning_rate", "epochs", "weight_decay"}
+SEARCHABLE = {
+    *("learning_rate", "expert_learning_rate", "router_learning_rate", "head_learning_rate"),
+    *("epochs", "weight_decay"),
+}
 # What takes part only beside one of these objectives.
 ONLY_WITH = {
     "language_head": ("policy", "language"),
@@ -30,11 +34,11 @@ LOOKAHEAD = ("lookahead", "lookahead_rate", "lookahead_sets")
 LOSS = ("objectives", "label_smoothing", "margin", "center", *LOOKAHEAD, *ONLY_WITH)
 # What looks at weights outside of the model's own forward and backward pass.
 NEED_FLOAT32 = ("lookahead", "policy", "language")
-NEED_WHOLE = ("lora", *NEED_FLOAT32)
+NEED_WHOLE = ("lora", "head", *NEED_FLOAT32)
 STEERING = ("shared_dropout", "router_temperature", "top1_warmup", "assign")
 
 
-class TrainSettings(Options):
+class TrainSettings(HeadOptions):
     """Bradley-Terry training on preference pairs with TRL's RewardTrainer."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the training pairs")
@@ -182,7 +186,11 @@ class TrainSettings(Options):
 
     @model_validator(mode="after")
     def _weights_have_no_other_use(self) -> TrainSettings:
-        used = {self.trainable, *self.minimised, *(["lookahead"] if self.lookahead else [])}
+        used = {
+            self.trainable,
+            *self.minimised,
+            *(name for name in ("lookahead", "head") if getattr(self, name)),
+        }
         if self.sharded and (clash := used.intersection(NEED_WHOLE)):
             raise ValueError(f"{min(clash)} needs whole weights: leave it out, or sharded")
         if self.weights != "float32" and (clash := used.intersection(NEED_FLOAT32)):

@@ -85,7 +85,12 @@ def route(results: Results) -> str:
 
 
 def export(results: Results) -> str:
-    """The models written, or how exactly the one for stock transformers computes what the MoE does."""
+    """The models written, or how exactly the one for stock transformers computes what was exported."""
+    if results.get("form") == "linear":
+        agreement, pairs = results["agreement"], results["held_out_pairs"]
+        accuracy = results["accuracy"]
+        lost = f"accuracy {accuracy['before']:.3f} before, {accuracy['after']:.3f} after"
+        return f"linear head: the same verdict on {agreement:.3f} of {pairs} held-out pairs; {lost}"
     if "form" in results:
         return f"{results['form']}; largest difference to the MoE {results['largest_difference']:.1e}"
     return f"{len(results['models'])} dense models: {', '.join(results['models'])}"

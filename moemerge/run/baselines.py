@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moemerge.options.head import ONLY_WITH_HEAD, HeadOptions
 from moemerge.options.recipe import Recipe
 from moemerge.options.train import LOSS, TrainSettings
 
 SAME_FLOPS, WARM, ENSEMBLE, TUNED = "control-flops", "warm", "ensemble", "tuned"
 UNTREATED_BASE, UNTREATED, PLAIN = "untreated-base", "untreated", "plain"
+# Kinds of heads, with noise or without.
+HEADS = {"head-linear": ("linear", False), "head-mlp": ("mlp", False), "head-noise": ("mlp", True)}
 SEEDS_APART = 1000  # so that a fine-tune's order is not that of the control of the run with the next seed
 
 
@@ -29,10 +32,12 @@ def trainings(
         yield from _untreated(recipe, control, path)
     if wanted.plain:
         yield PLAIN, plainly(control), {"flops_of": [path("control")]}
+    if wanted.heads:
+        yield from ((name, settings, {}) for name, settings in other_heads(control).items())
     settings = control.scaled(1 / wanted.fine_tunes) if wanted.budget == "split" else control
     for number, name in enumerate(fine_tunes(recipe), 1):
         if name != "control":
-            yield name, settings, {"seed": recipe.seed + SEEDS_APART * number}
+            yield name, _with_one_head(settings, recipe.seed), {"seed": recipe.seed + SEEDS_APART * number}
 
 
 def _untreated(
@@ -59,6 +64,33 @@ def plainly(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(
         update={name: fields[name].get_default(call_default_factory=True) for name in LOSS}
     )
+
+
+def _with_one_head(settings: TrainSettings, seed: int) -> TrainSettings:
+    """The settings with a new head, if they have one, that is the control's: others could not be averaged."""
+    if settings.head is None or settings.head_seed is not None:
+        return settings
+    return settings.model_copy(update={"head_seed": seed})
+
+
+def with_the_head_that_is_there(settings: TrainSettings) -> TrainSettings:
+    """The settings of a training that goes on with a model which these made."""
+    fields = HeadOptions.model_fields
+    return settings.model_copy(update={name: fields[name].default for name in ("head", *ONLY_WITH_HEAD)})
+
+
+def other_heads(settings: TrainSettings) -> dict[str, TrainSettings]:
+    """The settings under each head of HEADS that is not their own, of the same width and dropout."""
+    fields = HeadOptions.model_fields
+    found = {}
+    for name, (head, noise) in HEADS.items():
+        if (head, noise) == (settings.head, settings.noisy_head):
+            continue
+        kept = {} if head == "linear" else {n: getattr(settings, n) for n in ("head_width", "head_dropout")}
+        shape = {n: fields[n].default for n in ONLY_WITH_HEAD} | {"head_seed": settings.head_seed} | kept
+        noisy = {"head_noise": True} if noise else {}
+        found[name] = settings.model_copy(update={**shape, **noisy, "head": head})
+    return found
 
 
 def fine_tunes(recipe: Recipe) -> list[str]:

@@ -172,7 +172,7 @@ class _Plan:
             # What strength adds to training pairs, fitting pairs do not have.
             control = self.recipe.control
             tuning = baselines.without_columns(control) if self.recipe.strength else control
-            yield self.train(baselines.TUNED, tuning, **added)
+            yield self.train(baselines.TUNED, baselines.with_the_head_that_is_there(tuning), **added)
 
     def merged(self, method: str) -> Iterator[tuple[str, str, Run]]:
         """Coefficients by one method, and the merge with them.

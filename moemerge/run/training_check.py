@@ -64,12 +64,15 @@ def steering_faults(recipe: Recipe) -> Iterator[MoemergeError]:
 
 
 def training_faults(recipe: Recipe) -> Iterator[MoemergeError]:
-    """Objectives and TRL's keys that are unknown, searches that nothing chooses, weights in parts."""
+    """Objectives, heads and TRL's keys that are unknown, searches that nothing chooses, weights in parts."""
+    from moemerge.models.heads import HEADS
     from moemerge.training.losses import LOSSES
 
     for name, section in trainings(recipe).items():
         for objective in section.objectives:
             yield from unknown_name(f"{name}.objectives", objective, LOSSES)
+        if section.head is not None:
+            yield from unknown_name(f"{name}.head", section.head, HEADS)
         if section.trainer:
             from moemerge.training.arguments import trainer_faults
 
@@ -113,6 +116,13 @@ def baseline_faults(recipe: Recipe) -> Iterator[MoemergeError]:
             "a control by Bradley-Terry alone",
             "a control with further objectives, label_smoothing, margin, center or lookahead",
             "set baselines.plain to false",
+        )
+    if wanted.heads and recipe.control and recipe.control.head in (None, "linear"):
+        yield fault_of(
+            "baselines.heads needs a head to be held against others",
+            f"control.head {recipe.control.head or 'as the model has it'}",
+            "control.head: nonnegative, or mlp",
+            "set control.head, or baselines.heads to false",
         )
     if wanted.tuned and not (recipe.data and recipe.data.fit):
         yield fault_of(

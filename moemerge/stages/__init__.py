@@ -118,7 +118,7 @@ ROWS = (
         "export",
         "moemerge.stages.export:export",
         "moemerge.options.export:Export",
-        "Write a MoE for other tools: each expert as a dense model, or all as stock Qwen2-MoE.",
+        "Write a model for other tools: experts as dense models, a MoE as Qwen2-MoE, a head as a linear one.",
         headlines.export,
     ),
     Row(

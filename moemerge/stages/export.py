@@ -24,6 +24,7 @@ from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.models.device import use_device
 from moemerge.models.finite import finite
+from moemerge.models.folder import ModelFolder
 from moemerge.options.export import Export
 
 LINEAR = "linear.yml"
@@ -41,14 +42,19 @@ def export(options: Export, draft: Draft) -> None:
     list of models: those that are not the reward models which take part in the merge (a language model, or a
     model whose vocabulary is not the common one), as base/, model-0/ ...; linear.yml names the others where
     they are. Weights keep their dtype. With `form` qwen2_moe there is one checkpoint instead, the whole MoE
-    for stock transformers (see qwen2_moe). Raises CheckpointError for what is not whole and for
-    coefficients of another source, UnsupportedError for a MoE that the form cannot express.
+    for stock transformers (see qwen2_moe); with linear a dense model under a stock head (see linear_head).
+    Raises CheckpointError for what is not whole and for coefficients of another source, UnsupportedError for
+    a model that the form cannot express.
     """
     use_device(options)
     if options.form == "qwen2_moe":
         from moemerge.merging.qwen2_moe import write_native  # imports transformers
 
         write_native(options, draft)
+    elif options.form == "linear":
+        from moemerge.fitting.linear_head import write_linear  # likewise
+
+        write_linear(options, draft)
     else:
         _write_experts(options, draft)
 
@@ -58,6 +64,7 @@ def _write_experts(options: Export, draft: Draft) -> None:
     source = open_source(options, coefficients)
     if coefficients is not None:
         source.check_fit(coefficients)
+        ModelFolder(source.folder).require_stock_head("stock mergekit would lose or misread its head")
     to_write = [member for member, folder in enumerate(source.references()) if folder is None]
     draft.reserve(source.size(source.dtype, copies=len(to_write)) if to_write else 0)
     _write_members(draft.folder, source, to_write, options.shard_size)

@@ -29,6 +29,7 @@ from moemerge.merging.sources.open import open_source
 from moemerge.models.checkpoint import Checkpoint, write_checkpoint
 from moemerge.models.device import one_thread, use_device
 from moemerge.models.finite import finite, magnitude
+from moemerge.models.heads.saved import head_result
 from moemerge.options.base import OURS, SCALE_OF_SUM
 from moemerge.options.merge import Merge
 from moemerge.options.signature import with_options_of
@@ -74,6 +75,7 @@ def merge(options: Merge, draft: Draft) -> None:
         "coordinates": way.coefficients.coordinates if way.coefficients else None,
         "scales": way.coefficients.scales if way.coefficients else None,
         "caveats": list(source.caveats),
+        **head_result(draft.folder),
     }
 
 

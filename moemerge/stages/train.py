@@ -5,8 +5,10 @@ A run is one trial, or a grid of them (`search`): training/trials.py.
 
 from __future__ import annotations
 
+from moemerge.artifacts.ranks import leads
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.artifacts.workspace import workspace
+from moemerge.models.heads.saved import head_result
 from moemerge.options.train import Train
 from moemerge.training.bench import open_bench
 from moemerge.training.budget import budgeted
@@ -33,6 +35,8 @@ def train(options: Train, draft: Draft) -> None:
         reports, best = compete(bench, trials, folder)
         home, step = folder / f"trial-{best}", reports[best]["best_step"]
         write_finished(bench, trials[best], home, step, draft.folder)
+        if leads():
+            draft.results |= head_result(draft.folder)
     write_history(reports[best]["history"], draft.folder)
     draft.results |= results(options, reports, best) | ({"flops_ratio": ratio} if ratio else {})
     draft.results |= {"fresh_head": bench.model.drawn_head} if bench.model.drawn_head else {}

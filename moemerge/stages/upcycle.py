@@ -29,7 +29,8 @@ from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import skeleton
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder
-from moemerge.models.heads import output_names, warn_of_fresh_head
+from moemerge.models.head_tensors import output_names, warn_of_fresh_head
+from moemerge.models.heads.saved import head_result
 from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import layout_of, moe_config, moe_to_look_at, write_moe_config
 from moemerge.models.moe import make_router
@@ -64,6 +65,7 @@ def upcycle(options: Upcycle, draft: Draft) -> None:
     write_moe_config(draft.folder, moe, layout)
     copy_side_files(source.folder, draft.folder)
     draft.results.update(settings.to_dict(), fresh_head=source.missing_head)
+    draft.results |= head_result(draft.folder)
     if not options.experts:
         _compare(options, source, draft, device)
 

@@ -18,6 +18,7 @@ from moemerge.data.tokenise import EncodedCandidates, EncodedPair, encode_candid
 from moemerge.errors import DataError, together
 from moemerge.models.device import use_training_device
 from moemerge.models.folder import ModelFolder
+from moemerge.models.heads import HEADS
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.token_limits import check_config
 from moemerge.options.train import Train
@@ -47,6 +48,8 @@ def open_bench(options: Train, draft: Draft) -> Bench:
     """
     for name in options.objectives:
         LOSSES.get(name)  # raises for an unknown one
+    if options.head is not None:
+        HEADS.get(options.head)
     if options.trainer:
         from moemerge.training.arguments import trainer_faults
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moemerge.data.pairs import Pair, as_answer
 from moemerge.data.rows import BadRow, Row, Text
 from moemerge.data.tokenise import EncodedPair, Item, encode_all, texts_of
-from moemerge.models.heads import in_head
+from moemerge.models.head_tensors import in_head
 from moemerge.models.pooling import padding
 from moemerge.models.roles import roles_of
 from moemerge.models.scoring import forward

@@ -13,12 +13,12 @@ from moemerge.artifacts.json_file import read_list, write_json
 from moemerge.options.train import Train
 from moemerge.reports.figures import Line, Panel
 from moemerge.reports.plotting import panels
+from moemerge.training import losses
 from moemerge.training.flops import FLOPS
-from moemerge.training.losses import CENTER, LOSSES
 
 RATIO = "_gradient_ratio"
-TERMS = tuple(f"{name}_loss" for name in (*LOSSES, CENTER))
-RATIOS = tuple(f"{name}{RATIO}" for name in (*LOSSES, CENTER))
+TERMS = tuple(f"{name}_loss" for name in losses.TERMS)
+RATIOS = tuple(f"{name}{RATIO}" for name in losses.TERMS)
 LOGGED = (
     "loss",
     "accuracy",
@@ -78,11 +78,11 @@ def _entry(logged: dict[str, Any]) -> dict[str, Any]:
 def _terms(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Each logged term's first and last loss, and how its gradient compared with Bradley-Terry's at first."""
     terms = {}
-    for name in (*LOSSES, CENTER):
-        losses = [entry[f"{name}_loss"] for entry in history if f"{name}_loss" in entry]
+    for name in losses.TERMS:
+        logged = [entry[f"{name}_loss"] for entry in history if f"{name}_loss" in entry]
         ratios = [entry[f"{name}{RATIO}"] for entry in history if f"{name}{RATIO}" in entry]
-        if losses:
-            terms[name] = {"first": losses[0], "last": losses[-1], "gradient_ratio": (ratios or [None])[0]}
+        if logged:
+            terms[name] = {"first": logged[0], "last": logged[-1], "gradient_ratio": (ratios or [None])[0]}
     return terms
 
 

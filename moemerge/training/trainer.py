@@ -40,7 +40,7 @@ from moemerge.training.callbacks import Pooling, Telling
 from moemerge.training.expert_schedule import ExpertSchedule, assign_experts
 from moemerge.training.lookahead import Lookahead
 from moemerge.training.losses.base import Course
-from moemerge.training.losses.mixture import Mixture
+from moemerge.training.losses.mixture import Mixture, head_with_prior
 from moemerge.training.pair_columns import PairCollator, pair_columns
 from moemerge.training.parts import load_moments, load_trained, save_moments, save_parts
 from moemerge.training.rounded_adamw import RoundedAdamW
@@ -277,7 +277,7 @@ def make_trainer(
     schedule = expert_schedule(options, model, pairs)
     answers = [answer for sets in candidates for answer in sets.answers]
     pad = safe_pad(model.config, [*texts_of([*pairs, *held_out]), *answers])
-    mixed = is_mixed(options)
+    mixed = is_mixed(options, model)
     trainer = PairTrainer(
         model=model,
         args=reward_arguments(options, model.device, len(pairs), bool(held_out), folder),
@@ -306,9 +306,11 @@ def make_trainer(
     return trainer
 
 
-def is_mixed(options: Train) -> bool:
+def is_mixed(options: Train, model: PreTrainedModel) -> bool:
     """Whether anything but TRL's own Bradley-Terry loss, with margins or without, is to be minimised."""
-    return bool(options.minimised != {"bradley_terry": 1.0} or options.label_smoothing or options.center)
+    prior = options.head_kl and head_with_prior(model) is not None
+    plain = options.minimised == {"bradley_terry": 1.0}
+    return bool(not plain or options.label_smoothing or options.center or prior)
 
 
 def _with_a_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -345,6 +347,7 @@ def _groups(options: Train, model: PreTrainedModel, roles: dict[str, str]) -> li
         "rest": options.learning_rate,
         "experts": options.expert_learning_rate or options.learning_rate,
         "routers": options.router_learning_rate or options.learning_rate,
+        "head": options.head_learning_rate or options.learning_rate,
     }
     groups = []
     for (role, rate), decays in itertools.product(rates.items(), (True, False)):

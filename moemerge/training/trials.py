@@ -29,7 +29,7 @@ from moemerge.artifacts.workspace import once
 from moemerge.errors import OptionError, UnsupportedError
 from moemerge.models import processes
 from moemerge.models.families import family_of
-from moemerge.models.heads import in_head
+from moemerge.models.head_tensors import in_head
 from moemerge.models.loading import load_reward_model
 from moemerge.models.roles import roles_of
 from moemerge.models.sizes import training_space
@@ -168,7 +168,8 @@ def prepare(
     bench: Bench, options: Train, device: torch.device, sharded: bool = False
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """The model with exactly the intended parameters to train, and the role of each of these."""
-    model = load_reward_model(bench.model, device, getattr(torch, options.weights), options.seed, sharded)
+    head, dtype = options if options.head is not None else None, getattr(torch, options.weights)
+    model = load_reward_model(bench.model, device, dtype, options.seed, sharded, head)
     if options.trainable == "lora":
         _add_lora(model, options)
     roles = trained_parameters(model, options)
@@ -178,15 +179,18 @@ def prepare(
 
 
 def trained_parameters(model: PreTrainedModel, options: Train) -> dict[str, str]:
-    """Name -> role (experts, routers or rest) of every parameter that `options` let train.
+    """Name -> role (experts, routers, head or rest) of every parameter that `options` let train.
 
-    Experts of a dense model are its MLPs. The head, in an encoder with its pooler, always trains; so do
-    LoRA's own parameters. Raises OptionError for layers that the model lacks.
+    Experts of a dense model are its MLPs. The head, in an encoder with its pooler, always trains, and has a
+    role where it has a rate; LoRA's own parameters train too. Raises OptionError for layers that the model
+    lacks.
     """
     path, layers = family_of(model.config).dense_layers(model)
     chosen = parse_layers(options.train_layers, len(layers))
     prefixes = tuple(f"{path}.{number}." for number in chosen) if options.train_layers != "all" else ("",)
     roles = roles_of(model)
+    if options.head_learning_rate is not None:
+        roles |= {name: "head" for name, _ in model.named_parameters() if in_head(model, name)}
 
     def trains(name: str) -> bool:
         wanted = options.trainable == "full" or name in roles or ".lora_" in name

@@ -25,11 +25,12 @@ from moemerge.models.loading import load_reward_model
 from moemerge.options.recipe import Recipe
 from moemerge.options.train import TrainSettings
 from moemerge.run import pipeline
-from moemerge.run.baselines import scored_names
+from moemerge.run.baselines import other_heads, scored_names, trainings
 from moemerge.run.budget import shortfalls
 from moemerge.run.faults import find_faults
 from moemerge.run.plan import plan
 from moemerge.run.steps import RunReport, open_result
+from moemerge.run.training_check import baseline_faults, training_faults
 from moemerge.stages.compare import compare
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.train import train
@@ -422,3 +423,35 @@ def test_the_tables_of_steps_say_what_their_files_say(study: RunReport) -> None:
     }
     assert study.numbers["seed-4/evaluate"]["models"].keys() == report["models"].keys()
     assert study.path == study.output and "merge-uniform against control" in study._repr_html_()
+
+
+def test_a_head_is_held_against_every_other_one() -> None:
+    """Each with the control's width, dropout and search; none twice, and all are options that train takes."""
+    search = {"head_learning_rate": [1e-3, 3e-3]}
+    control = {"head": "nonnegative", "head_width": 9, "head_start": "uniform", "search": search}
+    recipe = Recipe(**{**TINY_RUN, "output": "r", "control": control, "baselines": {"heads": True}})
+    assert not [*baseline_faults(recipe)]
+    found = {name: settings for name, settings, _ in trainings(recipe, str)}
+    assert {n: (s.head, s.noisy_head, s.head_width) for n, s in found.items()} == {
+        "head-linear": ("linear", False, 1024), "head-mlp": ("mlp", False, 9), "head-noise": ("mlp", True, 9),
+    }  # fmt: skip
+    for settings in found.values():
+        assert TrainSettings(**settings.model_dump()).search == search
+    mlp = TrainSettings(head="mlp", head_noise=True)
+    assert [*other_heads(mlp)] == ["head-linear", "head-mlp"]
+    plain = Recipe(**{**TINY_RUN, "output": "r", "control": {}, "baselines": {"heads": True}})
+    assert any("control.head" in str(fault) for fault in baseline_faults(plain))
+    unknown = Recipe(**{**TINY_RUN, "output": "r", "control": {"head": "mpl"}})
+    assert any("mlp" in str(fault) for fault in training_faults(unknown))
+
+
+def test_fine_tunes_have_one_head_and_tuning_keeps_it() -> None:
+    control = {"head": "mlp", "head_width": 9}
+    wanted = {"fine_tunes": 2, "budget": "split", "tuned": True}
+    data = {"train": "t.jsonl", "fit": "f.jsonl"}
+    recipe = Recipe(output="r", model="m", data=data, control=control, baselines=wanted, seed=7)
+    steps = {step.name: step.options for step in plan(recipe)}
+    tunes = [steps[f"fine-tune-{number}"] for number in (1, 2)]
+    assert [tune.head_seed for tune in tunes] == [7, 7] and tunes[0].seed != tunes[1].seed
+    assert {tune.head for tune in tunes} == {"mlp"} and steps["control"].head == "mlp"
+    assert steps["tuned"].head is None and steps["tuned"].head_width == 1024

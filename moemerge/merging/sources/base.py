@@ -23,6 +23,7 @@ from moemerge.merging.blocks import ATTENTION, MLP, block_order, blocks_of, laye
 from moemerge.merging.coefficients import Coefficients
 from moemerge.models.checkpoint import Checkpoint, copy_side_files
 from moemerge.models.folder import ModelFolder
+from moemerge.models.shim import install_shim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -143,6 +144,7 @@ class MergeSource(ABC):
         config = self.dense_config()
         config.dtype = dtype
         config.save_pretrained(target)
+        install_shim(target)
 
     def write_side_files(self, target: Path) -> None:
         """Put tokenizer, chat template, licence and the like into `target`."""

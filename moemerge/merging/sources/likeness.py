@@ -12,6 +12,7 @@ from moemerge.errors import CheckpointError, UnsupportedError, few
 from moemerge.models.families import family_of, known_family
 from moemerge.models.families.dense import skeleton
 from moemerge.models.folder import ModelFolder
+from moemerge.models.heads.saved import head_field, told_head
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.pooling import named_pad, reads_before_the_end
 
@@ -23,7 +24,7 @@ Scope = Literal["all", "body", "mlp"]
 INCIDENTAL = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "vocab_size",
     "num_labels", "id2label", "label2id", "problem_type", "use_cache", "tie_word_embeddings", "is_decoder",
-    "finetuning_task",
+    "finetuning_task", "auto_map", "model_type",
 }  # fmt: skip
 WHICH_MODELS = "leave it out: only reward models of one architecture, trained from one start, can be merged"
 WHICH_BASE = "give as base the model that all others were trained from, or leave base out and average them"
@@ -84,7 +85,7 @@ def names_in_scope(model: ModelFolder, scope: Scope) -> list[str]:
 
 def mlp_names(model: ModelFolder) -> set[str]:
     """Dense names of the tensors of MLPs; none in an architecture whose MLPs are not known."""
-    if known_family(model.config.model_type) is None:
+    if known_family(model.dense_type) is None:
         return set()
     return {tensor.dense for tensor in family_of(model.config).expert_tensors(model.config)}
 
@@ -111,25 +112,47 @@ def check_architectures(
     Tables of embeddings may have rows of their own; heads of the `headless` are not compared.
     """
 
+    if scope == "all":
+        _check_heads([model for number, model in enumerate(models) if number not in headless])
+
     def differ(number: int, other: int) -> Difference | None:
-        skipped = [*models[other].head_names] if {number, other} & {*headless} else []
-        return _difference(models[number], models[other], scope, skipped)
+        heads = scope == "all" and not {number, other} & {*headless}
+        return _difference(models[number], models[other], scope, heads)
 
     _refuse_odd_one(models, has_base, differ)
 
 
-def _difference(
-    model: ModelFolder, reference: ModelFolder, scope: Scope, skipped: Collection[str]
-) -> Difference | None:
-    if model.model_type != reference.model_type:
-        return f"model_type {model.model_type}", f"model_type {reference.model_type}"
-    shapes, wanted = _shapes(model), _shapes(reference)
+def _check_heads(models: Sequence[ModelFolder]) -> None:
+    """Raise UnsupportedError unless all have heads of one kind, and those of several layers one origin.
+
+    An average of weights is near to a function that each of them is near to only around a common start:
+    units of heads that were drawn apart do not stand for the same.
+    """
+    first, fields = models[0], [head_field(model.config) for model in models]
+    for model, field in zip(models, fields, strict=True):
+        told, wanted = told_head(model.config), told_head(first.config)
+        if field and fields[0] and told == wanted and field["origin"] != fields[0]["origin"]:
+            told, wanted = (f"{told}, drawn as {of['origin']}" for of in (field, fields[0]))
+        if told != wanted:
+            raise UnsupportedError(
+                f"the head of {model.source} cannot be averaged with the others",
+                given=told,
+                expected=f"{wanted}, as of {first.source}",
+                fix="set scope to body, which keeps one head; or train all from one start, or with one "
+                "head_seed; or write each as a stock model first: moemerge export --form linear",
+            )
+
+
+def _difference(model: ModelFolder, reference: ModelFolder, scope: Scope, heads: bool) -> Difference | None:
+    if model.dense_type != reference.dense_type:
+        return f"model_type {model.dense_type}", f"model_type {reference.dense_type}"
+    shapes, wanted = _shapes(model, heads), _shapes(reference, heads)
     if lone := sorted(shapes.keys() ^ wanted.keys()):
         has, lacks = f"a {lone[0]}", f"no {lone[0]}"
         return (has, lacks) if lone[0] in shapes else (lacks, has)
-    free = {embeddings_name(reference), *skipped}
+    table = embeddings_name(reference)
     for name in names_in_scope(reference, scope):
-        if shapes[name] != wanted[name] and name not in free:
+        if name != table and name in wanted and shapes[name] != wanted[name]:
             return (
                 f"{name} {shapes[name]}{_sizes(model, reference)}",
                 f"{wanted[name]}{_sizes(reference, model)}",
@@ -137,8 +160,10 @@ def _difference(
     return None
 
 
-def _shapes(model: ModelFolder) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in skeleton(model.config).state_dict().items()}
+def _shapes(model: ModelFolder, head: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of its tensors, those of its head only if asked for."""
+    own, skipped = skeleton(model.config), set() if head else {*model.head_names}
+    return {name: tuple(tensor.shape) for name, tensor in own.state_dict().items() if name not in skipped}
 
 
 def _sizes(model: ModelFolder, other: ModelFolder) -> str:
@@ -150,7 +175,7 @@ def _sizes(model: ModelFolder, other: ModelFolder) -> str:
 
 def check_pooling(models: Sequence[ModelFolder], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
     """All reward models must read scores at one token, or the merged head is given foreign states."""
-    family = known_family(models[0].model_type)
+    family = known_family(models[0].dense_type)
     if family is not None and not family.causal:  # encoders read the first token
         return
     judges = [*zip(models, tokenizers, strict=True)]

@@ -33,7 +33,7 @@ from moemerge.merging.sources.vocabulary import Vocabulary, common_vocabulary, d
 from moemerge.models.checkpoint import copy_side_files
 from moemerge.models.families.dense import dense_config, skeleton
 from moemerge.models.folder import ModelFolder
-from moemerge.models.heads import output_names
+from moemerge.models.head_tensors import output_names
 from moemerge.models.loading import load_tokenizer
 from moemerge.options.base import Coordinates, listed_twice
 
@@ -130,7 +130,7 @@ class ModelList(MergeSource):
     def dtype(self) -> torch.dtype:
         """The widest dtype of any tensor to merge."""
         held = ((model, tensor.dense) for tensor in self.tensors for model in self.models)
-        dtypes = (model.dtype(name) for model, name in held if name not in model.lacks)
+        dtypes = (model.dtype(name) for model, name in held if not (model.lacks and name in self.head))
         return reduce(torch.promote_types, dtypes)
 
     @property
@@ -215,7 +215,7 @@ class ModelList(MergeSource):
 
     def _own(self, name: str, member: int) -> Tensor:
         """The tensor as one model has it, its embeddings in the common order; zeros for a missing head."""
-        if name in self.models[member].lacks:
+        if self.models[member].lacks and name in self.head:
             return torch.zeros(self.donor.shape(name), dtype=self.donor.dtype(name))
         if name == self.embeddings and self.vocabulary is not None:
             return self.vocabulary.table(member, lambda number: self.models[number].tensor(name))

@@ -19,6 +19,7 @@ from moemerge.models.families.base import ExpertTensor
 from moemerge.models.folder import ModelFolder, misfit, opened
 from moemerge.models.layout import Layout, read_layout
 from moemerge.models.moe_settings import SHARED
+from moemerge.models.shim import install_shim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -83,6 +84,7 @@ class MoeCheckpoint(ExpertSource):
         values = {**self.layout.dense_config, "dtype": str(dtype).removeprefix("torch.")}
         text = json.dumps(values, indent=2, sort_keys=True)
         (target / "config.json").write_text(text + "\n", encoding="utf-8")
+        install_shim(target)
 
     def matrix(self, tensor: MergedTensor, member: int) -> Tensor:
         """The copy that one expert has; the shared one, if there is one, is number 0."""

@@ -30,7 +30,7 @@ from moemerge.models.families.base import ExpertTensor
 from moemerge.models.families.dense import dense_class, describes_model, shared_values, skeleton
 from moemerge.models.families.siblings import SIBLINGS, Sibling
 from moemerge.models.folder import ModelFolder, misfit, opened
-from moemerge.models.heads import in_head, refuse_lost_head, spare_head
+from moemerge.models.head_tensors import in_head, refuse_lost_head, spare_head
 
 # Where checkpoints keep an expert's matrices, one tensor each: module of the experts, names of the matrices.
 LAYOUTS = (

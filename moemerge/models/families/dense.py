@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from moemerge.errors import CheckpointError, MoemergeError
 from moemerge.models.families.base import PREFIX
+from moemerge.models.heads.saved import FIELD, head_field
 
 # Keys of config.json that say what wrote it, not what the architecture computes.
 NOT_CARRIED = ("moemerge", "auto_map", "model_type", "architectures", "transformers_version")
@@ -39,17 +40,29 @@ def describes_model(kind: str) -> Iterator[None]:
 
 def is_moe(config: PretrainedConfig) -> bool:
     """Whether `config` belongs to a moemerge MoE."""
-    return config.model_type.startswith(PREFIX)
+    return config.model_type.startswith(PREFIX) and getattr(config, "moemerge", None) is not None
 
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the dense reward model of the same architecture; a new object.
+    """The config of the dense reward model of the same architecture and head; a new object.
 
-    CheckpointError if there is none.
+    With a head that is not stock it is of our own class too. CheckpointError if there is none.
     """
-    values = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED}
+    if head_field(config) is None:
+        return stock_config(config)
+    return _config_of(config.model_type, config)
+
+
+def stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The same of the stock reward model, whose head is linear."""
+    return _config_of(config.model_type.removeprefix(PREFIX), config, FIELD)
+
+
+def _config_of(kind_name: str, config: PretrainedConfig, *without: str) -> PretrainedConfig:
+    left_out = {*NOT_CARRIED, *without}
+    values = {key: value for key, value in config.to_dict().items() if key not in left_out}
     with describes_model(config.model_type):
-        kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
+        kind = CONFIG_MAPPING[kind_name]
         dense = kind.from_dict({**values, "model_type": kind.model_type})
         dense.architectures = [dense_class(dense).__name__]
         return dense
@@ -62,7 +75,9 @@ def shared_values(config: PretrainedConfig, kind: type[PretrainedConfig]) -> dic
 
 
 def dense_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The ...ForSequenceClassification class of the dense architecture of `config`."""
+    """The ...ForSequenceClassification class of the dense architecture of `config`, and of its head."""
+    if head_field(config) is not None:
+        return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
     kind = CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)]
     return cast(type[PreTrainedModel], MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind])
 

@@ -21,6 +21,8 @@ LOSSES: Registry[MakeLoss] = Registry(
     group="losses",
 )
 CENTER = "center"  # a term as well, which options.center weighs
+PRIOR = "prior"  # and what a head's own prior asks for, which options.head_kl weighs
+TERMS = (*LOSSES, CENTER, PRIOR)
 
 
 @dataclass(frozen=True)

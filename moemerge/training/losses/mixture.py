@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from moemerge.models.heads import in_head
+from moemerge.models.head_tensors import in_head
+from moemerge.models.heads.base import Head, head_of
 from moemerge.models.pooling import last_states, pooled_positions, pooled_states
 from moemerge.models.scoring import gates_by_prompt
-from moemerge.training.losses import CENTER, LOSSES
+from moemerge.training.losses import CENTER, LOSSES, PRIOR
 from moemerge.training.losses.base import Batch, Course, Loss
 
 
 class Mixture:
     """The objectives of a training with their weights; `center` is one more term, of options.center.
+
+    So is `prior`, of options.head_kl, if the model's head has one.
 
     Raises OptionError for an unknown objective, and whatever making one raises.
     """
@@ -32,6 +35,9 @@ class Mixture:
         self.model, self.pad = course.model, course.pad
         self.losses: dict[str, Loss] = {name: LOSSES.get(name)(course) for name in options.minimised}
         self.weights = options.minimised | ({CENTER: options.center} if options.center else {})
+        self.num_pairs = len(course.pairs)
+        self.head = head_with_prior(course.model) if options.head_kl else None
+        self.weights |= {PRIOR: options.head_kl} if self.head is not None else {}
 
     def answer(self, model: nn.Module, inputs: dict[str, Any], places_B: Tensor, step: int) -> Batch:
         """One forward pass of `model`, which may wrap the one that was given before."""
@@ -41,7 +47,7 @@ class Mixture:
         with ExitStack() as stack:
             pooled: list[Tensor] = []
             states: list[Tensor] = []
-            if any(loss.pooled for loss in self.losses.values()):
+            if self.head is not None or any(loss.pooled for loss in self.losses.values()):
                 positions_2B = pooled_positions(ids_2BT, self.pad)
                 pooled = stack.enter_context(pooled_states(self.model, positions_2B))
             if any(loss.states for loss in self.losses.values()):
@@ -58,6 +64,9 @@ class Mixture:
             chosen_B, rejected_B = batch.scores_2B.chunk(2)
             # TRL's center_rewards_coefficient (Helping or Herding?, arXiv 2312.09244, equation 2).
             terms[CENTER] = torch.mean((chosen_B + rejected_B) ** 2)
+        if self.head is not None:
+            assert batch.pooled_2BD is not None
+            terms[PRIOR] = self.head.prior_loss(batch.pooled_2BD, self.num_pairs)
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -74,6 +83,12 @@ class Mixture:
         plain = _norm(-logsigmoid(batch.differences_B).mean(), trunk)
         norms = {name: _norm(self.weights[name] * term, trunk) for name, term in self.terms(batch).items()}
         return {name: norm / plain if plain else math.nan for name, norm in norms.items()}
+
+
+def head_with_prior(model: nn.Module) -> Head | None:
+    """The model's head, if training adds to the loss what its prior asks for."""
+    head = head_of(model)
+    return head if head is not None and head.has_prior else None
 
 
 def _norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from moemerge.errors import CheckpointError, few
+from moemerge.models.heads.base import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,15 +58,24 @@ def in_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def output_layer(model: PreTrainedModel) -> str:
-    """The name of the head's last matrix, whose one output is the score."""
+    """The name of the module whose one output is the score: the head's last matrix, or a head of ours."""
+    if (own := head_of(model)) is not None:
+        return next(name for name, module in model.named_modules() if module is own)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if in_head(model, f"{name}.weight")][-1]
 
 
 def output_names(model: PreTrainedModel) -> list[str]:
-    """Weight and bias of that matrix."""
-    last = output_layer(model)
+    """The tensors in proportion to which scores grow: weight and bias of that matrix, or a head's of ours."""
+    last, own = output_layer(model), head_of(model)
+    if own is not None:
+        return [f"{last}.{name}" for name in own.outputs]
     return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == last]
+
+
+def replaced_names(model: PreTrainedModel) -> list[str]:
+    """The tensors that another head would take the place of; what lies before it in a head stays."""
+    return [name for name in model.state_dict() if name.startswith(f"{output_layer(model)}.")]
 
 
 def refuse_lost_head(
