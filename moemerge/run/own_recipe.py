@@ -33,8 +33,15 @@ STEP = 64  # max_length is a multiple of it
 OF_MEMORY = 0.8  # what training may take of the memory at hand
 HOURS = 2.0  # that training the mixture may take
 PAIRS_PER_STEP = 16
+FEW_PROMPTS = 300  # a tenth of which makes wide intervals
 EVALUATIONS = 4  # of a training, where there is no time for more
 FEWEST, MOST_HELD_OUT = 50, 300  # pairs of a set, where training takes too long for all
+TRAVEL, RATE = 1e-3, 1e-4  # of a model that is trained on: see _rate
+HEAD_TRAVEL, HEAD_RATE = 1e-2, 1e-3  # of one whose head is new
+BASE = """base:                                 # puts a reward head on the model and trains it
+  <<: *tune                           # as above
+  learning_rate: {rate}  # more than above: a new head has a long way to go
+"""
 QUANTILES = (0.5, 0.9, 0.99)
 MANY = 1000  # models
 COMMENT = 38  # column in which comments stand
@@ -209,7 +216,7 @@ def _values(found: Found, path: Path, test: str | None) -> Iterator[tuple[str, s
     yield "output", _value(f"runs/{path.stem}")
     yield from _of_model(found, path)
     yield from _of_data(found, path)
-    yield from _of_test(test, path)
+    yield from _of_test(test, path, found.lengths.prompts)
     yield from _of_machine(found)
 
 
@@ -226,11 +233,17 @@ def _of_model(found: Found, path: Path) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "num_layers", str(size.layers)
-    yield "first", "control" if folder.claims_head else "base"
-    trained_on = "the dense model trained on: same budget as the mixture"
-    yield "first_does", trained_on if folder.claims_head else "puts a reward head on the model and trains it"
-    yield "control", "" if folder.claims_head else f"control: *tune  # {trained_on}\n"
-    yield "learning_rate", "1.0e-5" if found.is_decoder else "3.0e-5"
+    yield "base", "" if folder.claims_head else BASE.format(rate=_rate(found, HEAD_TRAVEL, HEAD_RATE))
+    yield "learning_rate", _rate(found, TRAVEL, RATE)
+
+
+def _rate(found: Found, travel: float, most: float) -> str:
+    """The usual learning rate; in short trainings more, or they would end where they began.
+
+    A step of AdamW moves a weight by the learning rate at most: `travel` is how far all steps together may.
+    """
+    steps = (found.fit.max_train or found.lengths.pairs) / PAIRS_PER_STEP
+    return f"{max(1e-5 if found.is_decoder else 3e-5, min(most, travel / steps)):.1e}"
 
 
 def _of_data(found: Found, path: Path) -> Iterator[tuple[str, str]]:
@@ -246,12 +259,15 @@ def _of_data(found: Found, path: Path) -> Iterator[tuple[str, str]]:
     yield "bad_rows", "skip" if lengths.broken or out else "refuse"
 
 
-def _of_test(test: str | None, path: Path) -> Iterator[tuple[str, str]]:
+def _of_test(test: str | None, path: Path, prompts: int) -> Iterator[tuple[str, str]]:
     """The lines of a recipe, and of a section, that name test pairs."""
     if test is None:
+        few = (
+            f" (some {max(1, round(0.1 * prompts))} prompts, few: raise it)" if prompts < FEW_PROMPTS else ""
+        )
         yield (
             "tests",
-            "test_share: 0.1  # of the pairs, split off; or files of its own: tests: {name: FILE}",
+            f"test_share: 0.1  # of the pairs, split off by prompt{few}; or files: tests: {{name: FILE}}",
         )
         yield "test", "test_share: 0.3  # of the pairs, to measure on; or a file of its own: test: FILE"
         return

@@ -25,6 +25,7 @@ from moemerge.models.checkpoint import link_checkpoint, write_checkpoint
 from moemerge.models.device import use_device
 from moemerge.models.finite import finite
 from moemerge.models.folder import ModelFolder
+from moemerge.models.portable import make_portable
 from moemerge.options.export import Export
 
 LINEAR = "linear.yml"
@@ -168,3 +169,4 @@ def _write_model(folder: Path, source: MergeSource, parts: list[Path]) -> None:
     link_checkpoint(folder, parts)
     source.write_config(folder, source.dtype)
     source.write_side_files(folder)
+    make_portable(folder)

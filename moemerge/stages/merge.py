@@ -30,6 +30,7 @@ from moemerge.models.checkpoint import Checkpoint, write_checkpoint
 from moemerge.models.device import one_thread, use_device
 from moemerge.models.finite import finite, magnitude
 from moemerge.models.heads.saved import head_result
+from moemerge.models.portable import make_portable
 from moemerge.options.base import OURS, SCALE_OF_SUM
 from moemerge.options.merge import Merge
 from moemerge.options.signature import with_options_of
@@ -63,6 +64,7 @@ def merge(options: Merge, draft: Draft) -> None:
     write_checkpoint(draft.folder, _dense_tensors(source, way, dtype), options.shard_size)
     source.write_config(draft.folder, dtype)
     source.write_side_files(draft.folder)
+    make_portable(draft.folder)
     _require_all(draft.folder, source)
     log.debug("merge: largest rounding error %.2e", way.largest_difference)
     draft.results |= {

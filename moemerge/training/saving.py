@@ -17,6 +17,7 @@ from moemerge.models import processes
 from moemerge.models.checkpoint import write_checkpoint
 from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model
+from moemerge.models.portable import make_portable, name_label
 from moemerge.options.train import Train
 from moemerge.training.bench import Bench
 from moemerge.training.parts import load_trained
@@ -47,6 +48,7 @@ def _write_gathered(bench: Bench, options: Train, home: Path, step: int, folder:
         write_checkpoint(folder, _gathered(model), SHARD)
         _write_beside(model, folder, options.trust_remote_code)
         bench.tokenizer.save_pretrained(folder)
+        make_portable(folder)
     else:
         for _ in _gathered(model):
             pass
@@ -57,6 +59,7 @@ def _write_beside(model: PreTrainedModel, folder: Path, trust_remote_code: bool)
     """Write what lies beside the weights, by a model that has none: one in parts would put all together."""
     config = deepcopy(model.config)
     config.distributed_config = None
+    name_label(config)
     with torch.device("meta"):
         empty = AutoModelForSequenceClassification.from_config(
             config, dtype=model.dtype, trust_remote_code=trust_remote_code
@@ -77,8 +80,10 @@ def save_model(
 
     Raises ArtifactError if they differ.
     """
+    name_label(model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    make_portable(folder)
     flush_tree(folder)
     for path in folder.glob("*.safetensors"):
         flush_and_forget(path)

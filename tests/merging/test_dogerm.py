@@ -23,6 +23,7 @@ from moemerge.errors import CheckpointError, OptionError, UnsupportedError
 from moemerge.merging.coefficients import Coefficients
 from moemerge.models.checkpoint import Checkpoint
 from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.portable import make_portable
 from moemerge.models.scoring import score_pairs
 from moemerge.options.base import TextFormat
 from moemerge.stages.export import export
@@ -277,5 +278,6 @@ def test_a_classic_pad_token_of_the_reward_model_survives(tmp_path: Path) -> Non
     merged = doge(rm, lm, tmp_path / "m", 0.2)
     row = AutoTokenizer.from_pretrained(merged).convert_tokens_to_ids("[PAD]")
     assert row == len(VOCABULARY) and torch.equal(weights(merged)[EMBED][row], weights(rm)[EMBED][row])
+    make_portable(Path(rm))  # as merge does with what it writes
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (merged / name).read_bytes() == (Path(rm) / name).read_bytes()

@@ -11,14 +11,15 @@ import argparse
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from pathlib import Path
 
 import tomllib
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests/support"))
+from venvs import environment  # noqa: E402
+
 TESTS = [
     "fitting/test_coefficients.py",
     "models/test_checkpoint.py",
@@ -35,19 +36,6 @@ def requirements(end: str) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [one for one in project["dependencies"] if re.split(r"[^\w-]", one)[0] not in LENT]
     return [re.sub(r">=([^,]+).*", r"==\1", one) for one in wanted] if end == "oldest" else wanted
-
-
-def environment(folder: Path) -> Path:
-    """A new environment that sees this one's torch, and no more of it; returns its python."""
-    venv.create(folder, with_pip=True)
-    site, own = (
-        next((folder / "lib").glob("python*")) / "site-packages",
-        Path(sysconfig.get_paths()["purelib"]),
-    )
-    for path in own.iterdir():
-        if re.match(r"(torch|functorch|torchgen|nvidia|triton|sympy|mpmath|networkx)\b|torch-", path.name):
-            (site / path.name).symlink_to(path)
-    return folder / "bin" / "python"
 
 
 def check(end: str, dry: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny_models import save_dense, tiny_dense, tiny_tokenizer
 
 from moemerge.errors import DataError, OptionError, UnsupportedError
 from moemerge.models.timing import LayerCost
-from moemerge.run import cli
+from moemerge.run import cli, own_recipe
 from moemerge.run.check import load_recipe
 from moemerge.run.own_recipe import GOALS, write_recipe
 from moemerge.run.plan import plan
@@ -74,7 +75,19 @@ def test_a_head_is_trained_first_where_there_is_none(home: Path, tmp_path: Path)
     with_head, _ = written(home, tmp_path / "a.yml", ["rm"])
     without, text = written(home, tmp_path / "b.yml", ["base"])
     assert "base" not in with_head and with_head["control"] == with_head["train"]
-    assert without["base"] == without["control"] == without["train"] and "without a reward head" in text
+    assert without["control"] == without["train"] and "without a reward head" in text
+    assert without["base"].keys() == without["control"].keys()
+    assert without["base"] | {"learning_rate": 0} == without["control"] | {"learning_rate": 0}
+
+
+@pytest.mark.parametrize(("pairs", "rates"), [(16, (1e-4, 1e-3)), (320, (5e-5, 5e-4)), (16000, (1e-5, 1e-5))])
+def test_short_trainings_have_higher_rates_and_new_heads_the_highest(
+    home: Path, tmp_path: Path, pairs: int, rates: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = own_recipe.measure
+    monkeypatch.setattr(own_recipe, "measure", lambda *given: replace(measure(*given), pairs=pairs))
+    tree, _ = written(home, tmp_path / "r.yml", ["base"])
+    assert (tree["control"]["learning_rate"], tree["base"]["learning_rate"]) == rates
 
 
 def test_layers_experts_and_pairs_follow_memory_and_time(
