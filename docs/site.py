@@ -57,7 +57,7 @@ def reference() -> str:
     head += (
         "Each is also a function of `moemerge`, and most are sections of recipes, with the same options.\n"
     )
-    kinds = {row.name: row.summary for row in (*ROWS, *commands.ROWS)}
+    kinds = {row.command: row.summary for row in ROWS} | {row.name: row.summary for row in commands.ROWS}
     every = [_run_options(), *(_command(name, summary) for name, summary in kinds.items())]
     return "\n".join([head, *every, "## Other names in Python\n", *_others()])
 
@@ -69,7 +69,7 @@ def _run_options() -> str:
 def _command(name: str, summary: str) -> str:
     options = COMMANDS.get(name)
     inputs = ", ".join([*options.POSITIONAL, "output=..., ..."])
-    function = {"data": "prepare", "synthetic": "write_world"}.get(name, name)
+    function = {"data": "prepare", "synthetic": "write_world"}.get(name, name.replace("-", "_"))
     return f"### {name}\n\n{summary}\n\n```\nmoemerge.{function}({inputs})\n```\n\n{_table(options)}"
 
 
@@ -89,7 +89,7 @@ def _cell(text: str) -> str:
 
 def _others() -> Iterator[str]:
     """Functions that are no commands, and classes."""
-    told = {"prepare", "write_world", *COMMANDS}
+    told = {"prepare", "write_world", *(name.replace("-", "_") for name in COMMANDS)}
     for name in moemerge._HOMES:
         it = getattr(moemerge, name)
         if name not in told:

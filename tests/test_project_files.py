@@ -42,7 +42,8 @@ def test_the_reference_has_every_option_and_every_public_name(source: Path) -> N
         for name, field in COMMANDS.get(command).model_fields.items():
             assert f"| `{name}` |" in told, f"{command}.{name}"
             assert (field.description or "")[:15].replace("*", "\\*").split("|")[0] in told
-    functions = {name for name in sections if name in moemerge._HOMES} | {"prepare", "write_world"}
+    functions = {name.replace("-", "_") for name in sections} & {*moemerge._HOMES}
+    functions |= {"prepare", "write_world"}
     assert functions == set(moemerge._HOMES)
 
 
