@@ -104,6 +104,11 @@ def dense_rival(recipe: Recipe) -> str:
     return "control" if recipe.control else "dense"
 
 
+def optimised(recipe: Recipe) -> list[str]:
+    """The reward models that a policy is optimised against, by name: the dense rival, and the merge."""
+    return [dense_rival(recipe), f"merge-{recipe.fit.method}"]
+
+
 def is_averaged(recipe: Recipe) -> bool:
     """Whether WARM is asked for."""
     return bool(recipe.baselines.fine_tunes and recipe.baselines.warm)

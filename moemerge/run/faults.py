@@ -15,9 +15,10 @@ from moemerge.models.folder import ModelFolder
 from moemerge.options.base import Run, input_fields
 from moemerge.options.data import DataSettings
 from moemerge.options.layers import parse_layers
+from moemerge.options.optimise import OptimiseSettings
 from moemerge.options.recipe import WITH_INPUTS, Recipe
 from moemerge.options.sample import SAMPLED
-from moemerge.run.baselines import model_names, scored_names
+from moemerge.run.baselines import model_names, optimised, scored_names
 from moemerge.run.commands import row_of
 from moemerge.run.label_check import label_faults
 from moemerge.run.recipe_file import Tree
@@ -286,6 +287,8 @@ def _check_policies(recipe: Recipe) -> Iterator[MoemergeError]:
         from moemerge.training.arguments import tracker_faults
 
         yield from tracker_faults(recipe.optimise.report_to, "optimise.report_to")
+    if recipe.optimise and recipe.optimise.refresh:
+        yield from _refresh_faults(recipe, recipe.optimise)
     for name, section in {"sample": recipe.sample, "optimise": recipe.optimise}.items():
         if section and section.max_new_tokens >= data.max_length:
             yield fault_of(
@@ -294,6 +297,18 @@ def _check_policies(recipe: Recipe) -> Iterator[MoemergeError]:
                 "answers that are shorter than max_length",
                 f"lower {name}.max_new_tokens, or raise data.max_length",
             )
+
+
+def _refresh_faults(recipe: Recipe, section: OptimiseSettings) -> Iterator[MoemergeError]:
+    for name in section.refresh:
+        yield from unknown_name("optimise.refresh", name, optimised(recipe))
+    if section.refresh_trains == "coefficients":
+        yield fault_of(
+            "a recipe cannot refresh coefficients",
+            "optimise.refresh_trains coefficients; its reward models are merged, and have none",
+            "all, head or experts",
+            "leave it out, and run moemerge optimise on the MoE by itself",
+        )
 
 
 def _check_publish(recipe: Recipe) -> Iterator[MoemergeError]:

@@ -208,9 +208,8 @@ class _Plan:
 
     def optimise(self, section: OptimiseSettings) -> tuple[str, str, Run]:
         """A policy optimised against the merged model and its dense rival."""
-        rival = baselines.dense_rival(self.recipe)
-        models = self.models([rival, f"merge-{self.recipe.fit.method}"])
-        added = {"models": models, "baseline": rival}
+        names = baselines.optimised(self.recipe)
+        added = {"models": self.models(names), "baseline": names[0]}
         return self.step("optimise", "optimise", section, **self.read, **self.trust, **added)
 
     def models(self, names: Iterable[str]) -> dict[str, str]:

@@ -22,6 +22,11 @@ GOLD = """def few(prompt, answer):
     return -float(len(answer))
 """
 SMALL: dict[str, Any] = {**TINY_RUN, "data": {"max_length": 64}, "evaluate": {"resamples": 100}}
+REFRESHED = {
+    "optimise": {
+        "refresh": {"merge-unifrom": "during"}, "right_above": 0, "refresh_trains": "coefficients",
+    }
+}  # fmt: skip
 OTHER: dict[str, Any] = {
     "synthetic": None,
     "model": "owner/model",
@@ -99,6 +104,8 @@ def test_a_recipe_samples_measures_and_optimises(
         ({"optimise": {"max_new_tokens": 80}}, "optimise leaves no room for a prompt"),
         ({"optimise": {"prompts": "./none.jsonl"}}, "optimise.prompts does not exist"),
         ({"sample": {"model": "./none"}}, "sample.model does not exist"),
+        (REFRESHED, "a recipe cannot refresh coefficients"),
+        (REFRESHED, "did you mean 'merge-uniform'"),
         (OTHER, "two candidate sets are called sampled"),
     ],
 )
