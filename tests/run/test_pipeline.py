@@ -250,11 +250,11 @@ def test_another_version_of_moemerge_makes_all_again_and_others_are_told_of(
     pipeline.run_recipe("recipe.yml")
     stages.calls.clear()
     now = staleness.versions()
-    monkeypatch.setattr(staleness, "versions", lambda: now | {"torch": "99"})
+    monkeypatch.setattr(staleness, "versions", lambda *_: now | {"torch": "99"})
     pipeline.run_recipe("recipe.yml")
     (line,) = [record.message for record in caplog.records if "other versions" in record.message]
     assert stages.calls == [] and line.endswith(f"torch {now['torch']} (now 99)")
-    monkeypatch.setattr(staleness, "versions", lambda: now | {"moemerge": "99"})
+    monkeypatch.setattr(staleness, "versions", lambda *_: now | {"moemerge": "99"})
     again = pipeline.run_recipe("recipe.yml")
     assert stages.calls == STEPS and "this is 99" in str(again.steps[0].reason)
 
