@@ -12,6 +12,7 @@ from moemerge.evaluation.results import AccuracyPart
 
 WANTED = 0.02  # the difference in accuracy whose price in pairs is told
 POWER = 0.8
+MOST_SHARED = 0.5  # prompts per pair below which the arithmetic of single pairs promises too much
 
 
 def power_sentences(report: Report, comparisons: int) -> Iterator[str]:
@@ -24,6 +25,12 @@ def power_sentences(report: Report, comparisons: int) -> Iterator[str]:
         return
     for name, measured in accuracy_sets(report).items():
         part = measured["all"]
+        if part["prompts"] < MOST_SHARED * part["pairs"]:
+            yield (
+                f"{part['pairs']:,} pairs of {name} are of {part['prompts']:,} prompts, and it is prompts "
+                "that count: take more of them to see smaller differences."
+            )
+            continue
         least, seen, wanted = limits(part["pairs"], _disagreement(part), 1 - known, comparisons)
         yield (
             f"{part['pairs']:,} pairs of {name} cannot show a difference below {least:.2g}, and show one of "

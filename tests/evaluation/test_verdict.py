@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from small_reports import REPORT, accuracy_part, choice_scores, report_of
+from small_reports import MODELS, REPORT, accuracy_part, choice_scores, report_of
 
 from moemerge.errors import ArtifactError
 from moemerge.evaluation import main_table as summary
 from moemerge.evaluation.measures import Difference, differences
-from moemerge.evaluation.power import POWER, limits
+from moemerge.evaluation.power import POWER, limits, power_sentences
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.probes.base import CandidateScores, PairScores
 from moemerge.evaluation.report import FORMAT, outdated, read_comparison, read_report
@@ -189,6 +189,17 @@ def test_no_smaller_difference_can_be_clear(pairs: int, comparisons: int) -> Non
     count = next(k for k in range(100) if mcnemar(k, 0) <= 0.05 / comparisons)
     assert least == pytest.approx(min(1.0, count / pairs)) and seen >= least and wanted > 1000
     assert (pairs, round(least, 2)) != (24, 0.25) and (pairs != 24 or round(least, 2) == 0.29)
+
+
+def test_pairs_of_few_prompts_are_not_counted_as_so_many() -> None:
+    part = {**accuracy_part(), "pairs": 200, "prompts": 9}
+    sets = {"test": {"all": part, "sections": {}, "subsets": {}}}
+    few: Any = report_of(MODELS, "control", accuracy={"confidence": 0.95, "sets": sets})
+    (sentence,) = power_sentences(few, 1)
+    assert sentence.startswith("200 pairs of test are of 9 prompts") and "cannot show" not in sentence
+    part["prompts"] = 150
+    (sentence,) = power_sentences(few, 1)
+    assert "cannot show" in sentence
 
 
 def test_the_difference_that_is_seen_is_seen_in_four_of_five_cases() -> None:
