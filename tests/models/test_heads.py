@@ -369,3 +369,8 @@ def test_a_head_without_its_weights_is_a_fault(headed: Path, tmp_path: Path) -> 
     rewrite(tmp_path, lambda name, tensor: None if name == "score.weights" else tensor)
     with pytest.raises(CheckpointError, match=r"score\.weights"):
         load_reward_model(tmp_path, "cpu")
+    config = json.loads((headed / "config.json").read_text())
+    config[FIELD]["width"] = 10**7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not hold the model that its config asks for"):
+        load_reward_model(tmp_path, "cpu")
