@@ -119,7 +119,7 @@ def test_training_reads_back_what_it_saved(
         tensors["model.norm.weight"][0] += torch.tensor(1e-3)
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(importlib.import_module("moemerge.stages.train"), "flush_and_forget", spoil)
+    monkeypatch.setattr(importlib.import_module("moemerge.training.saving"), "flush_and_forget", spoil)
     with pytest.raises(CheckpointError, match="not written as meant"):
         run("train", world, dense_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
