@@ -48,7 +48,10 @@ def _rows(report: Report, columns: list[Column]) -> tuple[list[str], list[list[s
     """
     models, groups = report["models"], first_of_equals(report)
     names = ("model", {model: " = ".join(equals) for model, equals in groups.items()})
-    used = ("parameters used", {model: f"{facts['active_parameters']:,}" for model, facts in models.items()})
+    used = (
+        "active parameters",
+        {model: f"{facts['active_parameters']:,}" for model, facts in models.items()},
+    )
     whole = [names, *columns, used]
     rows = [[cells.get(model, "") for _, cells in whole] for model in groups]
     return [title for title, _ in whole], rows

@@ -36,7 +36,7 @@ NAMES = {"evaluate": "report.json", "compare": "compare.json"}
 # What a model costs (models/cost.py counts it), as tables call it.
 COSTS: dict[Literal["parameters", "active_parameters", "flops_per_token"], str] = {
     "parameters": "parameters",
-    "active_parameters": "used per token",
+    "active_parameters": "active parameters",
     "flops_per_token": "FLOPs per token",
 }
 

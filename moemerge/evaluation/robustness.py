@@ -135,7 +135,10 @@ def tables(numbers: Mapping[str, Any]) -> list[Table]:
         for name, model in numbers["models"].items()
     ]
     note = "The model of the row minus that of the column, over the same pairs."
-    return [_shares(numbers), Table("Robust accuracy, row minus column", ["", *names], rows, note)]
+    return [
+        _shares(numbers),
+        Table("Robust accuracy, pairwise: row minus column", ["", *names], rows, note),
+    ]
 
 
 def _shares(numbers: Mapping[str, Any]) -> Table:

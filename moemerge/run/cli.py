@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from moemerge.run.forecast import Forecast
     from moemerge.run.steps import RunReport, StepReport
 
+WHOLE = 1000  # letters: more than any command's help
 FAULTY, USAGE_ERROR, BY_SIGNAL = 1, 2, 128
 # Of the machine, not of moemerge: a full device that is printed to, a reader that went away, too many files.
 NO_WAY_ON = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE, errno.EMFILE, errno.ENFILE}
@@ -48,6 +49,12 @@ class Program(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands in the order of their definition."""
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each command with the whole of its first sentence, on two lines if need be."""
+        rows = [(name, command.get_short_help_str(WHOLE)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """The command to run; a usage error with a near name if there is none."""

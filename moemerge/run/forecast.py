@@ -62,10 +62,13 @@ class Forecast:
             f"Estimate, from timing one layer: {duration(self.seconds)} on {self.where}{without}; early "
             "stopping may make it shorter, other work on this machine longer."
         )
-        yield (
-            f"Memory: up to {in_words(int(memory))} ({largest}), {in_words(self.memory_at_hand)} at hand. "
-            f"Disk: {in_words(int(kept))} in {self.output}, {in_words(int(disk))} at most while it runs, "
+        space = (
+            f" Disk: {in_words(int(kept))} in {self.output}, {in_words(int(disk))} at most while it runs, "
             f"{in_words(free)} free."
+        )
+        yield (
+            f"Memory: up to {in_words(int(memory))} ({largest}), {in_words(self.memory_at_hand)} at hand."
+            + space * (disk > 0)  # a run that writes no models takes next to none
         )
         if memory > self.memory_at_hand:
             yield (

@@ -101,4 +101,4 @@ def _data(section: Section, manifests: Mapping[str, Any]) -> Section:
 def steps_section(manifests: Mapping[str, Any]) -> Section:
     """What each step came to, and how long it took."""
     rows = [[step, f"{manifest['seconds']:.1f}", headline(manifest)] for step, manifest in manifests.items()]
-    return Section("Steps", tables=[Table("Steps in order", ["step", "seconds", "what came of it"], rows)])
+    return Section("Steps", tables=[Table("Steps in order", ["step", "seconds", "result"], rows)])

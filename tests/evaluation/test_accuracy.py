@@ -138,7 +138,7 @@ def test_of_many_models_each_is_compared_with_the_baseline() -> None:
         assert [one[k] for k in ("interval", "p")] == [other[k] for k in ("interval", "p")]
     tables = PROBES.get("accuracy").tables(PROBES.get("accuracy").measure({"t": scores}, settings, 0))
     titles = [table.title for table in tables]
-    assert "Each model and the baseline on t" in titles and "Minus m3 on t, by subset" in titles
+    assert "Each model and the baseline on t" in titles and "Differences to m3 on t, by subset" in titles
 
 
 def test_sections_are_their_pairs_and_unknown_subsets_are_refused() -> None:
@@ -229,15 +229,15 @@ def test_tables_tell_what_is_compared() -> None:
     tables = {table.title: table for table in PROBES.get("accuracy").tables(result)}
     assert list(tables) == [
         "Accuracy on t",
-        "Every two models on t",
+        "Pairwise comparisons on t",
         "Accuracy on t, by section",
-        "Minus m0 on t, by section",
+        "Differences to m0 on t, by section",
         "Accuracy on t, by subset",
-        "Minus m0 on t, by subset",
+        "Differences to m0 on t, by subset",
     ]
     assert tables["Accuracy on t, by subset"].header[-2:] == ["always longer", "always shorter"]
-    assert len(tables["Every two models on t"].rows) == 3
-    assert "all 9 comparisons" in tables["Minus m0 on t, by subset"].note
+    assert len(tables["Pairwise comparisons on t"].rows) == 3
+    assert "all 9 comparisons" in tables["Differences to m0 on t, by subset"].note
     assert "McNemar test over prompts" in tables["Accuracy on t"].note
 
 

@@ -243,7 +243,7 @@ def test_the_first_screen_has_gold_against_kl_and_details_are_folded(evaluated: 
     assert "cannot show a difference" in first
     assert text.count("](best_of_n_bon.png)") == 1
     folded = "".join(re.findall(r"<details>.*?</details>", page, re.S))
-    assert "Every two models on test" in folded and "checksum" in folded and "Main numbers" not in folded
+    assert "Pairwise comparisons on test" in folded and "checksum" in folded and "Main numbers" not in folded
 
 
 def test_data_whose_columns_tell_what_it_is(world: dict[str, Any], evaluated: Path, tmp_path: Path) -> None:

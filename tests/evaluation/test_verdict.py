@@ -105,7 +105,7 @@ def test_a_single_model_stands_against_chance_and_length() -> None:
     text = standing(report)
     assert text.startswith("rm: accuracy 0.7")
     assert text.endswith(", above chance (0.5); preferring the shorter answer gives 0.500.")
-    assert summary.main_table(report)[0] == ["model", "accuracy test", "parameters used"]
+    assert summary.main_table(report)[0] == ["model", "accuracy test", "active parameters"]
     (table,) = PROBES.get("accuracy").tables(found)
     assert table.header[-1] == "loss" and "McNemar" not in table.note
 
@@ -334,7 +334,7 @@ def benchmarked() -> dict[str, Any]:
 def test_rewardbench_is_in_tables_and_verdict(benchmarked: dict[str, Any]) -> None:
     titles = ["RewardBench 2 rb, Math", "RewardBench 2 rb, Focus"]
     header, rows = summary.main_table(benchmarked)
-    assert header == ["model", titles[0], "minus worse", titles[1], "minus worse", "parameters used"]
+    assert header == ["model", titles[0], "minus worse", titles[1], "minus worse", "active parameters"]
     assert rows[0][2] == "baseline" and rows[1][2].startswith("+0.") and "(+0." in rows[1][2]
     subset = benchmarked["probes"]["rewardbench"]["sets"]["rb"]["subsets"]["Math"]["models"]["better"]
     assert rows[1][1].startswith(f"{subset['score']:.3f} (")

@@ -96,6 +96,11 @@ def test_every_option_of_a_stage_is_a_flag_with_help(main: Main, row: Row) -> No
         assert " ".join(str(field.description).split()[:3]) in text
 
 
+def test_help_says_the_whole_of_what_each_command_does(main: Main) -> None:
+    text = " ".join(main("--help")[1].partition("Commands:")[2].split())
+    assert all(f" {row.command} {row.summary.split('. ')[0]}" in text for row in ROWS) and "..." not in text
+
+
 def test_flags_become_options_of_every_kind(main: Main, stages: FakeStages, tmp_path: Path) -> None:
     flags = (
         "--model m --pairs p --epochs 2.5 --max-steps 7 --patience none --trainable lora --trust-remote-code"

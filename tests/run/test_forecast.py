@@ -19,6 +19,7 @@ from moemerge.options.train import TrainSettings
 from moemerge.run import cli
 from moemerge.run.check import load_recipe
 from moemerge.run.forecast import Forecast, duration, forecast
+from moemerge.run.work import Work
 
 RECIPE: dict[str, Any] = {
     "output": "run",
@@ -108,6 +109,13 @@ def test_check_says_what_each_step_takes_and_that_it_is_an_estimate(
     whole = "\n".join(lines[-3:])
     assert "Estimate, from timing one layer" in whole and "Memory: up to" in whole and "Disk:" in whole
     assert "warning: train may need more memory than there is" in whole
+
+
+def test_disk_is_told_of_runs_that_write_models_only(tmp_path: Path) -> None:
+    for kept, told in ((0.0, False), (1e6, True)):
+        work = {"evaluation": Work(tokens=100, seconds=5.0, memory=1e6, kept=kept)}
+        said = " ".join(Forecast(tmp_path, work, "cpu", 10**9).sentences())
+        assert "Memory: up to 1.0 MB (evaluation)" in said and ("Disk:" in said) == told
 
 
 def test_what_cannot_be_foreseen_is_said(recipe: Path) -> None:

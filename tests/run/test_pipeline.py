@@ -630,7 +630,7 @@ def test_table_has_a_row_per_model() -> None:
         "accuracy test",
         "gold wide n=1",
         "n=2",
-        "parameters used",
+        "active parameters",
     ]
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(REPORT["models"])
     assert "0.750 (0.700-0.800)" in lines[2] and len({len(line) for line in lines}) == 1

@@ -25,7 +25,9 @@ SMALLER = {
     "epochs=4,": "epochs=1,",
     "bias_pairs=60": "bias_pairs=10",
     "max_pairs=40": "max_pairs=8",
+    "max_pairs=60": "max_pairs=8",
     " steps=3": " steps=1",
+    " steps=2": " steps=1",
     "max_epochs=5": "max_epochs=1",
 }
 

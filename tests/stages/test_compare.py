@@ -187,7 +187,7 @@ def test_costs_and_the_table(study: Path, tmp_path: Path) -> None:
     assert rows[0] == "### 3 models over 4 seeds"
     cells = {row.split(" | ")[0].lstrip("| "): row.strip("| ").split(" | ") for row in rows if "|" in row}
     assert cells["model"][1:3] == ["accuracy in_distribution", "minus dense"]
-    assert cells["model"][-4:] == ["parameters", "used per token", "FLOPs per token", "tokens per second"]
+    assert cells["model"][-4:] == ["parameters", "active parameters", "FLOPs per token", "tokens per second"]
     assert cells["dense"][1:3] == ["0.7200", "baseline"] and cells["dense"][-4:] == [
         "100",
         "90",

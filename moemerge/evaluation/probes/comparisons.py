@@ -103,7 +103,7 @@ def whole_or_part(comparisons: Sequence[Comparison] | Sequence[ScoreComparison])
     """What the comparisons are of, as a title begins."""
     models = {name for one in comparisons for name in (one["first"], one["second"])}
     every = len(comparisons) == len(models) * (len(models) - 1) // 2
-    return "Every two models" if every else "Each model and the baseline"
+    return "Pairwise comparisons" if every else "Each model and the baseline"
 
 
 def against(name: str, parts: Mapping[str, AccuracyPart], baseline: str, confidence: float) -> Table:
@@ -120,7 +120,7 @@ def against(name: str, parts: Mapping[str, AccuracyPart], baseline: str, confide
         f"{percent(confidence)} intervals, each by itself; p: Holm's, adjusted for all {tests} comparisons "
     )
     note += "of two models on one of these parts. Of few prompts intervals are too narrow: read p."
-    return Table(f"Minus {baseline} on {name}", ["part", "pairs", *models], rows, note, detail=True)
+    return Table(f"Differences to {baseline} on {name}", ["part", "pairs", *models], rows, note, detail=True)
 
 
 def _signed(comparison: Comparison, sign: int) -> str:
