@@ -6,6 +6,7 @@ A model card shows it, and what run and combine print at the end does.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +96,6 @@ def scoring_words(chain: Sequence[Manifest]) -> str:
 def how_to_score(folder: Path) -> str:
     """Words and code for the model that a stage wrote into `folder`, for a terminal."""
     manifest = read_manifest(folder)
-    code = scoring_code(str(folder), folder).replace("\n", "\n  ")
+    code = textwrap.indent(scoring_code(str(folder), folder), "  ")
     words = scoring_words([*manifest.get("chain", []), manifest])
-    return f"Load the merged model, and score as evaluate does. {words}\n  {code}"
+    return f"Load the model, and score as evaluate does. {words}\n{code}"

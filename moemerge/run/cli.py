@@ -236,7 +236,8 @@ def _tell_run(report: RunReport) -> None:
 
     pictures = "".join(f"Picture: {path}\n" for path in report.pictures)
     _say(f"\n{report.overview}\n\n{report.verdict}\n\n{pictures}Report: {report.page}\n")
-    if (report.merged / "config.json").is_file():  # an audit may be of scorers that are no classifiers
+    made = report.merged.is_relative_to(report.output)  # an audit makes no model
+    if made and (report.merged / "config.json").is_file():
         _say(how_to_score(report.merged))
 
 

@@ -71,6 +71,9 @@ def test_a_recipe_does_the_same_and_faults_are_told(
     cli.cli.main(["check", str(home / "audit.yml")], standalone_mode=False)
     told = capsys.readouterr().out
     assert "attacks/compared" in told and "Estimate, from timing one layer" in told
+    cli.cli.main(["run", str(home / "audit.yml")], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "Report:" in told and "from_pretrained" not in told, "an audit makes no model to be loaded"
     (home / "wrong.yml").write_text(yaml.safe_dump(tree | {"audit": section | {"pairs": "./none.jsonl"}}))
     assert "audit.pairs does not exist" in str(check_recipe(home / "wrong.yml")[0])
     with pytest.raises(MoemergeError, match="one model at least"):
