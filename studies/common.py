@@ -161,6 +161,18 @@ def options_of(what: str, output: Path, settings: Iterable[str], *folders: str) 
     return parser
 
 
+def print_tables(
+    parser: argparse.ArgumentParser,
+    of_seed: Callable[[str, int, argparse.Namespace], dict[str, Measures]],
+    table: Callable[[str, dict[int, dict[str, Measures]], float], str],
+) -> None:
+    """Read the command line, have every seed of every setting measured, and print a table per setting."""
+    arguments = parser.parse_args()
+    for name in arguments.settings:
+        results = {seed: of_seed(name, seed, arguments) for seed in arguments.seeds}
+        print(table(name, results, arguments.confidence), flush=True)
+
+
 def run(
     what: str,
     settings: Mapping[str, S],

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import Measures, Row, accuracy, interval, once, options_of, recorded, write
+from common import Measures, Row, accuracy, interval, once, options_of, print_tables, recorded, write
 from noisy_labels import deal_helpful, deal_ukp
 from safetensors.numpy import load_file
 
@@ -116,11 +116,8 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
 
 def main() -> None:
     """Run every setting of every seed, and print a table per setting."""
-    parser = options_of(__doc__.splitlines()[0], Path("runs/few_shot"), SETTINGS, "models", "data")
-    arguments = parser.parse_args()
-    for name in arguments.settings:
-        results = {seed: of_seed(name, seed, arguments) for seed in arguments.seeds}
-        print(table(name, results, arguments.confidence), flush=True)
+    options = options_of(__doc__.splitlines()[0], Path("runs/few_shot"), SETTINGS, "models", "data")
+    print_tables(options, of_seed, table)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from common import Measures, accuracy, interval, once, options_of, recorded
+from common import Measures, accuracy, interval, once, options_of, print_tables, recorded
 from noisy_labels import SETTINGS as DEALT
 from noisy_labels import Seed, Setting, opened_seed, read_lines, told
 from safetensors.numpy import load_file
@@ -133,11 +133,8 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
 
 def main() -> None:
     """Run every setting of every seed, and print a table per setting."""
-    parser = options_of(__doc__.splitlines()[0], Path("runs/heads"), SETTINGS, "models", "data")
-    arguments = parser.parse_args()
-    for name in arguments.settings:
-        results = {seed: of_seed(name, seed, arguments) for seed in arguments.seeds}
-        print(table(name, results, arguments.confidence), flush=True)
+    options = options_of(__doc__.splitlines()[0], Path("runs/heads"), SETTINGS, "models", "data")
+    print_tables(options, of_seed, table)
 
 
 if __name__ == "__main__":

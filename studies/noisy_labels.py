@@ -35,7 +35,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Measures, Row, accuracy, flipped, interval, once, options_of, read, recorded, write_sets
+from common import (
+    Measures,
+    Row,
+    accuracy,
+    flipped,
+    interval,
+    once,
+    options_of,
+    print_tables,
+    read,
+    recorded,
+    write_sets,
+)
 from frozen_layers import LowerLayers, install, upper_layers
 from kinds import remove_models
 from real_data import halves, longest, shuffled
@@ -296,11 +308,8 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
 
 def main() -> None:
     """Run every setting of every seed, and print a table per setting."""
-    parser = options_of(__doc__.splitlines()[0], Path("runs/noisy_labels"), SETTINGS, "models", "data")
-    arguments = parser.parse_args()
-    for name in arguments.settings:
-        results = {seed: of_seed(name, seed, arguments) for seed in arguments.seeds}
-        print(table(name, results, arguments.confidence), flush=True)
+    options = options_of(__doc__.splitlines()[0], Path("runs/noisy_labels"), SETTINGS, "models", "data")
+    print_tables(options, of_seed, table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from common import Measures, interval, options_of, recorded
+from common import Measures, interval, options_of, print_tables, recorded
 from noisy_labels import SETTINGS as DATA
 from noisy_labels import Seed, opened_seed
 
@@ -100,11 +100,8 @@ def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: fl
 
 def main() -> None:
     """Run every setting of every seed, and print a table per setting."""
-    parser = options_of(__doc__.splitlines()[0], Path("runs/patching"), SETTINGS, "models", "data")
-    arguments = parser.parse_args()
-    for name in arguments.settings:
-        results = {seed: of_seed(name, seed, arguments) for seed in arguments.seeds}
-        print(table(name, results, arguments.confidence), flush=True)
+    options = options_of(__doc__.splitlines()[0], Path("runs/patching"), SETTINGS, "models", "data")
+    print_tables(options, of_seed, table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import ONE, Measures, interval, once, options_of, recorded
+from common import ONE, Measures, interval, once, options_of, print_tables, recorded
 from token_rewards import gold, save_policy
 
 import moemerge
@@ -108,10 +108,7 @@ def main() -> None:
     """Run every setting of every seed, and print a table per setting."""
     parser = options_of(__doc__.splitlines()[0], Path("runs/refresh"), SETTINGS)
     parser.add_argument("--short", action="store_true", help="four steps, to see that it runs")
-    arguments = parser.parse_args()
-    for trains in arguments.settings:
-        results = {seed: of_seed(trains, seed, arguments) for seed in arguments.seeds}
-        print(table(trains, results, arguments.confidence), flush=True)
+    print_tables(parser, of_seed, table)
 
 
 if __name__ == "__main__":
