@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.json_file import read_object, write_json
+from moemerge.models.families.base import PREFIX
 
 # The class that takes tokenizer.json as it is, as both versions call it.
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -18,7 +19,8 @@ def make_portable(folder: Path) -> None:
     """Give config and tokenizer the names that transformers 4 (from 4.56 on) knows.
 
     Version 5 keeps all that it wrote itself. Without this, version 4 reads a config without rope_theta, and
-    scores with the wrong positions without a word.
+    scores with the wrong positions without a word. The config of a class of ours, which version 4 cannot
+    load, stays as it is: a MoE's layout, which is what merge reads, is kept beside this very config.
     """
     _change(folder / "config.json", _config)
     _change(folder / "tokenizer_config.json", _tokenizer)
@@ -36,6 +38,8 @@ def _change(path: Path, changed: Any) -> None:
 
 
 def _config(values: dict[str, Any]) -> dict[str, Any]:
+    if str(values.get("model_type")).startswith(PREFIX):
+        return values
     rope = values.get("rope_parameters")
     older: dict[str, Any] = {}
     if isinstance(rope, dict) and "rope_theta" in rope:  # else one for each kind of layer, or none

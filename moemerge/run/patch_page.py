@@ -63,7 +63,10 @@ def _nothing(plan: Plan) -> Section:
         report = read_object(plan.output / kind / BEFORE / "report.json")
         rows.append([WORDS[kind], str(report["attacked"]), f"{report['success_rate']:.1%}"])
     table = Table("Attacks on other pairs", ["by", "attacked", "overturned"], rows)
-    lead = "There is nothing to patch: no attack on the training pairs succeeded."
+    lead = (
+        "There is nothing to patch: no attack on the training pairs succeeded. "
+        f"The model stays as it is: {plan.options.model}"
+    )
     return Section("Patch", [], [table], lead=lead)
 
 

@@ -45,6 +45,7 @@ from moemerge.models.families.table import table
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.modelling import load_moe
 from moemerge.models.moe import Gating, MoELayer, moe_layers
+from moemerge.models.portable import make_portable
 from moemerge.models.scoring import collate
 from moemerge.options.base import TextFormat
 from moemerge.stages.export import export
@@ -236,6 +237,7 @@ def merges_into_the_dense_model(folder: Path, dense: nn.Module, tmp_path: Path) 
     type(dense)(dense.config).load_state_dict(dict(ours.tensors()))
     mlps = {tensor.dense for tensor in family_of(dense.config).expert_tensors(dense.config)}
     assert {name for name in ours.names if mlp_layer(name) is not None} == mlps
+    make_portable(tmp_path / "dense")  # as merge does with what it writes
     one, other = AutoConfig.from_pretrained(written), AutoConfig.from_pretrained(tmp_path / "dense")
     assert one.to_dict() | {"_name_or_path": ""} == other.to_dict() | {"_name_or_path": ""}
 

@@ -19,6 +19,7 @@ from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.layout import FILE, read_layout
 from moemerge.models.modelling import layout_of, load_moe
+from moemerge.models.portable import make_portable
 from moemerge.stages.merge import merge
 
 LIGHT_MERGE = """
@@ -86,4 +87,5 @@ def test_merging_without_transformers_writes_the_same_files(tmp_path: Path) -> N
     config = MoeCheckpoint(moe).dense_config()
     config.dtype = torch.float32
     config.save_pretrained(tmp_path / "config")
+    make_portable(tmp_path / "config")  # as merge does with what it writes
     assert (heavy / "config.json").read_text() == (tmp_path / "config" / "config.json").read_text()
