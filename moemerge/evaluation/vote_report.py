@@ -213,8 +213,9 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     """What the vote came to, in words."""
     flips, treated = numbers["flips"], numbers["treated"]
     interval = f" ({flips['low']:.2f} to {flips['high']:.2f})" if flips["low"] is not None else ""
+    kind = "planted flips" if flips["planted"] else "flips"
     said = (
-        f"The vote is against {numbers['against']:.1%} of {numbers['pairs']} labels and finds planted flips "
+        f"The vote is against {numbers['against']:.1%} of {numbers['pairs']} labels and finds {kind} "
         f"with an AUC of {flips['auc']:.2f}{interval}"
     )
     done = [f"{treated[name]} {name}" for name in (FLIPPED, DROPPED) if treated[name]]
@@ -251,7 +252,7 @@ def _on_evidence(numbers: Mapping[str, Any]) -> Iterator[str]:
             "so many of all were, by chance; trusted pairs, or a known noise, tell how many are."
         )
     if (auc := numbers["flips"]["auc_of_wrong_labels"]) is not None:
-        yield f"Some planted flips make wrong labels right; it finds wrong labels with an AUC of {auc:.2f}."
+        yield f"Some flips make wrong labels right; it finds wrong labels with an AUC of {auc:.2f}."
     level = percent(numbers["confidence"])
     yield f"If labels are wrong by chance, at most {most:.1%} of them are ({level} bound)."
 
