@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from common import ONE, Measures, interval, once, options_of, read, recorded
+from common import ONE, Measures, interval, once, options_of, print_tables, read, recorded
 from token_rewards import gold, save_policy
 from transformers import AutoModelForCausalLM
 
@@ -100,9 +100,9 @@ def of_seed(setting: str, seed: int, arguments: argparse.Namespace) -> dict[str,
     return recorded(ROWS, setting, seed, lambda: measured(home, seed, short=False))
 
 
-def table(seeds: dict[int, dict[str, Measures]], confidence: float) -> str:
+def table(name: str, seeds: dict[int, dict[str, Measures]], confidence: float) -> str:
     """Means over seeds, and how much more is overturned than by the others."""
-    lines = [f"### seeds {', '.join(map(str, seeds))}", "", "| arm | " + " | ".join(MEASURES) + " |"]
+    lines = [f"### {name}: seeds {', '.join(map(str, seeds))}", "", "| arm | " + " | ".join(MEASURES) + " |"]
     lines.append("| --- |" + " ---: |" * len(MEASURES))
     for arm in ARMS:
         means = (fmean(of[arm][column] for of in seeds.values()) for column in MEASURES)
@@ -117,9 +117,7 @@ def main() -> None:
     """Run every seed, and print the table."""
     parser = options_of(__doc__.splitlines()[0], Path("runs/decoding"), SETTINGS)
     parser.add_argument("--short", action="store_true", help="few pairs, to see that it runs")
-    arguments = parser.parse_args()
-    results = {seed: of_seed("world", seed, arguments) for seed in arguments.seeds}
-    print(table(results, arguments.confidence), flush=True)
+    print_tables(parser, of_seed, table)
 
 
 if __name__ == "__main__":

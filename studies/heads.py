@@ -20,7 +20,6 @@ Then each arm but the first is written as a stock model (export --form linear); 
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 from common import Measures, accuracy, interval, once, options_of, print_tables, recorded
 from noisy_labels import SETTINGS as DEALT
-from noisy_labels import Seed, Setting, opened_seed, read_lines, told
+from noisy_labels import Seed, Setting, noisy_pairs, opened_seed, read_lines
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
@@ -105,12 +104,8 @@ def of_seed(name: str, number: int, arguments: argparse.Namespace) -> dict[str, 
 
     def measure() -> dict[str, Measures]:
         setting, home = SETTINGS[name], arguments.output / name / f"seed-{number}"
-        draw = random.Random(number)
-        dealt = setting.deal(arguments.data, draw)
-        noisy = {
-            use: told(rows, setting.noise if use != "test" else 0.0, draw) for use, rows in dealt.items()
-        }
-        with opened_seed(arguments, home, setting, noisy, number) as seed:
+        pairs = noisy_pairs(setting, arguments.data, number)
+        with opened_seed(arguments, home, setting, pairs, number) as seed:
             return measured(seed)
 
     return recorded(ROWS, name, number, measure)

@@ -15,7 +15,7 @@ from moemerge.artifacts.checksums import fingerprint
 from moemerge.artifacts.foreign import refuse_foreign
 from moemerge.artifacts.manifest import holds_manifest, read_manifest, stated_licence
 from moemerge.artifacts.redaction import redact, redacted
-from moemerge.artifacts.scorer_file import read_scorer, scorer_file, sources_of
+from moemerge.artifacts.scorer_file import read_scorer, scorer_file
 from moemerge.options.base import Options, Run, functions, input_fields
 from moemerge.options.trainer import deciding_keys
 
@@ -103,7 +103,7 @@ def fingerprints(value: Any, known: Any = None) -> Any:
     record = _fingerprint(value, known)
     if (file := scorer_file(value)) is None:
         return record
-    named = {name: _fingerprint(source) for name, source in sources_of(read_scorer(file)[1]).items()}
+    named = {name: _fingerprint(source) for name, source in input_fields(read_scorer(file)[1]).items()}
     whole = json.dumps([record["sha256"], digests(named)], sort_keys=True)
     return {**record, "sha256": hashlib.sha256(whole.encode()).hexdigest(), "sources": named}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moemerge.artifacts.json_file import read_object
 from moemerge.errors import CheckpointError
-from moemerge.options.base import Options, input_fields
+from moemerge.options.base import input_fields
 from moemerge.options.parse import parse_options
 from moemerge.options.scorers import OPTIONS
 
@@ -48,11 +48,6 @@ def read_scorer(file: Path) -> tuple[str, Any]:
     options = parse_options(OPTIONS.get(kind), values, file.name)
     named = {name: _beside(source, file.parent) for name, source in input_fields(options).items()}
     return kind, options.model_copy(update=named)
-
-
-def sources_of(options: Options) -> dict[str, str]:
-    """The models and files that a scorer is made of, by the options that name them."""
-    return input_fields(options)
 
 
 def _beside(source: str, folder: Path) -> str:

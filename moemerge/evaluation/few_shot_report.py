@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moemerge.data.pairs import Pair, numbered, prompt_key
+from moemerge.evaluation.probes.comparisons import difference
 from moemerge.options.few_shot import FewShot
 from moemerge.reports import plotting
 from moemerge.reports.figures import Figure, Line
@@ -21,8 +22,6 @@ from moemerge.reports.statistics import (
     bootstrap_means,
     cluster_sums,
     clustered_interval,
-    no_difference,
-    percentile_interval,
 )
 from moemerge.reports.table import Table, percent, with_interval
 
@@ -55,14 +54,12 @@ def measured(differences: Mapping[str, Floats], pairs: Sequence[Pair], options: 
 
 
 def _difference(first_P: Any, second_P: Any, prompts_P: Any, options: FewShot) -> dict[str, float]:
-    difference_P = first_P.astype(np.float64) - second_P
-    if not difference_P.any():
-        low, high = no_difference(len(np.unique(prompts_P)), options.confidence)
-    else:
-        sums_K2 = cluster_sums(difference_P[:, None], prompts_P)
-        draws_R1 = bootstrap_means(sums_K2, options.resamples, options.seed)
-        low, high = (float(end_1[0]) for end_1 in percentile_interval(draws_R1, options.confidence))
-    return {"difference": float(difference_P.mean()), "low": low, "high": high}
+    right_P2 = np.stack([first_P, second_P], axis=1)
+    sums_K2 = cluster_sums(right_P2.astype(np.float64), prompts_P)
+    draws_R2 = bootstrap_means(sums_K2, options.resamples, options.seed)
+    found = difference(right_P2, draws_R2, prompts_P, options.confidence)
+    low, high = found["interval"]
+    return {"difference": found["difference"], "low": low, "high": high}
 
 
 def sentence(numbers: Mapping[str, Any]) -> str:

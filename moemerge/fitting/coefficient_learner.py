@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moemerge.fitting.space import SMALLEST_START
+from moemerge.fitting.initial import START_SHARED
+from moemerge.fitting.methods.uniform import equal_alpha_LN
+from moemerge.fitting.space import SMALLEST_START, along
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
 from moemerge.merging.sources.base import MergeSource
@@ -46,9 +48,7 @@ class CoefficientLearner:
         """One update against the sum of losses that `parts` compute, one after another; that sum."""
         merge = self._merged.gradient(parts)
         with torch.enable_grad():
-            alpha_LN, shared_L = self._point()
-            # The chain rule by autograd: <coefficients(v), their gradient held fixed> has the gradient dL/dv.
-            linear = (alpha_LN * merge.alpha_LN).sum() + (shared_L * merge.shared_L).sum()
+            linear = along(merge, *self._point())
         (self._v_V.grad,) = torch.autograd.grad(linear, self._v_V)
         self._adam.step()
         self._merged.merge(*(values.detach() for values in self._point()))
@@ -70,7 +70,7 @@ class CoefficientLearner:
 
 def equal_coefficients(source: MergeSource) -> Coefficients:
     """Equal weights in every layer, and half of it all for the shared member, if there is one."""
-    blocks, count = source.blocks(), source.num_members
-    alpha_LN = torch.full((len(blocks), count), 1 / count, dtype=torch.float64)
-    shared_L = torch.full((len(blocks),), 0.5 if source.has_shared else 0.0, dtype=torch.float64)
+    blocks, shared = source.blocks(), START_SHARED if source.has_shared else 0.0
+    alpha_LN = equal_alpha_LN(len(blocks), source.num_members)
+    shared_L = torch.full((len(blocks),), shared, dtype=torch.float64)
     return Coefficients(blocks, alpha_LN, shared_L, {"method": "uniform"})

@@ -26,7 +26,7 @@ from moemerge.models.folder import ModelFolder
 from moemerge.models.head_tensors import output_names, replaced_names
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.pooling import padding, pooled_positions, pooled_states
-from moemerge.models.scoring import batches, forward, score_pairs
+from moemerge.models.scoring import batches, collate, forward, score_pairs
 from moemerge.options.export import Export
 from moemerge.reports.statistics import Floats, wilson
 
@@ -91,9 +91,8 @@ def states_and_scores(
     with padding(model, texts) as pad:
         for rows in batches([len(text.ids) for text in texts], batch_tokens):
             batch = [texts[row] for row in rows]
-            length = max(len(text.ids) for text in batch)
-            ids_BT = torch.tensor([text.ids + [pad] * (length - len(text.ids)) for text in batch])
-            with pooled_states(model, pooled_positions(ids_BT.to(model.device), pad)) as states:
+            ids_BT = collate(batch, pad, False, model.device)["input_ids"]
+            with pooled_states(model, pooled_positions(ids_BT, pad)) as states:
                 scores_N[rows] = forward(model, batch, pad)[:, 0].double().cpu().numpy()
             states_ND |= zip(rows, states[0].double().cpu().numpy(), strict=True)
     return np.stack([states_ND[row] for row in range(len(texts))]), scores_N

@@ -47,11 +47,17 @@ class Space(ABC):
         with torch.enable_grad():
             alpha_LN, shared_L = self.point(v_V)
             pull = self.pull(v_V)
-            # The chain rule by autograd: <coefficients(v), their gradient held fixed> has the gradient dL/dv.
-            # Blocks that share a row add up by themselves. A constant in a row of merge.alpha_LN drops out,
-            # as the row of alpha sums to one whatever v is.
-            linear = (alpha_LN * merge.alpha_LN).sum() + (shared_L * merge.shared_L).sum() + pull
+            linear = along(merge, alpha_LN, shared_L) + pull
         return merge.loss + float(pull.detach()), torch.autograd.grad(linear, v_V)[0]
+
+
+def along(merge: MergeGradient, alpha_LN: Tensor, shared_L: Tensor) -> Tensor:
+    """<coefficients(v), their gradient held fixed>, whose gradient by v is that of the loss: the chain rule.
+
+    Blocks that share a row add up by themselves. A constant in a row of merge.alpha_LN drops out, as the row
+    of alpha sums to one whatever v is.
+    """
+    return (alpha_LN * merge.alpha_LN).sum() + (shared_L * merge.shared_L).sum()
 
 
 class Averages(Space):

@@ -23,7 +23,8 @@ from moemerge.models.families import family_of
 
 # What architectures call the output projection of attention, below a transformer layer.
 PROJECTION = re.compile(r"(^|\.)\w*att(n|ention)\w*(\.\w+)*?\.(o_proj|out_proj|c_proj|dense|Wo)$")
-Change: TypeAlias = Callable[[int, Tensor], Tensor]  # of a layer's heads at the tokens looked at, [B, H, E]
+# Of a layer's heads at the tokens looked at, [B, H, E]; None: they stay as they are.
+Change: TypeAlias = Callable[[int, Tensor], Tensor | None]
 
 
 class AttentionHeads:
@@ -54,9 +55,8 @@ class AttentionHeads:
         """While open, a pass adds each layer's activations at these tokens, [B, H, E] float32 on the CPU."""
         read: list[Tensor] = []
 
-        def keep(_: int, x_BHE: Tensor) -> Tensor:
+        def keep(_: int, x_BHE: Tensor) -> None:
             read.append(x_BHE.float().cpu())
-            return x_BHE
 
         with self._hooked(positions_B, keep):
             yield read
@@ -81,12 +81,14 @@ class AttentionHeads:
 
     def _at(
         self, layer: int, positions_B: Tensor, change: Change, _: nn.Module, inputs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Any, ...] | None:
         x_BTX, rows_B = inputs[0], torch.arange(len(positions_B), device=positions_B.device)
         now_BX = x_BTX[rows_B, positions_B]
-        then_BX = change(layer, now_BX.view(-1, self.heads, self.size)).reshape(now_BX.shape)
+        then_BHE = change(layer, now_BX.view(-1, self.heads, self.size))
+        if then_BHE is None:
+            return None
         changed_BTX = x_BTX.clone()
-        changed_BTX[rows_B, positions_B] = then_BX
+        changed_BTX[rows_B, positions_B] = then_BHE.reshape(now_BX.shape)
         return (changed_BTX, *inputs[1:])
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moemerge.models.families import family_of
 from moemerge.models.folder import ModelFolder
 from moemerge.models.heads.base import head_of
+from moemerge.models.loading import without_weights
 from moemerge.models.moe import moe_layers
 
 
@@ -50,16 +49,8 @@ class Cost:
 
 def cost_of(folder: ModelFolder) -> Cost:
     """What the reward model in `folder` costs, by its config: 2 * width * vocabulary for a language head."""
-    model = _without_weights(folder)
+    model = without_weights(folder.config, folder.trust_remote_code)
     text = model.config.get_text_config()
     _, layers = family_of(model.config).dense_layers(model)
     per_token = cost(model)["flops_per_token"]
     return Cost(per_token, 2 * text.hidden_size * text.vocab_size, len(layers))
-
-
-def _without_weights(folder: ModelFolder) -> PreTrainedModel:
-    config = deepcopy(folder.config)
-    config.num_labels = 1
-    trust = folder.trust_remote_code
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -153,6 +153,20 @@ def load_weights(
         expected = "safetensors of a sequence classifier that agree with config.json"
         raise unloadable("the model cannot be loaded", folder.source, error, expected) from error
     return model, loading
+
+
+def without_weights(
+    config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The reward model of `config`, dense or a MoE, with one output and no weights (on the meta device)."""
+    own = deepcopy(config)
+    own.num_labels = 1
+    given = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            own, trust_remote_code=trust_remote_code, **given
+        )
+    return cast(PreTrainedModel, model)
 
 
 @contextmanager

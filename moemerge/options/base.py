@@ -160,6 +160,11 @@ class Options(BaseModel):
         extra="forbid", frozen=True, validate_default=True, defer_build=True, allow_inf_nan=False
     )
 
+    def differs(self, name: str) -> bool:
+        """Whether an option is not as it is by default."""
+        default: Any = type(self).model_fields[name].get_default(call_default_factory=True)
+        return bool(getattr(self, name) != default)
+
 
 class Run(Options):
     """What every stage takes besides its own settings.

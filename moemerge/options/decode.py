@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -64,11 +64,6 @@ class DecodeSettings(Options):
     def decoding_set(self) -> list[str]:
         """The options of decoding that are not as they are by default."""
         return [name for name in DecodeSettings.model_fields if self.differs(name)]
-
-    def differs(self, name: str) -> bool:
-        """Whether an option is not as it is by default."""
-        default: Any = type(self).model_fields[name].get_default(call_default_factory=True)
-        return bool(getattr(self, name) != default)
 
     def check_decoding(self, has_gold: bool) -> None:
         """Raise Contradiction unless answers can be written, and something tells their class."""

@@ -59,7 +59,7 @@ class HeadOptions(Options):
     @model_validator(mode="after")
     def _head_options_have_a_head(self) -> HeadOptions:
         for name, kinds in ONLY_WITH_HEAD.items():
-            if getattr(self, name) != type(self).model_fields[name].default and self.head not in kinds:
+            if self.differs(name) and self.head not in kinds:
                 raise ValueError(f"{name} needs head {' or '.join(kinds)}")
         return self
 

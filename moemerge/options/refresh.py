@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -68,7 +68,7 @@ class RefreshSettings(Options):
         """Raise Contradiction unless what is said of refreshing goes together."""
         if not self.refresh:
             left = set(RefreshSettings.model_fields) - {"held_out_pairs"}
-            if strange := sorted(name for name in left if self._differs(name)):
+            if strange := sorted(name for name in left if self.differs(name)):
                 raise Contradiction(f"{strange[0]} needs refresh", "name the reward models to refresh")
             return
         if (self.verifier is None) == (self.right_above is None):
@@ -93,12 +93,8 @@ class RefreshSettings(Options):
             "refresh_coefficients": "refresh_trains coefficients",
         }
         for name, given in needs.items():
-            if self._differs(name) and not given:
+            if self.differs(name) and not given:
                 raise Contradiction(f"{name} needs {wanted[name]}", f"give it, or leave {name} out")
-
-    def _differs(self, name: str) -> bool:
-        default: Any = RefreshSettings.model_fields[name].get_default(call_default_factory=True)
-        return bool(getattr(self, name) != default)
 
     @property
     def rate(self) -> float:

@@ -91,8 +91,8 @@ class StrengthSettings(VoteSettings, TrainSettings):
     def _only_what_trains_has_a_training(self) -> StrengthSettings:
         if self.voters and self.votes:
             raise ValueError("voters vote anew, votes are there already: give voters or votes, not both")
-        idle = [name for name in OF_TRAINING if not self.trains and self._is_set(name)]
-        idle += [name for name in OF_VOTING if self.votes and self._is_set(name)]
+        idle = [name for name in OF_TRAINING if not self.trains and self.differs(name)]
+        idle += [name for name in OF_VOTING if self.votes and self.differs(name)]
         if idle:
             raise ValueError(f"{idle[0]} does not go with {'votes' if self.votes else 'voters'}")
         return self

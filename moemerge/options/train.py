@@ -215,16 +215,12 @@ class TrainSettings(HeadOptions):
         if (self.label_smoothing or self.margin != "none") and not self.objectives.get("bradley_terry"):
             raise ValueError("label_smoothing and margin need bradley_terry among objectives")
         for name, wanted in ONLY_WITH.items():
-            if self._is_set(name) and not any(map(self.objectives.get, wanted)):
+            if self.differs(name) and not any(map(self.objectives.get, wanted)):
                 raise ValueError(f"{name} needs {' or '.join(wanted)} among objectives")
         for name in ("lookahead_rate", "lookahead_sets"):
-            if self._is_set(name) and self.lookahead is None:
+            if self.differs(name) and self.lookahead is None:
                 raise ValueError(f"{name} needs lookahead")
         return self
-
-    def _is_set(self, name: str) -> bool:
-        default = type(self).model_fields[name].get_default(call_default_factory=True)
-        return bool(getattr(self, name) != default)
 
     @property
     def minimised(self) -> dict[str, float]:
@@ -233,7 +229,7 @@ class TrainSettings(HeadOptions):
 
     def steered(self) -> list[str]:
         """Names of the options set here that only a MoE can follow."""
-        return [name for name in STEERING if self._is_set(name)]
+        return [name for name in STEERING if self.differs(name)]
 
     def total_steps(self, num_pairs: int) -> int:
         """Updates of a whole run over `num_pairs` pairs."""

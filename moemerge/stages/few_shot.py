@@ -41,8 +41,8 @@ from moemerge.models.language_model import LanguageModel
 from moemerge.models.loading import load_tokenizer
 from moemerge.models.scorers.activation import LoadedActivation, activations, write_heads
 from moemerge.models.scorers.base import Loaded
-from moemerge.models.scorers.judge import LoadedJudge
 from moemerge.models.scorers.questions import Questions, Shot
+from moemerge.models.scorers.verdicts import LoadedVerdicts
 from moemerge.models.token_limits import check_texts
 from moemerge.options.few_shot import FewShot
 from moemerge.options.scorers import Question
@@ -88,7 +88,7 @@ def few_shot(options: FewShot, draft: Draft) -> None:
         arms: dict[str, Loaded] = {
             ACTIVATION: LoadedActivation(*read, mask_LH, means_LHE),
             PROBE: LoadedActivation(*read, all_LH, direction_LHE, projects=True),
-            JUDGE: LoadedJudge(model, questions.verdicts, options),
+            JUDGE: LoadedVerdicts(model, questions.verdicts, options),
         }
         texts = texts_of(held_out)
         differences: dict[str, Floats] = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.disk import flush_and_forget, flush_tree
 from moemerge.artifacts.ranks import leads
@@ -16,7 +15,7 @@ from moemerge.artifacts.read_back import require_as_meant, tensor_digest
 from moemerge.models import processes
 from moemerge.models.checkpoint import write_checkpoint
 from moemerge.models.folder import ModelFolder
-from moemerge.models.loading import load_reward_model
+from moemerge.models.loading import load_reward_model, without_weights
 from moemerge.models.portable import make_portable, name_label
 from moemerge.options.train import Train
 from moemerge.training.bench import Bench
@@ -57,13 +56,9 @@ def _write_gathered(bench: Bench, options: Train, home: Path, step: int, folder:
 
 def _write_beside(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> None:
     """Write what lies beside the weights, by a model that has none: one in parts would put all together."""
-    config = deepcopy(model.config)
-    config.distributed_config = None
-    name_label(config)
-    with torch.device("meta"):
-        empty = AutoModelForSequenceClassification.from_config(
-            config, dtype=model.dtype, trust_remote_code=trust_remote_code
-        )
+    empty = without_weights(model.config, trust_remote_code, model.dtype)
+    empty.config.distributed_config = None
+    name_label(empty.config)
     empty.save_pretrained(folder, state_dict={})
 
 

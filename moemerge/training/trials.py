@@ -102,7 +102,9 @@ def _trial(bench: Bench, options: Train, home: Path) -> dict[str, Any]:
     clock = time.perf_counter()
     model, roles = prepare(bench, options, bench.device, options.sharded)
     counts = _count(model, roles)
-    bench.draft.reserve(checkpoint_space(counts, options), there=size_of(home.parent))
+    bench.draft.reserve(
+        training_space(counts["model"], counts["trained"], options), there=size_of(home.parent)
+    )
     data = (bench.pairs, bench.held_out, home, bench.candidates)
     trainer = make_trainer(options, model, bench.tokenizer, roles, *data)
     before = trainer.measure() if bench.held_out else None
@@ -205,11 +207,6 @@ def _count(model: PreTrainedModel, roles: dict[str, str]) -> dict[str, int]:
     for name, role in roles.items():
         counts[role] += model.get_parameter(name).numel()
     return {**counts, "trained": sum(counts.values()), "model": sum(p.numel() for p in model.parameters())}
-
-
-def checkpoint_space(parameters: dict[str, int], options: Train) -> int:
-    """Bytes that training writes: checkpoints with two moments of AdamW each, and the model."""
-    return training_space(parameters["model"], parameters["trained"], options)
 
 
 def _add_lora(model: PreTrainedModel, options: Train) -> None:

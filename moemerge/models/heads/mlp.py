@@ -76,11 +76,11 @@ class MlpHead(Head):
         With independent factors of mean m and variance m^2 c, weights likewise:
         sum_k m^2 (1 + c) w^2 (1 + c_w) - m^2 w^2.
         """
-        means, weights_K = self.means(wide_states := states), self.weight_means(states.dtype)
+        means, weights_K = self.means(states), self.weight_means(states.dtype)
         if not self.settings.noise:
             return torch.zeros_like(means[..., 0])
         square, square_K = means**2, weights_K**2
-        noisy = square * (1 + relative_variance(self.shapes(wide_states)))
+        noisy = square * (1 + relative_variance(self.shapes(states)))
         return noisy @ (square_K * (1 + relative_variance(self.weight_shapes(weights_K)))) - square @ square_K
 
     def difference_variance(self, chosen: Tensor, rejected: Tensor) -> Tensor:

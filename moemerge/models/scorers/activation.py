@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,29 +19,15 @@ from moemerge.artifacts.manifest import model_fingerprint
 from moemerge.data.tokenise import Encoded
 from moemerge.errors import CheckpointError
 from moemerge.models.attention_heads import AttentionHeads
-from moemerge.models.folder import ModelFolder
 from moemerge.models.language_model import LanguageModel
-from moemerge.models.loading import load_tokenizer
 from moemerge.models.scorers.base import refuse_sharded
-from moemerge.models.scorers.questions import Questions
-from moemerge.models.scoring import batches, in_batches, refuse_empty
-from moemerge.models.token_limits import check_texts
+from moemerge.models.scorers.verdicts import LoadedVerdicts, VerdictScorer
+from moemerge.models.scoring import batches
 from moemerge.options.scorers import Activation, Question
 
 
-class ActivationScorer:
+class ActivationScorer(VerdictScorer[Activation]):
     """What few_shot wrote, opened; see options.scorers.Activation."""
-
-    def __init__(self, source: str, options: Activation, trust_remote_code: bool = False) -> None:
-        self.source, self.options = source, options
-        self._folder = ModelFolder(options.model, trust_remote_code)
-        self._reader: Questions | None = None
-
-    def reader(self) -> Questions:
-        """Puts the question. Raises as load_tokenizer and Questions."""
-        if self._reader is None:
-            self._reader = Questions(load_tokenizer(self._folder), self.options)
-        return self._reader
 
     def load(self, device: torch.device, sharded: bool = False) -> LoadedActivation:
         """Raises as load_language_model, CheckpointError for another model or heads that it lacks."""
@@ -65,8 +50,13 @@ class ActivationScorer:
         )
 
 
-class LoadedActivation:
-    """An activation scorer in memory. mask_LH: the heads in play; projects: whether these are read."""
+class LoadedActivation(LoadedVerdicts):
+    """An activation scorer in memory. mask_LH: the heads in play; projects: whether these are read.
+
+    Its scores are log-odds with heads replaced, or the heads' projection.
+    """
+
+    kind = "activation"
 
     def __init__(
         self,
@@ -78,27 +68,16 @@ class LoadedActivation:
         values_LHE: Tensor,
         projects: bool = False,
     ) -> None:
-        self._model, self._heads, self._verdicts, self._projects = model, heads, verdicts, projects
-        device = model.trunk.device
+        super().__init__(model, verdicts, question)
+        self._heads, self._projects, device = heads, projects, model.trunk.device
         self._mask_LH, self._values_LHE = mask_LH.to(device), values_LHE.to(device)
-        self._weight = 0.5 if question.form == "ranked" else 1.0  # as of judges
-        told = {"class": f"activation ({model.facts['class']})", "flops_per_token": model.trunk_flops}
-        self.facts: dict[str, Any] = {**model.facts, **told}
 
-    def score(
-        self, encoded: Sequence[Encoded], batch_tokens: int, progress: str = "", alone: bool = False
-    ) -> Tensor:
-        """Log-odds of the good verdict in nats, with heads replaced; or the heads' projection."""
-        refuse_empty(encoded)
-        check_texts(self._model.trunk, encoded)
-        run = self._projection if self._projects else self._log_odds
-        return in_batches(encoded, batch_tokens, run, progress, alone=alone)
-
-    def _log_odds(self, texts: Sequence[Encoded]) -> Tensor:
+    def _of_batch(self, texts: Sequence[Encoded]) -> Tensor:
+        if self._projects:
+            return self._projection(texts)
         masks_BLH = self._mask_LH.expand(len(texts), *self._mask_LH.shape)
         with self._heads.replacing(self._model.ends(texts), self._values_LHE, masks_BLH):
-            logits_B2 = self._model.next_logits(texts, self._verdicts)
-        return self._weight * (logits_B2[:, 0] - logits_B2[:, 1])
+            return super()._of_batch(texts)
 
     def _projection(self, texts: Sequence[Encoded]) -> Tensor:
         read_BLHE = _read(self._model, self._heads, texts).double()

@@ -4,70 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from moemerge.data.pairs import Pair
 from moemerge.data.reading import read_pairs
-from moemerge.data.tokenise import Encoded
-from moemerge.models.folder import ModelFolder
 from moemerge.models.language_model import LanguageModel
-from moemerge.models.loading import load_tokenizer
 from moemerge.models.scorers.base import refuse_sharded
-from moemerge.models.scorers.questions import Questions
-from moemerge.models.scoring import in_batches, refuse_empty
-from moemerge.models.token_limits import check_texts
+from moemerge.models.scorers.verdicts import LoadedVerdicts, VerdictScorer
 from moemerge.options.base import TextFormat
-from moemerge.options.scorers import Judge, Question
+from moemerge.options.scorers import Judge
 
 
-class JudgeScorer:
-    """A judge, opened; see options.scorers.Judge."""
+class JudgeScorer(VerdictScorer[Judge]):
+    """A judge, opened; see options.scorers.Judge. Its reader raises DataError for unusable shots, too."""
 
-    def __init__(self, source: str, options: Judge, trust_remote_code: bool = False) -> None:
-        self.source, self.options = source, options
-        self._folder = ModelFolder(options.model, trust_remote_code)
-        self._reader: Questions | None = None
-
-    def reader(self) -> Questions:
-        """Puts the question. Raises as load_tokenizer and Questions, DataError for unusable shots."""
-        if self._reader is None:
-            self._reader = Questions(load_tokenizer(self._folder), self.options, self._shots())
-        return self._reader
-
-    def load(self, device: torch.device, sharded: bool = False) -> LoadedJudge:
+    def load(self, device: torch.device, sharded: bool = False) -> LoadedVerdicts:
         """Raises as load_language_model."""
         if sharded:
             refuse_sharded(self.source)
-        return LoadedJudge(LanguageModel(self._folder, device), self.reader().verdicts, self.options)
+        return LoadedVerdicts(LanguageModel(self._folder, device), self.reader().verdicts, self.options)
 
-    def _shots(self) -> list[Pair]:
+    def _shots(self) -> Sequence[Pair]:
         if self.options.shots is None:
-            return []
+            return ()
         return list(islice(read_pairs(self.options.shots, TextFormat())[0], self.options.examples))
-
-
-class LoadedJudge:
-    """A judge in memory."""
-
-    def __init__(self, model: LanguageModel, verdicts: Sequence[int], options: Question) -> None:
-        self._model, self._verdicts = model, verdicts
-        # Ranked, an answer's score is half the log-odds with itself in front: the difference of two answers
-        # is then the mean log-odds of both orders.
-        self._weight = 0.5 if options.form == "ranked" else 1.0
-        told = {"class": f"judge ({model.facts['class']})", "flops_per_token": model.trunk_flops}
-        self.facts: dict[str, Any] = {**model.facts, **told}
-
-    def score(
-        self, encoded: Sequence[Encoded], batch_tokens: int, progress: str = "", alone: bool = False
-    ) -> Tensor:
-        """Log-odds of the good verdict over the bad one after each question, in nats."""
-        refuse_empty(encoded)
-        check_texts(self._model.trunk, encoded)
-        return in_batches(encoded, batch_tokens, self._of_batch, progress, alone=alone)
-
-    def _of_batch(self, texts: Sequence[Encoded]) -> Tensor:
-        logits_B2 = self._model.next_logits(texts, self._verdicts)
-        return self._weight * (logits_B2[:, 0] - logits_B2[:, 1])
