@@ -72,7 +72,8 @@ class Setting(NamedTuple):
     """Kinds of the target, the members, and how many own pairs of each kind the user has.
 
     own_heads: each member's fresh head is drawn by a seed of its own, as where people train apart; else all
-    begin with the same head. best_of_n: whether best of n is measured on the summaries' texts too.
+    begin with the same head. best_of_n: whether best of n is measured on the summaries' texts too. simplex:
+    whether weights that sum to one are fitted too.
     """
 
     target: tuple[str, ...]
@@ -80,6 +81,7 @@ class Setting(NamedTuple):
     own: int = 50
     own_heads: bool = False
     best_of_n: bool = False
+    simplex: bool = True
 
 
 APART = ("argued", "foreign", "shuffled")
@@ -91,8 +93,8 @@ SETTINGS = {
     "unlike": Setting(APART, (FLIPPED, "foreign", "shuffled", "helpful", "harmless", "summaries")),
     "judged": Setting(JUDGED, JUDGED, best_of_n=True),
     "conflict": Setting(CONFLICT, CONFLICT),
-    **{f"apart-{own}": Setting(APART, APART, own) for own in (20, 150, 500)},
-    **{f"members-{m}": Setting(tuple(KINDS)[:m], tuple(KINDS)[:m]) for m in (2, 4, 6, 8)},
+    **{f"apart-{own}": Setting(APART, APART, own, simplex=own < 500) for own in (20, 150, 500)},
+    **{f"members-{m}": Setting(tuple(KINDS)[:m], tuple(KINDS)[:m], simplex=m < 4) for m in (2, 4, 6, 8)},
 }
 
 
@@ -148,7 +150,9 @@ class Seed:
         return write_sets(home, {"test": test, "own": {"all": own, **halves}, "candidates": candidates})
 
 
-def merges(home: Path, base: str, models: Sequence[str], own: str, seed: int) -> Iterator[tuple[str, str]]:
+def merges(
+    home: Path, base: str, models: Sequence[str], own: str, seed: int, with_simplex: bool
+) -> Iterator[tuple[str, str]]:
     """Every merge of the models."""
     named = {str(number): model for number, model in enumerate(models)}
     scales = once(home / "scales", calibrate, models=named, pairs=own, seed=seed, **READ)
@@ -157,8 +161,9 @@ def merges(home: Path, base: str, models: Sequence[str], own: str, seed: int) ->
     fitting |= READ
     yield "uniform", once(home / "uniform", merge_models, models=models)
     yield "sum", once(home / "sum", merge_models, models=models, **added)
-    simplex = once(home / "fit-simplex", fit_models, models=models, judge="preferences", **fitting)
-    yield "simplex", once(home / "simplex", merge_models, models=models, coefficients=simplex)
+    if with_simplex:
+        simplex = once(home / "fit-simplex", fit_models, models=models, judge="preferences", **fitting)
+        yield "simplex", once(home / "simplex", merge_models, models=models, coefficients=simplex)
     fitted = once(home / "fit-fitted", fit_models, models=models, l2=0.03, level=1.0, **added, **fitting)
     yield "fitted", once(home / "fitted", merge_models, models=models, base=base, coefficients=fitted)
 
@@ -188,7 +193,8 @@ def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     files = seed.files(home, setting)
     members = seed.members(setting)
     joint = seed.trained("joint-" + "-".join(setting.members), setting.members)
-    single = members | dict(merges(home, seed.base, list(members.values()), files["own"]["all"], seed.seed))
+    given = list(members.values()), files["own"]["all"], seed.seed, setting.simplex
+    single = members | dict(merges(home, seed.base, *given))
     tuned = {
         f"{name} tuned": seed.tuned(home / f"{name}-tuned", model, files["own"]["all"])
         for name, model in single.items()
@@ -238,18 +244,19 @@ def best_members(
 
 def table(name: str, seeds: Mapping[int, Mapping[str, Measures]], confidence: float) -> str:
     """Means over seeds, and paired differences of sum and fitted, tuned or not, to the rivals."""
-    columns = list(next(iter(seeds.values()))["joint"])
+    first = next(iter(seeds.values()))
+    columns, rivals = list(first["joint"]), [rival for rival in RIVALS if rival in first]
     nowhere = {GAP: float("nan")}  # a router that is told each pair's kind ranks no candidates
     lines = [f"### {name}: seeds {', '.join(map(str, seeds))}", "", "| model | " + " | ".join(columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
-    for model in next(iter(seeds.values())):
+    for model in first:
         means = [fmean((nowhere | of[model])[column] for of in seeds.values()) for column in columns]
         lines.append(f"| {model} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     for column in [column for column in columns if column in ("mean", GAP)]:
         lines += ["", f"{column}, minus; t-intervals of {confidence:.1%} over seeds", ""]
-        lines += ["| | " + " | ".join(RIVALS) + " |", "| --- |" + " ---: |" * len(RIVALS)]
+        lines += ["| | " + " | ".join(rivals) + " |", "| --- |" + " ---: |" * len(rivals)]
         for ours in OURS:
-            gains = [[of[ours][column] - of[rival][column] for of in seeds.values()] for rival in RIVALS]
+            gains = [[of[ours][column] - of[rival][column] for of in seeds.values()] for rival in rivals]
             lines.append(f"| {ours} | " + " | ".join(interval(gain, confidence) for gain in gains) + " |")
     return "\n".join([*lines, ""])
 
