@@ -5,7 +5,7 @@ N texts, D width of a state, P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from moemerge.artifacts.stage import Draft
 from moemerge.data.reading import read_pairs
-from moemerge.data.tokenise import Encoded, encode_pairs, texts_of
+from moemerge.data.tokenise import encode_pairs, texts_of
 from moemerge.errors import UnsupportedError
 from moemerge.fitting.ridge import ridge
 from moemerge.fitting.splits import hold_out
@@ -25,13 +25,13 @@ from moemerge.models.families.dense import skeleton, stock_config
 from moemerge.models.folder import ModelFolder
 from moemerge.models.head_tensors import output_names, replaced_names
 from moemerge.models.loading import load_reward_model, load_tokenizer
-from moemerge.models.pooling import padding, pooled_positions, pooled_states
-from moemerge.models.scoring import batches, collate, forward, score_pairs
+from moemerge.models.pooled_states import states_and_scores
+from moemerge.models.scoring import score_pairs
 from moemerge.options.export import Export
 from moemerge.reports.statistics import Floats, wilson
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 CONFIDENCE = 0.95
 STRENGTHS = tuple(10.0**power for power in range(-8, 3))  # hardly any: a head may be all but linear
@@ -79,23 +79,6 @@ def fit_linear_head(states_ND: Floats, scores_N: Floats) -> LinearHead:
     fitted = ridge(states_ND - center_D, targets_N1, np.ones(len(scores_N)), STRENGTHS)
     weight_D: Floats = fitted.weight_ND[0]
     return LinearHead(weight_D, mean - float(weight_D @ center_D))
-
-
-@torch.inference_mode()
-def states_and_scores(
-    model: PreTrainedModel, texts: Sequence[Encoded], batch_tokens: int
-) -> tuple[Floats, Floats]:
-    """What the head is given of each text, [N, D], and what it says, [N]; float64."""
-    states_ND: dict[int, Floats] = {}
-    scores_N = np.zeros(len(texts))
-    with padding(model, texts) as pad:
-        for rows in batches([len(text.ids) for text in texts], batch_tokens):
-            batch = [texts[row] for row in rows]
-            ids_BT = collate(batch, pad, False, model.device)["input_ids"]
-            with pooled_states(model, pooled_positions(ids_BT, pad)) as states:
-                scores_N[rows] = forward(model, batch, pad)[:, 0].double().cpu().numpy()
-            states_ND |= zip(rows, states[0].double().cpu().numpy(), strict=True)
-    return np.stack([states_ND[row] for row in range(len(texts))]), scores_N
 
 
 def likeness(before_P2: Floats, after_P2: Floats) -> dict[str, Any]:

@@ -65,6 +65,17 @@ class Activation(Question):
     )
 
 
+class Pessimistic(Options):
+    """A reward model's score less a multiple of its standard deviation under its head's noise (BNRM)."""
+
+    model: Source = Field(
+        description="reward model whose head has noise: nonnegative, or mlp with head_noise"
+    )
+    deviations: float = Field(
+        1.0, ge=0, description="how many standard deviations are taken off, of 0 the score as it is"
+    )
+
+
 class Row(NamedTuple):
     """A kind of scorer: its options, and what opens one, as "module:name"."""
 
@@ -77,6 +88,9 @@ ROWS = {
     "judge": Row("moemerge.options.scorers:Judge", "moemerge.models.scorers.judge:JudgeScorer"),
     "activation": Row(
         "moemerge.options.scorers:Activation", "moemerge.models.scorers.activation:ActivationScorer"
+    ),
+    "pessimistic": Row(
+        "moemerge.options.scorers:Pessimistic", "moemerge.models.scorers.pessimistic:PessimisticScorer"
     ),
 }
 KIND = "kind of scorer"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from html_page import check_page
+from small_heads import under_head
 from small_moe import make_moe, random_pairs, write_rows
 from small_policy import CHAT, save_last_word_model
 from tiny_models import save_dense, tiny_tokenizer
@@ -19,12 +20,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import moemerge
 from moemerge.data.pairs import Pair
 from moemerge.data.rows import read_rows
-from moemerge.data.tokenise import encode, token_texts
+from moemerge.data.tokenise import Encoded, encode, token_texts
 from moemerge.errors import DataError, UnsupportedError
 from moemerge.evaluation.explanation import Explained, sections, sentence
+from moemerge.evaluation.factors import factors, parts_of
 from moemerge.evaluation.phrases import phrases, unlike
 from moemerge.evaluation.token_rewards import TokenRewards, Word
+from moemerge.models.heads.base import head_of
 from moemerge.models.loading import load_reward_model, load_tokenizer
+from moemerge.models.pooled_states import states_and_scores
 from moemerge.models.scoring import score
 from moemerge.options.explain import Explain
 
@@ -216,6 +220,27 @@ def test_the_stage(tmp_path: Path) -> None:
     again = moemerge.explain(model, pairs, output=tmp_path / "again", least=3, shown=6)
     for name in ("tokens.jsonl.gz", "explanation.json", "report.md"):
         assert (out / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_factors_of_a_head_and_what_they_pay_for(tmp_path: Path) -> None:
+    """Parts sum to scores, shares to one; a factor that is the answer's length is seen to be that."""
+    model = under_head(save_dense(tmp_path / "dense"), tmp_path / "rm", "nonnegative")
+    pairs = write_rows(tmp_path / "pairs.jsonl", random_pairs(12, seed=3))
+    out = moemerge.explain(model, pairs, output=tmp_path / "out", least=3, shown=2)
+    told = json.loads((out / "explanation.json").read_text())["factors"]
+    assert sum(factor["share"] for factor in told) == pytest.approx(1)
+    assert "Factors of the reward head" in (out / "report.md").read_text()
+    loaded = load_reward_model(model, "cpu")
+    head: Any = head_of(loaded)
+    states_ND, scores_N = states_and_scores(loaded, [Encoded([5, 6, 7], 1), Encoded([8, 9], 1)], 64)
+    assert parts_of(head, states_ND)[0].sum(1) == pytest.approx(scores_N, abs=1e-5)
+    lengths = [9, 2, 5, 4, 1, 7]
+    parts_NK = np.stack([np.array(lengths) * 0.5, np.array([0.0, 1, 0, 0, 0, 0]), np.ones(6)], axis=1)
+    longest, single = factors(parts_NK, np.array([0.5, 1.0, 1.0]), lengths)
+    assert (longest.number, longest.length, longest.lit) == (0, pytest.approx(1), 1)
+    assert longest.right == pytest.approx(2 / 3) and longest.brightest == [0, 5, 2]
+    assert (single.number, single.lit, single.right) == (1, pytest.approx(1 / 6), 0)
+    assert longest.share + single.share == pytest.approx(1) and longest.share > 1 > 0 > single.share
 
 
 def test_a_page_without_words_to_tell(tmp_path: Path) -> None:

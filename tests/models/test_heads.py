@@ -26,7 +26,9 @@ from moemerge.models.heads.saved import FIELD, SavedHead
 from moemerge.models.heads.weibull import kl_from_gamma, relative_variance, scaled_draw
 from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import load_moe
+from moemerge.models.pooled_states import states_and_scores
 from moemerge.models.prefix_scores import prefix_scores
+from moemerge.models.scorers import open_scorer
 from moemerge.options.head import HeadOptions
 from moemerge.stages.fit import fit
 from moemerge.stages.merge import merge, merge_models
@@ -112,6 +114,26 @@ def test_variances_of_scores_and_differences_are_those_of_draws(kind: str, more:
 def test_without_noise_there_is_no_variance() -> None:
     head, states = make_head("mlp"), torch.randn(3, 6, dtype=torch.float64)
     assert not head.variance(states).any() and not head.difference_variance(states, states.flip(0)).any()
+
+
+def test_a_pessimistic_scorer_takes_off_deviations(tmp_path: Path) -> None:
+    """Of each text, from the state that the head is given; only of a head with noise."""
+    model = under_head(save_dense(tmp_path / "dense"), tmp_path / "rm", "nonnegative")
+    texts = [Encoded([5, 6, 7, 8], 1), Encoded([9, 10], 1)]
+    loaded = load_reward_model(model, "cpu")
+    head: Any = head_of(loaded)
+    states_ND, plain_N = states_and_scores(loaded, texts, 64)
+    spread_N = head.variance(torch.from_numpy(states_ND)).sqrt().detach().numpy()
+    for deviations in (0.0, 2.5):
+        (tmp_path / "low.scorer.json").write_text(
+            json.dumps({"kind": "pessimistic", "model": "rm", "deviations": deviations})
+        )
+        scored = open_scorer(tmp_path / "low.scorer.json").load(torch.device("cpu")).score(texts, 64)
+        assert scored.numpy() == pytest.approx(plain_N - deviations * spread_N, abs=1e-5)
+    assert (spread_N > 1e-3).all()
+    (tmp_path / "low.scorer.json").write_text('{"kind": "pessimistic", "model": "dense"}')
+    with pytest.raises(UnsupportedError, match="whose head has no noise"):
+        open_scorer(tmp_path / "low.scorer.json").load(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("kind", "more"), [*NOISY, ("mlp", {}), ("linear", {})])

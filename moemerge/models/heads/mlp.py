@@ -27,9 +27,12 @@ class MlpHead(Head):
     each weight, once a batch, as w_k times a draw of mean 1 whose shape is a function of w_k; eval mode takes
     the means. Dropout is of h. Source: the head of BNRM (arXiv 2602.10623), here with weights of any sign
     and without its prior: the control that shows what non-negativity is worth.
+
+    pessimism: how many standard deviations eval mode takes off a score.
     """
 
     outputs = ("weights",)
+    pessimism = 0.0
 
     def __init__(self, in_features: int, settings: SavedHead) -> None:
         super().__init__(in_features, settings)
@@ -41,14 +44,18 @@ class MlpHead(Head):
         self.weights = nn.Parameter(torch.zeros(width))
 
     def score(self, states: Tensor) -> Tensor:
-        """[..., D] -> [...]: a draw in training, the posterior mean otherwise."""
+        """[..., D] -> [...]: a draw in training, else the posterior mean less `pessimism` deviations."""
         if self.training:
             states = dropout(states, self.settings.dropout)
         factors, weights_K = self.means(states), self.weight_means(states.dtype)
         if self.training and self.settings.noise:
             factors = draw_weibull(factors, self.shapes(states))
             weights_K = draw_weibull(weights_K, self.weight_shapes(weights_K))
-        return factors @ weights_K
+        scores = factors @ weights_K
+        if self.training or not self.pessimism:
+            return scores
+        # Rounding can take a variance of almost 0 below it.
+        return scores - self.pessimism * self.variance(states).clamp(min=0).sqrt()
 
     def means(self, states: Tensor) -> Tensor:
         """Means of the factors, [..., D] -> [..., K]."""
