@@ -501,6 +501,9 @@ def route(
     pairs: StrPath,
     *,
     output: StrPath,
+    sharded: bool = False,
+    device_map: Literal["one", "auto"] = "one",
+    max_memory: Mapping[str, float] = {},
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
@@ -508,7 +511,6 @@ def route(
     batch_tokens: int = 8192,
     diversity: Literal["none", "weights", "all"] = "none",
     probe_pairs: int = 200,
-    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -524,6 +526,12 @@ def route(
         model: MoE folder  [required]
         pairs: preference pairs  [required]
         output: folder to write; must not exist yet  [required]
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
+        device_map: auto: one process lays layers on all GPUs, then into memory; what has no room stays
+            in its files, and is read in each pass (one, auto)  [default: one]
+        max_memory: with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or
+            in memory (cpu=100) (default: nine tenths of what is free)
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
@@ -534,8 +542,6 @@ def route(
             speculative experts (with 7 experts 100 passes over probe_pairs) (none, weights, all)
             [default: none]
         probe_pairs: with diversity all: number of pairs to use, the first ones  [default: 200]
-        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
-            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -547,6 +553,9 @@ def calibrate(
     pairs: StrPath,
     *,
     output: StrPath,
+    sharded: bool = False,
+    device_map: Literal["one", "auto"] = "one",
+    max_memory: Mapping[str, float] = {},
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
@@ -554,7 +563,6 @@ def calibrate(
     batch_tokens: int = 8192,
     resamples: int = 1000,
     confidence: float = 0.95,
-    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -570,6 +578,12 @@ def calibrate(
         models: folders or hub names; without name= each gets its own  [required]
         pairs: two answers a prompt; which one is better does not matter  [required]
         output: folder to write; must not exist yet  [required]
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
+        device_map: auto: one process lays layers on all GPUs, then into memory; what has no room stays
+            in its files, and is read in each pass (one, auto)  [default: one]
+        max_memory: with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or
+            in memory (cpu=100) (default: nine tenths of what is free)
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
@@ -578,8 +592,6 @@ def calibrate(
         batch_tokens: tokens per forward pass  [default: 8192]
         resamples: bootstrap resamples for the intervals  [default: 1000]
         confidence: of the intervals  [default: 0.95]
-        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
-            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -1360,6 +1372,9 @@ def evaluate(
     data: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     *,
     output: StrPath,
+    sharded: bool = False,
+    device_map: Literal["one", "auto"] = "one",
+    max_memory: Mapping[str, float] = {},
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
@@ -1384,7 +1399,6 @@ def evaluate(
     candidates: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     calibration: StrPath | None = None,
     trust_remote_code: bool = False,
-    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -1404,6 +1418,12 @@ def evaluate(
         data: files or hub name:split; their columns show which are pairs, candidates, RewardBench or
             RM-Bench
         output: folder to write; must not exist yet  [required]
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
+        device_map: auto: one process lays layers on all GPUs, then into memory; what has no room stays
+            in its files, and is read in each pass (one, auto)  [default: one]
+        max_memory: with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or
+            in memory (cpu=100) (default: nine tenths of what is free)
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
@@ -1436,8 +1456,6 @@ def evaluate(
         calibration: folder written by calibrate; in ensembles each member's scores are divided by its
             scale
         trust_remote_code: run code that comes with the model  [default: no]
-        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
-            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,7 +35,9 @@ from moemerge.models.head_tensors import (
 )
 from moemerge.models.heads.install import draw_head, with_new_head
 from moemerge.models.pooling import name_pad_of_fresh_head
+from moemerge.models.spread import Limits, room_for_weights, settle, spreading
 from moemerge.models.tokenizer_reading import check_reading
+from moemerge.options.placement import WHOLE, Placement
 
 if TYPE_CHECKING:
     from moemerge.options.head import HeadOptions
@@ -71,7 +73,7 @@ def load_reward_model(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     fresh_head_seed: int | None = None,
-    sharded: bool = False,
+    placement: Placement = WHOLE,
     head: HeadOptions | None = None,
 ) -> PreTrainedModel:
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
@@ -79,14 +81,15 @@ def load_reward_model(
     `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. With `fresh_head_seed` a base LM or
     encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
     if it names none; so is, where the folder is opened with `fresh_head`, any model without its head. A
-    reward model's config stays as it is. `sharded`: each of several processes holds a part of every weight,
-    and never the whole of more than a layer (FSDP2). `head`: a new head, drawn from `fresh_head_seed` or a
-    seed of its own, takes the place of any that there is; class and config are those of its kind.
+    reward model's config stays as it is. `placement`: sharded, each of several processes holds a part of
+    every weight, and never the whole of more than a layer (FSDP2); with device_map, one process spreads the
+    layers over devices and files. `head`: a new head, drawn from `fresh_head_seed` or a seed of its own,
+    takes the place of any that there is; class and config are those of its kind.
     Raises CheckpointError for missing, left-over or misshapen tensors, quantised or pickled weights,
     adapters, a reward model without its head, and any other number of outputs; UnsupportedError for a class
     of its own, unless its code comes along and is trusted.
     """
-    if sharded:
+    if placement.sharded:
         require_several()
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
@@ -103,10 +106,11 @@ def load_reward_model(
     config = config if head is None else with_new_head(config, head)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     sharding = None
-    if sharded:
+    if placement.sharded:
         layers, _ = family_of(config).dense_layers(skeleton(config))
         sharding = processes.sharding(layers)
-    loaded, loading = load_weights(folder, config, wanted, sharding=sharding)
+    limits = room_for_weights(placement, device)
+    loaded, loading = load_weights(folder, config, wanted, sharding=sharding, limits=limits)
     if head is not None:
         loading = _without_heads(loading, loaded, skeleton(folder.config))
         draw_head(loaded, head, seed_of_head)
@@ -120,7 +124,7 @@ def load_reward_model(
         name_pad_of_fresh_head(loaded.config, folder)
     if fresh_head_seed is not None and (folder.drawn_head or folder.fresh_head):
         warn_of_fresh_head(folder.source, tuple(folder.drawn_head))
-    placed = loaded if sharded else loaded.to(device)  # type: ignore[arg-type]
+    placed = loaded if placement.sharded or limits else loaded.to(device)  # type: ignore[arg-type]
     return placed.eval()  # type: ignore[no-any-return]
 
 
@@ -130,28 +134,35 @@ def load_weights(
     dtype: Any,
     device_map: str | None = None,
     sharding: Any = None,
+    limits: Limits | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The sequence classifier of `config` with the weights of `folder`, and transformers' loading info.
 
-    Nothing is checked of the info: tensors that are missing, left over or misshapen are the caller's to
-    refuse. CheckpointError if transformers cannot load it at all.
+    limits: spread the layers over these devices, with so many bytes of weights on each at most; those that
+    have no room stay in the files. Nothing is checked of the info: tensors that are missing, left over or
+    misshapen are the caller's to refuse. CheckpointError if transformers cannot load it at all.
     """
+    more: dict[str, Any] = {"device_map": device_map}
+    if sharding is not None:
+        more["distributed_config"] = sharding
+    spread = nullcontext(more) if limits is None else spreading(limits)
     try:
-        with quiet_loading():
+        with quiet_loading(), spread as placed:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder.source,
                 config=config,
                 dtype=dtype,
-                device_map=device_map,
                 trust_remote_code=folder.trust_remote_code,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **({} if sharding is None else {"distributed_config": sharding}),
+                **placed,
             )
     except Exception as error:  # a model's class may raise anything at values that it does not expect
         expected = "safetensors of a sequence classifier that agree with config.json"
         raise unloadable("the model cannot be loaded", folder.source, error, expected) from error
+    if limits is not None:
+        settle(model, placed["offload_folder"])
     return model, loading
 
 

@@ -109,7 +109,9 @@ def forward(model: PreTrainedModel, texts: Sequence[Encoded], pad: int) -> Tenso
     """What the model says of one batch of texts, padded on the right with `pad`; [B, 1]."""
     takes = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in takes else {}
-    logits_B1: Tensor = model(**collate(texts, pad, gates_by_prompt(model), model.device), **extra).logits
+    # Embeddings that stay in their file are on no device; accelerate moves the texts to where it puts them.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    logits_B1: Tensor = model(**collate(texts, pad, gates_by_prompt(model), device), **extra).logits
     return logits_B1
 
 

@@ -144,10 +144,6 @@ COORDINATES: Any = Field(
     description="average: weights that sum to one; sum: changes from the base (of a MoE: from the shared "
     "expert) are added, W = base + sum_i c_i (W_i - base), with any c",
 )
-SHARDED: Any = Field(
-    False,
-    description="several processes: each holds a part of the weights, and at most a layer whole (FSDP2)",
-)
 SCALE_OF_SUM = 2.0  # what the c of a sum add up to: near the best for three members, in a pilot
 OURS = "routing_normalized_average"  # the name of our own merge method
 COLUMNS = ("prompt", "chosen", "rejected", "subset", "margin", "doubt", "candidates", "text", "score")

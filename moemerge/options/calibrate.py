@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from moemerge.options.base import SHARDED, Run, Source, Sources, TextFormat
+from moemerge.options.base import Run, Source, Sources, TextFormat
+from moemerge.options.placement import Placement
 
 
-class Calibrate(TextFormat, Run):
+class Calibrate(TextFormat, Placement, Run):
     """Options of `moemerge calibrate`."""
 
     POSITIONAL = ("models", "pairs")
@@ -18,7 +19,6 @@ class Calibrate(TextFormat, Run):
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
     resamples: int = Field(1000, ge=100, le=100_000, description="bootstrap resamples for the intervals")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
-    sharded: bool = SHARDED
 
     @model_validator(mode="after")
     def _some_models(self) -> Calibrate:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from moemerge.options.base import SHARDED, Run, Source, Sources, TextFormat
+from moemerge.options.base import Run, Source, Sources, TextFormat
 from moemerge.options.gold import GoldSource
+from moemerge.options.placement import Placement
 
 
 class EvaluateSettings(GoldSource):
@@ -73,7 +74,7 @@ class EvaluateSettings(GoldSource):
         return {f"{name}-{how}": (members, how) for name, members, how in ways}
 
 
-class Evaluate(EvaluateSettings, TextFormat, Run):
+class Evaluate(EvaluateSettings, TextFormat, Placement, Run):
     """Options of `moemerge evaluate`."""
 
     POSITIONAL = ("models", "data")
@@ -95,4 +96,3 @@ class Evaluate(EvaluateSettings, TextFormat, Run):
         description="folder written by calibrate; in ensembles each member's scores are divided by its scale",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    sharded: bool = SHARDED

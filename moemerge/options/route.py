@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from moemerge.options.base import SHARDED, Options, Run, Source, TextFormat
+from moemerge.options.base import Options, Run, Source, TextFormat
+from moemerge.options.placement import Placement
 
 
 class RouteSettings(Options):
@@ -26,11 +27,10 @@ class RouteSettings(Options):
     )
 
 
-class Route(RouteSettings, TextFormat, Run):
+class Route(RouteSettings, TextFormat, Placement, Run):
     """Options of `moemerge route`."""
 
     POSITIONAL = ("model", "pairs")
 
     model: Source = Field(description="MoE folder")
     pairs: Source = Field(description="preference pairs")
-    sharded: bool = SHARDED

@@ -65,7 +65,7 @@ def _scale(
     folder.require_one_output()
     tokenizer = load_tokenizer(folder)
     encoded = encode_pairs(tokenizer, pairs, options, report)
-    model = load_reward_model(folder, device, sharded=options.sharded)
+    model = load_reward_model(folder, device, placement=options)
     scores_P2 = score_pairs(model, tokenizer, encoded, options.batch_tokens, name).double().numpy()
     del model
     free_memory()

@@ -116,7 +116,7 @@ def _score_models(
             scores[name] = [of_set.clone() for of_set in scores[twin]]  # no file holds a tensor twice
             models[name] = cast(TimedFacts, {**models[twin], "source": scorer.source})
             continue
-        loaded = scorer.load(device, sharded=options.sharded)
+        loaded = scorer.load(device, options)
         started = time.perf_counter()
         scores[name] = _score_sets(name, loaded, sets, options.batch_tokens)
         seconds = time.perf_counter() - started

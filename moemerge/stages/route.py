@@ -84,7 +84,7 @@ def _observe(
     device: torch.device,
 ) -> tuple[RoutingStatistics, Speculation | None]:
     """Everything that needs the MoE itself, which leaves memory before anything is merged."""
-    model = load_reward_model(folder, device, sharded=options.sharded)
+    model = load_reward_model(folder, device, placement=options)
     tokens, speculation = options.batch_tokens, None
     if options.diversity == "all":
         probes = pairs[: options.probe_pairs]

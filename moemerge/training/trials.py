@@ -35,6 +35,7 @@ from moemerge.models.roles import roles_of
 from moemerge.models.sizes import training_space
 from moemerge.options.layers import parse_layers
 from moemerge.options.parse import parse_options
+from moemerge.options.placement import Placement
 from moemerge.options.train import Train
 from moemerge.training.bench import Bench
 from moemerge.training.flops import FLOPS, training_flops
@@ -171,7 +172,7 @@ def prepare(
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     """The model with exactly the intended parameters to train, and the role of each of these."""
     head, dtype = options if options.head is not None else None, getattr(torch, options.weights)
-    model = load_reward_model(bench.model, device, dtype, options.seed, sharded, head)
+    model = load_reward_model(bench.model, device, dtype, options.seed, Placement(sharded=sharded), head)
     if options.trainable == "lora":
         _add_lora(model, options)
     roles = trained_parameters(model, options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from moemerge.artifacts.ranks import refuse_several
 from moemerge.errors import OptionError
 from moemerge.models import scoring
 from moemerge.models.routing import RoutingStatistics
+from moemerge.run.cli import cli
 from moemerge.stages import STAGES
 
 ROUNDED = {"route": {"statistics.safetensors", "routing.json", "routing.md", "gate_mass.png"}}
@@ -61,8 +64,6 @@ def flags_of(stage: str, home: Path) -> list[str]:
 def alone(stage: str, home: Path) -> Path:
     """What one process makes of it, in this one."""
     output = home / f"{stage}-alone"
-    from moemerge.run.cli import cli
-
     cli.main([*flags_of(stage, home), "--output", str(output)], standalone_mode=False)
     return output
 
@@ -103,6 +104,43 @@ def test_parts_of_a_model_make_what_the_whole_makes(stage: str, home: Path, tmp_
     else:
         scales = [json.loads((folder / "calibration.json").read_text()) for folder in (one, two)]
         assert scales[0]["models"]["moe"]["scale"] == pytest.approx(scales[1]["models"]["moe"]["scale"])
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "route"])
+def test_a_model_in_memory_and_in_its_files_makes_what_one_in_memory_makes(
+    stage: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the MoE has room, and of the dense model all: the same bits, and nothing is left of it."""
+    one, parts = home / f"{stage}-alone", tmp_path / "parts"
+    if not one.exists():
+        alone(stage, home)
+    before = set(Path(tempfile.gettempdir()).glob("moemerge-*"))
+    flags = ["--device-map", "auto", "--max-memory", "cpu=0.0002"]
+    cli.main([*flags_of(stage, home), *flags, "--output", str(parts)], standalone_mode=False)
+    assert re.search(r"moe: [\d.]+ kB in memory, [\d.]+ kB in its files", capsys.readouterr().err)
+    ours, theirs = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, parts))
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    assert differing <= {"manifest.json", "report.html", "report.md"}, "these tell times and options"
+    assert set(Path(tempfile.gettempdir()).glob("moemerge-*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--device-map", "auto", "--sharded"], "device_map auto for one"),
+        (["--max-memory", "cpu=1"], "goes with device_map auto"),
+        (["--device-map", "auto", "--max-memory", "gpu=1"], "not 'gpu'"),
+        (
+            ["--device-map", "auto", "--max-memory", "0=1", "--device", "cpu"],
+            "names a device that is not used",
+        ),
+    ],
+)
+def test_places_that_do_not_go_together_are_refused(
+    flags: list[str], told: str, home: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=told):
+        cli.main([*flags_of("route", home), *flags, "--output", str(tmp_path / "out")], standalone_mode=False)
 
 
 def test_counts_of_several_processes_have_the_same_bits(home: Path) -> None:
@@ -166,8 +204,6 @@ def test_a_killed_process_ends_all_with_one_line(rank: int, home: Path, tmp_path
     assert done[1 - rank].err.count("another of the processes that work together has ended") == 1
     assert "Traceback" not in done[1 - rank].err
     assert not (tmp_path / "out").exists()
-    from moemerge.run.cli import cli
-
     cli.main(evaluated(home, tmp_path / "out"), standalone_mode=False)
     assert load_file(tmp_path / "out" / "scores.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -20,19 +20,19 @@ from moemerge.data.tokenise import Encoded
 from moemerge.errors import CheckpointError
 from moemerge.models.attention_heads import AttentionHeads
 from moemerge.models.language_model import LanguageModel
-from moemerge.models.scorers.base import refuse_sharded
+from moemerge.models.scorers.base import refuse_parts
 from moemerge.models.scorers.verdicts import LoadedVerdicts, VerdictScorer
 from moemerge.models.scoring import batches
+from moemerge.options.placement import WHOLE, Placement
 from moemerge.options.scorers import Activation, Question
 
 
 class ActivationScorer(VerdictScorer[Activation]):
     """What few_shot wrote, opened; see options.scorers.Activation."""
 
-    def load(self, device: torch.device, sharded: bool = False) -> LoadedActivation:
+    def load(self, device: torch.device, placement: Placement = WHOLE) -> LoadedActivation:
         """Raises as load_language_model, CheckpointError for another model or heads that it lacks."""
-        if sharded:
-            refuse_sharded(self.source)
+        refuse_parts(self.source, placement)
         known = self.options.fingerprint
         if known is not None and model_fingerprint(self._folder.folder) != known:
             raise CheckpointError(

@@ -14,6 +14,7 @@ from moemerge.artifacts.scorer_file import read_scorer, scorer_file
 from moemerge.data.tokenise import Encoded
 from moemerge.errors import UnsupportedError
 from moemerge.models.folder import ModelFolder
+from moemerge.options.placement import WHOLE, Placement
 from moemerge.options.scorers import KIND, ROWS
 from moemerge.registry import Registry
 
@@ -37,7 +38,7 @@ class Scorer(Protocol):
     def reader(self) -> Any:
         """What makes tokens of prompts and answers for it: a tokenizer, or a data.tokenise.Reader."""
 
-    def load(self, device: torch.device, sharded: bool = False) -> Loaded:
+    def load(self, device: torch.device, placement: Placement = WHOLE) -> Loaded:
         """The scorer with its weights."""
 
 
@@ -60,11 +61,14 @@ def open_scorer(source: str | Path, trust_remote_code: bool = False) -> Scorer:
     return opened
 
 
-def refuse_sharded(source: str) -> None:
-    """Raise UnsupportedError: only classifiers are loaded in parts."""
+def refuse_parts(source: str, placement: Placement) -> None:
+    """Raise UnsupportedError unless one device is to hold it whole: only classifiers are loaded otherwise."""
+    if placement == WHOLE:
+        return
+    asked = "sharded" if placement.sharded else "device_map auto"
     raise UnsupportedError(
         f"{source} cannot be loaded in parts",
-        given="sharded, and a scorer that is no classifier",
-        expected="a model that a process holds whole",
-        fix="leave sharded out",
+        given=f"{asked}, and a scorer that is no classifier",
+        expected="a model that one device holds whole",
+        fix=f"leave {asked} out",
     )

@@ -16,6 +16,7 @@ from moemerge.models.folder import ModelFolder
 from moemerge.models.loading import load_reward_model, load_tokenizer
 from moemerge.models.scorers.base import Scorer
 from moemerge.models.scoring import score
+from moemerge.options.placement import WHOLE, Placement
 
 
 class Classifier:
@@ -31,9 +32,9 @@ class Classifier:
             self._tokenizer = load_tokenizer(self.folder)
         return self._tokenizer
 
-    def load(self, device: torch.device, sharded: bool = False) -> LoadedClassifier:
+    def load(self, device: torch.device, placement: Placement = WHOLE) -> LoadedClassifier:
         """Raises as load_reward_model."""
-        return LoadedClassifier(load_reward_model(self.folder, device, sharded=sharded), self.reader())
+        return LoadedClassifier(load_reward_model(self.folder, device, placement=placement), self.reader())
 
 
 def classifier_of(scorer: Scorer, needed_by: str) -> Classifier:

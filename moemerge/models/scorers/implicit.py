@@ -17,9 +17,10 @@ from moemerge.errors import CheckpointError
 from moemerge.models.folder import ModelFolder
 from moemerge.models.language_model import LanguageModel
 from moemerge.models.loading import load_tokenizer
-from moemerge.models.scorers.base import refuse_sharded
+from moemerge.models.scorers.base import refuse_parts
 from moemerge.models.scoring import in_batches, refuse_empty
 from moemerge.models.token_limits import check_texts
+from moemerge.options.placement import WHOLE, Placement
 from moemerge.options.scorers import Implicit
 
 
@@ -43,10 +44,9 @@ class ImplicitScorer:
             )
         return tokenizer
 
-    def load(self, device: torch.device, sharded: bool = False) -> LoadedImplicit:
+    def load(self, device: torch.device, placement: Placement = WHOLE) -> LoadedImplicit:
         """Both models, in memory at once. Raises as load_language_model."""
-        if sharded:
-            refuse_sharded(self.source)
+        refuse_parts(self.source, placement)
         models = [LanguageModel(folder, device) for folder in (self._policy, self._reference) if folder]
         return LoadedImplicit(models, self.options)
 
