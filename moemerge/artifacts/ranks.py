@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from moemerge.errors import ArtifactError, OptionError
 
 PATIENCE = timedelta(seconds=5)
+LONGEST_SLEEP = 0.5  # seconds between looks at whether the first process is done
+_asked = itertools.count()  # processes ask in the same order
 OF_OTHERS = re.compile(r"^Dist\w*Error|gloo|nccl|[Cc]onnection (closed|reset|refused)", re.IGNORECASE)
 
 
@@ -41,15 +47,48 @@ def first_to_fail() -> bool:
     """
     if not several():
         return True
-    from torch import distributed
-
-    mine, start = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    mine = os.environ["RANK"]
     try:
-        at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(*at, is_master=False, wait_for_workers=False, timeout=PATIENCE)  # type: ignore[attr-defined]
-        return bool(store.compare_set(f"moemerge/failed/{start}", "", mine).decode() == mine)
+        return bool(_store().compare_set(_key("failed"), "", mine).decode() == mine)
     except (RuntimeError, ValueError, LookupError):
         return True
+
+
+def led(make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON values: the first of several processes makes it, the others wait for it.
+
+    For long reading of files before the processes have joined: they meet in torchrun's store. Where that is
+    not there, or the first one fails, each makes it itself, and so finds the same fault.
+    """
+    if not several() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return make()
+    store, key = _store(), _key(f"led/{next(_asked)}")
+    if not leads():
+        sleep = 0.01
+        # Torchrun ends this process, too, if the first one has ended.
+        while not store.check([key]):
+            time.sleep(sleep)
+            sleep = min(2 * sleep, LONGEST_SLEEP)
+        made = json.loads(store.get(key))
+        return make() if made is None else made
+    made = None
+    try:
+        made = make()
+    finally:
+        store.set(key, json.dumps(made))
+    return made
+
+
+def _store() -> Any:
+    """Where the processes that torchrun started meet. RuntimeError and the like if it is not there."""
+    from torch import distributed
+
+    at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(*at, is_master=False, wait_for_workers=False, timeout=PATIENCE)  # type: ignore[attr-defined]
+
+
+def _key(name: str) -> str:
+    return f"moemerge/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from moemerge.artifacts.manifest import (
     read_manifest,
 )
 from moemerge.artifacts.memory import memory_faults
-from moemerge.artifacts.ranks import leads, lost_processes, refuse_several
+from moemerge.artifacts.ranks import leads, led, lost_processes, refuse_several
 from moemerge.artifacts.redaction import redacted
 from moemerge.artifacts.result import Result, RowsOf, results_of
 from moemerge.artifacts.weight_files import weight_faults
@@ -218,7 +218,7 @@ def _refuse_overlap(options: Run) -> None:
 
 def _beginning(name: str, options: Run) -> dict[str, Any]:
     """What a manifest holds before the work begins."""
-    inputs = {key: fingerprints(value) for key, value in inputs_of(options).items()}
+    inputs = led(lambda: {key: fingerprints(value) for key, value in inputs_of(options).items()})
     return {
         "schema": SCHEMA,
         "stage": name,

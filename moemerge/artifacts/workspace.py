@@ -32,7 +32,9 @@ def workspace(options: Run) -> Iterator[Path]:
     and removes it.
     """
     output = options.output
-    inputs = {name: digests(fingerprints(value)) for name, value in inputs_of(options).items()}
+    inputs = ranks.led(
+        lambda: {name: digests(fingerprints(value)) for name, value in inputs_of(options).items()}
+    )
     together = [ranks.count()] if ranks.several() else []
     text = json.dumps([deciding_options(options), inputs, *together], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moemerge.artifacts.manifest import model_fingerprint
+from moemerge.artifacts.ranks import led
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.draw import first
 from moemerge.data.pairs import Pair, numbered, prompt_key
@@ -71,7 +72,8 @@ def _scale(
     free_memory()
     low_high = _spread(options, name, scores_P2[:, 0] - scores_P2[:, 1], encoded)
     scale, low, high = map(float, low_high)
-    return Scale(path, model_fingerprint(folder.folder), scale, low, high, len(encoded))
+    fingerprint = led(lambda: model_fingerprint(folder.folder))
+    return Scale(path, fingerprint, scale, low, high, len(encoded))
 
 
 def _spread(options: Calibrate, name: str, differences_P: Floats, encoded: list[EncodedPair]) -> Floats:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moemerge.artifacts.manifest import model_fingerprint
+from moemerge.artifacts.ranks import led
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.data.draw import first
 from moemerge.data.reading import read_pairs
@@ -61,7 +62,7 @@ def route(options: Route, draft: Draft) -> None:
     pairs, report = read_pairs(options.pairs, options)
     encoded = encode_pairs(tokenizer, first(pairs, options.max_pairs, report), options, report)
     statistics, speculation = _observe(options, folder, tokenizer, encoded, device)
-    statistics.meta["model"] = model_fingerprint(folder.folder)
+    statistics.meta["model"] = led(lambda: model_fingerprint(folder.folder))
     statistics.save(draft.folder)
     _draw(statistics, draft)
     draft.results |= {"pairs": len(encoded), "rows": report.told(), **_summary(statistics)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moemerge.artifacts.manifest import model_fingerprint
+from moemerge.artifacts.ranks import led
 from moemerge.errors import CheckpointError, UnsupportedError
 from moemerge.merging.sources.base import MergedTensor, MergeSource
 from moemerge.merging.sources.likeness import (
@@ -150,7 +151,7 @@ class ModelList(MergeSource):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the models' weights and configs in their order, and the scope."""
-        parts = [model_fingerprint(model.folder) for model in self.models]
+        parts = led(lambda: [model_fingerprint(model.folder) for model in self.models])
         return hashlib.sha256(" ".join([*parts, self.scope, str(self.has_shared)]).encode()).hexdigest()
 
     def identity(self) -> dict[str, str]:
