@@ -63,7 +63,7 @@ def open_scorer(source: str | Path, trust_remote_code: bool = False) -> Scorer:
 
 def refuse_parts(source: str, placement: Placement) -> None:
     """Raise UnsupportedError unless one device is to hold it whole: only classifiers are loaded otherwise."""
-    if placement == WHOLE:
+    if not placement.sharded and placement.device_map == "one":
         return
     asked = "sharded" if placement.sharded else "device_map auto"
     raise UnsupportedError(

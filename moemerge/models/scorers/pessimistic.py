@@ -10,6 +10,7 @@ from moemerge.models.folder import ModelFolder
 from moemerge.models.heads.base import head_of
 from moemerge.models.heads.mlp import MlpHead
 from moemerge.models.scorers.classifier import Classifier, LoadedClassifier
+from moemerge.options.placement import WHOLE, Placement
 from moemerge.options.scorers import Pessimistic
 
 
@@ -24,9 +25,9 @@ class PessimisticScorer:
         """The model's tokenizer."""
         return self._classifier.reader()
 
-    def load(self, device: torch.device, sharded: bool = False) -> LoadedClassifier:
+    def load(self, device: torch.device, placement: Placement = WHOLE) -> LoadedClassifier:
         """Raises UnsupportedError if the head draws nothing in training, and as load_reward_model."""
-        loaded = self._classifier.load(device, sharded)
+        loaded = self._classifier.load(device, placement)
         head = head_of(loaded.model)
         if not isinstance(head, MlpHead) or not head.settings.noise:
             raise UnsupportedError(
