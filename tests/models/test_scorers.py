@@ -25,6 +25,7 @@ from moemerge.models.loading import load_tokenizer
 from moemerge.models.scorers import open_scorer
 from moemerge.models.scorers.classifier import Classifier
 from moemerge.options.base import name_of
+from moemerge.options.placement import Placement
 from moemerge.stages.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -206,6 +207,7 @@ def test_broken_scorers_are_refused(home: Path, tmp_path: Path, text: str, said:
     assert fault.value.fix and isinstance(fault.value, CheckpointError | OptionError)
 
 
-def test_a_scorer_is_not_loaded_in_parts(home: Path) -> None:
+@pytest.mark.parametrize("placement", [Placement(sharded=True), Placement(device_map="auto")])
+def test_a_scorer_is_not_loaded_in_parts(home: Path, placement: Placement) -> None:
     with pytest.raises(MoemergeError, match="in parts"):
-        open_scorer(home / "dpo.scorer.json").load(CPU, sharded=True)
+        open_scorer(home / "dpo.scorer.json").load(CPU, placement)

@@ -12,6 +12,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from forked import Ended, forked_together
 from torch.distributed import TCPStore
+from torch.distributed.fsdp import FSDPModule  # noqa: F401 (a second to import: once here, not in each fork)
 
 from moemerge.run import cli
 
