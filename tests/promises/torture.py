@@ -39,7 +39,11 @@ sys.path.append(str(Path(__file__).parent.parent / "support"))
 
 import environment  # noqa: F401  (one thread, no network)
 from torture_forks import SHIM, Ending, arm, fork, in_a_fork, preload_and_restart
-from torture_scenarios import NEEDED, Scenario, make_inputs, prepare, scenarios
+
+if __name__ == "__main__":  # before all that takes seconds to import
+    preload_and_restart()
+
+from torture_scenarios import MEASURED, NEEDED, Scenario, make_inputs, prepare, scenarios
 
 from moemerge.stages import STAGES
 
@@ -260,14 +264,16 @@ def may_mount(folder: Path) -> bool:
 # --- the whole
 
 
-def import_everything() -> None:
-    """All that a stage imports, so that forks need not. Nothing is computed: that could start threads."""
-    import matplotlib.pyplot  # noqa: F401
-    import trl  # noqa: F401
+def import_all(only: list[str]) -> None:
+    """What the stages import, so that forks need not. Nothing is computed: that could start threads."""
     from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification  # noqa: F401
 
+    if not only:
+        import matplotlib.pyplot  # noqa: F401
+        import trl  # noqa: F401
     for name in STAGES:
-        STAGES.get(name)
+        if not only or name in only or name in NEEDED:
+            STAGES.get(name)
     logging.getLogger().handlers.clear()
 
 
@@ -306,10 +312,10 @@ def torture(
     After `minutes` no more of them are begun.
     """
     deadline = time.monotonic() + 60 * minutes
-    import_everything()
+    import_all(only)
     inputs, made, work = (root / name for name in ("inputs", "made", "work"))
     work.mkdir()
-    in_a_fork(lambda: make_inputs(inputs))
+    in_a_fork(lambda: make_inputs(inputs, measured=not only or bool(MEASURED & {*only})))
     wanted = [
         one for one in scenarios(inputs, made, work) if not only or one.name in only or one.name in NEEDED
     ]
@@ -383,7 +389,6 @@ def main() -> int:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=[])
     parser.add_argument("--minutes", type=float, default=240.0)
     given = parser.parse_args()
-    preload_and_restart()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         started = time.perf_counter()

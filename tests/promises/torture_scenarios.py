@@ -11,13 +11,13 @@ from small_moe import make_moe, random_pairs, write_rows
 from small_policy import save_policy
 from tiny_models import save_dense
 
-from moemerge.stages.attack import attack
-from moemerge.stages.evaluate import evaluate
 from moemerge.stages.upcycle import upcycle
 
 SLOW = {"train", "strength", "route", "fit", "evaluate", "optimise"}
 # What other scenarios read.
 NEEDED = {"upcycle", "route", "fit", "merge"}
+# What reads evaluations and attacks.
+MEASURED = {"choose", "robustness", "compare"}
 COMMON = ["--threads", "1", "--seed", "3", "--device", "cpu"]
 
 
@@ -42,8 +42,8 @@ class Scenario:
         return self.output.parent
 
 
-def make_inputs(folder: Path) -> None:
-    """Models, data, evaluations and a recipe in `folder`; nothing in it may change afterwards."""
+def make_inputs(folder: Path, measured: bool) -> None:
+    """Models, data and a recipe in `folder`, evaluations too; nothing in it may change afterwards."""
     save_dense(folder / "dense")
     make_moe(folder / "moe", gate="topk")
     rows = random_pairs(48)
@@ -55,13 +55,8 @@ def make_inputs(folder: Path) -> None:
     experts = {name: str(folder / name) for name in ("one", "other")}
     mixture = {"experts": experts, "gate": "prompt", "shared_expert": False}
     upcycle(model=str(folder / "base"), **mixture, output=folder / "mixture")
-    models = {"a": str(folder / "dense"), "b": str(folder / "moe")}
-    for seed in (1, 2):
-        tests, output = {"t": str(folder / "validation.jsonl")}, folder / f"evaluated-{seed}"
-        evaluate(models=models, pairs=tests, resamples=100, seed=seed, device="cpu", output=output)
-    for name, model in models.items():
-        tests, few = str(folder / "validation.jsonl"), {"steps": 1, "proposals": 2}
-        attack(model=model, pairs=tests, **few, device="cpu", output=folder / f"attacked-{name}")
+    if measured:
+        _measure(folder)
     training = {"max_steps": 6, "batch_size": 4, "eval_steps": 2, "learning_rate": 1e-3}
     recipe = {
         "seed": 3,
@@ -82,6 +77,19 @@ def make_inputs(folder: Path) -> None:
         "evaluate": {"resamples": 100},
     }
     (folder / "recipe.yml").write_text(json.dumps(recipe))
+
+
+def _measure(folder: Path) -> None:
+    from moemerge.stages.attack import attack
+    from moemerge.stages.evaluate import evaluate
+
+    models, tests = {"a": str(folder / "dense"), "b": str(folder / "moe")}, str(folder / "validation.jsonl")
+    for seed in (1, 2):
+        output = folder / f"evaluated-{seed}"
+        evaluate(models=models, pairs={"t": tests}, resamples=100, seed=seed, device="cpu", output=output)
+    for name, model in models.items():
+        few = {"steps": 1, "proposals": 2}
+        attack(model=model, pairs=tests, **few, device="cpu", output=folder / f"attacked-{name}")
 
 
 def scenarios(inputs: Path, made: Path, work: Path) -> list[Scenario]:
