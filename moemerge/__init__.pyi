@@ -120,9 +120,10 @@ def strength(
     Voters are trained here, F folds x `orders`, none on a prompt that it scores; or are models that are
     given; or their votes are those of an earlier output. Writes pairs.jsonl.gz (to train on: `margin` is the
     strength, `doubt` there with treat soft), votes.jsonl.gz and trusted.jsonl.gz (what each voter said),
-    strength.json, report.html, report.md and plots. A killed run goes on with the voter that it was at. A
-    flipped label's strength and margin have the sign of the new label. Raises OptionError, DataError,
-    CheckpointError, UnsupportedError or ArtifactError.
+    strength.json, report.html, report.md and plots. A killed run goes on with the voter that it was at.
+    Several processes train each voter together (DDP), and share the texts that it scores. A flipped label's
+    strength and margin have the sign of the new label. Raises OptionError, DataError, CheckpointError,
+    UnsupportedError or ArtifactError.
 
     Options:
         pairs: preference pairs whose labels are voted on  [required]
@@ -708,6 +709,7 @@ def fit(
     start: StrPath | None = None,
     curve: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     candidates: StrPath | None = None,
+    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -796,6 +798,8 @@ def fit(
         start: coefficients of the same members to start from, in place of initial
         curve: method grid: test pairs, name=file, on which every weight is measured too, by subset
         candidates: robust_rounds: scored candidates, whose overrated answers become pairs
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -974,6 +978,7 @@ def fit_models(
     start: StrPath | None = None,
     curve: StrPath | Sequence[StrPath] | Mapping[str, StrPath] = {},
     candidates: StrPath | None = None,
+    sharded: bool = False,
     seed: int = 0,
     threads: int | None = None,
     device: str = "auto",
@@ -1058,6 +1063,8 @@ def fit_models(
         start: coefficients of the same members to start from, in place of initial
         curve: method grid: test pairs, name=file, on which every weight is measured too, by subset
         candidates: robust_rounds: scored candidates, whose overrated answers become pairs
+        sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
+            [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -1557,8 +1564,8 @@ def explain(
     r"""Write what each token adds to answers' scores, which phrases pay, and how early pairs are decided.
 
     Writes tokens.jsonl.gz (each answer's tokens with their rewards, in units of the score), explanation.json,
-    report.html, report.md and decided.png. The result's table are the phrases. Raises UnsupportedError for an
-    encoder, whose tokens see later ones.
+    report.html, report.md and decided.png; of a head with factors, what each does. The result's table are the
+    phrases. Raises UnsupportedError for an encoder, whose tokens see later ones.
 
     Options:
         model: reward model whose tokens see only earlier ones (a decoder, a MoE too)  [required]

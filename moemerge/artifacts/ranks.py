@@ -114,7 +114,8 @@ def refuse_several(command: str) -> None:
             f"{command} does not share its work among processes",
             given=f"{os.environ['WORLD_SIZE']} processes, this one of rank {os.environ['RANK']}, as torchrun "
             "starts them",
-            expected="one process; several do attack, calibrate, evaluate, fit, route, sample and train",
+            expected="one process; several do attack, calibrate, evaluate, fit, route, sample, strength and "
+            "train",
             fix=f"start it without torchrun: moemerge {command} ...",
         )
 

@@ -59,15 +59,18 @@ class PairObjective:
         scaled = weights[mine] / len(rows)
         # All pairs in order make the same batches each time; Adam's draws make others, which do not.
         self.merged.serve(self, again=list(rows) == list(range(self.num_train)))
-        return self.merged.gradient(self._parts(numbers, scaled))
+        return self.merged.gradient(self._parts(numbers, scaled), self._idle)
 
     def measure(self, alpha_LN: Tensor, shared_L: Tensor, split: Split) -> Measured:
         """Margin and loss of every pair of the split."""
         self.merged.merge(alpha_LN, shared_L)
         numbers = self._numbers(split)
-        mine = processes.share(len(numbers))
+        # Of a model in parts all processes run every batch, or share each pass in step: see _measured.
+        mine = [*range(len(numbers))] if self.merged.in_parts else processes.share(len(numbers))
         self.merged.serve(self)
         measured = self._measured([numbers[index] for index in mine])
+        if self.merged.in_parts:
+            return Measured(*measured)
         return Measured(*(processes.gathered(values_P, mine, len(numbers)) for values_P in measured))
 
     def folds(self, number: int, seed: int) -> list[Objective]:
@@ -135,12 +138,17 @@ class PairObjective:
             return margins_P, losses_P
         # Without states the scorer will do, which packs texts of any pair into batches.
         pairs = [self.pairs[number] for number in numbers]
-        margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size, alone=True)
+        alone = not self.merged.in_parts
+        margins_P = margins(self.merged.model, self.tokenizer, pairs, self.micro_batch_size, alone)
         return margins_P, self.term.loss(Answers(margins_P), torch.tensor(numbers))
 
     def _with_states(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         answers = self.merged.answers([self.pairs[n] for n in numbers], states=True)
         return answers.margins_P.cpu(), self.term.loss(answers, torch.tensor(numbers)).cpu()
+
+    def _idle(self) -> Tensor:
+        """A loss of 0, of the pair that takes the least work."""
+        return self._part([min(self.train, key=self._length)], torch.zeros(1, dtype=torch.float64))()
 
     def _length(self, number: int) -> int:
         return max(len(self.pairs[number].chosen.ids), len(self.pairs[number].rejected.ids))

@@ -17,9 +17,11 @@ from moemerge.data.tokenise import EncodedPair, texts_of
 from moemerge.errors import OptionError
 from moemerge.merging.merged_model import Answers, MergedModel, batch_tokens, margins
 from moemerge.models.families.dense import is_moe
+from moemerge.models.loading import load_reward_model
 from moemerge.models.modelling import moe_to_look_at
 from moemerge.models.routing import gate_mass
 from moemerge.options.fit import FitSettings
+from moemerge.options.placement import Placement
 
 
 @dataclass
@@ -107,7 +109,10 @@ class Targets:
         return margins(self.merged.model, self.tokenizer, self.pairs, self.settings.micro_batch_size)
 
     def _moe(self) -> PreTrainedModel:
-        return moe_to_look_at(self.merged.source.folder, str(self.merged.device))
+        source, device = self.merged.source.folder, self.merged.device
+        if self.merged.in_parts:
+            return load_reward_model(source, device, placement=Placement(sharded=True))
+        return moe_to_look_at(source, str(device))
 
     def _owner_N(self, subset: str, count: int) -> Tensor:
         owner = self.settings.owners.get(subset)

@@ -84,6 +84,8 @@ class MergedModel:
     have a row per block; `blocks` are the layers unless given.
     """
 
+    in_parts = False  # whether several processes have to run it as often: see PartedModel
+
     def __init__(
         self,
         source: MergeSource,
@@ -96,8 +98,8 @@ class MergedModel:
     ) -> None:
         self.source, self.device = source, torch.device(device)
         if keep is None:
-            keep = not _mapped(source, self.device) and _fits(source, self.device)
-        self._mapped = not keep and _mapped(source, self.device)
+            keep = not self._can_map() and self._fits()
+        self._mapped = not keep and self._can_map()
         self._whole: dict[str, Piece] | None = {} if keep or self._mapped else None
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         self._last = True
@@ -133,7 +135,7 @@ class MergedModel:
             return
         self.alpha_LN, self.shared_L = alpha_LN.clone(), shared_L.clone()
         for tensor in self._unequal():
-            self._average(tensor, self.model.get_parameter(tensor.dense))
+            self._average(tensor, processes.own_part(self.model.get_parameter(tensor.dense)))
 
     def run_lower_layers_once(self, pair: EncodedPair, store: StateStore) -> None:
         """From now on `store` keeps, for each batch, the states below the first layer that `merge` changes.
@@ -153,13 +155,15 @@ class MergedModel:
         if self.frozen is not None:
             self.frozen.serve(owner, again)
 
-    def gradient(self, parts: Iterable[Callable[[], Tensor]]) -> MergeGradient:
+    def gradient(
+        self, parts: Iterable[Callable[[], Tensor]], idle: Callable[[], Tensor] | None = None
+    ) -> MergeGradient:
         """Sum of the losses that `parts` compute with `model`, and its gradient at the present coefficients.
 
         Each part runs forward and backward before the next begins; the weights' gradients add up, and are
         reduced while the last part runs, so that members are read once. Summed over processes, float64 on
         CPU. alpha_LN lacks the same constant, (1 - lambda) <dW, W>, in all of a row: a softmax takes it out,
-        and the rest rounds less.
+        and the rest rounds less. `idle` is for models in parts.
         """
         self._dots.zero_()
         loss = torch.zeros(1, dtype=torch.float64)
@@ -172,6 +176,7 @@ class MergedModel:
                 if value.requires_grad:
                     value.backward()
                 loss += value.item()
+        self._reduce_all()
         # With W = lambda S + (1 - lambda) sum_i alpha_i W_i: dL/dalpha_i = (1 - lambda) <dW, W_i>, and
         # dL/dlambda = <dW, S> - sum_i alpha_i <dW, W_i>. The dots hold <dW, W_i - W>: in the second <dW, W>
         # falls out, as alpha sums to one; in the first it is the same constant for all i.
@@ -232,6 +237,20 @@ class MergedModel:
             (self._whole or {}).pop(tensor.dense, None)  # not needed again
         return out
 
+    def _can_map(self) -> bool:
+        """Whether members can be used where they lie, in files that are mapped into memory."""
+        return not self.in_parts and _mapped(self.source, self.device)
+
+    def _fits(self) -> bool:
+        return fits(self.source, self.device)
+
+    def _own(self, matrix: Tensor) -> Tensor:
+        """What this process has to do with of a member's copy."""
+        return matrix
+
+    def _reduce_all(self) -> None:
+        """Reduce the gradients that nothing has reduced yet: none."""
+
     def _watch(self, name: str, reduce: Callable[[Tensor], None]) -> None:
         """Have `reduce` called with the gradient of a parameter, summed over a step's backward passes."""
         path, _, kind = name.rpartition(".")
@@ -279,12 +298,13 @@ class MergedModel:
             yield self._whole[tensor.dense]
         else:
             size = CHUNK if self.device.type == "cpu" else CHUNK_ON_GPU
-            copies = [matrix.reshape(-1).split(size) for matrix in self.source.matrices(tensor)]
+            matrices = map(self._own, self.source.matrices(tensor))
+            copies = [matrix.reshape(-1).split(size) for matrix in matrices]
             yield from (_apart(chunks, self.device) for chunks in zip(*copies, strict=True))
 
     def _whole_piece(self, tensor: MergedTensor) -> Piece:
         if not self._mapped:
-            return _apart(list(self.matrices(tensor)), self.device)
+            return _apart([self._own(matrix) for matrix in self.source.matrices(tensor)], self.device)
         stack = self.source.stack(tensor)
         assert stack is not None
         shared, stack_NX = stack[0], stack[1].flatten(1)
@@ -342,9 +362,9 @@ def _mapped(source: MergeSource, device: torch.device) -> bool:
     return device.type == "cpu" and wide and source.stack(source.tensors[0]) is not None
 
 
-def _fits(source: MergeSource, device: torch.device) -> bool:
-    """Whether all members may stay in the device's memory."""
+def fits(source: MergeSource, device: torch.device, parts: int = 1) -> bool:
+    """Whether all members, or each process's part of them, may stay in the device's memory."""
     count = source.num_members + source.has_shared
     size = sum(torch.Size(tensor.shape).numel() for tensor in source.tensors) * source.dtype.itemsize
     limit = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else KEPT_ON_CPU
-    return count * size < limit
+    return count * size < limit * parts

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moemerge.artifacts import ranks
 from moemerge.artifacts.ranks import count, several
 from moemerge.artifacts.workspace import once
 from moemerge.errors import OptionError
@@ -131,6 +132,12 @@ def once_each(folder: Path, parts: int, make: Callable[[int], Any]) -> list[Any]
     made = [kept(number) for number in range(parts)]
     wait()  # until all have read: the first one removes the folder
     return made
+
+
+def steps_behind(steps: int) -> int:
+    """How many steps more another process has, which those that run a model in parts all have to make."""
+    every = gathered(torch.tensor([float(steps)]), [ranks.number()], ranks.count())
+    return int(every.max()) - steps
 
 
 def summed(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from moemerge.options.base import (
     Sources,
     TextFormat,
 )
+from moemerge.options.placement import SHARDED
 
 
 class FitSettings(Options):
@@ -175,6 +176,7 @@ class Fit(FitSettings, Members, TextFormat, Run):
     candidates: Source | None = Field(
         None, description="robust_rounds: scored candidates, whose overrated answers become pairs"
     )
+    sharded: bool = SHARDED
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Fit:

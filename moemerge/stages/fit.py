@@ -35,6 +35,7 @@ from moemerge.fitting.targets import Targets
 from moemerge.merging.blocks import layer_of
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.parted_model import PartedModel
 from moemerge.merging.sources.base import MergeSource
 from moemerge.merging.sources.open import open_source
 from moemerge.models.device import use_device
@@ -202,8 +203,9 @@ class _Data:
 
     @cached_property
     def merged(self) -> MergedModel:
-        merged = MergedModel.at_average(self.source, self.device, self.blocks)
-        if self.options.cache_memory:
+        kind = PartedModel if self.options.sharded else MergedModel
+        merged = kind.at_average(self.source, self.device, self.blocks)
+        if self.options.cache_memory and not merged.in_parts:
             shortest = min(self.split[0], key=lambda pair: len(pair.chosen.ids) + len(pair.rejected.ids))
             merged.run_lower_layers_once(shortest, self.store)
         return merged

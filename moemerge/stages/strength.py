@@ -30,6 +30,7 @@ from moemerge.data.tokenise import encode_pairs, texts_of
 from moemerge.errors import ArtifactError, CheckpointError, DataError, OptionError
 from moemerge.evaluation.vote import draw_planted
 from moemerge.evaluation.vote_report import DROPPED, FLIPPED, Poll, sentence, write_page
+from moemerge.models import processes
 from moemerge.models.device import free_memory, use_device
 from moemerge.models.scorers import open_scorer
 from moemerge.options.base import COLUMNS, TextFormat
@@ -55,16 +56,17 @@ def vote_rows(folder: Path) -> list[Row]:
     return found
 
 
-@stage("strength", Strength, rows=vote_rows)
+@stage("strength", Strength, shares_work=True, rows=vote_rows)
 def strength(options: Strength, draft: Draft) -> None:
     """Write the pairs with strength, spread and margin, treated as asked, and what the vote is worth.
 
     Voters are trained here, F folds x `orders`, none on a prompt that it scores; or are models that are
     given; or their votes are those of an earlier output. Writes pairs.jsonl.gz (to train on: `margin` is the
     strength, `doubt` there with treat soft), votes.jsonl.gz and trusted.jsonl.gz (what each voter said),
-    strength.json, report.html, report.md and plots. A killed run goes on with the voter that it was at. A
-    flipped label's strength and margin have the sign of the new label. Raises OptionError, DataError,
-    CheckpointError, UnsupportedError or ArtifactError.
+    strength.json, report.html, report.md and plots. A killed run goes on with the voter that it was at.
+    Several processes train each voter together (DDP), and share the texts that it scores. A flipped label's
+    strength and margin have the sign of the new label. Raises OptionError, DataError, CheckpointError,
+    UnsupportedError or ArtifactError.
     """
     if options.votes:
         _write(options, *read_votes(options, options.votes), draft)
@@ -72,7 +74,9 @@ def strength(options: Strength, draft: Draft) -> None:
         return
     vote = _trained if options.model else _given
     with workspace(options) as folder:
-        _write(options, *vote(options, draft, folder), draft)
+        votes = vote(options, draft, folder)
+        processes.wait()  # until all have read what is kept in the folder, which goes
+        _write(options, *votes, draft)
 
 
 def _trained(options: Strength, draft: Draft, folder: Path) -> tuple[Poll, list[int] | None]:

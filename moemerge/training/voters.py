@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from moemerge.artifacts.ranks import leads
 from moemerge.artifacts.workspace import once
 from moemerge.data.pairs import swapped
 from moemerge.data.tokenise import EncodedPair, texts_of
+from moemerge.models import processes
 from moemerge.models.device import free_memory
 from moemerge.models.scoring import score_pairs
 from moemerge.options.train import Train
@@ -92,6 +94,8 @@ class Election:
         scores_X2 = score_pairs(model, bench.tokenizer, scored, self.batch_tokens).double()
         del model
         free_memory()
-        shutil.rmtree(home)
+        processes.wait()  # until all have loaded the voter
+        if leads():
+            shutil.rmtree(home)
         flops = sum(report[FLOPS] for report in reports) + scoring_flops(bench.model, texts_of(scored))
         return {"differences": (scores_X2[:, 0] - scores_X2[:, 1]).tolist(), FLOPS: flops}

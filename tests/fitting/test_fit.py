@@ -36,10 +36,13 @@ from moemerge.errors import CheckpointError, DataError, OptionError
 from moemerge.fitting.splits import hold_out
 from moemerge.merging.coefficients import Coefficients
 from moemerge.merging.merged_model import MergedModel
+from moemerge.merging.parted_model import PartedModel
 from moemerge.merging.sources.moe import MoeCheckpoint
 from moemerge.models.loading import load_tokenizer
+from moemerge.models.processes import own_device
 from moemerge.models.routing import RoutingStatistics
 from moemerge.models.scoring import score_pairs
+from moemerge.run.cli import cli
 from moemerge.stages.fit import fit
 from moemerge.stages.route import route
 
@@ -244,37 +247,65 @@ def test_same_seed_same_result_whatever_the_micro_batch(moe: Path, planted: Path
     torch.testing.assert_close(first, second, rtol=0.0, atol=1e-4)
 
 
+def fitting(moe: Path, planted: Path, more: str, output: Path) -> list[str]:
+    given = ["--model", str(moe), "--pairs", str(planted), "--initial", "uniform", "--threads", "1"]
+    return ["fit", *given, *more.split(), "--output", str(output)]
+
+
+def well(done: list[Ended], ours: Path, theirs: Path) -> None:
+    """Both processes ended well, one told, and they found what one process found."""
+    assert {one.code for one in done} == {0}, [one.err[-3000:] for one in done]
+    assert [bool(one.out) for one in done] in ([True, False], [True]), "one process tells"
+    alphas = [Coefficients.load(folder).alpha_LN for folder in (ours, theirs)]
+    assert not torch.equal(alphas[0], torch.full_like(alphas[0], 1 / N))
+    torch.testing.assert_close(alphas[0], alphas[1], rtol=0.0, atol=1e-3)
+    losses = [report_of(folder)["held_out"]["after"]["loss"] for folder in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("start", [ranks, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_fit_what_one_does(
     start: Callable[[list[str]], list[Ended]], moe: Path, planted: Path, tmp_path: Path
 ) -> None:
     """Each process has half of the pairs, both get the same sums, one writes."""
-    options = {
-        "model": moe,
-        "pairs": planted,
-        "initial": "uniform",
-        "threads": 1,
-        "max-epochs": 4,
-        "level": 1,
-    }
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    done = start(["fit", *flags, "--output", str(tmp_path / "two")])
-    assert {one.code for one in done} == {0}, [one.err[-3000:] for one in done]
-    assert sum(one.out.count("The held-out loss") for one in done) == 1, "one process tells"
-    one = fit(
-        model=str(moe),
-        pairs=str(planted),
-        output=tmp_path / "one",
-        initial="uniform",
-        max_epochs=4,
-        level=1.0,
-    )
-    ours, theirs = (Coefficients.load(folder) for folder in (one, tmp_path / "two"))
-    assert not torch.equal(ours.alpha_LN, torch.full_like(ours.alpha_LN, 1 / N))
-    torch.testing.assert_close(ours.alpha_LN, theirs.alpha_LN, rtol=0.0, atol=1e-3)
-    losses = [report_of(folder)["held_out"]["after"]["loss"] for folder in (one, tmp_path / "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    how = "--max-epochs 4 --level 1"
+    done = start(fitting(moe, planted, how, tmp_path / "two"))
+    cli.main(fitting(moe, planted, how, tmp_path / "one"), standalone_mode=False)
+    well(done, tmp_path / "one", tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def at_a_point(kind: type[MergedModel], moe: Path, pairs: list[EncodedPair]) -> list[Tensor]:
+    """Loss and gradient of five pairs in batches of two, margins and losses of all, by all objectives."""
+    merged = kind.at_average(MoeCheckpoint(moe), "cpu")
+    wanted = {"bradley_terry": 1.0, "distillation": 0.5, "alignment": 0.5}
+    objective = objective_of(merged, pairs, 2, objectives=wanted)
+    gradient = objective.gradient(ALPHA, SHARED, range(5))
+    measured = objective.measure(ALPHA, SHARED, "held_out")
+    return [torch.tensor(gradient.loss), gradient.alpha_LN, gradient.shared_L, *vars(measured).values()]
+
+
+def test_a_model_in_parts_fits_what_the_whole_one_does(moe: Path, planted: Path, tmp_path: Path) -> None:
+    """Each of two processes has half of each weight; of the five pairs one has two batches, the other one."""
+    pairs = encode(moe, random_pairs(7, seed=5), tmp_path)
+
+    def first(rank: int) -> None:
+        own_device("cpu")
+        torch.save(at_a_point(PartedModel, moe, pairs), tmp_path / f"{rank}.pt")
+
+    how = "--max-epochs 1 --max-pairs 24 --level 1 --no-sensitivity"
+    done = ranks(fitting(moe, planted, f"{how} --sharded", tmp_path / "two"), first)
+    cli.main(fitting(moe, planted, how, tmp_path / "one"), standalone_mode=False)
+    well(done, tmp_path / "one", tmp_path / "two")
+    whole = at_a_point(MergedModel, moe, pairs)
+    for rank in range(2):
+        for ours, theirs in zip(whole, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(ours.abs().max()))
+
+
+def test_one_process_has_no_parts(moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="sharded needs several processes"):
+        PartedModel.at_average(MoeCheckpoint(moe), "cpu")
 
 
 def test_max_pairs_draws_fitting_pairs(moe: Path, planted: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from small_training import history, weights
 
 from moemerge.errors import OptionError
 from moemerge.run.cli import cli
+from moemerge.stages.strength import strength, vote_rows
 from moemerge.stages.train import train
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -78,6 +79,29 @@ def test_two_processes_train_what_one_does(way: str, how: list[str], home: Path,
         for name in mine.keys() & {"loss", "eval_loss", "eval_accuracy", "step", "learning_rate", "accuracy"}:
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_two_processes_vote_as_one_does(home: Path, tmp_path: Path) -> None:
+    """They train each voter together, up to rounding, and score for it, as for models that are given."""
+    pairs, voters = str(home / "pairs.jsonl"), [str(home / model) for model in ("dense-moe", "moe")]
+    asked = ["strength", "--pairs", pairs, "--batch-tokens", "60", "--planted", "0.2", "--model", voters[0]]
+    # One step: filling up the last batch of a pass would make another training of it.
+    asked += "--folds 2 --orders 1 --batch-size 8 --max-steps 1 --learning-rate 3e-3 --threads 1".split()
+    asked += ["--trainer", "adam_epsilon=0.01"]
+
+    def given(output: Path) -> Path:
+        return strength(pairs=pairs, voters=voters, batch_tokens=60, planted=0.2, output=output)
+
+    well(ranks([*asked, "--output", str(tmp_path / "two")], lambda rank: given(tmp_path / "given-two")))
+    cli.main([*asked, "--output", str(tmp_path / "one")], standalone_mode=False)
+    kept = [folder / "votes.jsonl.gz" for folder in (given(tmp_path / "given-one"), tmp_path / "given-two")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+    one, two = (vote_rows(tmp_path / name) for name in ("one", "two"))
+    assert [row["planted"] for row in one] == [row["planted"] for row in two]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["differences"] == pytest.approx(theirs["differences"], rel=1e-3, abs=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "given-one", "given-two"}
 
 
 @pytest.mark.slow
