@@ -1,6 +1,7 @@
-"""Merging a MoE against a raw copy of its bytes and against stock mergekit over its exported experts.
+"""Merging a MoE against a raw copy of its bytes and against stock mergekit over its exported experts; and
+four of these as models, against mergekit's linear.
 
-python benchmarks/merge.py [--hidden 640 --layers 6 --repeats 5]
+python benchmarks/merge.py [--hidden 640 --layers 6 --dtype bfloat16 --one-thread --repeats 5]
 
 Every command is a fresh process, start-up included. Once everything is imported, "merge itself" is reading,
 averaging, the comparison with float64 sums, writing and flushing; "whole stage" also reads back and hashes.
@@ -12,6 +13,7 @@ Prints one row for benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -26,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 MB = 1e6
+LIST, LIST_THERE = "moemerge merge --models", "mergekit-yaml of the models"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Cost:
 
 def run(command: list[str], one_thread: bool = False) -> Cost:
     """Run `command` to its end and see what it took, its memory looked at every 5 ms."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if one_thread}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | threads
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
         start = time.perf_counter()
         child = subprocess.Popen(command, stdout=said, stderr=told, env=environment)
@@ -89,13 +93,13 @@ def fields(pid: int, name: str) -> dict[str, int]:
 
 
 def raw_copy(root: Path, target: Path) -> None:
-    """Print seconds: a copy of the MoE's weights as they are, flushed to disk."""
-    start = time.perf_counter()
+    """Print wall and CPU seconds: a copy of the MoE's weights as they are, flushed to disk."""
+    start, work = time.perf_counter(), time.process_time()
     target.mkdir()
     for path in (root / "moe").glob("*.safetensors"):
         shutil.copyfile(path, target / path.name)
     flush(target)
-    print(time.perf_counter() - start)
+    print(time.perf_counter() - start, time.process_time() - work)
 
 
 def flush(folder: Path) -> None:
@@ -134,22 +138,29 @@ def make_inputs(root: Path, hidden: int, layers: int, dtype: str, shard_size: in
     shared_L = torch.rand(uniform.shared_L.shape, generator=generator, dtype=torch.float64)
     replace(uniform, alpha_LN=alpha_LN, shared_L=shared_L).save(root / "coefficients")
     export(model=str(root / "moe"), coefficients=str(root / "coefficients"), output=root / "experts")
+    models = "".join(f"- model: {folder}\n  parameters: {{weight: 1.0}}\n" for folder in exported(root))
+    (root / "models.yml").write_text(f"merge_method: linear\ndtype: {dtype}\nmodels:\n{models}")
 
 
-def ours(root: Path, output: Path) -> list[str]:
+def exported(root: Path) -> list[Path]:
+    """Four of the experts as models of their own."""
+    return sorted(path.parent for path in (root / "experts").rglob("config.json"))[:4]
+
+
+def ours(output: Path, *members: object) -> list[str]:
     """The command that merges by moemerge."""
-    options = ["--model", root / "moe", "--coefficients", root / "coefficients", "--output", output]
-    return [sys.executable, "-m", "moemerge", "merge", *map(str, options)]
+    return [sys.executable, "-m", "moemerge", "merge", *map(str, members), "--output", str(output)]
 
 
-def theirs(root: Path, output: Path, *more: str) -> list[str]:
+def theirs(recipe: Path, output: Path, *more: str) -> list[str]:
     """The command that merges by mergekit."""
     program = Path(sys.executable).with_name("mergekit-yaml")
-    return [str(program), str(root / "experts" / "linear.yml"), str(output), "--quiet", *more]
+    return [str(program), str(recipe), str(output), "--quiet", *more]
 
 
 def merge_itself(root: Path, output: Path) -> None:
-    """Print anonymous memory before, seconds of one merge and of one whole stage, everything imported."""
+    """Print anonymous memory before; wall, then CPU seconds of one merge and of one whole stage; and CPU
+    seconds of averaging alone, which nothing is written of. Everything is imported before."""
     import torch
 
     from moemerge.merging.sources.open import open_source
@@ -161,37 +172,51 @@ def merge_itself(root: Path, output: Path) -> None:
     source = open_source(options)
     before = fields(os.getpid(), "status")["RssAnon"] * 1024
     output.mkdir()
-    start = time.perf_counter()
+    times = [(time.perf_counter(), time.process_time())]
+
+    def take_time() -> None:
+        times.append((time.perf_counter(), time.process_time()))
+
     way = _way(options, source, source.dense_dtype, torch.device("cpu"))
     write_checkpoint(output, _dense_tensors(source, way, source.dense_dtype), options.shard_size)
     flush(output)
-    merged = time.perf_counter()
+    take_time()
     merge(options)
-    print(before, merged - start, time.perf_counter() - merged)
+    take_time()
+    for _ in _dense_tensors(source, way, source.dense_dtype):
+        pass
+    take_time()
+    (wall, cpu), (wall_stage, cpu_stage), (_, cpu_average) = (
+        (after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(times)
+    )
+    print(before, wall, wall_stage, cpu, cpu_stage, cpu_average)
 
 
-def commands(root: Path, output: Path) -> dict[str, tuple[list[str], bool]]:
-    """What is compared, and whether it has one thread only."""
+def commands(root: Path, output: Path) -> dict[str, list[str]]:
+    """What is compared."""
     copy, itself = (
         [sys.executable, __file__, flag, str(root), str(output)] for flag in ("--copy", "--itself")
     )
+    linear = root / "experts" / "linear.yml"
     return {
-        "copy": (copy, False),
-        "merge itself": (itself, False),
-        "moemerge merge": (ours(root, output), False),
-        "mergekit-yaml": (theirs(root, output), False),
-        "mergekit-yaml -j 1": (theirs(root, output, "-j", "1"), True),
+        "copy": copy,
+        "merge itself": itself,
+        "moemerge merge": ours(output, "--model", root / "moe", "--coefficients", root / "coefficients"),
+        "mergekit-yaml": theirs(linear, output),
+        "mergekit-yaml -j 1": theirs(linear, output, "-j", "1"),
+        LIST: ours(output, "--models", *exported(root)),
+        LIST_THERE: theirs(root / "models.yml", output),
     }
 
 
-def compare(root: Path, repeats: int) -> dict[str, list[Cost]]:
+def compare(root: Path, repeats: int, one_thread: bool) -> dict[str, list[Cost]]:
     """Costs of all commands in turn, `repeats` times, and then once with files out of the page cache."""
     costs: dict[str, list[Cost]] = {name: [] for name in commands(root, root)}
     for repeat in range(repeats + 1):
-        for name, (command, one_thread) in commands(root, root / "out").items():
+        for name, command in commands(root, root / "out").items():
             if repeat == repeats:
                 forget(root)
-            costs[name].append(run(command, one_thread))
+            costs[name].append(run(command, one_thread or command[-1] == "1"))
             print(f"{name:<20} {costs[name][-1]}", file=sys.stderr)
             flush(root / "out")
             keep = root / f"last {name}"
@@ -214,22 +239,26 @@ def told(cost: Cost) -> list[float]:
     return [float(word) for word in cost.said.split()]
 
 
-def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) -> Iterator[str]:
+def report(costs: dict[str, list[Cost]], size: int, largest_shard: int, difference: float) -> Iterator[str]:
     """The row's parts; ratios are medians of ratios per repeat."""
     *timed, cold = zip(*costs.values(), strict=True)
     rounds, last = [dict(zip(costs, row, strict=True)) for row in timed], dict(zip(costs, cold, strict=True))
     median = statistics.median
-    copies = [told(r["copy"])[0] for r in rounds]
-    yield f"copy {median(copies):.2f} s (smallest {min(copies):.2f})"
-    for column, what in ((1, "merge itself"), (2, "whole stage")):
-        seconds = [told(r["merge itself"])[column] for r in rounds]
-        ratio = median(s / c for s, c in zip(seconds, copies, strict=True))
-        yield f"{what} {median(seconds):.2f} s ({min(seconds):.2f}; {ratio:.2f}x)"
+    for clock, copied, columns in (("wall", 0, (1, 2)), ("CPU", 1, (3, 4))):
+        copies = [told(r["copy"])[copied] for r in rounds]
+        yield f"{clock}: copy {median(copies):.2f} s (smallest {min(copies):.2f})"
+        for column, what in zip(columns, ("merge itself", "whole stage"), strict=True):
+            seconds = [told(r["merge itself"])[column] for r in rounds]
+            ratio = median(s / c for s, c in zip(seconds, copies, strict=True))
+            yield f"{what} {median(seconds):.2f} s ({min(seconds):.2f}; {ratio:.2f}x)"
+    speed = median(size / told(r["merge itself"])[5] for r in rounds)
+    yield f"averaging alone {speed / 1e9:.2f} GB of the MoE per CPU second"
     commands = list(costs)[2:]
     for name in commands:
+        base = LIST if name in (LIST, LIST_THERE) else "moemerge merge"
         seconds, cpu = [r[name].seconds for r in rounds], [r[name].cpu for r in rounds]
-        times = median(r[name].seconds / r["moemerge merge"].seconds for r in rounds)
-        work = median(r[name].cpu / r["moemerge merge"].cpu for r in rounds)
+        times = median(r[name].seconds / r[base].seconds for r in rounds)
+        work = median(r[name].cpu / r[base].cpu for r in rounds)
         yield (
             f"{name} {median(seconds):.2f} s ({min(seconds):.2f}; {times:.1f}x),"
             f" CPU {median(cpu):.1f} s ({work:.1f}x)"
@@ -241,7 +270,7 @@ def report(costs: dict[str, list[Cost]], largest_shard: int, difference: float) 
     yield f"anonymous memory (in largest shards): {', '.join(listed)}, {alone}"
     moved = (f"{n} {last[n].read / MB:.0f}, {last[n].written / MB:.0f}" for n in ("copy", *commands))
     yield f"MB from and to the disk, cold: {'; '.join(moved)}"
-    yield f"largest difference to mergekit's result {difference:.1e}"
+    yield f"largest difference to mergekit's results {difference:.1e}"
 
 
 def main() -> None:
@@ -252,6 +281,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shard-size", type=int, default=300_000_000)
+    parser.add_argument("--one-thread", action="store_true", help="every program on one thread")
     parser.add_argument("--itself", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--copy", nargs=2, type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -262,13 +292,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".", suffix=".tmp") as name:
         root = Path(name).absolute()
         make_inputs(root, a.hidden, a.layers, a.dtype, a.shard_size)
-        costs = compare(root, a.repeats)
-        difference = largest_difference(root / "last moemerge merge", root / "last mergekit-yaml")
+        costs = compare(root, a.repeats, a.one_thread)
+        pairs = (("moemerge merge", "mergekit-yaml"), (LIST, LIST_THERE))
+        difference = max(largest_difference(root / f"last {one}", root / f"last {two}") for one, two in pairs)
         sizes = [path.stat().st_size for path in (root / "moe").glob("*.safetensors")]
+    threads = ", one thread" if a.one_thread else ""
     print(
-        f"| merge of 8 experts | {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of at most"
-        f" {max(sizes) / MB:.0f} MB, {a.dtype}, {a.repeats} repeats, load {os.getloadavg()[0]:.1f} | "
-        + "; ".join(report(costs, max(sizes), difference))
+        "| merge of 8 experts, and of four of them as models"
+        f" | {sum(sizes) / 1e9:.2f} GB in {len(sizes)} shards of at most {max(sizes) / MB:.0f} MB,"
+        f" {a.dtype}{threads}, {a.repeats} repeats, load {os.getloadavg()[0]:.1f} | "
+        + "; ".join(report(costs, sum(sizes), max(sizes), difference))
         + " |"
     )
 

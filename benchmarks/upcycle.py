@@ -1,9 +1,9 @@
 """Upcycling against a raw copy of the bytes that it writes; peak memory against the shard size.
 
-python benchmarks/upcycle.py [--hidden 768 --layers 8 --repeats 5]
+python benchmarks/upcycle.py [--hidden 768 --layers 8 --dtype bfloat16 --repeats 5]
 
-Prints one row for benchmarks/README.md: median ratio (writing only, and the whole stage with its
-checksums and its comparison with the dense model), and peak memory of the writing in shards.
+Prints one row for benchmarks/README.md: median ratios of wall and of CPU time (writing only, and the whole
+stage with its checksums and its comparison with the dense model), and peak memory of the writing in shards.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def flush(folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def timed(function, *arguments) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
+def timed(function, *arguments) -> tuple[float, float]:
+    """Wall and CPU seconds that one call takes."""
+    start, work = time.perf_counter(), time.process_time()
     function(*arguments)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - work
 
 
 def anonymous_memory() -> int:
@@ -112,11 +112,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--shard-size", type=int, default=300_000_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as name:
         root = Path(name)
-        make_dense(root / "dense", arguments.hidden, arguments.layers)
+        make_dense(root / "dense", arguments.hidden, arguments.layers, arguments.dtype)
         options = Upcycle(
             model=str(root / "dense"), output=root / "moe", shard_size=arguments.shard_size, threads=2
         )
@@ -137,12 +138,18 @@ def main() -> None:
         process.start()
         peak = queue.get()
         process.join()
-    copy, write, whole = (statistics.median(row[i] for row in rows) for i in range(3))
-    ratios = [statistics.median(row[i] / row[0] for row in rows) for i in (1, 2)]
+    told = []
+    for clock, what in enumerate(("wall", "CPU")):
+        copy, write, whole = (statistics.median(row[i][clock] for row in rows) for i in range(3))
+        ratios = [statistics.median(row[i][clock] / row[0][clock] for row in rows) for i in (1, 2)]
+        told.append(
+            f"{what}: copy {copy:.2f} s, write {write:.2f} s ({ratios[0]:.2f}x), whole stage {whole:.2f} s"
+            f" ({ratios[1]:.2f}x)"
+        )
     print(
-        f"| upcycle | {written / 1e9:.2f} GB written, shards of {arguments.shard_size / 1e6:.0f} MB"
-        f" | copy {copy:.2f} s, write {write:.2f} s ({ratios[0]:.2f}x), whole stage {whole:.2f} s"
-        f" ({ratios[1]:.2f}x); peak memory {peak / arguments.shard_size:.2f} shards |"
+        f"| upcycle | {written / 1e9:.2f} GB written in {arguments.dtype}, shards of"
+        f" {arguments.shard_size / 1e6:.0f} MB | {'; '.join(told)};"
+        f" peak memory {peak / arguments.shard_size:.2f} shards |"
     )
 
 
