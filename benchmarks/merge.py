@@ -163,6 +163,7 @@ def merge_itself(root: Path, output: Path) -> None:
     seconds of averaging alone, which nothing is written of. Everything is imported before."""
     import torch
 
+    from moemerge.merging.coefficients import Coefficients
     from moemerge.merging.sources.open import open_source
     from moemerge.models.checkpoint import write_checkpoint
     from moemerge.options.merge import Merge
@@ -177,7 +178,8 @@ def merge_itself(root: Path, output: Path) -> None:
     def take_time() -> None:
         times.append((time.perf_counter(), time.process_time()))
 
-    way = _way(options, source, source.dense_dtype, torch.device("cpu"))
+    coefficients = Coefficients.load(root / "coefficients")
+    way = _way(options, source, coefficients, source.dense_dtype, torch.device("cpu"))
     write_checkpoint(output, _dense_tensors(source, way, source.dense_dtype), options.shard_size)
     flush(output)
     take_time()

@@ -505,6 +505,7 @@ def route(
     sharded: bool = False,
     device_map: Literal["one", "auto"] = "one",
     max_memory: Mapping[str, float] = {},
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
@@ -533,6 +534,8 @@ def route(
             in its files, and is read in each pass (one, auto)  [default: one]
         max_memory: with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or
             in memory (cpu=100) (default: nine tenths of what is free)
+        precision: of weights and states; auto: on a GPU the checkpoint's own, on a CPU float32, though
+            bfloat16 is faster on one that has it (auto, float32, bfloat16)  [default: auto]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
@@ -557,6 +560,7 @@ def calibrate(
     sharded: bool = False,
     device_map: Literal["one", "auto"] = "one",
     max_memory: Mapping[str, float] = {},
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
@@ -585,6 +589,8 @@ def calibrate(
             in its files, and is read in each pass (one, auto)  [default: one]
         max_memory: with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or
             in memory (cpu=100) (default: nine tenths of what is free)
+        precision: of weights and states; auto: on a GPU the checkpoint's own, on a CPU float32, though
+            bfloat16 is faster on one that has it (auto, float32, bfloat16)  [default: auto]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
@@ -1382,6 +1388,7 @@ def evaluate(
     sharded: bool = False,
     device_map: Literal["one", "auto"] = "one",
     max_memory: Mapping[str, float] = {},
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
     fields: Mapping[str, str] = {},
     bad_rows: Literal["refuse", "skip"] = "refuse",
     max_length: int = 1024,
@@ -1431,6 +1438,8 @@ def evaluate(
             in its files, and is read in each pass (one, auto)  [default: one]
         max_memory: with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or
             in memory (cpu=100) (default: nine tenths of what is free)
+        precision: of weights and states; auto: on a GPU the checkpoint's own, on a CPU float32, though
+            bfloat16 is faster on one that has it (auto, float32, bfloat16)  [default: auto]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]

@@ -78,7 +78,8 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
 
-    `dtype=None` keeps the checkpoint's on a GPU and takes float32 on CPU. With `fresh_head_seed` a base LM or
+    `dtype=None`: as `placement` says, by default the checkpoint's on a GPU and float32 on CPU. With
+    `fresh_head_seed` a base LM or
     encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
     if it names none; so is, where the folder is opened with `fresh_head`, any model without its head. A
     reward model's config stays as it is. `placement`: sharded, each of several processes holds a part of
@@ -104,6 +105,8 @@ def load_reward_model(
         refuse_larger(folder.weights, config)
         folder.weights.release()  # transformers maps the files itself
     config = config if head is None else with_new_head(config, head)
+    if dtype is None and placement.precision != "auto":
+        dtype = getattr(torch, placement.precision)
     wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
     sharding = None
     if placement.sharded:

@@ -149,6 +149,9 @@ def config_class(family: str) -> type[PretrainedConfig]:
         "__annotations__": {"moemerge": dict | None, FIELD: dict | None},
         "moemerge": None,
         FIELD: None,
+        # The dense plans name MLPs that are not there.
+        "base_model_tp_plan": None,
+        "base_model_ep_plan": None,
         "__module__": __name__,
     }
     name = f"Moemerge{dense.__name__}"

@@ -15,7 +15,7 @@ SHARDED: Any = Field(
 
 
 class Placement(Options):
-    """Where weights lie: on one device, in parts in several processes, or by layers on several devices."""
+    """Where weights lie (on one device, in parts in several processes, by layers on several), and as what."""
 
     sharded: bool = SHARDED
     device_map: Literal["one", "auto"] = Field(
@@ -27,6 +27,12 @@ class Placement(Options):
         default_factory=dict,
         description="with device_map auto: gigabytes of weights at most, on a GPU by its number (0=60) or in "
         "memory (cpu=100) (default: nine tenths of what is free)",
+    )
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of weights and states; auto: on a GPU the checkpoint's own, on a CPU float32, though "
+        "bfloat16 is faster on one that has it",
     )
 
     @field_validator("max_memory")

@@ -207,7 +207,7 @@ def test_broken_scorers_are_refused(home: Path, tmp_path: Path, text: str, said:
     assert fault.value.fix and isinstance(fault.value, CheckpointError | OptionError)
 
 
-@pytest.mark.parametrize("placement", [Placement(sharded=True), Placement(device_map="auto")])
-def test_a_scorer_is_not_loaded_in_parts(home: Path, placement: Placement) -> None:
+@pytest.mark.parametrize("placement", [{"sharded": True}, {"device_map": "auto"}, {"precision": "bfloat16"}])
+def test_a_scorer_is_not_loaded_in_parts(home: Path, placement: dict[str, Any]) -> None:
     with pytest.raises(MoemergeError, match="in parts"):
-        open_scorer(home / "dpo.scorer.json").load(CPU, placement)
+        open_scorer(home / "dpo.scorer.json").load(CPU, Placement(**placement))

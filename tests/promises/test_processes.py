@@ -21,7 +21,9 @@ from moemerge.artifacts import checksums
 from moemerge.artifacts.ranks import refuse_several
 from moemerge.errors import OptionError
 from moemerge.models import scoring
+from moemerge.models.loading import load_reward_model
 from moemerge.models.routing import RoutingStatistics
+from moemerge.options.placement import Placement
 from moemerge.run.cli import cli
 from moemerge.stages import STAGES
 
@@ -149,6 +151,15 @@ def test_places_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=told):
         cli.main([*flags_of("route", home), *flags, "--output", str(tmp_path / "out")], standalone_mode=False)
+
+
+def test_a_model_is_held_in_the_precision_asked_for_and_has_no_plan_that_names_what_it_lacks(
+    home: Path,
+) -> None:
+    model = load_reward_model(str(home / "moe"), "cpu", placement=Placement(precision="bfloat16"))
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config.base_model_tp_plan is None and not model.tp_plan
+    assert "_plan" not in (home / "moe/config.json").read_text()
 
 
 def test_counts_of_several_processes_have_the_same_bits(home: Path) -> None:

@@ -63,12 +63,12 @@ def open_scorer(source: str | Path, trust_remote_code: bool = False) -> Scorer:
 
 def refuse_parts(source: str, placement: Placement) -> None:
     """Raise UnsupportedError unless one device is to hold it whole: only classifiers are loaded otherwise."""
-    if not placement.sharded and placement.device_map == "one":
+    asked = [name for name in Placement.model_fields if placement.differs(name)]
+    if not asked:
         return
-    asked = "sharded" if placement.sharded else "device_map auto"
     raise UnsupportedError(
-        f"{source} cannot be loaded in parts",
-        given=f"{asked}, and a scorer that is no classifier",
-        expected="a model that one device holds whole",
-        fix=f"leave {asked} out",
+        f"{source} cannot be loaded in parts, nor in another precision",
+        given=f"{asked[0]} {getattr(placement, asked[0])}, and a scorer that is no classifier",
+        expected="a model that one device holds whole, as it is by default",
+        fix=f"leave {asked[0]} out",
     )
