@@ -132,24 +132,25 @@ def strength(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        head: draw a new reward head, in place of any that there is: linear, the stock one; mlp, two
+        head: draw a new reward head, in place of an existing one: linear, the stock one; mlp, two
             layers and a weighted sum; nonnegative, BNRM's, whose factors and weights are never below 0
-            and are drawn in training. With the last two the result needs moemerge to be loaded
-        head_width: mlp, nonnegative: size of their layers  [default: 1024]
-        head_dropout: mlp, nonnegative: share of the last state that training leaves out  [default: 0.1]
+            and are drawn in training. Models with one of the last two need moemerge to be loaded
+        head_width: mlp, nonnegative: width of their layers  [default: 1024]
+        head_dropout: mlp, nonnegative: dropout on the last state  [default: 0.1]
         head_noise: mlp, nonnegative: Weibull noise on factors and weights in training (default:
             nonnegative yes, mlp no)
-        head_start: nonnegative: weights that are all above 0; uniform: the paper's, where half are 0
-            for ever (positive, uniform)  [default: positive]
+        head_start: nonnegative: initial weights; positive: all above 0; uniform: the paper's, where
+            half are 0 for ever (positive, uniform)  [default: positive]
         head_seed: seed that the new head is drawn from (default: seed); models whose heads were drawn
             alike can be averaged whole
-        head_kl: a nonnegative head with noise: weight of its distance from the prior  [default: 1e-05]
+        head_kl: nonnegative head with noise: weight of the KL divergence from its prior  [default:
+            1e-05]
         head_learning_rate: learning rate of the reward head (default: learning_rate)
         epochs: passes over the training pairs  [default: 1.0]
         max_steps: optimiser steps; overrides epochs
         batch_size: pairs per step; several processes share them  [default: 8]
         gradient_accumulation: batches per optimiser step  [default: 1]
-        learning_rate: learning rate of all that has none of its own  [default: 1e-05]
+        learning_rate: learning rate of everything that has no rate of its own  [default: 1e-05]
         expert_learning_rate: learning rate of experts, the shared one too, or of a dense model's MLPs
             (default: learning_rate)
         router_learning_rate: learning rate of routers (default: learning_rate)
@@ -171,26 +172,26 @@ def strength(
         group_by_length: batches of similar length: faster where lengths vary, but a less random order
             [default: no]
         eval_steps: steps between evaluations (default: ten per run)
-        patience: evaluations without progress before stopping; none: never  [default: 3]
-        choose_by: what chooses steps and trials on validation pairs; loss minds how sure the scores
-            are, accuracy only their order (and takes the first of equals) (loss, accuracy)  [default:
-            loss]
-        shared_dropout: chance that a pair is scored without the shared expert, in all layers  [default:
-            0.0]
+        patience: evaluations without improvement before stopping; none: never  [default: 3]
+        choose_by: criterion on validation pairs for choosing steps and trials; loss depends on how
+            confident the scores are, accuracy only on their order (and takes the first of equals)
+            (loss, accuracy)  [default: loss]
+        shared_dropout: probability that a pair is scored without the shared expert, in all layers
+            [default: 0.0]
         router_temperature: divides the router's logits at the first step, then falls or rises to 1
             [default: 1.0]
-        temperature_share: share of steps after which the router's temperature is 1  [default: 0.5]
+        temperature_share: share of steps until the router's temperature is 1  [default: 0.5]
         top1_warmup: share of steps with one routed expert per token, at the start  [default: 0.0]
-        assign: who picks a pair's routed expert at the start: its router, subset, or random shard
-            (router, subset, shards)  [default: router]
+        assign: what picks a pair's routed expert at the start: the router, its subset, or a random
+            shard (router, subset, shards)  [default: router]
         assign_share: share of steps with experts by subset or shard  [default: 0.5]
         assign_order: subsets of expert 0, 1, ..., and round again (default: all, by name)
         objectives: what training minimises, with weights (0: left out): bradley_terry, on labels;
             policy, DPO on the same pairs by a language head on the trunk; language, likely chosen
             answers by it; contrast, which tells the pairs of a batch apart by their states' differences
             [default: bradley_terry=1.0]
-        label_smoothing: bradley_terry: share of labels that are assumed wrong, below 0.5; column: each
-            pair's own, the data's column doubt (column)  [default: 0.0]
+        label_smoothing: bradley_terry: label smoothing, the share of labels assumed to be wrong, below
+            0.5; column: each pair's own, from the data's column doubt (column)  [default: 0.0]
         margin: bradley_terry: margin that chosen must win by: the data's margin column (none, column)
             [default: none]
         center: weight of mean (chosen score + rejected score)^2, which keeps scores near 0  [default:
@@ -202,12 +203,11 @@ def strength(
             [default: 0.1]
         language_form: language: -log pi per token of the chosen answer; sigmoid: GRM's, -log sigmoid of
             policy_temperature times their sum (mean, sigmoid)  [default: mean]
-        contrast_temperature: contrast: divides cosines  [default: 0.05]
-        contrast_dropout: contrast: share of a state's numbers that each of its two views lacks
-            [default: 0.1]
+        contrast_temperature: contrast: temperature that divides cosines  [default: 0.05]
+        contrast_dropout: contrast: dropout on a state in each of its two views  [default: 0.1]
         lookahead: MetaRM: sets of three or more answers of the policy, whose gold is not used;
             gradients are taken where the model tells these answers further apart
-        lookahead_rate: lookahead: its step against the weights' norm  [default: 0.01]
+        lookahead_rate: lookahead: size of its step relative to the norm of the weights  [default: 0.01]
         lookahead_sets: lookahead: sets per batch  [default: 4]
         fresh_head: draw a new reward head where the model's own is missing or under another name (a
             plain base model always gets one)  [default: no]
@@ -216,23 +216,24 @@ def strength(
             than a layer whole (FSDP2), in place of all of them (DDP)  [default: no]
         trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
         folds: parts of the pairs; each is scored by voters trained on the others  [default: 5]
-        orders: voters per part, trained in orders of their own  [default: 3]
+        orders: voters per part, each trained in an order of its own  [default: 3]
         fold_by: what keeps pairs in one part: an equal prompt; text: an equal prompt or answer; subset:
             an equal subset or prompt (text, prompt, subset)  [default: text]
-        planted: share of pairs that are turned round for the voters, to be found  [default: 0.05]
-        trusted: pairs like these whose labels were checked: they measure how often the vote errs
-        noise: in place of trusted: share of labels that are known to be wrong, of all kinds alike
-        treat: auto: flip or drop (auto_by) so many of each subset's weakest pairs that more than half
-            of them are wrong for sure; flip, drop: the weakest share; soft: write each label's doubt
-            (none, auto, flip, drop, soft)  [default: none]
+        planted: share of pairs whose labels are flipped for the voters: planted errors, to be found
+            [default: 0.05]
+        trusted: pairs like these with checked labels, to measure how often the vote errs
+        noise: in place of trusted: known share of wrong labels, equal for all kinds of pairs
+        treat: auto: flip or drop (auto_by) as many of each subset's weakest pairs as are surely more
+            than half wrong; flip, drop: the weakest share; soft: write each label's doubt (none, auto,
+            flip, drop, soft)  [default: none]
         auto_by: what treat auto does with these pairs (flip, drop)  [default: flip]
         share: flip and drop: share of pairs, the weakest ones  [default: 0.2]
         confidence: coverage of intervals  [default: 0.95]
         batch_tokens: tokens per forward pass when pairs are scored  [default: 8192]
         voters: in place of training: reward models (or scorer.json) that vote as they are and have not
             seen the pairs
-        votes: in place of training: folder that strength wrote for these pairs, to treat them otherwise
-            by the same votes
+        votes: in place of training: folder that strength wrote for these pairs, to treat them
+            differently by the same votes
         model: what voters are trained from: a reward model, or a base model (fresh head)
         validation: held-out pairs for the voters' early stopping and search
         trust_remote_code: run code that comes with the models  [default: no]
@@ -287,10 +288,10 @@ def upcycle(
         gate: xft: the shared expert weighs 1 - the largest router probability, the routed ones the
             rest; topk: renormalised, beside a shared expert of fixed weight; prompt: xft, one gate per
             prompt (xft, topk, prompt)  [default: xft]
-        gate_shared_weight: shared expert's weight under gate topk  [default: 0.5]
+        gate_shared_weight: gate topk: weight of the shared expert  [default: 0.5]
         router: router network (linear, mlp)  [default: linear]
-        router_init: router's last layer at the start; zero always picks the first K experts at first
-            (normal, zero)  [default: normal]
+        router_init: initial values of the router's last layer; zero: the first K experts are picked at
+            first (normal, zero)  [default: normal]
         router_init_std: standard deviation of router_init: normal  [default: 0.02]
         expert_noise: noise on the copies, in units of each matrix's standard deviation  [default: 0.0]
         balance_coefficient: weight of the balance loss, kept in the config  [default: 0.01]
@@ -300,9 +301,9 @@ def upcycle(
             plain base model always gets one)  [default: no]
         shard_size: largest shard in bytes  [default: 5000000000]
         trust_remote_code: run code that comes with the model  [default: no]
-        experts: two models or more of the same architecture: the routed experts are their MLPs, one of
-            which a token takes unless num_experts_per_tok says otherwise; all else is the model's
-            (default: copies of the model's own MLPs)
+        experts: two models or more of the same architecture, whose MLPs become the routed experts; a
+            token takes one of them unless num_experts_per_tok says otherwise; everything else comes
+            from model (default: copies of the model's own MLPs)
         heads: shared: the model's own head; by_expert, with gate prompt and experts: a text is scored
             by the head of the model whose MLPs it goes through (shared, by_expert)  [default: shared]
         calibration: with heads by_expert: folder written by calibrate; each model's head is divided by
@@ -401,24 +402,25 @@ def train(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        head: draw a new reward head, in place of any that there is: linear, the stock one; mlp, two
+        head: draw a new reward head, in place of an existing one: linear, the stock one; mlp, two
             layers and a weighted sum; nonnegative, BNRM's, whose factors and weights are never below 0
-            and are drawn in training. With the last two the result needs moemerge to be loaded
-        head_width: mlp, nonnegative: size of their layers  [default: 1024]
-        head_dropout: mlp, nonnegative: share of the last state that training leaves out  [default: 0.1]
+            and are drawn in training. Models with one of the last two need moemerge to be loaded
+        head_width: mlp, nonnegative: width of their layers  [default: 1024]
+        head_dropout: mlp, nonnegative: dropout on the last state  [default: 0.1]
         head_noise: mlp, nonnegative: Weibull noise on factors and weights in training (default:
             nonnegative yes, mlp no)
-        head_start: nonnegative: weights that are all above 0; uniform: the paper's, where half are 0
-            for ever (positive, uniform)  [default: positive]
+        head_start: nonnegative: initial weights; positive: all above 0; uniform: the paper's, where
+            half are 0 for ever (positive, uniform)  [default: positive]
         head_seed: seed that the new head is drawn from (default: seed); models whose heads were drawn
             alike can be averaged whole
-        head_kl: a nonnegative head with noise: weight of its distance from the prior  [default: 1e-05]
+        head_kl: nonnegative head with noise: weight of the KL divergence from its prior  [default:
+            1e-05]
         head_learning_rate: learning rate of the reward head (default: learning_rate)
         epochs: passes over the training pairs  [default: 1.0]
         max_steps: optimiser steps; overrides epochs
         batch_size: pairs per step; several processes share them  [default: 8]
         gradient_accumulation: batches per optimiser step  [default: 1]
-        learning_rate: learning rate of all that has none of its own  [default: 1e-05]
+        learning_rate: learning rate of everything that has no rate of its own  [default: 1e-05]
         expert_learning_rate: learning rate of experts, the shared one too, or of a dense model's MLPs
             (default: learning_rate)
         router_learning_rate: learning rate of routers (default: learning_rate)
@@ -440,26 +442,26 @@ def train(
         group_by_length: batches of similar length: faster where lengths vary, but a less random order
             [default: no]
         eval_steps: steps between evaluations (default: ten per run)
-        patience: evaluations without progress before stopping; none: never  [default: 3]
-        choose_by: what chooses steps and trials on validation pairs; loss minds how sure the scores
-            are, accuracy only their order (and takes the first of equals) (loss, accuracy)  [default:
-            loss]
-        shared_dropout: chance that a pair is scored without the shared expert, in all layers  [default:
-            0.0]
+        patience: evaluations without improvement before stopping; none: never  [default: 3]
+        choose_by: criterion on validation pairs for choosing steps and trials; loss depends on how
+            confident the scores are, accuracy only on their order (and takes the first of equals)
+            (loss, accuracy)  [default: loss]
+        shared_dropout: probability that a pair is scored without the shared expert, in all layers
+            [default: 0.0]
         router_temperature: divides the router's logits at the first step, then falls or rises to 1
             [default: 1.0]
-        temperature_share: share of steps after which the router's temperature is 1  [default: 0.5]
+        temperature_share: share of steps until the router's temperature is 1  [default: 0.5]
         top1_warmup: share of steps with one routed expert per token, at the start  [default: 0.0]
-        assign: who picks a pair's routed expert at the start: its router, subset, or random shard
-            (router, subset, shards)  [default: router]
+        assign: what picks a pair's routed expert at the start: the router, its subset, or a random
+            shard (router, subset, shards)  [default: router]
         assign_share: share of steps with experts by subset or shard  [default: 0.5]
         assign_order: subsets of expert 0, 1, ..., and round again (default: all, by name)
         objectives: what training minimises, with weights (0: left out): bradley_terry, on labels;
             policy, DPO on the same pairs by a language head on the trunk; language, likely chosen
             answers by it; contrast, which tells the pairs of a batch apart by their states' differences
             [default: bradley_terry=1.0]
-        label_smoothing: bradley_terry: share of labels that are assumed wrong, below 0.5; column: each
-            pair's own, the data's column doubt (column)  [default: 0.0]
+        label_smoothing: bradley_terry: label smoothing, the share of labels assumed to be wrong, below
+            0.5; column: each pair's own, from the data's column doubt (column)  [default: 0.0]
         margin: bradley_terry: margin that chosen must win by: the data's margin column (none, column)
             [default: none]
         center: weight of mean (chosen score + rejected score)^2, which keeps scores near 0  [default:
@@ -471,12 +473,11 @@ def train(
             [default: 0.1]
         language_form: language: -log pi per token of the chosen answer; sigmoid: GRM's, -log sigmoid of
             policy_temperature times their sum (mean, sigmoid)  [default: mean]
-        contrast_temperature: contrast: divides cosines  [default: 0.05]
-        contrast_dropout: contrast: share of a state's numbers that each of its two views lacks
-            [default: 0.1]
+        contrast_temperature: contrast: temperature that divides cosines  [default: 0.05]
+        contrast_dropout: contrast: dropout on a state in each of its two views  [default: 0.1]
         lookahead: MetaRM: sets of three or more answers of the policy, whose gold is not used;
             gradients are taken where the model tells these answers further apart
-        lookahead_rate: lookahead: its step against the weights' norm  [default: 0.01]
+        lookahead_rate: lookahead: size of its step relative to the norm of the weights  [default: 0.01]
         lookahead_sets: lookahead: sets per batch  [default: 4]
         fresh_head: draw a new reward head where the model's own is missing or under another name (a
             plain base model always gets one)  [default: no]
@@ -485,11 +486,11 @@ def train(
             than a layer whole (FSDP2), in place of all of them (DDP)  [default: no]
         trainer: any other key of TRL's RewardConfig, e.g. report_to: tensorboard, optim: adafactor
         more_pairs: further training pairs by name, such as what attack found (patch=attack/patch.jsonl)
-        shares: of more_pairs: the share of all training pairs that come from there, drawn at random,
-            again and again if they are few (default: each row of theirs once)
+        shares: of more_pairs: their share of all training pairs, drawn at random, repeatedly if they
+            are few (default: each of their rows once)
         validation: held-out pairs for early stopping and search
-        flops_of: train as long as takes as many FLOPs as these: outputs of train and strength, what
-            they took; another model, such as a MoE to be trained, what these options take with it
+        flops_of: train for as many FLOPs as these: outputs of train and strength, what they took;
+            another model, such as a MoE to be trained, what these options would take with it
         trust_remote_code: run code that comes with the model  [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -580,8 +581,8 @@ def calibrate(
     time. Raises DataError for unusable pairs and for a model that gives most answers the same score.
 
     Options:
-        models: folders or hub names; without name= each gets its own  [required]
-        pairs: two answers a prompt; which one is better does not matter  [required]
+        models: folders or hub names; without name= each has the name of its folder  [required]
+        pairs: two answers per prompt; the labels are not used  [required]
         output: folder to write; must not exist yet  [required]
         sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
             [default: no]
@@ -595,10 +596,10 @@ def calibrate(
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        max_pairs: use the first so many pairs
+        max_pairs: number of pairs to use, the first ones (default: all)
         batch_tokens: tokens per forward pass  [default: 8192]
         resamples: bootstrap resamples for the intervals  [default: 1000]
-        confidence: of the intervals  [default: 0.95]
+        confidence: coverage of intervals  [default: 0.95]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -630,15 +631,15 @@ def changes(
     connectivity (arXiv 1912.05671).
 
     Options:
-        models: two models or more; without name= each gets its own  [required]
+        models: two models or more; without name= each has the name of its folder  [required]
         base: the model that all of them were trained from  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        pairs: labelled pairs: the loss barriers between the models are measured on them too
-        max_pairs: use the first so many pairs
+        pairs: preference pairs, to measure the loss barriers between the models too
+        max_pairs: number of pairs to use, the first ones (default: all)
         batch_tokens: tokens per forward pass  [default: 8192]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -749,23 +750,25 @@ def fit(
         calibration: with models: folder written by calibrate; each model's scores are divided by its
             scale first (saved coefficients know this of themselves)
         method: uniform, usage, usage_chosen, one_hot, learned, grid, least_squares  [default: learned]
-        granularity: what shares a row of coefficients: a layer; a matrix with its bias; all layers'
-            MLPs, all layers' rest (attention, norms), the head, and what is in no layer, each (group);
-            everything (layer, matrix, group, global)  [default: layer]
-        initial: where methods that learn start; auto: usage if there is routing, else uniform;
+        granularity: what shares one set of coefficients: a layer; a matrix with its bias; group: all
+            MLPs, the rest of all layers (attention, norms), the head, and what is in no layer, each;
+            global: everything (layer, matrix, group, global)  [default: layer]
+        initial: start of the methods that learn; auto: usage if there is routing, else uniform;
             usage_chosen: gate mass on chosen answers (auto, uniform, usage, usage_chosen, one_hot)
             [default: auto]
-        initial_member: one_hot: number of the member that has all the weight  [default: 0]
+        initial_member: one_hot: number of the member that gets all the weight  [default: 0]
         grid: method grid: the shared weights to try  [default: 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3,
             0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
         shared_weight: weight of the shared member: a number in [0, 1], match (as in routing), learned
             (per block, as granularity says) or learned_global (one for all) (match, learned,
             learned_global)  [default: 0.5]
-        scale: coordinates sum: what the c sum to at the start; the heads' sum to one  [default: 2.0]
+        scale: coordinates sum: total of the c at the start; those of the heads sum to one  [default:
+            2.0]
         objectives: what method learned minimises, with weights: bradley_terry, on labels; distillation,
             to the MoE's scores; alignment, with each member on its own pairs, without labels  [default:
             bradley_terry=1.0]
-        label_smoothing: bradley_terry: share of labels that are assumed wrong  [default: 0.0]
+        label_smoothing: bradley_terry: label smoothing, the share of labels assumed to be wrong
+            [default: 0.0]
         margin: bradley_terry: margin that chosen must win by: the data's margin column, or the MoE's
             (the models' mean) own score difference (none, column, strength)  [default: none]
         owners: for alignment and least_squares, subset=number of the member to which its pairs belong
@@ -774,35 +777,36 @@ def fit(
         learning_rate: of the coefficient logits (Adam)  [default: 0.05]
         max_epochs: most passes over the fitting pairs (a generation of cma counts as one)  [default:
             30]
-        max_pairs: most fitting pairs, and most held-out ones; they are drawn at random
+        max_pairs: largest number of fitting pairs, and of held-out ones, drawn at random
         batch_size: pairs per step (Adam)  [default: 32]
         micro_batch_size: pairs per forward pass; changes memory, not results  [default: 8]
         kl: weight of the KL divergence from the initial coefficients  [default: 0.0]
         l2: pull towards the start, squared distance: of logits, or of a sum's c (of these in
             least_squares too, whose error then counts in units of what one model's change makes of
             outputs)  [default: 0.0]
-        patience: evaluations without progress before stopping  [default: 5]
+        patience: evaluations without improvement before stopping  [default: 5]
         evals_per_epoch: evaluations on held-out pairs per epoch (Adam)  [default: 4]
         holdout: share of pairs held out when no validation pairs are given  [default: 0.3]
         folds: 0, or number of parts: each is held out in turn, and the coefficients are averaged
             [default: 0]
-        level: the initial coefficients are kept unless p on held-out pairs is below  [default: 0.05]
-        judge: what decides on held-out pairs, and by what method grid chooses: calibrated, the Bradley-
-            Terry loss after the best factor on each candidate's scores, so that no scale is rewarded;
-            preferences, that loss without one; accuracy; or what is fitted (calibrated, preferences,
-            accuracy, objective)  [default: calibrated]
-        robust_rounds: further rounds on pairs weighted by how badly the merged model ranks them
+        level: significance level: the initial coefficients are kept unless p on held-out pairs is below
+            [default: 0.05]
+        judge: criterion on held-out pairs, also for method grid: calibrated, the Bradley-Terry loss
+            after the best scale factor for each candidate, so that no scale is rewarded; preferences,
+            that loss as it is; accuracy; objective, what is fitted (calibrated, preferences, accuracy,
+            objective)  [default: calibrated]
+        robust_rounds: further rounds, with more weight on pairs that the merged model ranks badly
             [default: 0]
         robust_temperature: robust_rounds: weights are exp(loss / temperature); wrong labels gain too
             [default: 1.0]
-        sensitivity: report what each layer's coefficients bring  [default: yes]
-        cache_memory: GB of memory for states of the layers below the first merged one, computed once
-            per batch; what does not fit goes into a file beside output; 0: computed anew; the results
-            are the same  [default: 1.0]
+        sensitivity: report what each layer's coefficients contribute  [default: yes]
+        cache_memory: GB of memory to cache the states of the layers below the first merged one; what
+            does not fit goes into a file beside output; 0: no cache; the results are the same
+            [default: 1.0]
         routing: folder written by route; needed by usage and match
         validation: held-out pairs (default: a share of the fitting pairs)
         start: coefficients of the same members to start from, in place of initial
-        curve: method grid: test pairs, name=file, on which every weight is measured too, by subset
+        curve: method grid: test pairs, name=file, on which every weight is also measured, by subset
         candidates: robust_rounds: scored candidates, whose overrated answers become pairs
         sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
             [default: no]
@@ -900,16 +904,17 @@ def merge(
             [default: average]
         calibration: with models: folder written by calibrate; each model's scores are divided by its
             scale first (saved coefficients know this of themselves)
-        method: our own, or a method of mergekit: linear, ties, karcher, ...  [default:
-            routing_normalized_average]
-        parameters: of a method of mergekit, e.g. density=0.5, for all experts
+        method: routing_normalized_average, our own, or a method of mergekit: linear, ties, karcher, ...
+            [default: routing_normalized_average]
+        parameters: parameters of a method of mergekit, e.g. density=0.5, the same for all experts
         dtype: dtype of the result; keep: that of the dense model (keep, float32, bfloat16, float16)
             [default: keep]
         shard_size: largest shard in bytes  [default: 5000000000]
-        weights: with models: a weight for each, the base first if there is one; no coefficients then;
-            their sum does not matter (default: equal). With coordinates sum: the c of each but the base
-        scale: coordinates sum: what the c sum to, if no weights are given (default: 2, so 2/M for each
-            of M models)
+        weights: with models, in place of coefficients: a weight for each, the base first if there is
+            one; they need not sum to one (default: equal). With coordinates sum: the c of each but the
+            base
+        scale: coordinates sum: total of the c if no weights are given (default: 2, so 2/M for each of M
+            models)
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -1014,23 +1019,25 @@ def fit_models(
         calibration: with models: folder written by calibrate; each model's scores are divided by its
             scale first (saved coefficients know this of themselves)
         method: uniform, usage, usage_chosen, one_hot, learned, grid, least_squares  [default: learned]
-        granularity: what shares a row of coefficients: a layer; a matrix with its bias; all layers'
-            MLPs, all layers' rest (attention, norms), the head, and what is in no layer, each (group);
-            everything (layer, matrix, group, global)  [default: layer]
-        initial: where methods that learn start; auto: usage if there is routing, else uniform;
+        granularity: what shares one set of coefficients: a layer; a matrix with its bias; group: all
+            MLPs, the rest of all layers (attention, norms), the head, and what is in no layer, each;
+            global: everything (layer, matrix, group, global)  [default: layer]
+        initial: start of the methods that learn; auto: usage if there is routing, else uniform;
             usage_chosen: gate mass on chosen answers (auto, uniform, usage, usage_chosen, one_hot)
             [default: auto]
-        initial_member: one_hot: number of the member that has all the weight  [default: 0]
+        initial_member: one_hot: number of the member that gets all the weight  [default: 0]
         grid: method grid: the shared weights to try  [default: 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3,
             0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
         shared_weight: weight of the shared member: a number in [0, 1], match (as in routing), learned
             (per block, as granularity says) or learned_global (one for all) (match, learned,
             learned_global)  [default: 0.5]
-        scale: coordinates sum: what the c sum to at the start; the heads' sum to one  [default: 2.0]
+        scale: coordinates sum: total of the c at the start; those of the heads sum to one  [default:
+            2.0]
         objectives: what method learned minimises, with weights: bradley_terry, on labels; distillation,
             to the MoE's scores; alignment, with each member on its own pairs, without labels  [default:
             bradley_terry=1.0]
-        label_smoothing: bradley_terry: share of labels that are assumed wrong  [default: 0.0]
+        label_smoothing: bradley_terry: label smoothing, the share of labels assumed to be wrong
+            [default: 0.0]
         margin: bradley_terry: margin that chosen must win by: the data's margin column, or the MoE's
             (the models' mean) own score difference (none, column, strength)  [default: none]
         owners: for alignment and least_squares, subset=number of the member to which its pairs belong
@@ -1039,35 +1046,36 @@ def fit_models(
         learning_rate: of the coefficient logits (Adam)  [default: 0.05]
         max_epochs: most passes over the fitting pairs (a generation of cma counts as one)  [default:
             30]
-        max_pairs: most fitting pairs, and most held-out ones; they are drawn at random
+        max_pairs: largest number of fitting pairs, and of held-out ones, drawn at random
         batch_size: pairs per step (Adam)  [default: 32]
         micro_batch_size: pairs per forward pass; changes memory, not results  [default: 8]
         kl: weight of the KL divergence from the initial coefficients  [default: 0.0]
         l2: pull towards the start, squared distance: of logits, or of a sum's c (of these in
             least_squares too, whose error then counts in units of what one model's change makes of
             outputs)  [default: 0.0]
-        patience: evaluations without progress before stopping  [default: 5]
+        patience: evaluations without improvement before stopping  [default: 5]
         evals_per_epoch: evaluations on held-out pairs per epoch (Adam)  [default: 4]
         holdout: share of pairs held out when no validation pairs are given  [default: 0.3]
         folds: 0, or number of parts: each is held out in turn, and the coefficients are averaged
             [default: 0]
-        level: the initial coefficients are kept unless p on held-out pairs is below  [default: 0.05]
-        judge: what decides on held-out pairs, and by what method grid chooses: calibrated, the Bradley-
-            Terry loss after the best factor on each candidate's scores, so that no scale is rewarded;
-            preferences, that loss without one; accuracy; or what is fitted (calibrated, preferences,
-            accuracy, objective)  [default: calibrated]
-        robust_rounds: further rounds on pairs weighted by how badly the merged model ranks them
+        level: significance level: the initial coefficients are kept unless p on held-out pairs is below
+            [default: 0.05]
+        judge: criterion on held-out pairs, also for method grid: calibrated, the Bradley-Terry loss
+            after the best scale factor for each candidate, so that no scale is rewarded; preferences,
+            that loss as it is; accuracy; objective, what is fitted (calibrated, preferences, accuracy,
+            objective)  [default: calibrated]
+        robust_rounds: further rounds, with more weight on pairs that the merged model ranks badly
             [default: 0]
         robust_temperature: robust_rounds: weights are exp(loss / temperature); wrong labels gain too
             [default: 1.0]
-        sensitivity: report what each layer's coefficients bring  [default: yes]
-        cache_memory: GB of memory for states of the layers below the first merged one, computed once
-            per batch; what does not fit goes into a file beside output; 0: computed anew; the results
-            are the same  [default: 1.0]
+        sensitivity: report what each layer's coefficients contribute  [default: yes]
+        cache_memory: GB of memory to cache the states of the layers below the first merged one; what
+            does not fit goes into a file beside output; 0: no cache; the results are the same
+            [default: 1.0]
         routing: folder written by route; needed by usage and match
         validation: held-out pairs (default: a share of the fitting pairs)
         start: coefficients of the same members to start from, in place of initial
-        curve: method grid: test pairs, name=file, on which every weight is measured too, by subset
+        curve: method grid: test pairs, name=file, on which every weight is also measured, by subset
         candidates: robust_rounds: scored candidates, whose overrated answers become pairs
         sharded: several processes: each holds a part of the weights, and at most a layer whole (FSDP2)
             [default: no]
@@ -1116,14 +1124,14 @@ def merge_models(
             [default: average]
         calibration: with models: folder written by calibrate; each model's scores are divided by its
             scale first (saved coefficients know this of themselves)
-        method: our own, or a method of mergekit: linear, ties, karcher, ...  [default:
-            routing_normalized_average]
-        parameters: of a method of mergekit, e.g. density=0.5, for all experts
+        method: routing_normalized_average, our own, or a method of mergekit: linear, ties, karcher, ...
+            [default: routing_normalized_average]
+        parameters: parameters of a method of mergekit, e.g. density=0.5, the same for all experts
         dtype: dtype of the result; keep: that of the dense model (keep, float32, bfloat16, float16)
             [default: keep]
         shard_size: largest shard in bytes  [default: 5000000000]
-        scale: coordinates sum: what the c sum to, if no weights are given (default: 2, so 2/M for each
-            of M models)
+        scale: coordinates sum: total of the c if no weights are given (default: 2, so 2/M for each of M
+            models)
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -1184,13 +1192,13 @@ def export(
             [default: average]
         calibration: with models: folder written by calibrate; each model's scores are divided by its
             scale first (saved coefficients know this of themselves)
-        form: dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it; linear: a
-            model under a head of ours as a stock one, its head fitted by least squares to what its own
-            says (dense, qwen2_moe, linear)  [default: dense]
-        pairs: form linear: pairs whose texts the head is fitted to
-        holdout: form linear: share of pairs that both heads are compared on  [default: 0.2]
-        least_agreement: form linear: share of held-out pairs of which both must say that the same
-            answer is better; nothing is written below it  [default: 0.95]
+        form: dense: each expert or model as a model of its own; qwen2_moe: a MoE that stock
+            transformers loads; linear: a model under a head of moemerge's own with a stock head
+            instead, fitted to its scores by least squares (dense, qwen2_moe, linear)  [default: dense]
+        pairs: form linear: pairs on whose texts the head is fitted
+        holdout: form linear: share of pairs held out to compare both heads  [default: 0.2]
+        least_agreement: form linear: smallest share of held-out pairs on which both heads prefer the
+            same answer; below it nothing is written  [default: 0.95]
         batch_tokens: form linear: tokens per forward pass  [default: 8192]
         shard_size: largest shard in bytes  [default: 5000000000]
         seed: seed of every random draw  [default: 0]
@@ -1243,9 +1251,9 @@ def sample(
         per_prompt: answers to each prompt  [default: 16]
         max_prompts: number of prompts to use, the first ones (default: all)
         max_new_tokens: longest answer in tokens; longer ones are cut  [default: 256]
-        temperature: divides the policy's logits  [default: 1.0]
-        top_p: draw from the likeliest tokens that have this probability together; below 1, the KL of
-            best-of-n is not log n - (n - 1) / n  [default: 1.0]
+        temperature: sampling temperature of the policy  [default: 1.0]
+        top_p: nucleus sampling: draw from the most likely tokens that together have this probability;
+            below 1, the KL of best-of-n is not log n - (n - 1) / n  [default: 1.0]
         batch_tokens: tokens of prompts and answers in one batch  [default: 8192]
         trust_remote_code: run code that comes with the model  [default: no]
         seed: seed of every random draw  [default: 0]
@@ -1316,8 +1324,8 @@ def optimise(
 
     Options:
         policy: policy to start from: a causal language model, folder or hub name  [required]
-        models: reward models, name=folder, hub name or scorer.json; the policy is optimised against
-            each by itself  [required]
+        models: reward models: folders, hub names or scorer.json files; the policy is optimised against
+            each separately  [required]
         prompts: rows with a prompt; equal prompts count once  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
@@ -1339,37 +1347,37 @@ def optimise(
             made wrong; both: made where there are no wrong ones (both, answers, made)  [default: both]
         corrupt: refresh: a function of prompt and right answer that makes a wrong one (default: words
             are deleted and change places)
-        tries: refresh: tries to make an answer wrong by the rule  [default: 3]
-        refresh_trains: refresh: what of the reward model learns; coefficients: only how a MoE's experts
-            are merged, the merge being the reward model (all, head, experts, coefficients)  [default:
+        tries: refresh: most attempts to make an answer that the rule calls wrong  [default: 3]
+        refresh_trains: refresh: what of the reward model trains; coefficients: only how a MoE's experts
+            are merged; the merge is then the reward model (all, head, experts, coefficients)  [default:
             all]
-        refresh_coefficients: refresh_trains coefficients: folder of fit to start from (default: equal
-            ones)
+        refresh_coefficients: refresh_trains coefficients: folder written by fit, to start from
+            (default: equal ones)
         refresh_learning_rate: refresh: default 1e-5, head 1e-4, coefficients 0.05 (of their logits)
         refresh_center: refresh: weight of the pair's squared sum of scores, which holds their level
             [default: 0.01]
-        replay_pairs: refresh: pairs that the model was trained on, to be trained on again
+        replay_pairs: refresh: pairs that the model was trained on, to be mixed in
         replay: refresh: share of replay_pairs in an update  [default: 0.5]
         held_out_pairs: pairs on which the reward models' accuracy is measured while the policy trains
         steps: optimiser steps  [default: 200]
         batch_size: answers per pass  [default: 32]
         gradient_accumulation: passes per optimiser step  [default: 1]
-        answers_per_prompt: answers to each prompt, which are each other's baseline  [default: 4]
+        answers_per_prompt: answers per prompt, which are each other's baseline (RLOO)  [default: 4]
         credit: token: each token's baseline also has what the reward model made of the answer so far
             (RED; decoders only) (answer, token)  [default: answer]
-        credit_weight: of credit token: how much of that is taken off  [default: 1.0]
+        credit_weight: credit token: weight of that in the baseline  [default: 1.0]
         learning_rate: learning rate, constant  [default: 1e-05]
-        kl_penalty: weight of KL to the first policy in the reward  [default: 0.0]
+        kl_penalty: weight of the KL divergence from the initial policy in the reward  [default: 0.0]
         max_grad_norm: gradient clipping  [default: 1.0]
         max_new_tokens: longest answer in tokens; longer ones are cut  [default: 64]
-        temperature: divides the policy's logits  [default: 1.0]
+        temperature: sampling temperature of the policy  [default: 1.0]
         measure_steps: steps between measurements (default: 20 of them)
-        measure_prompts: prompts set aside to measure on, at most half  [default: 64]
+        measure_prompts: prompts held out to measure on, at most half  [default: 64]
         measure_answers: answers to each of these  [default: 4]
         precision: auto: bfloat16 autocast on a GPU, float32 on CPU (auto, float32, bfloat16)  [default:
             auto]
         gradient_checkpointing: less memory, about a third more time  [default: no]
-        report_to: where TRL's curves go while it runs: tensorboard, wandb, ...
+        report_to: trackers that TRL reports to while it runs: tensorboard, wandb, ...
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
         baseline: model that the others are compared with
@@ -1452,10 +1460,11 @@ def evaluate(
         baseline: model that the others are compared with, pair by pair
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
-        sections: groups of subsets to give an accuracy for, section=subset,subset
+        sections: groups of subsets, each with an accuracy of its own: section=subset,subset
         rewardbench: name=file, RewardBench 1 or 2 in its own columns; the prior sets of version 1 by
             their names (anthropic_helpful, anthropic_hhh, shp, summarize)
-        rmbench: name=file, RM-Bench in its own columns; template and longest text are RewardBench's
+        rmbench: name=file, RM-Bench in its own columns, read with rewardbench_template and
+            rewardbench_max_length
         rewardbench_template: how RewardBench's rows become text; chat: by the tokenizer's template;
             plain: turns joined by newlines, for tokenizers without one (chat, plain)  [default: chat]
         rewardbench_max_length: longest text of RewardBench in tokens; longer ones are cut, as in its
@@ -1519,7 +1528,7 @@ def few_shot(
 
     Options:
         model: language model, folder or hub name; it is not trained  [required]
-        pairs: preference pairs, of which the examples are drawn  [required]
+        pairs: preference pairs, from which the examples are drawn  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
@@ -1528,19 +1537,21 @@ def few_shot(
         form: scalar: whether an answer meets the criterion, yes or no; ranked: which of two answers
             does so better, A or B, in both orders: for rows of two answers only (scalar, ranked)
             [default: scalar]
-        criterion: what is asked for  [default: it is helpful, correct and harmless]
-        yes: verdict, a single token; of form ranked A is one  [default: Yes]
-        no: the other verdict; of form ranked B  [default: No]
-        examples: pairs to learn from; they are drawn at random  [default: 80]
-        shots: others put before each example, with right verdicts, when means are taken  [default: 4]
-        select: how heads are chosen; greedy: those that help most by themselves (reinforce, greedy)
-            [default: reinforce]
-        steps: of reinforce: steps, an example each  [default: 600]
-        masks: of reinforce: sets of heads tried per step  [default: 32]
-        learning_rate: of reinforce: Adam's  [default: 0.1]
-        draws: of reinforce: sets drawn at the end, of which the best is kept  [default: 10]
-        held_out: pairs to measure on (default: the other ones of pairs, with other prompts)
-        max_held_out: largest number of these; they are drawn at random  [default: 1000]
+        criterion: criterion that answers are judged by, as the end of a question  [default: it is
+            helpful, correct and harmless]
+        yes: good verdict, a single token (form ranked: A)  [default: Yes]
+        no: bad verdict, a single token (form ranked: B)  [default: No]
+        examples: pairs to learn from, drawn at random  [default: 80]
+        shots: examples with right verdicts shown before each one while mean activations are taken
+            [default: 4]
+        select: how attention heads are selected; greedy: those that help most individually (reinforce,
+            greedy)  [default: reinforce]
+        steps: select reinforce: steps, one example each  [default: 600]
+        masks: select reinforce: sets of heads tried per step  [default: 32]
+        learning_rate: select reinforce: learning rate (Adam)  [default: 0.1]
+        draws: select reinforce: sets drawn at the end; the best is kept  [default: 10]
+        held_out: held-out pairs to measure on (default: the rest of pairs, with other prompts)
+        max_held_out: largest number of held-out pairs, drawn at random  [default: 1000]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
         batch_tokens: tokens per forward pass  [default: 8192]
@@ -1577,7 +1588,7 @@ def explain(
     phrases. Raises UnsupportedError for an encoder, whose tokens see later ones.
 
     Options:
-        model: reward model whose tokens see only earlier ones (a decoder, a MoE too)  [required]
+        model: reward model: a decoder, dense or MoE  [required]
         pairs: preference pairs whose answers are explained  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
@@ -1585,8 +1596,9 @@ def explain(
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
         max_pairs: largest number of pairs; they are drawn at random  [default: 500]
-        least: prompts at least in whose answers a phrase must stand to be told  [default: 5]
-        shown: pairs to read, half of them those judged most wrongly, half drawn  [default: 12]
+        least: fewest prompts in whose answers a phrase must occur to be reported  [default: 5]
+        shown: pairs shown with their texts: half of them the most wrongly ranked, half drawn at random
+            [default: 12]
         batch_tokens: tokens per forward pass  [default: 8192]
         confidence: coverage of intervals  [default: 0.95]
         trust_remote_code: run code that comes with the model  [default: no]
@@ -1616,27 +1628,27 @@ def choose(
 ) -> Result:
     r"""Write which candidate is taken: choice.json, report.html, report.md and accuracy.png.
 
-    The simplest candidate is taken, of several the best, unless a dearer one is better beyond chance and no
+    The simplest candidate is taken, of several the best, unless a costlier one is better beyond chance and no
     less accurate. Pairs that one of the models has no score of are left out for all. Raises ArtifactError for
     an evaluation that was not made on these pairs, OptionError for a candidate that none of them has,
     DataError if no pair is left.
 
     Options:
         evaluations: folders written by evaluate on the parts  [required]
-        pairs: parts of the data under their names in the evaluations; no candidate was made from the
+        pairs: held-out parts of the data, named as in the evaluations; no candidate was made from the
             part on which it is scored  [required]
-        ranks: the candidates, with how much each takes to make: name=0 for the simplest; other models
-            of the evaluations are shown, and never taken  [required]
+        ranks: the candidates and the cost rank of each: name=0 for the simplest; other models in the
+            evaluations are shown, but never taken  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        level: a dearer candidate is taken only if its lead would be chance with p below this  [default:
-            0.05]
+        level: significance level: a costlier candidate is taken only if it is better with p below this
+            [default: 0.05]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples for the intervals  [default: 2000]
-        notes: a few words on each, for the report
+        notes: a few words on each candidate, for the report
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
         device: auto, cpu, cuda, cuda:N  [default: auto]
@@ -1684,7 +1696,7 @@ def attack(
 
     Of side chosen: for good answers that it scores below the rejected one. Only pairs that the model judges
     rightly are attacked and, with gold, whose rejected answer is the worse one. Writes attacks.jsonl.gz
-    (what came of each; pairs judged wrongly too, as right: false), patch.jsonl (the found pairs as training
+    (what came of each; pairs ranked wrongly too, as right: false), patch.jsonl (the found pairs as training
     data for `train`: prompt, chosen, rejected), report.json, report.html, report.md and attack.png. Of a
     decoder the page also shows what each word of the worst cases adds. What search decode has written is
     kept: a killed run, started again, goes on. Raises DataError if no pair can be attacked, OptionError for
@@ -1701,38 +1713,41 @@ def attack(
         gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
-        policy: search decode: language model that writes the answers; best one that was trained to
+        policy: search decode: language model that writes the answers; ideally one that was trained to
             write answers of the side that is attacked
-        other_policy: search decode, in place of gold: language model of the other side's answers; an
-            answer keeps its class while policy finds it likelier than this one does
+        other_policy: search decode, in place of gold: language model of the other side's answers; a new
+            answer stays on its side while policy finds it more likely than this model does
         side: search decode: rejected: bad answers that score above the chosen one; chosen: good answers
             that score below the rejected one (rejected, chosen)  [default: rejected]
-        keep: search decode: share of the answer's words that new ones begin with  [default: 0.25]
-        answers: search decode: answers written to each pair  [default: 1]
-        top: search decode: likeliest tokens that the reward model chooses among  [default: 5]
-        guidance: search decode: weight of the reward model against the policy; 0: the policy alone,
-            what guidance is compared with  [default: 0.5]
-        temperature: search decode: divides what tokens are drawn by  [default: 0.6]
-        formula: search decode: balanced: log-probabilities and standardised scores, weighed by
-            guidance; reform: sums of two softmaxes, as in REFORM's own code, without guidance
-            (balanced, reform)  [default: balanced]
-        max_new_tokens: search decode: longest new text in tokens; longer ones are cut  [default: 128]
+        keep: search decode: share of the original answer's words that each new answer starts with
+            [default: 0.25]
+        answers: search decode: new answers per pair  [default: 1]
+        top: search decode: number of most likely tokens among which the reward model chooses  [default:
+            5]
+        guidance: search decode: weight of the reward model against the policy; 0: the policy alone, the
+            control for guidance  [default: 0.5]
+        temperature: search decode: sampling temperature  [default: 0.6]
+        formula: search decode: balanced: log-probabilities and standardised scores, weighted by
+            guidance; reform: sum of two softmaxes, as in REFORM's code, without guidance (balanced,
+            reform)  [default: balanced]
+        max_new_tokens: search decode: most new tokens per answer; longer answers are cut  [default:
+            128]
         max_pairs: largest number of pairs; they are drawn at random  [default: 200]
-        search: guided: edits that raise the score are kept until it is above the chosen answer's;
-            random: 1 to steps edits of every answer, whatever they do: what guidance is compared with;
-            decode: policy writes new answers, the reward model has a say in each token (guided, random,
+        search: guided: keep edits that raise the score until it is above the chosen answer's; random: 1
+            to steps random edits of every answer, the control for guidance; decode: a language model
+            (policy) writes new answers, and the reward model has a say in each token (guided, random,
             decode)  [default: guided]
         patch: patch.jsonl has each found answer as the rejected one; both: also the same edits of the
             chosen answer, against the rejected one as it was, so that being edited is no sign of being
             worse (rejected, both)  [default: rejected]
-        edits: edits to search among (default: all that keep the content; with gold all)
+        edits: edits to search among (default: all that keep the content; with gold, all)
         words: words that insert_word adds, in place of the built-in ones
-        steps: largest number of edits of one answer, one after another  [default: 6]
-        proposals: edits tried per step and answer of the beam  [default: 12]
-        beam: answers kept per step; 1: greedy  [default: 1]
+        steps: most edits per answer, one after another  [default: 6]
+        proposals: edits tried per step for each answer of the beam  [default: 12]
+        beam: beam width: answers kept per step; 1: greedy  [default: 1]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
-        batch_tokens: tokens per forward pass, or decoded at a time  [default: 8192]
+        batch_tokens: tokens per forward pass or decoding batch  [default: 8192]
         trust_remote_code: run code that comes with the model  [default: no]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -1899,8 +1914,8 @@ def prepare(
         max_test: largest number of pairs per test set; they are drawn at random
         max_prompts: largest number of prompts per candidate set; they are drawn at random
         tokenizer: model whose tokenizer measures max_length
-        folds: parts of train for cross-fitting, whole groups each: folds/N/held_out, and the others'
-            rows as folds/N/train  [default: 0]
+        folds: parts of train for cross-fitting, by whole groups: folds/N/held_out, and all other parts
+            as folds/N/train  [default: 0]
         scored: whether candidates must have gold scores  [default: yes]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -1980,8 +1995,8 @@ def audit(
     ArtifactError if another run is at work there, and whatever the stages raise.
 
     Options:
-        models: reward models; folders, hub names or scorer.json  [required]
-        pairs: labelled pairs that the models were not trained on: file or hub name:split  [required]
+        models: reward models: folders, hub names or scorer.json files  [required]
+        pairs: preference pairs that the models were not trained on: file or hub name:split  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
@@ -1989,8 +2004,8 @@ def audit(
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
         candidates: prompts with scored answers, for best-of-n: file or hub name:split
         max_pairs: largest number of pairs; they are drawn at random  [default: 1000]
-        attack_pairs: most pairs that an attack takes  [default: 200]
-        steps: attack: largest number of edits of one answer  [default: 6]
+        attack_pairs: largest number of pairs to attack  [default: 200]
+        steps: attack: most edits per answer  [default: 6]
         proposals: attack: edits tried per step  [default: 12]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples  [default: 2000]
@@ -2035,7 +2050,7 @@ def combine(
 
     Tries each model as it is, their average, the sum of their changes from `base`, a merge with fitted
     weights, and each of these trained on the pairs; every candidate is judged on pairs that it was not made
-    from, and a simpler one is taken unless a dearer one is better beyond chance. Writes a run's folder: the
+    from, and a simpler one is taken unless a costlier one is better beyond chance. Writes a run's folder: the
     winner, made from all pairs, as an ordinary checkpoint in OUTPUT/model, its card in OUTPUT/card, and
     OUTPUT/report.html. Steps that are done are not done again. Raises OptionError, ArtifactError if another
     run is at work there, and whatever the stages raise. Source: task arithmetic (arXiv 2212.04089), WARM
@@ -2043,35 +2058,36 @@ def combine(
 
     Options:
         models: two reward models or more, of one architecture  [required]
-        pairs: your own labelled pairs, some dozen at least; a file or hub name:split  [required]
+        pairs: your own preference pairs, a few dozen at least: file or hub name:split  [required]
         output: folder to write; must not exist yet  [required]
         fields: other names for prompt, chosen, rejected, subset, margin, doubt, candidates, text, score
         bad_rows: what to do with broken rows; either way they are counted and reported (refuse, skip)
             [default: refuse]
         max_length: longest prompt + answer in tokens; longer ones are bad rows  [default: 1024]
-        level: a dearer candidate is taken only if its lead would be chance with p below this  [default:
-            0.05]
+        level: significance level: a costlier candidate is taken only if it is better with p below this
+            [default: 0.05]
         confidence: coverage of intervals  [default: 0.95]
         resamples: bootstrap resamples for the intervals  [default: 2000]
         language_models: with one reward model: language models of its base that know what it lacks;
-            each is tried averaged into it, head kept, by the weight that suits the pairs best (DogeRM)
+            each is averaged into it, but for the head, with the weight that suits the pairs best
+            (DogeRM)
         base: the model that all of them were trained from, with or without a reward head (default: the
             start that moemerge train recorded in all; without one, averages only, no sums)
         split_by: row field, e.g. topic: rows with the same value are held out together
         folds: parts of the pairs; each is held out in turn  [default: 3]
-        tune: what is also tried after training on the pairs: models and merges, merges, nothing (all,
-            merges, none)  [default: all]
-        form: moe: a mixture is tried too, whose gate picks one model's MLPs by the prompt: the cost of
-            one model, the memory of all (decoders only; needs moemerge where it is used) (dense, moe)
+        tune: what is also tried after training on the pairs: all (models and merges), merges, or none
+            (all, merges, none)  [default: all]
+        form: moe: also try a mixture whose gate picks one model's MLPs by the prompt: the compute of
+            one model, the memory of all (decoders only; loading it needs moemerge) (dense, moe)
             [default: dense]
         epochs: tuning: passes over the pairs  [default: 1.0]
         learning_rate: tuning: learning rate  [default: 1e-05]
         batch_size: tuning: pairs per step  [default: 8]
         train_layers: tuning: transformer layers that train, such as last:4  [default: all]
-        scale: what the sum's c add up to (default: 2, so 2/M for each of M models)
-        granularity: fitted coefficients: what shares a row of them (global, group, layer, matrix)
+        scale: sum: total of the coefficients c (default: 2, so 2/M for each of M models)
+        granularity: fitted coefficients: what shares one set of them (global, group, layer, matrix)
             [default: global]
-        l2: fitted coefficients: pull towards those of the sum  [default: 0.03]
+        l2: fitted coefficients: L2 penalty on the distance to those of the sum  [default: 0.03]
         max_epochs: fitted coefficients: most passes over the pairs  [default: 10]
         seed: seed of every random draw  [default: 0]
         threads: CPU threads (default: leave as it is)
@@ -2146,39 +2162,43 @@ def patch(
         gold_model: reward model, or a scorer.json, whose scores are gold
         gold_function: FILE.py:NAME or MODULE:NAME, a function of prompt and answer that gives the gold
             score
-        policy: search decode: language model that writes the answers; best one that was trained to
+        policy: search decode: language model that writes the answers; ideally one that was trained to
             write answers of the side that is attacked
-        other_policy: search decode, in place of gold: language model of the other side's answers; an
-            answer keeps its class while policy finds it likelier than this one does
+        other_policy: search decode, in place of gold: language model of the other side's answers; a new
+            answer stays on its side while policy finds it more likely than this model does
         side: search decode: rejected: bad answers that score above the chosen one; chosen: good answers
             that score below the rejected one (rejected, chosen)  [default: rejected]
-        keep: search decode: share of the answer's words that new ones begin with  [default: 0.25]
-        answers: search decode: answers written to each pair  [default: 1]
-        top: search decode: likeliest tokens that the reward model chooses among  [default: 5]
-        guidance: search decode: weight of the reward model against the policy; 0: the policy alone,
-            what guidance is compared with  [default: 0.5]
-        temperature: search decode: divides what tokens are drawn by  [default: 0.6]
-        formula: search decode: balanced: log-probabilities and standardised scores, weighed by
-            guidance; reform: sums of two softmaxes, as in REFORM's own code, without guidance
-            (balanced, reform)  [default: balanced]
-        max_new_tokens: search decode: longest new text in tokens; longer ones are cut  [default: 128]
-        test: other pairs, on which it is seen what the patch does (default: a share of pairs)
-        test_share: without test: share of the prompts that is kept for it  [default: 0.3]
+        keep: search decode: share of the original answer's words that each new answer starts with
+            [default: 0.25]
+        answers: search decode: new answers per pair  [default: 1]
+        top: search decode: number of most likely tokens among which the reward model chooses  [default:
+            5]
+        guidance: search decode: weight of the reward model against the policy; 0: the policy alone, the
+            control for guidance  [default: 0.5]
+        temperature: search decode: sampling temperature  [default: 0.6]
+        formula: search decode: balanced: log-probabilities and standardised scores, weighted by
+            guidance; reform: sum of two softmaxes, as in REFORM's code, without guidance (balanced,
+            reform)  [default: balanced]
+        max_new_tokens: search decode: most new tokens per answer; longer answers are cut  [default:
+            128]
+        test: other pairs, to measure the patch on (default: a share of pairs)
+        test_share: without test: share of the prompts held out for it  [default: 0.3]
         split_by: row field, e.g. topic: rows with the same value stay on one side of the split
-        search: what the patch is made of: edits that the model's score guides; decode: answers that a
-            language model writes and the model's score guides (guided, decode)  [default: guided]
-        unseen: edits that no patch has: whether it helps against more than what it was made of
+        search: what the patch is made of: guided: answers edited under the guidance of the model's
+            score; decode: answers that a language model writes under that guidance (guided, decode)
+            [default: guided]
+        unseen: edits kept out of every patch, to see whether it helps against more than it was made of
             [default: flattery, agreement, bold, bullets, headings, emoji]
         rounds: attacks and trainings, each on the model of the last  [default: 1]
-        share: share of the training pairs that the patch makes up  [default: 0.05]
+        share: share of the training pairs that come from the patch  [default: 0.05]
         epochs: passes over the pairs per round  [default: 1.0]
         learning_rate: learning rate  [default: 1e-05]
         batch_size: pairs per step  [default: 8]
         train_layers: transformer layers that train, such as last:4  [default: all]
         controls: train two rivals for as many steps: on ordinary pairs alone, and with as many pairs
             whose edits are random (of decode: that were written without guidance)  [default: yes]
-        max_pairs: most pairs that an attack takes; they are drawn at random  [default: 200]
-        steps: attack: largest number of edits of one answer  [default: 6]
+        max_pairs: largest number of pairs to attack, drawn at random  [default: 200]
+        steps: attack: most edits per answer  [default: 6]
         proposals: attack: edits tried per step  [default: 12]
         words: attack: words that insert_word adds
         confidence: coverage of intervals  [default: 0.95]

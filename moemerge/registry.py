@@ -57,6 +57,13 @@ class Registry(Generic[T]):
             return cast(T, self._load(name))
         raise unknown(self.kind, name, self)
 
+    def package(self, name: str) -> str:
+        """The name of the package that a member comes from; "" if that cannot be told."""
+        if name not in self.added:
+            return "moemerge"
+        point = self.added[name][0]
+        return point.dist.name if point.dist else ""
+
     @cached_property
     def added(self) -> Mapping[str, list[EntryPoint]]:
         """What other packages add, by name; none of it is imported. moemerge's own names stay its own."""

@@ -77,3 +77,32 @@ def test_the_container_copies_what_is_there_and_is_not_root() -> None:
         re.findall(r"^USER (\w+)$", text, re.M) == ["moemerge"] and "useradd --create-home moemerge" in text
     )
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.M)
+
+
+def test_ci_does_what_a_developer_does_and_builds_the_site() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == ["make test", "make site"]
+    assert {"test", "site"} <= {*re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)}
+
+
+def test_forms_for_issues_ask_for_what_contributing_asks_for() -> None:
+    forms = [
+        yaml.safe_load(path.read_text()) for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    ]
+    asked = [{field["id"] for field in form["body"]} for form in forms]
+    assert {"command", "output", "version"} <= asked[0] and "purpose" in asked[1]
+    assert all(form["name"] and form["description"] for form in forms)
+
+
+def test_all_files_about_the_package_say_the_same() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == project["version"] and cited["license"] == project["license"]
+    assert [author["name"] for author in cited["authors"]] == [a["name"] for a in project["authors"]]
+    versions = {c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r"Python :: 3\.\d", c)}
+    badge = re.search(r"python-3\.(\d+)_to_3\.(\d+)-", (ROOT / "README.md").read_text())
+    assert badge is not None
+    assert versions == {f"3.{minor}" for minor in range(int(badge[1]), int(badge[2]) + 1)}
+    assert project["requires-python"] == f">=3.{badge[1]}"

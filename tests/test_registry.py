@@ -11,28 +11,36 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_heads import under_head
 from small_moe import make_moe, random_pairs, write_rows
 from tiny_models import save_dense
+from transformers import AutoModelForSequenceClassification
 
 from moemerge import registry
 from moemerge.artifacts.manifest import read_manifest
 from moemerge.artifacts.staleness import other_versions
-from moemerge.errors import Faults, MoemergeError, OptionError, UnsupportedError
+from moemerge.errors import CheckpointError, Faults, MoemergeError, OptionError, UnsupportedError
 from moemerge.evaluation.probes import PROBES
 from moemerge.fitting.methods import METHODS
 from moemerge.fitting.objectives import OBJECTIVES
 from moemerge.fitting.optimisers import OPTIMISERS
 from moemerge.models import families
 from moemerge.models.families import FAMILIES
+from moemerge.models.heads import HEADS
+from moemerge.models.loading import load_reward_model
+from moemerge.models.scorers import open_scorer
+from moemerge.options.scorers import SCORERS
 from moemerge.registry import Registry
 from moemerge.run.check import load_recipe
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.fit import fit
 from moemerge.stages.merge import merge
+from moemerge.stages.publish import publish
+from moemerge.stages.train import train
 from moemerge.stages.upcycle import upcycle
 from moemerge.training.losses import LOSSES
 
-OPEN: tuple[Registry, ...] = (METHODS, OBJECTIVES, OPTIMISERS, LOSSES, PROBES, families.ADDED)
+OPEN: tuple[Registry, ...] = (METHODS, OBJECTIVES, OPTIMISERS, LOSSES, PROBES, HEADS, SCORERS, families.ADDED)
 Install = Callable[..., Path]
 
 PROBE = """
@@ -63,6 +71,55 @@ def last_expert(problem):
     alpha_LN[:, -1] = 1
     shared_L = torch.zeros(len(problem.blocks), dtype=torch.float64)
     return FitOutcome(alpha_LN, shared_L, {"verdict": "The last."})
+"""
+HEAD = """
+import torch
+from moemerge.models.heads.base import Head
+
+class Squares(Head):
+    outputs = ("weights",)
+
+    def __init__(self, in_features, settings):
+        super().__init__(in_features, settings)
+        self.weights = torch.nn.Parameter(torch.zeros(in_features))
+
+    def score(self, states):
+        return states**2 @ self.weights.to(states.dtype)
+
+    def draw(self, generator, start):
+        with torch.no_grad():
+            self.weights.normal_(generator=generator)
+"""
+SCORER = """
+import torch
+from moemerge.models.folder import ModelFolder
+from moemerge.models.loading import load_tokenizer
+from moemerge.options.base import Options, Source
+
+class Size(Options):
+    tokenizer: Source
+    weight: float = 1.0
+
+class Sized:
+    facts = {"class": "size", "parameters": 0, "active_parameters": 0, "flops_per_token": 0}
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def score(self, encoded, batch_tokens, progress="", alone=False):
+        return torch.tensor([self.weight * len(text.ids) for text in encoded])
+
+class SizeScorer:
+    Options = Size
+
+    def __init__(self, source, options, trust_remote_code=False):
+        self.source, self.options = source, options
+
+    def reader(self):
+        return load_tokenizer(ModelFolder(self.options.tokenizer))
+
+    def load(self, device, placement=None):
+        return Sized(self.options.weight)
 """
 
 
@@ -225,3 +282,58 @@ def test_an_architecture_of_another_package_is_upcycled(
     install("sheep", text, families={"llama": "sheep:LLAMA", "never-heard-of": "sheep:OTHER"})
     moe = upcycle(model=dense, num_routed_experts=3, num_experts_per_tok=2, output=tmp_path / "moe")
     assert read_manifest(moe)["versions"]["sheep"] == "1.2"
+
+
+def test_a_head_of_another_package_is_trained_merged_and_named(install: Install, tmp_path: Path) -> None:
+    install("boxes", HEAD, heads={"squares": "boxes:Squares"})
+    pairs = write_rows(tmp_path / "p.jsonl", random_pairs(8))
+    given = {"max_steps": 1, "head_seed": 3, "head_dropout": 0.0}
+    trained = train(
+        save_dense(tmp_path / "dense"), pairs, head="squares", output=tmp_path / "trained", **given
+    )
+    manifest = read_manifest(trained)
+    assert manifest["results"]["needs"] == "moemerge, boxes" and manifest["versions"]["boxes"] == "1.2"
+    merged = merge(models=[trained, trained], output=tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    ids = torch.tensor([[5, 7, 9]])
+    with torch.no_grad():
+        states = model.model(ids).last_hidden_state[0, -1]
+        assert model(ids).logits.item() == pytest.approx((states**2 @ model.score.weights).item(), rel=1e-5)
+    card = (publish(merged, output=tmp_path / "card") / "README.md").read_text()
+    assert "`squares`" in card and "pip install moemerge boxes" in card
+
+
+def test_a_model_whose_heads_package_is_not_there_says_what_it_lacks(
+    install: Install, tmp_path: Path, dense_folder: Path
+) -> None:
+    module = install("boxes", HEAD, heads={"squares": "boxes:Squares"})
+    folder = under_head(dense_folder, tmp_path / "model", "squares")
+    (module.parent / "boxes-1.2.dist-info/entry_points.txt").unlink()
+    HEADS.__dict__.pop("added")
+    with pytest.raises(CheckpointError, match=r"(?s)'squares'.*packages, that wrote it"):
+        load_reward_model(folder, "cpu")
+
+
+def test_a_scorer_of_another_package_is_evaluated(
+    install: Install, tmp_path: Path, dense_folder: Path
+) -> None:
+    install("sizes", SCORER, scorers={"size": "sizes:SizeScorer"})
+    scorer = tmp_path / "short.scorer.json"
+    scorer.write_text(json.dumps({"kind": "size", "tokenizer": str(dense_folder), "weight": -1}))
+    pairs = tmp_path / "pairs.jsonl"
+    sides = [("w1", "w1 w2"), ("w1 w2 w3", "w1"), ("w4", "w4 w5 w6"), ("w4", "w5 w6")]
+    rows = [{"prompt": f"w{i} ", "chosen": a, "rejected": b} for i, (a, b) in enumerate(sides)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = evaluate(
+        models={"short": str(scorer)}, pairs={"test": str(pairs)}, probes=["accuracy"], resamples=100,
+        output=tmp_path / "report",
+    )  # fmt: skip
+    sets = json.loads((output / "report.json").read_text())["probes"]["accuracy"]["sets"]
+    assert sets["test"]["all"]["models"]["short"]["accuracy"] == 0.75
+    assert read_manifest(output)["versions"]["sizes"] == "1.2"
+    scorer.write_text(json.dumps({"kind": "size", "tokenizer": str(dense_folder), "wieght": -1}))
+    with pytest.raises(OptionError, match="did you mean 'weight'"):
+        open_scorer(scorer)
+    scorer.write_text(json.dumps({"kind": "sise"}))
+    with pytest.raises(OptionError, match="did you mean 'size'"):
+        open_scorer(scorer)

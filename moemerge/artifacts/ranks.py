@@ -103,7 +103,7 @@ def lost_processes() -> Iterator[None]:
             "another of the processes that work together has ended",
             given=str(error).splitlines()[0][:200],
             expected=f"all {count()} to the end",
-            fix="mend what it says, or what ended it (memory, a signal), and start them again",
+            fix="fix what its message says, or whatever ended it (memory, a signal), then start them again",
         ) from error
 
 

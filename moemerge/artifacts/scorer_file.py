@@ -12,7 +12,7 @@ from moemerge.artifacts.json_file import read_object
 from moemerge.errors import CheckpointError
 from moemerge.options.base import input_fields
 from moemerge.options.parse import parse_options
-from moemerge.options.scorers import OPTIONS
+from moemerge.options.scorers import options_of
 
 FILE = "scorer.json"
 MOST = 1_000_000  # bytes
@@ -45,7 +45,7 @@ def read_scorer(file: Path) -> tuple[str, Any]:
             fix="correct the file",
         ) from None
     kind = str(values.pop("kind", "none"))[:100]
-    options = parse_options(OPTIONS.get(kind), values, file.name)
+    options = parse_options(options_of(kind), values, file.name)
     named = {name: _beside(source, file.parent) for name, source in input_fields(options).items()}
     return kind, options.model_copy(update=named)
 

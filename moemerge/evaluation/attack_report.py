@@ -40,16 +40,18 @@ def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings,
     curve = _success_by_queries(attempts, clusters_P, settings, seed)
     num_prompts = len(np.unique(clusters_P))
     repeated = num_prompts < len(attempts)
+    rate = len(hits) / len(attempts)
+    bootstrapped = repeated and 0 < rate < 1  # else resamples cannot differ: prompts count once
     # At the last point of the curve every query has been asked: its interval is that of the success rate.
-    interval = (curve["low"][-1], curve["high"][-1]) if repeated else None
+    interval = (curve["low"][-1], curve["high"][-1]) if bootstrapped else None
     used = Counter(name for attempt in hits for name in sorted(set(attempt.best.edits)))
     return {
         "attacked": len(attempts),
         "prompts": num_prompts,
         "succeeded": len(hits),
-        "success_rate": len(hits) / len(attempts),
-        "interval": interval or wilson(len(hits), len(attempts), settings.confidence),
-        "interval_kind": "bootstrap over prompts" if repeated else "wilson",
+        "success_rate": rate,
+        "interval": interval or wilson(rate * num_prompts, num_prompts, settings.confidence),
+        "interval_kind": "bootstrap over prompts" if bootstrapped else "wilson",
         "queries": _queries(attempts, hits),
         "by_queries": curve,
         "edits": dict(used.most_common()),
@@ -108,12 +110,12 @@ def tables(report: dict[str, Any], confidence: float) -> list[Table]:
     median = queries["median_of_successes"]
     facts = {
         "pairs": report["pairs"],
-        "judged wrongly before": report["judged_wrongly_before"],
+        "ranked wrongly before": report["judged_wrongly_before"],
         "label not shared by gold": report["label_not_shared_by_gold"],
         "attacked": report["attacked"],
         "succeeded": report["succeeded"],
         "success rate": f"{report['success_rate']:.1%} ({low:.1%} to {high:.1%})",
-        "scores asked for, per pair": f"{queries['per_pair']:.1f}",
+        "queries (scores) per pair": f"{queries['per_pair']:.1f}",
         "of successes, median": "" if median is None else f"{median:g}",
         **(_of_decoding(decoding) if (decoding := report.get("decoding")) else {}),
     }

@@ -82,7 +82,7 @@ class Explained:
         }
 
     def _decided(self) -> dict[str, list[float]]:
-        """By share of both answers: pairs judged rightly, with interval; pairs whose verdict stays."""
+        """By share of both answers: pairs ranked correctly, with interval; pairs whose verdict stays."""
         right_PQ = np.stack([self._margins(share) > 0 for share in SHARES], axis=1)
         # A verdict stands from the first share on at which, and after which, it is the last one's.
         stands_PQ = np.logical_and.accumulate((right_PQ == right_PQ[:, -1:])[:, ::-1], axis=1)[:, ::-1]
@@ -108,7 +108,7 @@ class Explained:
         return margins_P
 
     def to_read(self) -> list[int]:
-        """The pairs to show: those that are judged most wrongly, then others at random."""
+        """The pairs to show: those that are ranked most wrongly, then others at random."""
         order = np.argsort(self.margins_P, kind="stable")
         worst = [int(n) for n in order[: self.options.shown // 2] if self.margins_P[n] < 0]
         others = np.random.default_rng(self.options.seed).permutation(len(self.pairs)).tolist()
@@ -128,7 +128,7 @@ def sentence(numbers: dict[str, Any]) -> str:
         share for share, stands in zip(decided["share"], decided["stands"], strict=True) if stands >= 0.5
     )
     said = [
-        f"{numbers['pairs']} pairs, {decided['right'][-1]:.0%} judged rightly",
+        f"{numbers['pairs']} pairs, {decided['right'][-1]:.0%} ranked correctly",
         f"half of the verdicts stand after {half:.0%} of the answers",
     ]
     level = 1 - numbers["confidence"]
@@ -168,7 +168,7 @@ DECIDED = (
 )
 COLOURS = (
     "Blue adds to the score; orange, underlined with dots, takes from it; the strongest colour stands for "
-    "the number under each text or more. Pairs judged most wrongly come first, then others drawn at random."
+    "the number under each text or more. Pairs ranked most wrongly come first, then others drawn at random."
 )
 
 
@@ -207,7 +207,7 @@ def _row(phrase: Phrase) -> list[str]:
 
 
 def decided_table(numbers: dict[str, Any]) -> Table:
-    """Pairs judged rightly, and verdicts that stand, by share of the answers."""
+    """Pairs ranked correctly, and verdicts that stand, by share of the answers."""
     decided = numbers["decided"]
     rows = [
         [f"{share:.0%}", with_interval(right, (low, high), ".3f"), f"{stands:.3f}"]
@@ -241,7 +241,7 @@ def scale_of(answers: Sequence[TokenRewards]) -> float:
 def _of_pair(explained: Explained, number: int, scale: float) -> Iterator[HeatText]:
     pair, spread = explained.pairs[number], explained.spread
     lead = explained.margins_P[number] / spread
-    verdict = "judged rightly" if lead > 0 else "judged wrongly"
+    verdict = "ranked correctly" if lead > 0 else "ranked wrongly"
     for side, answers in (("chosen", explained.chosen), ("rejected", explained.rejected)):
         answer = answers[number]
         words = [(word.text, word.reward / spread) for word in answer.words]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moemerge.artifacts.json_file import read_object
 from moemerge.artifacts.manifest import Manifest
-from moemerge.models.heads.saved import SavedHead, head_field
+from moemerge.models.heads.saved import SavedHead, head_field, packages_of
 from moemerge.options.merge import MergeSettings
 from moemerge.reports.table import inert_markdown
 
@@ -45,15 +45,18 @@ and answer together."""
 
 
 NATIVE_FORM = "qwen2_moe"
-OWN_HEAD = """Its reward head is not the linear one of stock transformers, but of moemerge's kind `{kind}`
-({width} factors): loading it needs `pip install moemerge`. Scores are its means: nothing is drawn."""
+OWN_HEAD = """Its reward head is not the linear one of stock transformers, but of kind `{kind}`
+({width} factors): loading it needs `pip install {packages}`. Scores are its means: nothing is drawn."""
 
 
 def kind_of(manifest: Manifest, folder: Path) -> str:
     """What sort of model this is, in a few sentences."""
     head = head_field(read_object(folder / "config.json"))
-    told = "" if head is None else "\n\n" + OWN_HEAD.format(**asdict(SavedHead.read(head)))
-    return _kind_of(manifest, folder) + told
+    if head is None:
+        return _kind_of(manifest, folder)
+    saved = SavedHead.read(head)
+    told = OWN_HEAD.format(**asdict(saved), packages=" ".join(packages_of(saved.kind)))
+    return f"{_kind_of(manifest, folder)}\n\n{told}"
 
 
 def _kind_of(manifest: Manifest, folder: Path) -> str:

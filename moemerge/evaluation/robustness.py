@@ -1,8 +1,8 @@
 """Attacks on several models, compared on the same pairs: whose right verdicts hold.
 
-A model that judges little rightly leaves little to attack, so that the share of attacks that succeed does not
-compare models. Robust accuracy does: the share of all pairs that are judged rightly, and still are after the
-attack (robust accuracy of Madry et al., arXiv 1706.06083, for this search).
+A model that ranks few pairs correctly leaves little to attack, so that the share of attacks that succeed does
+not compare models. Robust accuracy does: the share of all pairs that are ranked correctly, and still are
+after the attack (robust accuracy of Madry et al., arXiv 1706.06083, for this search).
 
 Shapes: M models, P pairs, X measured values.
 """
@@ -21,6 +21,7 @@ from moemerge.reports.statistics import (
     Integers,
     bootstrap_means,
     cluster_sums,
+    no_difference,
     percentile_interval,
     share_interval,
 )
@@ -45,8 +46,8 @@ class Attacked:
     def numbers(self, baseline: str, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
         """Per model: accuracy, robust accuracy, share overturned, with intervals, and minus each other model.
 
-        A share overturned is of the pairs that were judged rightly; its difference is of the pairs that both
-        models judged rightly. The words compare with `baseline`.
+        A share overturned is of the pairs that were ranked correctly; its difference is of those that both
+        models ranked correctly. The words compare with `baseline`.
         """
         measure = _Measure(self.prompts_P, resamples, confidence, seed)
         models = {name: self._model(number, measure) for number, name in enumerate(self.names)}
@@ -97,15 +98,21 @@ class _Measure:
     def difference(
         self, values_P: Booleans, others_P: Booleans, of_P: Booleans | None = None
     ) -> dict[str, Any] | None:
-        """Mean paired difference, with a bootstrap interval over prompts; None of no pairs."""
+        """Mean paired difference, with a bootstrap interval over prompts; None of no pairs.
+
+        Where no pair differs resamples cannot: the interval is `no_difference`.
+        """
         kept_P = np.ones_like(values_P) if of_P is None else of_P
         if not kept_P.any():
             return None
         lead_P = values_P[kept_P].astype(np.float64) - others_P[kept_P]
         draws_RX = self._draws(lead_P, self.prompts_P[kept_P])
-        low_X, high_X = percentile_interval(draws_RX, self.confidence)
-        ends = {"low": float(low_X[0]), "high": float(high_X[0])}
-        return {"value": float(lead_P.mean()), **ends, "pairs": len(lead_P)}
+        (low,), (high,) = percentile_interval(draws_RX, self.confidence)
+        if not lead_P.any():
+            low, high = no_difference(len(np.unique(self.prompts_P[kept_P])), self.confidence)
+        return {
+            "value": float(lead_P.mean()), "low": float(low), "high": float(high), "pairs": len(lead_P),
+        }  # fmt: skip
 
     def _draws(self, values_P: Floats, prompts_P: Integers) -> Floats:
         units_P = np.unique(prompts_P, return_inverse=True)[1]
@@ -155,8 +162,9 @@ def _shares(numbers: Mapping[str, Any]) -> Table:
     ]
     note = (
         f"{numbers['pairs']} pairs of {numbers['prompts']} prompts; {percent(numbers['confidence'])} "
-        "intervals, over prompts. Robust accuracy: pairs judged rightly, also after the attack. Overturned: "
-        "of those judged rightly; its difference is over the pairs that both models judge rightly."
+        "intervals, over prompts. Robust accuracy: pairs ranked correctly, also after the attack. "
+        "Overturned: of those ranked correctly; its difference is over the pairs that both models rank "
+        "correctly."
     )
     return Table("Attacks on the same pairs", header, rows, note)
 

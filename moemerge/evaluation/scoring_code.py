@@ -88,8 +88,8 @@ def scoring_words(chain: Sequence[Manifest]) -> str:
     lengths = [longest for step in chain if isinstance(longest := step["options"].get("max_length"), int)]
     made = f"; it was made from texts of at most {lengths[-1]} tokens" if lengths else ""
     return (
-        "A score is the raw output, no probability. Plain text is read with the tokenizer's end token behind "
-        f"it, if there is one; chats by the chat template. Nothing is cut off{made}."
+        "A score is the raw logit, not a probability. Plain text has the tokenizer's end token behind it, if "
+        f"there is one; chats are rendered by the chat template. Nothing is cut off{made}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which of several candidate models is taken: a simpler one, unless a dearer one is better beyond chance.
+"""Which of several candidate models is taken: a simpler one, unless a costlier one is better beyond chance.
 
 Shapes: C candidates, P pairs.
 """
@@ -58,7 +58,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Round:
-    """A comparison of the candidate taken so far with all dearer ones: p of each that it may be chance."""
+    """A comparison of the candidate taken so far with all costlier ones: p of each that it may be chance."""
 
     taken: str
     p: dict[str, float]
@@ -75,18 +75,18 @@ class Choice:
 def choose(judged: Judged, level: float, seed: int) -> Choice:
     """The candidate to take.
 
-    It starts with the simplest, of several the one with the lowest calibrated loss. As long as dearer ones
+    It starts with the simplest, of several the one with the lowest calibrated loss. As long as costlier ones
     have a lower loss with p < level and no lower accuracy, the simplest of these takes its place. p knows how
-    many are compared (max-T over sign flips of whole prompts), so that where no dearer candidate is better
+    many are compared (max-T over sign flips of whole prompts), so that where no costlier candidate is better
     than the start, one is taken with a chance of at most `level`.
     """
     taken = _best(judged, np.flatnonzero(judged.ranks_C == judged.ranks_C.min()))
     rounds = []
-    while len(dearer := np.flatnonzero(judged.ranks_C > judged.ranks_C[taken])):
-        p = _chances(judged, taken, dearer, seed)
-        rounds.append(Round(judged.names[taken], {judged.names[c]: p[c] for c in dearer.tolist()}))
+    while len(costlier := np.flatnonzero(judged.ranks_C > judged.ranks_C[taken])):
+        p = _chances(judged, taken, costlier, seed)
+        rounds.append(Round(judged.names[taken], {judged.names[c]: p[c] for c in costlier.tolist()}))
         accuracy_C = judged.right_CP.mean(1)
-        better = [c for c in dearer.tolist() if p[c] < level and accuracy_C[c] >= accuracy_C[taken]]
+        better = [c for c in costlier.tolist() if p[c] < level and accuracy_C[c] >= accuracy_C[taken]]
         if not better:
             break
         lowest = judged.ranks_C[better].min()
@@ -111,7 +111,7 @@ def _best(judged: Judged, numbers: Integers) -> int:
     return int(numbers[judged.losses_CP[numbers].mean(1).argmin()])
 
 
-def _chances(judged: Judged, taken: int, dearer: Integers, seed: int) -> dict[int, float]:
-    gains_KP = torch.from_numpy(judged.losses_CP[taken] - judged.losses_CP[dearer])
+def _chances(judged: Judged, taken: int, costlier: Integers, seed: int) -> dict[int, float]:
+    gains_KP = torch.from_numpy(judged.losses_CP[taken] - judged.losses_CP[costlier])
     prompts = judged.prompts_P.tolist()
-    return {int(c): chance(gains_KP, k, prompts, seed) for k, c in enumerate(dearer)}
+    return {int(c): chance(gains_KP, k, prompts, seed) for k, c in enumerate(costlier)}

@@ -18,10 +18,13 @@ from moemerge.options.choose import Choose
 from moemerge.reports import plotting
 from moemerge.reports.statistics import (
     Floats,
+    Interval,
     bootstrap_means,
     cluster_sums,
+    no_difference,
     percentile_interval,
     sampling_units,
+    wilson,
 )
 from moemerge.reports.table import Table, percent, with_interval
 
@@ -85,7 +88,7 @@ class Shown:
             "note": self.options.notes.get(name, ""),
             "accuracy": self._mean(right_P),
             "loss": float(judged.losses_CP[number].mean()),
-            "lead": self._mean(lead_P),
+            "lead": self._lead(lead_P),
             "by_subset": {subset: self._mean(right_P, of == subset) for subset in sorted({*self.subsets})},
         }
 
@@ -96,7 +99,16 @@ class Shown:
         sums = cluster_sums(values_P[chosen_P][:, None], units)
         draws_RX = bootstrap_means(sums, self.options.resamples, self.options.seed)
         low_X, high_X = percentile_interval(draws_RX, self.options.confidence)
-        return {"value": float(values_P[chosen_P].mean()), "low": float(low_X[0]), "high": float(high_X[0])}
+        value, same = float(values_P[chosen_P].mean()), not np.ptp(values_P[chosen_P])
+        if same and value in (0.0, 1.0):  # resamples cannot differ: prompts count once
+            return _ends(value, wilson(value * len(sums), len(sums), self.options.confidence))
+        return _ends(value, (float(low_X[0]), float(high_X[0])))
+
+    def _lead(self, lead_P: Floats) -> dict[str, float]:
+        """Mean difference with its interval."""
+        if lead_P.any():
+            return self._mean(lead_P)
+        return _ends(0.0, no_difference(len(np.unique(self.judged.prompts_P)), self.options.confidence))
 
     def _in_parts(self) -> dict[str, Any] | None:
         """The rule on each part by the others alone; None if there is one part only."""
@@ -108,7 +120,11 @@ class Shown:
         right_P = self.judged.right_CP[taken_P, np.arange(len(taken_P))]
         lead_P = right_P - self.judged.right_CP[self.simplest]
         names = {int(part): self.judged.names[taken_P[parts_P == part][0]] for part in np.unique(parts_P)}
-        return {"taken": list(names.values()), "accuracy": self._mean(right_P), "lead": self._mean(lead_P)}
+        return {"taken": list(names.values()), "accuracy": self._mean(right_P), "lead": self._lead(lead_P)}
+
+
+def _ends(value: float, interval: Interval) -> dict[str, float]:
+    return {"value": value, "low": interval[0], "high": interval[1]}
 
 
 def sentence(numbers: Mapping[str, Any]) -> str:
@@ -122,12 +138,12 @@ def sentence(numbers: Mapping[str, Any]) -> str:
             f"{simplest}, the best of the simplest, on {before:.1%}: {points(lead)}."
         )
     if not numbers["rounds"]:
-        return f"Take {taken}: it is right on {accuracy:.1%} of {numbers['pairs']} pairs; none is dearer."
+        return f"Take {taken}: it is right on {accuracy:.1%} of {numbers['pairs']} pairs; none is costlier."
     p = numbers["rounds"][0]["p"]
     nearest = min(p, key=p.__getitem__)
     return (
         f"Take {taken}, as it is: it is right on {accuracy:.1%} of {numbers['pairs']} held-out pairs, and no "
-        f"dearer candidate is better beyond chance (nearest: {nearest}, p {p[nearest]:.2g})."
+        f"costlier candidate is better beyond chance (nearest: {nearest}, p {p[nearest]:.2g})."
     )
 
 

@@ -144,7 +144,7 @@ def _require_agreement(numbers: dict[str, Any], options: Export) -> None:
     if numbers["agreement"] < options.least_agreement:
         correlation = numbers["rank_correlation"]
         raise UnsupportedError(
-            f"a linear head does not say what that of {options.model} says",
+            f"a linear head disagrees too often with that of {options.model} says",
             given=f"the same answer is better on {numbers['agreement']:.3f} of "
             f"{numbers['held_out_pairs']} pairs that it was not fitted to"
             + (f", rank correlation {correlation:.3f}" if correlation is not None else ""),

@@ -23,9 +23,10 @@ class AttackSettings(DecodeSettings, GoldSource):
     max_pairs: int | None = Field(200, ge=1, description="largest number of pairs; they are drawn at random")
     search: Literal["guided", "random", "decode"] = Field(
         "guided",
-        description="guided: edits that raise the score are kept until it is above the chosen answer's; "
-        "random: 1 to steps edits of every answer, whatever they do: what guidance is compared with; decode: "
-        "policy writes new answers, the reward model has a say in each token",
+        description="guided: keep edits that raise the score until it is above the chosen answer's; "
+        "random: 1 to steps random edits of every answer, the control for guidance; decode: "
+        "a language model (policy) writes new answers, and the reward model has a say in "
+        "each token",
     )
     patch: Literal["rejected", "both"] = Field(
         "rejected",
@@ -34,17 +35,17 @@ class AttackSettings(DecodeSettings, GoldSource):
     )
     edits: list[str] = Field(
         default_factory=list,
-        description="edits to search among (default: all that keep the content; with gold all)",
+        description="edits to search among (default: all that keep the content; with gold, all)",
     )
     words: list[str] = Field(
         default_factory=list, description="words that insert_word adds, in place of the built-in ones"
     )
-    steps: int = Field(6, ge=1, description="largest number of edits of one answer, one after another")
-    proposals: int = Field(12, ge=1, description="edits tried per step and answer of the beam")
-    beam: int = Field(1, ge=1, description="answers kept per step; 1: greedy")
+    steps: int = Field(6, ge=1, description="most edits per answer, one after another")
+    proposals: int = Field(12, ge=1, description="edits tried per step for each answer of the beam")
+    beam: int = Field(1, ge=1, description="beam width: answers kept per step; 1: greedy")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
-    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass, or decoded at a time")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass or decoding batch")
 
     @model_validator(mode="after")
     def _one_search(self) -> AttackSettings:

@@ -10,16 +10,16 @@ from moemerge.options.base import Run, Source, Sources, TextFormat
 class AuditSettings(TextFormat):
     """How far reward models can be trusted: measured on pairs, under edits, and under attack."""
 
-    models: Sources = Field(description="reward models; folders, hub names or scorer.json")
+    models: Sources = Field(description="reward models: folders, hub names or scorer.json files")
     pairs: Source = Field(
-        description="labelled pairs that the models were not trained on: file or hub name:split"
+        description="preference pairs that the models were not trained on: file or hub name:split"
     )
     candidates: Source | None = Field(
         None, description="prompts with scored answers, for best-of-n: file or hub name:split"
     )
     max_pairs: int | None = Field(1000, ge=1, description="largest number of pairs; they are drawn at random")
-    attack_pairs: int = Field(200, ge=1, description="most pairs that an attack takes")
-    steps: int = Field(6, ge=1, description="attack: largest number of edits of one answer")
+    attack_pairs: int = Field(200, ge=1, description="largest number of pairs to attack")
+    steps: int = Field(6, ge=1, description="attack: most edits per answer")
     proposals: int = Field(12, ge=1, description="attack: edits tried per step")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")
     resamples: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples")

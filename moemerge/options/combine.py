@@ -16,7 +16,8 @@ class CombineSettings(ChooseSettings):
     language_models: Sources = Field(  # before models: whether one of these is enough hangs on it
         default_factory=dict,
         description="with one reward model: language models of its base that know what it lacks; each is "
-        "tried averaged into it, head kept, by the weight that suits the pairs best (DogeRM)",
+        "averaged into it, but for the head, with the weight that suits the pairs best "
+        "(DogeRM)",
     )
     models: Sources = Field(description="two reward models or more, of one architecture")
     base: Source | None = Field(
@@ -25,7 +26,7 @@ class CombineSettings(ChooseSettings):
         "the start that moemerge train recorded in all; without one, averages only, no sums)",
     )
     pairs: Source = Field(
-        description="your own labelled pairs, some dozen at least; a file or hub name:split"
+        description="your own preference pairs, a few dozen at least: file or hub name:split"
     )
     split_by: str | None = Field(
         None, description="row field, e.g. topic: rows with the same value are held out together"
@@ -33,24 +34,27 @@ class CombineSettings(ChooseSettings):
     folds: int = Field(3, ge=2, le=20, description="parts of the pairs; each is held out in turn")
     tune: Literal["all", "merges", "none"] = Field(
         "all",
-        description="what is also tried after training on the pairs: models and merges, merges, nothing",
+        description="what is also tried after training on the pairs: all (models and merges), merges, or "
+        "none",
     )
     form: Literal["dense", "moe"] = Field(
         "dense",
-        description="moe: a mixture is tried too, whose gate picks one model's MLPs by the prompt: the cost "
-        "of one model, the memory of all (decoders only; needs moemerge where it is used)",
+        description="moe: also try a mixture whose gate picks one model's MLPs by the prompt: the "
+        "compute of one model, the memory of all (decoders only; loading it needs moemerge)",
     )
     epochs: float = Field(1.0, gt=0, description="tuning: passes over the pairs")
     learning_rate: float = Field(1e-5, gt=0, description="tuning: learning rate")
     batch_size: int = Field(8, ge=1, description="tuning: pairs per step")
     train_layers: str = Field("all", description="tuning: transformer layers that train, such as last:4")
     scale: float | None = Field(
-        None, gt=0, description="what the sum's c add up to (default: 2, so 2/M for each of M models)"
+        None, gt=0, description="sum: total of the coefficients c (default: 2, so 2/M for each of M models)"
     )
     granularity: Literal["global", "group", "layer", "matrix"] = Field(
-        "global", description="fitted coefficients: what shares a row of them"
+        "global", description="fitted coefficients: what shares one set of them"
     )
-    l2: float = Field(0.03, ge=0, description="fitted coefficients: pull towards those of the sum")
+    l2: float = Field(
+        0.03, ge=0, description="fitted coefficients: L2 penalty on the distance to those of the sum"
+    )
     max_epochs: int = Field(10, ge=1, description="fitted coefficients: most passes over the pairs")
 
     @field_validator("models")

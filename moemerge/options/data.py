@@ -47,8 +47,8 @@ class Data(DataSettings, Run):
     folds: int = Field(
         0,
         ge=0,
-        description="parts of train for cross-fitting, whole groups each: folds/N/held_out, and the others' "
-        "rows as folds/N/train",
+        description="parts of train for cross-fitting, by whole groups: folds/N/held_out, and all other "
+        "parts as folds/N/train",
     )
     scored: bool = Field(True, description="whether candidates must have gold scores")
 

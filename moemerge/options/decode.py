@@ -16,13 +16,13 @@ class DecodeSettings(Options):
 
     policy: Source | None = Field(
         None,
-        description="search decode: language model that writes the answers; best one that was trained to "
-        "write answers of the side that is attacked",
+        description="search decode: language model that writes the answers; ideally one that was trained "
+        "to write answers of the side that is attacked",
     )
     other_policy: Source | None = Field(
         None,
-        description="search decode, in place of gold: language model of the other side's answers; an answer "
-        "keeps its class while policy finds it likelier than this one does",
+        description="search decode, in place of gold: language model of the other side's answers; a new "
+        "answer stays on its side while policy finds it more likely than this model does",
     )
     side: Side = Field(
         "rejected",
@@ -33,27 +33,30 @@ class DecodeSettings(Options):
         0.25,
         ge=0,
         lt=1,
-        description="search decode: share of the answer's words that new ones begin with",
+        description="search decode: share of the original answer's words that each new answer starts with",
     )
-    answers: int = Field(1, ge=1, le=1000, description="search decode: answers written to each pair")
+    answers: int = Field(1, ge=1, le=1000, description="search decode: new answers per pair")
     top: int = Field(
-        5, ge=1, le=1000, description="search decode: likeliest tokens that the reward model chooses among"
+        5,
+        ge=1,
+        le=1000,
+        description="search decode: number of most likely tokens among which the reward model chooses",
     )
     guidance: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="search decode: weight of the reward model against the policy; 0: the policy alone, what "
-        "guidance is compared with",
+        description="search decode: weight of the reward model against the policy; 0: the policy alone, "
+        "the control for guidance",
     )
-    temperature: float = Field(0.6, gt=0, description="search decode: divides what tokens are drawn by")
+    temperature: float = Field(0.6, gt=0, description="search decode: sampling temperature")
     formula: Literal["balanced", "reform"] = Field(
         "balanced",
-        description="search decode: balanced: log-probabilities and standardised scores, weighed by "
-        "guidance; reform: sums of two softmaxes, as in REFORM's own code, without guidance",
+        description="search decode: balanced: log-probabilities and standardised scores, weighted by "
+        "guidance; reform: sum of two softmaxes, as in REFORM's code, without guidance",
     )
     max_new_tokens: int = Field(
-        128, ge=1, description="search decode: longest new text in tokens; longer ones are cut"
+        128, ge=1, description="search decode: most new tokens per answer; longer answers are cut"
     )
 
     @property

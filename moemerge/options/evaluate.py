@@ -23,7 +23,7 @@ class EvaluateSettings(GoldSource):
     resamples: int = Field(2000, ge=100, description="bootstrap resamples")
     sections: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="groups of subsets to give an accuracy for, section=subset,subset",
+        description="groups of subsets, each with an accuracy of its own: section=subset,subset",
     )
     rewardbench: Sources = Field(
         default_factory=dict,
@@ -32,7 +32,8 @@ class EvaluateSettings(GoldSource):
     )
     rmbench: Sources = Field(
         default_factory=dict,
-        description="name=file, RM-Bench in its own columns; template and longest text are RewardBench's",
+        description="name=file, RM-Bench in its own columns, read with rewardbench_template and "
+        "rewardbench_max_length",
     )
     rewardbench_template: Literal["chat", "plain"] = Field(
         "chat",

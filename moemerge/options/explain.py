@@ -12,16 +12,18 @@ class Explain(TextFormat, Run):
 
     POSITIONAL = ("model", "pairs")
 
-    model: Source = Field(
-        description="reward model whose tokens see only earlier ones (a decoder, a MoE too)"
-    )
+    model: Source = Field(description="reward model: a decoder, dense or MoE")
     pairs: Source = Field(description="preference pairs whose answers are explained")
     max_pairs: int | None = Field(500, ge=1, description="largest number of pairs; they are drawn at random")
     least: int = Field(
-        5, ge=2, description="prompts at least in whose answers a phrase must stand to be told"
+        5, ge=2, description="fewest prompts in whose answers a phrase must occur to be reported"
     )
     shown: int = Field(
-        12, ge=0, le=200, description="pairs to read, half of them those judged most wrongly, half drawn"
+        12,
+        ge=0,
+        le=200,
+        description="pairs shown with their texts: half of them the most wrongly ranked, half drawn at "
+        "random",
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")

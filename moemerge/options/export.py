@@ -16,19 +16,20 @@ class Export(Members, TextFormat, Run):
 
     form: Literal["dense", "qwen2_moe", "linear"] = Field(
         "dense",
-        description="dense: each member by itself; qwen2_moe: a MoE as stock transformers knows it; linear: "
-        "a model under a head of ours as a stock one, its head fitted by least squares to what its own says",
+        description="dense: each expert or model as a model of its own; qwen2_moe: a MoE that stock "
+        "transformers loads; linear: a model under a head of moemerge's own with a stock "
+        "head instead, fitted to its scores by least squares",
     )
-    pairs: Source | None = Field(None, description="form linear: pairs whose texts the head is fitted to")
+    pairs: Source | None = Field(None, description="form linear: pairs on whose texts the head is fitted")
     holdout: float = Field(
-        0.2, gt=0, lt=1, description="form linear: share of pairs that both heads are compared on"
+        0.2, gt=0, lt=1, description="form linear: share of pairs held out to compare both heads"
     )
     least_agreement: float = Field(
         0.95,
         ge=0,
         le=1,
-        description="form linear: share of held-out pairs of which both must say that the same answer is "
-        "better; nothing is written below it",
+        description="form linear: smallest share of held-out pairs on which both heads prefer the same "
+        "answer; below it nothing is written",
     )
     batch_tokens: int = Field(8192, ge=1, description="form linear: tokens per forward pass")
     coefficients: Source | None = Field(

@@ -28,16 +28,16 @@ class FitSettings(Options):
     )
     granularity: Literal["layer", "matrix", "group", "global"] = Field(
         "layer",
-        description="what shares a row of coefficients: a layer; a matrix with its bias; all "
-        "layers' MLPs, all layers' rest (attention, norms), the head, and what is in no layer, each (group); "
-        "everything",
+        description="what shares one set of coefficients: a layer; a matrix with its bias; group: all "
+        "MLPs, the rest of all layers (attention, norms), the head, and what is in no layer, "
+        "each; global: everything",
     )
     initial: Literal["auto", "uniform", "usage", "usage_chosen", "one_hot"] = Field(
         "auto",
-        description="where methods that learn start; auto: usage if there is routing, else uniform; "
+        description="start of the methods that learn; auto: usage if there is routing, else uniform; "
         "usage_chosen: gate mass on chosen answers",
     )
-    initial_member: int = Field(0, ge=0, description="one_hot: number of the member that has all the weight")
+    initial_member: int = Field(0, ge=0, description="one_hot: number of the member that gets all the weight")
     grid: list[float] = Field(
         default_factory=lambda: [step / 20 for step in range(21)],
         description="method grid: the shared weights to try",
@@ -51,7 +51,7 @@ class FitSettings(Options):
     scale: float = Field(
         SCALE_OF_SUM,
         gt=0,
-        description="coordinates sum: what the c sum to at the start; the heads' sum to one",
+        description="coordinates sum: total of the c at the start; those of the heads sum to one",
     )
     objectives: dict[str, float] = Field(
         default_factory=lambda: {"bradley_terry": 1.0},
@@ -59,7 +59,10 @@ class FitSettings(Options):
         "the MoE's scores; alignment, with each member on its own pairs, without labels",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="bradley_terry: share of labels that are assumed wrong"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="bradley_terry: label smoothing, the share of labels assumed to be wrong",
     )
     margin: Literal["none", "column", "strength"] = Field(
         "none",
@@ -79,7 +82,7 @@ class FitSettings(Options):
     max_pairs: int | None = Field(
         None,
         ge=1,
-        description="most fitting pairs, and most held-out ones; they are drawn at random",
+        description="largest number of fitting pairs, and of held-out ones, drawn at random",
     )
     batch_size: int = Field(32, ge=1, description="pairs per step (Adam)")
     micro_batch_size: int = Field(8, ge=1, description="pairs per forward pass; changes memory, not results")
@@ -90,7 +93,7 @@ class FitSettings(Options):
         description="pull towards the start, squared distance: of logits, or of a sum's c (of these in "
         "least_squares too, whose error then counts in units of what one model's change makes of outputs)",
     )
-    patience: int = Field(5, ge=1, description="evaluations without progress before stopping")
+    patience: int = Field(5, ge=1, description="evaluations without improvement before stopping")
     evals_per_epoch: int = Field(4, ge=1, description="evaluations on held-out pairs per epoch (Adam)")
     holdout: float = Field(
         0.3, gt=0, lt=1, description="share of pairs held out when no validation pairs are given"
@@ -101,26 +104,30 @@ class FitSettings(Options):
         description="0, or number of parts: each is held out in turn, and the coefficients are averaged",
     )
     level: float = Field(
-        0.05, gt=0, le=1, description="the initial coefficients are kept unless p on held-out pairs is below"
+        0.05,
+        gt=0,
+        le=1,
+        description="significance level: the initial coefficients are kept unless p on held-out pairs is "
+        "below",
     )
     judge: Literal["calibrated", "preferences", "accuracy", "objective"] = Field(
         "calibrated",
-        description="what decides on held-out pairs, and by what method grid chooses: calibrated, the "
-        "Bradley-Terry loss after the best factor on each candidate's scores, so that no scale is rewarded; "
-        "preferences, that loss without one; accuracy; or what is fitted",
+        description="criterion on held-out pairs, also for method grid: calibrated, the Bradley-Terry "
+        "loss after the best scale factor for each candidate, so that no scale is rewarded; "
+        "preferences, that loss as it is; accuracy; objective, what is fitted",
     )
     robust_rounds: int = Field(
-        0, ge=0, description="further rounds on pairs weighted by how badly the merged model ranks them"
+        0, ge=0, description="further rounds, with more weight on pairs that the merged model ranks badly"
     )
     robust_temperature: float = Field(
         1.0, gt=0, description="robust_rounds: weights are exp(loss / temperature); wrong labels gain too"
     )
-    sensitivity: bool = Field(True, description="report what each layer's coefficients bring")
+    sensitivity: bool = Field(True, description="report what each layer's coefficients contribute")
     cache_memory: float = Field(
         1.0,
         ge=0,
-        description="GB of memory for states of the layers below the first merged one, computed once per "
-        "batch; what does not fit goes into a file beside output; 0: computed anew; the results are the same",
+        description="GB of memory to cache the states of the layers below the first merged one; what "
+        "does not fit goes into a file beside output; 0: no cache; the results are the same",
     )
 
     @model_validator(mode="after")
@@ -171,7 +178,7 @@ class Fit(FitSettings, Members, TextFormat, Run):
     )
     curve: Sources = Field(
         default_factory=dict,
-        description="method grid: test pairs, name=file, on which every weight is measured too, by subset",
+        description="method grid: test pairs, name=file, on which every weight is also measured, by subset",
     )
     candidates: Source | None = Field(
         None, description="robust_rounds: scored candidates, whose overrated answers become pairs"

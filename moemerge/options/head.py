@@ -16,6 +16,7 @@ ONLY_WITH_HEAD = {
     "head_start": ("nonnegative",),
     "head_seed": ("linear", "mlp", "nonnegative"),
 }
+OWN = ONLY_WITH_HEAD["head_seed"]  # of another package's head it is not known what it takes
 NOISY = ("nonnegative",)  # kinds with noise unless it is said otherwise
 
 
@@ -24,14 +25,13 @@ class HeadOptions(Options):
 
     head: str | None = Field(
         None,
-        description="draw a new reward head, in place of any that there is: linear, the stock one; mlp, two "
-        "layers and a weighted sum; nonnegative, BNRM's, whose factors and weights are never below 0 and are "
-        "drawn in training. With the last two the result needs moemerge to be loaded",
+        description="draw a new reward head, in place of an existing one: linear, the stock one; mlp, "
+        "two layers and a weighted sum; nonnegative, BNRM's, whose factors and weights are "
+        "never below 0 and are drawn in training. Models with one of the last two need "
+        "moemerge to be loaded",
     )
-    head_width: int = Field(1024, ge=1, description="mlp, nonnegative: size of their layers")
-    head_dropout: float = Field(
-        0.1, ge=0, lt=1, description="mlp, nonnegative: share of the last state that training leaves out"
-    )
+    head_width: int = Field(1024, ge=1, description="mlp, nonnegative: width of their layers")
+    head_dropout: float = Field(0.1, ge=0, lt=1, description="mlp, nonnegative: dropout on the last state")
     head_noise: bool | None = Field(
         None,
         description="mlp, nonnegative: Weibull noise on factors and weights in training (default: "
@@ -39,8 +39,8 @@ class HeadOptions(Options):
     )
     head_start: Literal["positive", "uniform"] = Field(
         "positive",
-        description="nonnegative: weights that are all above 0; uniform: the paper's, where half are 0 for "
-        "ever",
+        description="nonnegative: initial weights; positive: all above 0; uniform: the paper's, where "
+        "half are 0 for ever",
     )
     head_seed: int | None = Field(
         None,
@@ -50,7 +50,7 @@ class HeadOptions(Options):
         "alike can be averaged whole",
     )
     head_kl: float = Field(
-        1e-5, ge=0, description="a nonnegative head with noise: weight of its distance from the prior"
+        1e-5, ge=0, description="nonnegative head with noise: weight of the KL divergence from its prior"
     )
     head_learning_rate: float | None = Field(
         None, gt=0, description="learning rate of the reward head (default: learning_rate)"
@@ -59,7 +59,7 @@ class HeadOptions(Options):
     @model_validator(mode="after")
     def _head_options_have_a_head(self) -> HeadOptions:
         for name, kinds in ONLY_WITH_HEAD.items():
-            if self.differs(name) and self.head not in kinds:
+            if self.differs(name) and (self.head is None or self.head in set(OWN) - set(kinds)):
                 raise ValueError(f"{name} needs head {' or '.join(kinds)}")
         return self
 

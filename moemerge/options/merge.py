@@ -13,9 +13,14 @@ from moemerge.options.base import OURS, Contradiction, Members, Options, Run, So
 class MergeSettings(Options):
     """MoE or models + coefficients -> dense reward model of the original architecture."""
 
-    method: str = Field(OURS, description="our own, or a method of mergekit: linear, ties, karcher, ...")
+    method: str = Field(
+        OURS,
+        description="routing_normalized_average, our own, or a method of mergekit: linear, ties, "
+        "karcher, ...",
+    )
     parameters: dict[str, float | bool | str] = Field(
-        default_factory=dict, description="of a method of mergekit, e.g. density=0.5, for all experts"
+        default_factory=dict,
+        description="parameters of a method of mergekit, e.g. density=0.5, the same for all experts",
     )
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
         "keep", description="dtype of the result; keep: that of the dense model"
@@ -39,14 +44,15 @@ class Merge(MergeSettings, Members, Run):
     )
     weights: list[float] = Field(
         default_factory=list,
-        description="with models: a weight for each, the base first if there is one; no coefficients then; "
-        "their sum does not matter (default: equal). With coordinates sum: the c of each but the base",
+        description="with models, in place of coefficients: a weight for each, the base first if there "
+        "is one; they need not sum to one (default: equal). With coordinates sum: the c of "
+        "each but the base",
     )
     scale: float | None = Field(
         None,
         gt=0,
-        description="coordinates sum: what the c sum to, if no weights are given (default: 2, so 2/M "
-        "for each of M models)",
+        description="coordinates sum: total of the c if no weights are given (default: 2, so 2/M for "
+        "each of M models)",
     )
 
     @model_validator(mode="after")

@@ -20,25 +20,25 @@ class PatchSettings(DecodeSettings, GoldSource, TextFormat):
     model: Source = Field(description="reward model: folder or hub name")
     pairs: Source = Field(description="pairs to attack and to train on: file or hub name:split")
     test: Source | None = Field(
-        None, description="other pairs, on which it is seen what the patch does (default: a share of pairs)"
+        None, description="other pairs, to measure the patch on (default: a share of pairs)"
     )
     test_share: float = Field(
-        0.3, gt=0, lt=1, description="without test: share of the prompts that is kept for it"
+        0.3, gt=0, lt=1, description="without test: share of the prompts held out for it"
     )
     split_by: str | None = Field(
         None, description="row field, e.g. topic: rows with the same value stay on one side of the split"
     )
     search: Literal["guided", "decode"] = Field(
         "guided",
-        description="what the patch is made of: edits that the model's score guides; decode: answers that a "
-        "language model writes and the model's score guides",
+        description="what the patch is made of: guided: answers edited under the guidance of the model's "
+        "score; decode: answers that a language model writes under that guidance",
     )
     unseen: list[str] = Field(
         default_factory=lambda: ["flattery", "agreement", "bold", "bullets", "headings", "emoji"],
-        description="edits that no patch has: whether it helps against more than what it was made of",
+        description="edits kept out of every patch, to see whether it helps against more than it was made of",
     )
     rounds: int = Field(1, ge=1, le=10, description="attacks and trainings, each on the model of the last")
-    share: float = Field(0.05, gt=0, lt=1, description="share of the training pairs that the patch makes up")
+    share: float = Field(0.05, gt=0, lt=1, description="share of the training pairs that come from the patch")
     epochs: float = Field(1.0, gt=0, description="passes over the pairs per round")
     learning_rate: float = Field(1e-5, gt=0, description="learning rate")
     batch_size: int = Field(8, ge=1, description="pairs per step")
@@ -48,8 +48,8 @@ class PatchSettings(DecodeSettings, GoldSource, TextFormat):
         description="train two rivals for as many steps: on ordinary pairs alone, and with as many pairs "
         "whose edits are random (of decode: that were written without guidance)",
     )
-    max_pairs: int = Field(200, ge=1, description="most pairs that an attack takes; they are drawn at random")
-    steps: int = Field(6, ge=1, description="attack: largest number of edits of one answer")
+    max_pairs: int = Field(200, ge=1, description="largest number of pairs to attack, drawn at random")
+    steps: int = Field(6, ge=1, description="attack: most edits per answer")
     proposals: int = Field(12, ge=1, description="attack: edits tried per step")
     words: list[str] = Field(default_factory=list, description="attack: words that insert_word adds")
     confidence: float = Field(0.95, gt=0, lt=1, description="coverage of intervals")

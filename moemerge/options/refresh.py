@@ -41,14 +41,17 @@ class RefreshSettings(Options):
         description="refresh: a function of prompt and right answer that makes a wrong one (default: words "
         "are deleted and change places)",
     )
-    tries: int = Field(3, ge=1, le=100, description="refresh: tries to make an answer wrong by the rule")
+    tries: int = Field(
+        3, ge=1, le=100, description="refresh: most attempts to make an answer that the rule calls wrong"
+    )
     refresh_trains: Literal["all", "head", "experts", "coefficients"] = Field(
         "all",
-        description="refresh: what of the reward model learns; coefficients: only how a MoE's experts are "
-        "merged, the merge being the reward model",
+        description="refresh: what of the reward model trains; coefficients: only how a MoE's experts "
+        "are merged; the merge is then the reward model",
     )
     refresh_coefficients: Source | None = Field(
-        None, description="refresh_trains coefficients: folder of fit to start from (default: equal ones)"
+        None,
+        description="refresh_trains coefficients: folder written by fit, to start from (default: equal ones)",
     )
     refresh_learning_rate: float | None = Field(
         None, gt=0, description="refresh: default 1e-5, head 1e-4, coefficients 0.05 (of their logits)"
@@ -57,7 +60,7 @@ class RefreshSettings(Options):
         0.01, ge=0, description="refresh: weight of the pair's squared sum of scores, which holds their level"
     )
     replay_pairs: Source | None = Field(
-        None, description="refresh: pairs that the model was trained on, to be trained on again"
+        None, description="refresh: pairs that the model was trained on, to be mixed in"
     )
     replay: float = Field(0.5, ge=0, lt=1, description="refresh: share of replay_pairs in an update")
     held_out_pairs: Source | None = Field(

@@ -20,13 +20,13 @@ class SampleSettings(GoldSource):
         None, ge=1, description="number of prompts to use, the first ones (default: all)"
     )
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens; longer ones are cut")
-    temperature: float = Field(1.0, gt=0, description="divides the policy's logits")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of the policy")
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="draw from the likeliest tokens that have this probability together; below 1, "
-        "the KL of best-of-n is not log n - (n - 1) / n",
+        description="nucleus sampling: draw from the most likely tokens that together have this "
+        "probability; below 1, the KL of best-of-n is not log n - (n - 1) / n",
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens of prompts and answers in one batch")
 

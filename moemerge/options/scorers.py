@@ -1,11 +1,12 @@
 """What may score answers besides a classifier: kinds of scorers, and the options of each, as scorer.json has.
 
 To add one: its options here, its file in models/scorers/, and a row of the table (docs/extending.md).
+Other packages add classes like those in models/scorers/, with their options as `Options`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from pydantic import Field
 
@@ -36,10 +37,13 @@ class Question(Options):
         "does so better, A or B, in both orders: for rows of two answers only",
     )
     criterion: str = Field(
-        "it is helpful, correct and harmless", min_length=1, max_length=2000, description="what is asked for"
+        "it is helpful, correct and harmless",
+        min_length=1,
+        max_length=2000,
+        description="criterion that answers are judged by, as the end of a question",
     )
-    yes: str = Field("Yes", min_length=1, description="verdict, a single token; of form ranked A is one")
-    no: str = Field("No", min_length=1, description="the other verdict; of form ranked B")
+    yes: str = Field("Yes", min_length=1, description="good verdict, a single token (form ranked: A)")
+    no: str = Field("No", min_length=1, description="bad verdict, a single token (form ranked: B)")
 
 
 class Judge(Question):
@@ -95,3 +99,15 @@ ROWS = {
 }
 KIND = "kind of scorer"
 OPTIONS: Registry[type[Options]] = Registry(KIND, {kind: row.options for kind, row in ROWS.items()})
+# What opens one: called with source, options, trust_remote_code.
+SCORERS: Registry[Any] = Registry(
+    KIND,
+    {kind: row.opener for kind, row in ROWS.items()},
+    group="scorers",
+    needs=("Options", "reader", "load"),
+)
+
+
+def options_of(kind: str) -> type[Options]:
+    """The options of a kind of scorer. Raises as Registry.get."""
+    return OPTIONS.get(kind) if kind in OPTIONS else cast("type[Options]", SCORERS.get(kind).Options)

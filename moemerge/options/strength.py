@@ -21,28 +21,31 @@ class VoteSettings(Options):
     folds: int = Field(
         5, ge=2, le=20, description="parts of the pairs; each is scored by voters trained on the others"
     )
-    orders: int = Field(3, ge=1, description="voters per part, trained in orders of their own")
+    orders: int = Field(3, ge=1, description="voters per part, each trained in an order of its own")
     fold_by: Literal["text", "prompt", "subset"] = Field(
         "text",
         description="what keeps pairs in one part: an equal prompt; text: an equal prompt or answer; subset: "
         "an equal subset or prompt",
     )
     planted: float = Field(
-        0.05, ge=0, le=0.2, description="share of pairs that are turned round for the voters, to be found"
+        0.05,
+        ge=0,
+        le=0.2,
+        description="share of pairs whose labels are flipped for the voters: planted errors, to be found",
     )
     trusted: Source | None = Field(
-        None, description="pairs like these whose labels were checked: they measure how often the vote errs"
+        None, description="pairs like these with checked labels, to measure how often the vote errs"
     )
     noise: float | None = Field(
         None,
         gt=0,
         lt=0.5,
-        description="in place of trusted: share of labels that are known to be wrong, of all kinds alike",
+        description="in place of trusted: known share of wrong labels, equal for all kinds of pairs",
     )
     treat: Literal["none", "auto", "flip", "drop", "soft"] = Field(
         "none",
-        description="auto: flip or drop (auto_by) so many of each subset's weakest pairs that more than half "
-        "of them are wrong for sure; flip, drop: the weakest share; soft: write each label's doubt",
+        description="auto: flip or drop (auto_by) as many of each subset's weakest pairs as are surely "
+        "more than half wrong; flip, drop: the weakest share; soft: write each label's doubt",
     )
     auto_by: Literal["flip", "drop"] = Field("flip", description="what treat auto does with these pairs")
     share: float = Field(SHARE, gt=0, lt=1, description="flip and drop: share of pairs, the weakest ones")
@@ -84,7 +87,7 @@ class StrengthSettings(VoteSettings, TrainSettings):
     votes: Source | None = Field(
         None,
         description="in place of training: folder that strength wrote for these pairs, to treat them "
-        "otherwise by the same votes",
+        "differently by the same votes",
     )
 
     @model_validator(mode="after")

@@ -45,7 +45,9 @@ class TrainSettings(HeadOptions):
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     batch_size: int = Field(8, ge=1, description="pairs per step; several processes share them")
     gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
-    learning_rate: float = Field(1e-5, gt=0, description="learning rate of all that has none of its own")
+    learning_rate: float = Field(
+        1e-5, gt=0, description="learning rate of everything that has no rate of its own"
+    )
     expert_learning_rate: float | None = Field(
         None,
         gt=0,
@@ -81,28 +83,33 @@ class TrainSettings(HeadOptions):
     )
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations (default: ten per run)")
     patience: int | None = Field(
-        3, ge=1, description="evaluations without progress before stopping; none: never"
+        3, ge=1, description="evaluations without improvement before stopping; none: never"
     )
     choose_by: Literal["loss", "accuracy"] = Field(
         "loss",
-        description="what chooses steps and trials on validation pairs; loss minds how sure the scores are, "
-        "accuracy only their order (and takes the first of equals)",
+        description="criterion on validation pairs for choosing steps and trials; loss depends on how "
+        "confident the scores are, accuracy only on their order (and takes the first of "
+        "equals)",
     )
     shared_dropout: float = Field(
-        0.0, ge=0, lt=1, description="chance that a pair is scored without the shared expert, in all layers"
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability that a pair is scored without the shared expert, in all layers",
     )
     router_temperature: float = Field(
         1.0, gt=0, description="divides the router's logits at the first step, then falls or rises to 1"
     )
     temperature_share: float = Field(
-        0.5, gt=0, le=1, description="share of steps after which the router's temperature is 1"
+        0.5, gt=0, le=1, description="share of steps until the router's temperature is 1"
     )
     top1_warmup: float = Field(
         0.0, ge=0, le=1, description="share of steps with one routed expert per token, at the start"
     )
     assign: Literal["router", "subset", "shards"] = Field(
         "router",
-        description="who picks a pair's routed expert at the start: its router, subset, or random shard",
+        description="what picks a pair's routed expert at the start: the router, its subset, or a random "
+        "shard",
     )
     assign_share: float = Field(0.5, gt=0, le=1, description="share of steps with experts by subset or shard")
     assign_order: list[str] = Field(
@@ -117,8 +124,8 @@ class TrainSettings(HeadOptions):
     )
     label_smoothing: float | Literal["column"] = Field(
         0.0,
-        description="bradley_terry: share of labels that are assumed wrong, below 0.5; column: each pair's "
-        "own, the data's column doubt",
+        description="bradley_terry: label smoothing, the share of labels assumed to be wrong, below 0.5; "
+        "column: each pair's own, from the data's column doubt",
     )
     margin: Literal["none", "column"] = Field(
         "none", description="bradley_terry: margin that chosen must win by: the data's margin column"
@@ -139,16 +146,18 @@ class TrainSettings(HeadOptions):
         description="language: -log pi per token of the chosen answer; sigmoid: GRM's, -log sigmoid of "
         "policy_temperature times their sum",
     )
-    contrast_temperature: float = Field(0.05, gt=0, description="contrast: divides cosines")
+    contrast_temperature: float = Field(0.05, gt=0, description="contrast: temperature that divides cosines")
     contrast_dropout: float = Field(
-        0.1, gt=0, lt=1, description="contrast: share of a state's numbers that each of its two views lacks"
+        0.1, gt=0, lt=1, description="contrast: dropout on a state in each of its two views"
     )
     lookahead: Source | None = Field(
         None,
         description="MetaRM: sets of three or more answers of the policy, whose gold is not used; gradients "
         "are taken where the model tells these answers further apart",
     )
-    lookahead_rate: float = Field(0.01, ge=0, description="lookahead: its step against the weights' norm")
+    lookahead_rate: float = Field(
+        0.01, ge=0, description="lookahead: size of its step relative to the norm of the weights"
+    )
     lookahead_sets: int = Field(4, ge=1, description="lookahead: sets per batch")
     fresh_head: bool = Field(
         False,
@@ -270,14 +279,14 @@ class Train(TrainSettings, TextFormat, Run):
     )
     shares: dict[str, float] = Field(
         default_factory=dict,
-        description="of more_pairs: the share of all training pairs that come from there, drawn at random, "
-        "again and again if they are few (default: each row of theirs once)",
+        description="of more_pairs: their share of all training pairs, drawn at random, repeatedly if "
+        "they are few (default: each of their rows once)",
     )
     validation: Source | None = Field(None, description="held-out pairs for early stopping and search")
     flops_of: SourceList = Field(
         default_factory=list,
-        description="train as long as takes as many FLOPs as these: outputs of train and strength, what they "
-        "took; another model, such as a MoE to be trained, what these options take with it",
+        description="train for as many FLOPs as these: outputs of train and strength, what they took; "
+        "another model, such as a MoE to be trained, what these options would take with it",
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 

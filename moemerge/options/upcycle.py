@@ -21,11 +21,12 @@ class UpcycleSettings(Options):
         description="xft: the shared expert weighs 1 - the largest router probability, the routed ones the "
         "rest; topk: renormalised, beside a shared expert of fixed weight; prompt: xft, one gate per prompt",
     )
-    gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="shared expert's weight under gate topk")
+    gate_shared_weight: float = Field(0.5, ge=0, lt=1, description="gate topk: weight of the shared expert")
     router: Literal["linear", "mlp"] = Field("linear", description="router network")
     router_init: Literal["normal", "zero"] = Field(
         "normal",
-        description="router's last layer at the start; zero always picks the first K experts at first",
+        description="initial values of the router's last layer; zero: the first K experts are picked at "
+        "first",
     )
     router_init_std: float = Field(0.02, gt=0, description="standard deviation of router_init: normal")
     expert_noise: float = Field(
@@ -61,9 +62,9 @@ class Upcycle(UpcycleSettings, Run):
     model: Source = Field(description="dense reward model, base LM or encoder: folder or hub name")
     experts: Sources = Field(
         default_factory=dict,
-        description="two models or more of the same architecture: the routed experts are their MLPs, one of "
-        "which a token takes unless num_experts_per_tok says otherwise; all else is the model's (default: "
-        "copies of the model's own MLPs)",
+        description="two models or more of the same architecture, whose MLPs become the routed experts; "
+        "a token takes one of them unless num_experts_per_tok says otherwise; everything "
+        "else comes from model (default: copies of the model's own MLPs)",
     )
     heads: Literal["shared", "by_expert"] = Field(
         "shared",

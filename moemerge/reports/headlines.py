@@ -62,7 +62,8 @@ def train(results: Results) -> str:
     pulls = [f"{name} {value:.2g}" for name, value in _ratios(results).items()]
     terms = f"; gradient against Bradley-Terry's: {', '.join(pulls)}" if pulls else ""
     if before is None or after is None:
-        return f"{results['steps']} steps, training loss {results['train_loss']:.4f}{terms}"
+        count = f"{results['steps']} step{'s' * (results['steps'] != 1)}"
+        return f"{count}, training loss {results['train_loss']:.4f}{terms}"
     loss, accuracy = (f"{before[k]:.4f} -> {after[k]:.4f}" for k in ("loss", "accuracy"))
     steps = f"best at step {results['best_step']} of {results['steps']}"
     trials = f", best of {len(results['trials'])} trials" if "trials" in results else ""
@@ -114,7 +115,7 @@ def attack(results: Results) -> str:
     """How many of the attacked pairs the search turned around, as a share with its interval."""
     low, high = results["interval"]
     share = f"{results['success_rate']:.1%} ({low:.1%} to {high:.1%})"
-    return f"{results['succeeded']} of {results['attacked']} pairs turned around: {share}"
+    return f"{results['succeeded']} of {results['attacked']} pairs overturned by the attack: {share}"
 
 
 def publish(results: Results) -> str:

@@ -88,7 +88,7 @@ def _verbosity() -> click.Option:
         default=None,
         expose_value=False,
         callback=_set_verbosity,
-        help="Tell more, or only warnings.",
+        help="More messages, or only warnings.",
     )
 
 
@@ -186,9 +186,10 @@ def check(recipe: Path, overrides: Sequence[str]) -> None:
     _say("ok")
     for line in _doubts(loaded):
         _say(line)
+    width = max(16, *(len(step.name) for step in steps))
     for step in steps:
         takes = "" if isinstance(foreseen, str) else foreseen.line(step.name)
-        _say(f"  {step.name:<16} {step.stage:<10} -> {step.options.output}" + f"  {takes}" * bool(takes))
+        _say(f"  {step.name:<{width}} {step.stage:<10} -> {step.options.output}" + f"  {takes}" * bool(takes))
     _tell_forecast(foreseen)
 
 

@@ -25,7 +25,7 @@ def combine(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
 
     Tries each model as it is, their average, the sum of their changes from `base`, a merge with fitted
     weights, and each of these trained on the pairs; every candidate is judged on pairs that it was not made
-    from, and a simpler one is taken unless a dearer one is better beyond chance. Writes a run's folder: the
+    from, and a simpler one is taken unless a costlier one is better beyond chance. Writes a run's folder: the
     winner, made from all pairs, as an ordinary checkpoint in OUTPUT/model, its card in OUTPUT/card, and
     OUTPUT/report.html. Steps that are done are not done again. Raises OptionError, ArtifactError if another
     run is at work there, and whatever the stages raise. Source: task arithmetic (arXiv 2212.04089), WARM

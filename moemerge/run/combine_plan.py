@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.origin import NoStart, common_start
@@ -249,5 +251,11 @@ def with_start(options: Combine) -> Combine:
         log.warning("combine: no base is given, and none is found: %s. Without one only averages are tried; "
                     "give base, what all were trained from", reason)  # fmt: skip
         return options
-    log.info("combine: all models were trained from %s, which is the base", start)
+    _tell_start(start)
     return options.model_copy(update={"base": str(start)})
+
+
+@cache
+def _tell_start(start: Path) -> None:
+    """Once in a process: check and run make their plan several times."""
+    log.info("combine: all models were trained from %s, which is the base", start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -26,30 +26,45 @@ class Names(NamedTuple):
         """All of them, with their ending."""
         module, attribute = self.home.split(":")
         known = getattr(importlib.import_module(module), attribute)
-        for name in (*self.also, *(known() if callable(known) else known)):
+        known = known() if callable(known) else known
+        for name in (*self.also, *(sorted(known) if isinstance(known, set) else known)):
             yield name + self.ending
 
 
+HEADS = Names("moemerge.models.heads:HEADS")
 # By command and option: what may be given there and is no fixed choice.
 NAMES = {
     ("init", "goal"): Names("moemerge.run.own_recipe:GOALS"),
     ("init", "template"): Names("moemerge.run.templates:templates"),
+    ("train", "head"): HEADS,
+    ("strength", "head"): HEADS,
     ("train", "objectives"): Names("moemerge.training.losses:LOSSES", ending="="),
     ("strength", "objectives"): Names("moemerge.training.losses:LOSSES", ending="="),
+    ("train", "search"): Names("moemerge.options.train:SEARCHABLE", ending="="),
+    ("strength", "search"): Names("moemerge.options.train:SEARCHABLE", ending="="),
     ("fit", "method"): Names("moemerge.fitting.methods:METHODS"),
     ("fit", "objectives"): Names("moemerge.fitting.objectives:OBJECTIVES", ending="="),
     ("fit", "optimizer"): Names("moemerge.fitting.optimisers:OPTIMISERS", ("auto",)),
+    ("merge", "method"): Names("moemerge.merging.mergekit.methods:method_names"),
     ("evaluate", "probes"): Names("moemerge.evaluation.probes:PROBES", ("biases",)),
     ("attack", "edits"): Names("moemerge.evaluation.attack_edits:ALL"),
     ("patch", "unseen"): Names("moemerge.evaluation.attack_edits:KEEP_CONTENT"),
 }
+# By option, of whatever command.
+LAYERS = ("all", "first:", "last:")
+WORDS = {"device": ("auto", "cpu", "cuda"), "layers": LAYERS, "train_layers": LAYERS}
 
 
 def names(command: str, option: str) -> Complete:
     """Offers the names that an option may be."""
+    return offer(lambda: NAMES[command, option]())
+
+
+def offer(known: Callable[[], Iterable[str]]) -> Complete:
+    """Offers what `known` gives, when it is asked for."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in NAMES[command, option]() if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in known() if name.startswith(incomplete)]
 
     return complete
 
@@ -59,10 +74,18 @@ def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[C
     return [CompletionItem(incomplete, type="file")]
 
 
-def completion(command: str, option: str, field: FieldInfo) -> Complete | None:
-    """What to offer for an option of a command; None for what click knows itself, and for free text."""
-    from moemerge.options.base import is_input
+def completion(command: str, option: str, field: FieldInfo, words: Sequence[str]) -> Complete | None:
+    """What to offer for an option of a command; None for what click knows itself, and for free text.
+
+    words: those that its type allows.
+    """
+    from moemerge.options.base import COLUMNS, is_input
 
     if (command, option) in NAMES:
         return names(command, option)
-    return files if option == "output" or is_input(field) else None
+    if option == "output" or is_input(field):
+        return files
+    if option == "fields":
+        words = [f"{name}=" for name in COLUMNS]
+    offered = words or WORDS.get(option)
+    return None if offered is None else offer(lambda: offered)

@@ -14,6 +14,7 @@ from moemerge.run.completion import completion
 from moemerge.stages import ROWS
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from pydantic.fields import FieldInfo
 
     from moemerge.options.base import Run
@@ -25,6 +26,8 @@ COMMANDS: Registry[type[Run]] = Registry(
 )
 # The flag that arguments before any flag belong to.
 LEADING = {"audit": "--models", "compare": "--runs", "evaluate": "--models", "combine": "--models"}
+
+OPEN = "moemerge.open"  # in a context's meta: the flag that the next word without dashes belongs to
 
 
 class StageCommand(click.Command):
@@ -43,14 +46,29 @@ class StageCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag that may be repeated takes several values at once, too."""
-        if self.name in LEADING and args and not args[0].startswith("-"):
-            args = [LEADING[self.name], *args]
-        repeatable = {name for param in self.get_params(ctx) if _repeats(param) for name in param.opts}
-        return super().parse_args(ctx, list(_spread(args, repeatable)))
+        leading = [LEADING[self.name]] if self.name in LEADING and not _begins_with_flag(args) else []
+        repeatable = {name: param for param in self.get_params(ctx) if _repeats(param) for name in param.opts}
+        ctx.meta[OPEN] = repeatable.get(_last_flag([*leading, *args]))
+        return super().parse_args(ctx, list(_spread([*leading, *args] if args else [], set(repeatable))))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click does, and where a flag takes several values its further ones."""
+        param: click.Parameter | None = ctx.meta.get(OPEN)
+        if param is None or incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return param.shell_complete(ctx, incomplete)
 
 
 def _repeats(param: click.Parameter) -> bool:
     return isinstance(param, Flag) and param.multiple
+
+
+def _begins_with_flag(args: Sequence[str]) -> bool:
+    return bool(args) and args[0].startswith("-")
+
+
+def _last_flag(args: Sequence[str]) -> str:
+    return next((arg for arg in reversed(args) if arg.startswith("--")), "")
 
 
 def _spread(args: Sequence[str], repeatable: set[str]) -> Iterator[str]:
@@ -83,7 +101,8 @@ def _flag(stage: str, name: str, field: FieldInfo) -> Flag:
 
     dashed = "--" + name.replace("_", "-")
     help = f"{field.description}{default_text(field)}"
-    kinds, offered = _kinds(field.annotation), completion(stage, name, field)
+    kinds = _kinds(field.annotation)
+    offered = completion(stage, name, field, _words(field.annotation))
     if kinds == [bool]:
         return Flag([f"{dashed}/--no-{dashed[2:]}", name], default=None, help=help)
     if dict in kinds:
@@ -111,6 +130,14 @@ def _kinds(annotation: Any) -> list[Any]:
     if arguments:
         return [kind for argument in arguments for kind in _kinds(argument)]
     return [] if annotation is type(None) else [annotation]
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words among the values that an option may have, or that each of its values may be."""
+    kinds = _kinds(annotation)
+    if kinds == [list]:
+        kinds = _kinds(get_args(annotation)[0]) if get_args(annotation) else []
+    return [kind for kind in kinds if isinstance(kind, str)]
 
 
 def _mapping_metavar(field: FieldInfo) -> str:

@@ -26,14 +26,16 @@ OPTIONS = (
     click.option(
         "--goal",
         metavar="GOAL",
-        help="What it is to do, see below.  [default: merge or combine]",
+        help="What the recipe is to do, see below.  [default: merge or combine]",
         shell_complete=names("init", "goal"),
     ),
-    click.option("--hours", type=float, help="Most hours of training the mixture.  [default: 2]"),
+    click.option(
+        "--hours", type=float, help="Longest time for training the mixture, in hours.  [default: 2]"
+    ),
     click.option(
         "--template",
         metavar="NAME",
-        help="Or a recipe to copy, see below.  [default: quickstart]",
+        help="Or copy this recipe, see below.  [default: quickstart]",
         shell_complete=names("init", "template"),
     ),
 )

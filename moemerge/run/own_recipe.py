@@ -33,6 +33,7 @@ STEP = 64  # max_length is a multiple of it
 OF_MEMORY = 0.8  # what training may take of the memory at hand
 HOURS = 2.0  # that training the mixture may take
 PAIRS_PER_STEP = 16
+FEWEST_STEPS = 16  # that a pass over a person's own few pairs should have
 FEW_PROMPTS = 300  # a tenth of which makes wide intervals
 EVALUATIONS = 4  # of a training, where there is no time for more
 FEWEST, MOST_HELD_OUT = 50, 300  # pairs of a set, where training takes too long for all
@@ -60,7 +61,7 @@ GOALS = {
     "merge": Goal(1, 1, "upcycle a model into a mixture of experts, train it, merge it back"),
     "combine": Goal(2, MANY, "make one model of several"),
     "audit": Goal(1, MANY, "measure how far reward models can be trusted, also under attack"),
-    "patch": Goal(1, 1, "attack a reward model, and mend what is found"),
+    "patch": Goal(1, 1, "attack a reward model, and train it against what is found"),
 }
 
 
@@ -196,8 +197,10 @@ def _fitting(
         if room > per_pair * min(batch, 4) and seconds < most_seconds:
             return best
     assert best is not None
-    most = int(lengths.pairs * most_seconds / seconds) if seconds > most_seconds else None
-    return best._replace(max_train=most and max(FEWEST, most - most % FEWEST))
+    if seconds <= most_seconds:
+        return best
+    most = max(FEWEST, int(lengths.pairs * most_seconds / seconds) // FEWEST * FEWEST)
+    return best._replace(max_train=most if most < lengths.pairs else None)
 
 
 def _mixtures(count: int) -> Iterator[tuple[str, int, int]]:
@@ -235,14 +238,26 @@ def _of_model(found: Found, path: Path) -> Iterator[tuple[str, str]]:
     yield "num_layers", str(size.layers)
     yield "base", "" if folder.claims_head else BASE.format(rate=_rate(found, HEAD_TRAVEL, HEAD_RATE))
     yield "learning_rate", _rate(found, TRAVEL, RATE)
+    yield "tuning_batch", str(_tuning_batch(found))
+    yield "tuning_rate", _rate_of(found, found.lengths.pairs / _tuning_batch(found), TRAVEL, RATE)
+
+
+def _tuning_batch(found: Found) -> int:
+    """Pairs per step of a training on all pairs, however few: so that there are steps enough."""
+    sizes = (size for size in (16, 8, 4, 2) if size * FEWEST_STEPS <= found.lengths.pairs)
+    return min(next(sizes, 1), found.fit.batch_size)
 
 
 def _rate(found: Found, travel: float, most: float) -> str:
+    """That of a recipe's trainings."""
+    return _rate_of(found, (found.fit.max_train or found.lengths.pairs) / PAIRS_PER_STEP, travel, most)
+
+
+def _rate_of(found: Found, steps: float, travel: float, most: float) -> str:
     """The usual learning rate; in short trainings more, or they would end where they began.
 
     A step of AdamW moves a weight by the learning rate at most: `travel` is how far all steps together may.
     """
-    steps = (found.fit.max_train or found.lengths.pairs) / PAIRS_PER_STEP
     return f"{max(1e-5 if found.is_decoder else 3e-5, min(most, travel / steps)):.1e}"
 
 
@@ -262,9 +277,8 @@ def _of_data(found: Found, path: Path) -> Iterator[tuple[str, str]]:
 def _of_test(test: str | None, path: Path, prompts: int) -> Iterator[tuple[str, str]]:
     """The lines of a recipe, and of a section, that name test pairs."""
     if test is None:
-        few = (
-            f" (some {max(1, round(0.1 * prompts))} prompts, few: raise it)" if prompts < FEW_PROMPTS else ""
-        )
+        count = max(1, round(0.1 * prompts))
+        few = f" ({count} prompt{'s' * (count > 1)} or so: raise it)" if prompts < FEW_PROMPTS else ""
         yield (
             "tests",
             f"test_share: 0.1  # of the pairs, split off by prompt{few}; or files: tests: {{name: FILE}}",

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class StepPlan:
 class StepReport:
     """What became of a step: why it ran (None if it was skipped), how long it took, its manifest.
 
-    place: the how manyth it is of how many, such as 3/12.
+    place: the how manyth it is of how many, such as 3/12. width: letters of the longest name among them.
     """
 
     name: str
@@ -84,6 +84,7 @@ class StepReport:
     seconds: float
     manifest: Manifest = field(repr=False)
     place: str = "1/1"
+    width: int = 14
 
     @property
     def results(self) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def run_steps(
     ordered = [*steps]
     for number, step in enumerate(ordered, before + 1):
         report = run_step(step, again, f"{number}/{before + len(ordered) + after}")
+        report = replace(report, width=max(report.width, *(len(each.name) for each in ordered)))
         if tell is not None:
             tell(report)
         elif log.isEnabledFor(logging.INFO):
@@ -164,7 +166,7 @@ def step_line(step: StepReport) -> str:
     """What became of a step, in one line."""
     what = "skipped" if step.reason is None else f"{step.seconds:.1f} s"
     width = 2 * len(step.place.split("/")[1]) + 3  # of the last one, such as [12/12]
-    return f"{f'[{step.place}]':>{width}} {step.name:<14} {what:>8}  {headline(step.manifest)}"
+    return f"{f'[{step.place}]':>{width}} {step.name:<{step.width}} {what:>8}  {headline(step.manifest)}"
 
 
 def keep_recipe(run: Recipe | Run) -> None:

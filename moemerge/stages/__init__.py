@@ -112,7 +112,7 @@ ROWS = (
         "moemerge.stages.merge:merge",
         "moemerge.options.merge:Merge",
         "Merge a MoE, or several models, into one dense reward model.",
-        "largest rounding error {largest_difference:.1e}".format_map,
+        "read-back check passed; largest rounding error {largest_difference:.1e}".format_map,
     ),
     Row(
         "export",
@@ -146,21 +146,21 @@ ROWS = (
         "few_shot",
         "moemerge.stages.few_shot:few_shot",
         "moemerge.options.few_shot:FewShot",
-        "Make a scorer of a language model and a few labelled pairs, beside a probe on the same pairs.",
+        "Make a scorer from a language model and a few preference pairs, and compare it with a linear probe.",
         "{sentence}".format_map,
     ),
     Row(
         "explain",
         "moemerge.stages.explain:explain",
         "moemerge.options.explain:Explain",
-        "Show what each token adds to a score, which phrases pay, how early pairs are decided.",
+        "Show what each token adds to a score, which phrases raise it, how early pairs are decided.",
         "{sentence}".format_map,
     ),
     Row(
         "choose",
         "moemerge.stages.choose:choose",
         "moemerge.options.choose:Choose",
-        "Take one of several models by evaluations: a simpler one, unless a dearer one is better.",
+        "Choose one of several models by their evaluations: a simpler one, unless a costlier one is better.",
         "{sentence}".format_map,
     ),
     Row(
@@ -174,7 +174,7 @@ ROWS = (
         "robustness",
         "moemerge.stages.robustness:robustness",
         "moemerge.options.robustness:Robustness",
-        "Compare attacks on several models: whose right verdicts hold.",
+        "Compare attacks on several models: robust accuracy, and what was overturned.",
         "{sentence}".format_map,
     ),
     Row(

@@ -69,7 +69,7 @@ def attack(options: Attack, draft: Draft) -> None:
 
     Of side chosen: for good answers that it scores below the rejected one. Only pairs that the model judges
     rightly are attacked and, with gold, whose rejected answer is the worse one. Writes attacks.jsonl.gz
-    (what came of each; pairs judged wrongly too, as right: false), patch.jsonl (the found pairs as training
+    (what came of each; pairs ranked wrongly too, as right: false), patch.jsonl (the found pairs as training
     data for `train`: prompt, chosen, rejected), report.json, report.html, report.md and attack.png. Of a
     decoder the page also shows what each word of the worst cases adds. What search decode has written is
     kept: a killed run, started again, goes on. Raises DataError if no pair can be attacked, OptionError for
@@ -219,7 +219,7 @@ def _write(
     line = Line(curve["queries"], curve["success"], curve["low"], curve["high"])
     title = f"{report['attacked']} pairs attacked"
     plotting.lines(
-        {"success": line}, draft.folder / "attack.png", title, "scores asked for, per pair", "success"
+        {"success": line}, draft.folder / "attack.png", title, "queries (scores) per pair", "success"
     )
     figures = [Figure.load(draft.folder / "attack.png")]
     sections = [Section("Attack", tables=tables(report, confidence), figures=figures)]

@@ -44,7 +44,7 @@ Scores = dict[str, dict[int, float]]  # by model: score differences by the pair'
 def choose(options: Choose, draft: Draft) -> None:
     """Write which candidate is taken: choice.json, report.html, report.md and accuracy.png.
 
-    The simplest candidate is taken, of several the best, unless a dearer one is better beyond chance and no
+    The simplest candidate is taken, of several the best, unless a costlier one is better beyond chance and no
     less accurate. Pairs that one of the models has no score of are left out for all. Raises ArtifactError for
     an evaluation that was not made on these pairs, OptionError for a candidate that none of them has,
     DataError if no pair is left.

@@ -29,7 +29,8 @@ from moemerge.models.portable import make_portable
 from moemerge.options.export import Export
 
 LINEAR = "linear.yml"
-COMMENT = """# Written by moemerge export; stock mergekit merges it: mergekit-yaml {file} OUTPUT
+COMMENT = """# Written by moemerge export. Stock mergekit merges it, started in this folder:
+#   mergekit-yaml linear.yml OUTPUT
 # What is merged is weighted block by block; all the rest comes from the first model.
 """
 
@@ -73,19 +74,21 @@ def _write_experts(options: Export, draft: Draft) -> None:
         home = options.output.absolute()
         config = linear_config(source, coefficients, home)
         text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=200)
-        head = COMMENT.format(file=options.output / LINEAR)
-        (draft.folder / LINEAR).write_text(head + text, encoding="utf-8")
+        (draft.folder / LINEAR).write_text(COMMENT + text, encoding="utf-8")
     names = [source.member_names[member] for member in to_write]
     draft.results |= {"models": names, "merged_tensors": len(source.tensors)}
 
 
 def linear_config(source: MergeSource, coefficients: Coefficients, folder: Path) -> dict[str, Any]:
-    """A mergekit configuration, method linear, of the members, `folder` being where export writes them.
+    """A mergekit configuration, method linear, of the members, `folder` being where export writes it.
 
     In merged tensors each model has its coefficient, by block; elsewhere the first model has 1, the others 0.
     """
     names = source.member_names
-    folders = [known or folder / name for known, name in zip(source.references(), names, strict=True)]
+    folders = [
+        _seen_from(folder, known or folder / name)
+        for known, name in zip(source.references(), names, strict=True)
+    ]
     filters = _filters(source, coefficients)
     models = []
     for member, member_folder in enumerate(folders):
@@ -135,9 +138,20 @@ def _check_filters(filters: dict[str, int], rows: dict[str, int], names: list[st
             )
 
 
-def _reference(folder: Path) -> str | dict[str, Any]:
+def _seen_from(folder: Path, model: Path) -> str:
+    """The path of a model for a mergekit that is started in `folder`.
+
+    That of a model in it or beside it is relative, so that they can be moved together.
+    """
+    model = model.absolute()
+    if not model.is_relative_to(folder.parent):
+        return str(model)
+    path = os.path.relpath(model, folder)
+    return path if path.startswith("..") else f"./{path}"  # a bare name could be one on the hub
+
+
+def _reference(path: str) -> str | dict[str, Any]:
     """A model in mergekit's syntax, in which @ and + within a plain path have a meaning."""
-    path = str(folder)
     return {"model": {"path": path}} if set("@+") & set(path) else path
 
 

@@ -211,7 +211,7 @@ class _Refresh:
         return encode_pairs(self.reader, pairs, self._options, report)
 
     def _judged(self) -> list[int]:
-        """Whether each held-out pair is judged rightly."""
+        """Whether each held-out pair is ranked correctly."""
         scores_H2 = self.loaded.score(texts_of(self._held), gold.BATCH_TOKENS).view(-1, 2)
         right: list[int] = (scores_H2[:, 0] > scores_H2[:, 1]).int().tolist()
         return right

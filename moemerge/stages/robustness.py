@@ -105,4 +105,4 @@ def _draw(numbers: Mapping[str, Any], folder: Path) -> None:
         }
         for title, measure in (("before the attack", "accuracy"), ("after it", "robust_accuracy"))
     }
-    plotting.dots(groups, folder / PICTURE, "share of pairs judged rightly", numbers["baseline"])
+    plotting.dots(groups, folder / PICTURE, "share of pairs ranked correctly", numbers["baseline"])

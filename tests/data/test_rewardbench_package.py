@@ -1,12 +1,13 @@
-"""RewardBench against its own package, on rows drawn at random; skipped where that is not installed.
+"""RewardBench against its own package, on rows drawn at random; skipped where that cannot be had.
 
-Of the package only two files are run, which need nothing else of it: as a whole it does not go with
-transformers 5.
+Of the package only three files are run, which need nothing else of it: as a whole it does not go with
+transformers 5. It is put into a folder of its own, without what it depends on.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,20 +15,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from small_moe import make_moe
 from small_reports import choice_scores
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 from moemerge.evaluation.probes.rewardbench import ROWS_1, SECTIONS, aggregate, results
 from moemerge.evaluation.probes.rewardbench_ties import ties_scores
+from moemerge.stages.fit import fit
+from moemerge.stages.merge import merge
 
-FOUND = importlib.util.find_spec("rewardbench")
-pytestmark = pytest.mark.skipif(FOUND is None, reason="pip install --no-deps rewardbench==0.1.4")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's files."""
+    folder = tmp_path_factory.mktemp("rewardbench")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+    done = subprocess.run([*pip, "--target", str(folder), "rewardbench==0.1.4"], capture_output=True)
+    if done.returncode:
+        pytest.skip("rewardbench cannot be installed here")
+    return folder / "rewardbench"
 
 
 @pytest.fixture
-def package(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+def package(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """Its files utils.py and constants.py, with what they import of models and templates left empty."""
-    assert FOUND is not None and FOUND.submodule_search_locations
-    home = Path(FOUND.submodule_search_locations[0])
     for name, holds in (
         ("fastchat", ()), ("fastchat.conversation", ("Conversation",)), ("rewardbench", ()),
         ("rewardbench.models", ("REWARD_MODEL_CONFIG",)),
@@ -36,14 +50,33 @@ def package(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
         for attribute in holds:
             setattr(empty, attribute, {})
         monkeypatch.setitem(sys.modules, name, empty)
-    loaded = {}
-    for name in ("constants", "utils"):
-        spec = importlib.util.spec_from_file_location(f"rewardbench.{name}", home / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        loaded[name] = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, loaded[name])
-        spec.loader.exec_module(loaded[name])
-    return loaded
+    return {name: module_in(home / f"{name}.py", monkeypatch) for name in ("constants", "utils")}
+
+
+def module_in(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"rewardbench.{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_its_pipeline_scores_a_merged_model_alike(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It pads on the left, and wants a GPU, which it does not get."""
+    moe = make_moe(tmp_path / "moe")
+    merged = merge(moe, fit(moe, method="uniform", output=tmp_path / "fit"), output=tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    texts = ["w1 w2 w3", "w5 w7", "w9 w4 w2 w33 w21 w8"]
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    monkeypatch.setattr(BatchEncoding, "to", lambda self, device: self)
+    tokenizer.padding_side = "left"
+    pipe = module_in(home / "models/pipeline.py", monkeypatch).RewardBenchPipeline("", model, tokenizer)
+    assert pipe(texts, truncation=False)[:, 0].tolist() == pytest.approx(alone, abs=1e-5)
 
 
 def test_sections_of_version_1(package: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,11 @@ def test_summary_agrees_with_scipy_and_clusters_prompts() -> None:
     same = [Pair("p", pair.chosen, pair.rejected, row=pair.row) for pair in PAIRS]
     told = summary(run(model, AttackSettings(), same)[0], 2.0, AttackSettings(), 0)
     assert told["prompts"] == 1 and told["interval_kind"] == "bootstrap over prompts"
+    none = [replace(one, goal=one.best.score + 1) for one in found]
+    twice = summary([*none, *none], 2.0, AttackSettings(), 0)
+    test = stats.binomtest(0, twice["prompts"]).proportion_ci(0.95, "wilson")
+    assert (twice["prompts"], twice["success_rate"]) == (30, 0.0)
+    assert twice["interval"] == pytest.approx((0, test.high))
 
 
 @pytest.mark.parametrize("name", list(ALL))

@@ -191,7 +191,7 @@ def test_when_pairs_are_decided_by_hand() -> None:
     decided = numbers["decided"]
     assert decided["share"][0] == 0.1 and decided["right"] == [0.5] * 3 + [0.25] * 2 + [0.5] * 2 + [0.75] * 3
     assert decided["stands"] == [0.5] * 5 + [0.75] * 2 + [1.0] * 3
-    assert "4 pairs, 75% judged rightly; half of the verdicts stand after 10%" in sentence(numbers)
+    assert "4 pairs, 75% ranked correctly; half of the verdicts stand after 10%" in sentence(numbers)
 
 
 def test_worst_pairs_are_read_first() -> None:

@@ -1,12 +1,14 @@
-"""The rule of combine: a simpler candidate is taken unless a dearer one is better beyond chance."""
+"""The rule of combine: a simpler candidate is taken unless a costlier one is better beyond chance."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy import stats
 
 from moemerge.fitting.choice import Judged, choose, choose_in_parts
+from moemerge.fitting.choice_report import Shown
+from moemerge.options.choose import Choose
 
 LEVEL = 0.05
 
@@ -27,13 +29,27 @@ def test_equal_members_are_not_left_for_a_merge_more_often_than_level() -> None:
     taken = [choose(judged(equal, 90, seed), LEVEL, seed).taken for seed in range(runs)]
     wrong = sum(number > 1 for number in taken)
     # 99.9 % of the runs of a rule whose error rate is the level have at most so many.
-    assert wrong <= binom.ppf(0.999, runs, LEVEL)
+    assert wrong <= stats.binom.ppf(0.999, runs, LEVEL)
 
 
 def test_a_merge_that_is_better_is_taken() -> None:
     better = {"a": (0, 0.3), "b": (0, 0.3), "sum": (1, 1.5), "tuned": (2, 1.5)}
     names = [better_name(seed, better) for seed in range(20)]
     assert names.count("sum") >= 18
+
+
+def test_numbers_that_cannot_differ_between_resamples_have_intervals_of_some_width() -> None:
+    """Leads of equal verdicts and shares of 0 and 1 know no more than their number of prompts."""
+    margins_CP = np.array([[1.0, 2, 3, 1, -1, 2], [2.0, 1, 1, 1, -2, 3], [1.0, 1, 1, 1, 1, 1]])
+    prompts_P, parts_P = np.array([0, 0, 1, 2, 3, 4]), np.zeros(6, dtype=np.int64)
+    all_of_them = Judged(["a", "b", "c"], np.array([0, 1, 2]), margins_CP, parts_P, prompts_P)
+    options = Choose(evaluations=["e"], pairs={"p": "p"}, ranks={"a": 0}, output="o", resamples=200)
+    shown = Shown(all_of_them, 3, choose(all_of_them, LEVEL, 0), [""] * 6, options).numbers()["models"]
+    lead = shown["b"]["lead"]
+    assert lead["value"] == 0 and (1 - lead["high"]) ** 5 == pytest.approx(0.025) and lead["low"] < 0
+    sure = stats.binomtest(5, 5).proportion_ci(0.95, "wilson")
+    assert (shown["c"]["accuracy"]["low"], shown["c"]["accuracy"]["high"]) == pytest.approx((sure.low, 1))
+    assert shown["a"]["accuracy"]["low"] < 5 / 6 < shown["a"]["accuracy"]["high"]
 
 
 def better_name(seed: int, candidates: dict[str, tuple[int, float]]) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from small_moe import random_pairs, rewrite, write_rows
+from small_moe import random_pairs, rewrite, stock_merge, write_rows
 from tiny_models import SIZES, TINY, VOCABULARY, tiny_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -230,10 +229,6 @@ def test_a_weight_per_layer_is_learned(tmp_path: Path) -> None:
 
 def test_the_language_model_as_a_reward_model_for_stock_mergekit(tmp_path: Path) -> None:
     """What mergekit refuses or breaks by itself: export writes both as reward models of one vocabulary."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import MergeOptions, run_merge
-
     rm, lm = reward_model(tmp_path / "rm", ["<rm>"]), language_model(tmp_path / "lm", ["<lm>"])
     coefficients = given(tmp_path / "c", 0.7)
     options: dict[str, Any] = {"models": [lm], "base": rm, "scope": "body", "coefficients": coefficients}
@@ -242,9 +237,7 @@ def test_the_language_model_as_a_reward_model_for_stock_mergekit(tmp_path: Path)
     for name in ("base", "model-0"):
         load_reward_model(str(folder / name), "cpu")
         assert torch.equal(Checkpoint(folder / name).tensor("score.weight"), weights(rm)["score.weight"])
-    LoaderCache.loaders.clear()
-    config = MergeConfiguration.model_validate(yaml.safe_load((folder / "linear.yml").read_text()))
-    run_merge(config, str(tmp_path / "stock"), MergeOptions(), config_source="")
+    stock_merge(folder / "linear.yml", tmp_path / "stock")
     merged = merge_models(
         [lm], tmp_path / "m", base=rm, scope="body", coefficients=coefficients, method="linear",
         parameters={"normalize": False},

@@ -90,6 +90,17 @@ def test_short_trainings_have_higher_rates_and_new_heads_the_highest(
     assert (tree["control"]["learning_rate"], tree["base"]["learning_rate"]) == rates
 
 
+def test_a_persons_few_pairs_are_trained_on_in_small_batches(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen steps a pass, where there are pairs enough for that."""
+    measure = own_recipe.measure
+    for pairs, batch in ((12, 1), (36, 2), (150, 8), (5000, 16)):
+        monkeypatch.setattr(own_recipe, "measure", lambda *given, n=pairs: replace(measure(*given), pairs=n))
+        tree, text = written(home, tmp_path / f"{pairs}.yml", ["rm"], goal="patch")
+        assert tree["patch"]["batch_size"] == batch and "has room for 16" in text
+
+
 def test_layers_experts_and_pairs_follow_memory_and_time(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +118,10 @@ def test_layers_experts_and_pairs_follow_memory_and_time(
     tree, text = written(home, tmp_path / "slow.yml", ["rm"])
     assert tree["data"]["max_train"] < ROWS and "2 hours of training" in text
     assert tree["data"]["max_validation"] == 50 and tree["train"]["eval_steps"] == 1
+    rows = (home / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(rows[:30]))
+    write_recipe(tmp_path / "few.yml", home / "rm", tmp_path / "few.jsonl")
+    assert "# max_train: 1000" in (tmp_path / "few.yml").read_text()
     fast = LayerCost(forward=0.01, training=0.03, kept=10.0)
     monkeypatch.setattr("moemerge.models.timing.time_layer", lambda *_: fast)
     whole, text = written(home, tmp_path / "whole.yml", ["rm"], hours=20)

@@ -683,7 +683,8 @@ def test_headlines_say_what_a_stage_came_to() -> None:
     assert told("train", **train) == expected
     assert told("train", before=None, after=None, steps=3, train_loss=0.5).startswith("3 steps")
     assert told("fit", verdict="Kept.") == "Kept."
-    assert told("merge", largest_difference=1.25e-7) == "largest rounding error 1.2e-07"
+    merged = told("merge", largest_difference=1.25e-7)
+    assert merged == "read-back check passed; largest rounding error 1.2e-07"
 
 
 def test_progress_bars_have_a_heading(

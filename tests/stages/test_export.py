@@ -78,14 +78,15 @@ def test_exported_experts_merge_in_stock_mergekit(family: str, tmp_path: Path) -
 
 
 def test_mergekit_yaml_without_moemerge_gives_the_same_model(tmp_path: Path) -> None:
-    """The command itself, in a process that cannot import moemerge, in bfloat16."""
+    """The command itself, in a process that cannot import moemerge, in bfloat16; the folder was moved."""
     moe, given = make_moe(tmp_path / "moe", dtype=torch.bfloat16), fitted(tmp_path / "fit")
     folder = export(model=str(moe), coefficients=given, output=tmp_path / "experts")
     code = "import sys; sys.modules['moemerge'] = None; from mergekit.scripts.run_yaml import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder / "linear.yml"), str(tmp_path / "stock")],
+        [sys.executable, "-c", code, "linear.yml", str(tmp_path / "stock")],
         capture_output=True,
         text=True,
+        cwd=folder.rename(tmp_path / "elsewhere"),
     )
     assert done.returncode == 0, done.stderr
     ours = merge(model=str(moe), coefficients=given, output=tmp_path / "ours")

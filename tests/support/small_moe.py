@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -117,17 +118,25 @@ def widen_norms(model: nn.Module) -> None:
 
 
 def stock_merge(config: Path, output: Path) -> Path:
-    """mergekit's own merge of a YAML file, in this process."""
+    """mergekit's own merge of a YAML file, in this process, started in the file's folder."""
+    from mergekit.architecture.auto import infer_architecture_info
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import MergeOptions, run_merge
 
+    # mergekit keeps what it knows of models by path, and a relative path is another model elsewhere.
     LoaderCache.loaders.clear()
+    infer_architecture_info.cache_clear()
     text = config.read_text()
-    run_merge(
-        MergeConfiguration.model_validate(yaml.safe_load(text)),
-        str(output),
-        MergeOptions(),
-        config_source=text,
-    )
+    before = Path.cwd()
+    os.chdir(config.parent)
+    try:
+        run_merge(
+            MergeConfiguration.model_validate(yaml.safe_load(text)),
+            str(output),
+            MergeOptions(),
+            config_source=text,
+        )
+    finally:
+        os.chdir(before)
     return output

@@ -239,7 +239,9 @@ def _table(name: str, measured: CalibrationSet, result: Calibration) -> Table:
     )
     note += "nothing. "
     note += f"ECE: {result['bins']} bins of confidence; by chance: its mean if the model were calibrated. "
-    note += "Slope: 1 is calibrated, below 1 too sure, above 1 not sure enough, none: no finite one is best."
+    note += (
+        "Slope: 1 is calibrated, below 1 overconfident, above 1 underconfident, none: no finite one is best."
+    )
     if measured["small_subsets"] and not measured["subsets"]:
         note += f" Not by subset: each has fewer than {MIN_PAIRS} pairs."
     return Table(f"Calibration on {name}", header, rows, note)

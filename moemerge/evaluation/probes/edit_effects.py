@@ -53,7 +53,7 @@ def measure(
     """Per set, edit and model: `shift`, what the edit adds to a score, and `flipped`, with intervals.
 
     A shift is a mean over pairs, in standard deviations of the model's scores over all answers of the set.
-    Flipped, for an attack: share of the pairs judged rightly before in which the edited rejected answer
+    Flipped, for an attack: share of the pairs ranked correctly before in which the edited rejected answer
     scores above the chosen one; for damage: share of all pairs in which the damaged answer scores above the
     whole one; None without such pairs. Intervals are from a bootstrap over prompts, paired in differences to
     the baseline; Wilson's for `flipped` where no prompt repeats or all pairs agree. `worst` is the pair in
@@ -170,7 +170,7 @@ def _difference(
 
 
 def _worst(pairs: PairScores, edit: EditScores, model: str, right_E: NDArray[np.bool_]) -> WorstCase:
-    """The pair, of those judged rightly if there are any, whose edited answer leads by most."""
+    """The pair, of those ranked correctly if there are any, whose edited answer leads by most."""
     chosen_E = pairs.scores[model][[item.number for item in edit.items], 0]
     lead_E = (edit.scores[model] - chosen_E) / _spread(pairs, model)
     worst = int(np.where(right_E | ~right_E.any(), lead_E, -np.inf).argmax())
@@ -224,7 +224,7 @@ def _effects(probe: str, name: str, measured: EditedSet, result: Edited) -> Tabl
             pairs = str(effect["pairs"])
             rows.append([edit, model, shift, shift_versus, flipped, flipped_versus, pairs])
     header = ["edit", "model", "shift (SD)", "minus baseline", "flipped", "minus baseline", "pairs"]
-    side, verdict = result["side"], "of pairs judged rightly before, share in which the edited answer wins"
+    side, verdict = result["side"], "of pairs ranked correctly before, share in which the edited answer wins"
     if side == "chosen":
         verdict = "share of pairs in which the edited answer scores above the chosen one itself; "
         verdict += "half, with a shift of 0, where a model does not see the difference"

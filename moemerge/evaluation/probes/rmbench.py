@@ -33,6 +33,7 @@ from moemerge.reports.statistics import (
     Floats,
     bootstrap_means,
     cluster_sums,
+    no_difference,
     percentile_interval,
     resampled_p,
     sampling_units,
@@ -145,13 +146,14 @@ def _correlation(scores_C: Floats, lengths_C: Sequence[int] | np.ndarray) -> flo
 
 
 def _versus(names: tuple[str, str], gain_V: Floats, units: int, confidence: float) -> ScoreComparison:
-    low, high = percentile_interval(gain_V[1:, None], confidence)
+    (low,), (high,) = percentile_interval(gain_V[1:, None], confidence)
     difference = float(gain_V[0])
+    same = not gain_V.any()
     return {
         "first": names[0],
         "second": names[1],
         "difference": difference,
-        "interval": (float(low[0]), float(high[0])),
+        "interval": no_difference(units, confidence) if same else (float(low), float(high)),
         "p": resampled_p(difference, gain_V[1:], units),
     }
 

@@ -23,7 +23,7 @@ from moemerge.options.fit import FitSettings
 WORDS = {
     "calibrated": "loss after the best factor on scores",
     "preferences": "loss",
-    "accuracy": "share of pairs judged wrongly",
+    "accuracy": "share of pairs ranked wrongly",
     "objective": "value of what is fitted",
 }
 

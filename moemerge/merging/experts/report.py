@@ -28,7 +28,7 @@ PAIR_NOTE = (
     "from, which is the shared expert, or the experts' mean. Both are means over layers."
 )
 JUDGEMENT_NOTE = (
-    " verdicts: share of pairs judged differently. barrier: largest excess of the Bradley-Terry loss on the "
+    " verdicts: share of pairs ranked differently. barrier: largest excess of the Bradley-Terry loss on the "
     "straight line between the two over the mixture of its ends, in nats. The standard deviation of scores "
     "over experts, mean over texts, is {ratio:.4f} of that of the mean score over texts."
 )

@@ -125,13 +125,22 @@ class HostMethod:
         )
 
 
+def method_names() -> list[str]:
+    """Our own method, and those of the mergekit that is installed, sorted."""
+    return sorted([OURS, *_methods()])
+
+
+def _methods() -> dict[str, MergeMethod]:
+    return {m.spec.name: m for m in registry.registered_methods() if not m.spec.name.startswith(OURS)}
+
+
 def _method(name: str) -> MergeMethod:
-    known = {m.spec.name: m for m in registry.registered_methods() if not m.spec.name.startswith(OURS)}
+    known = _methods()
     if name in known:
         return known[name]
     raise OptionError(
         "unknown merge method",
         given=name,
-        expected=f"one of: {', '.join(sorted([OURS, *known]))}",
+        expected=f"one of: {', '.join(method_names())}",
         fix=suggest(name, [OURS, *known]),
     )

@@ -20,4 +20,6 @@ HEADS: Registry[type[Head]] = Registry(
         "mlp": "moemerge.models.heads.mlp:MlpHead",
         "nonnegative": "moemerge.models.heads.nonnegative:NonnegativeHead",
     },
+    group="heads",
+    needs=("stock", "outputs", "score", "draw"),
 )

@@ -40,7 +40,8 @@ class SavedHead:
             wrong = "unknown" if name in given else "missing"
             raise _unreadable(f"{wrong} key {name!r}", suggest(name, known))
         sound = (
-            given["kind"] in set(HEADS) - {LINEAR}
+            type(given["kind"]) is str
+            and given["kind"] in set(HEADS) - {LINEAR}
             and type(given["width"]) is int
             and given["width"] >= 1
             and type(given["dropout"]) in (int, float)
@@ -70,10 +71,15 @@ def head_field(config: Any) -> dict[str, Any] | None:
 def head_result(folder: Path) -> dict[str, Any]:
     """What the manifest of a stage says of the head in the model that it wrote; nothing of a stock one.
 
-    `needs`: the package without which the model cannot be loaded.
+    `needs`: the packages without which the model cannot be loaded.
     """
     head = head_field(read_object(folder / "config.json"))
-    return {} if head is None else {"head": head, "needs": "moemerge"}
+    return {} if head is None else {"head": head, "needs": ", ".join(packages_of(str(head.get("kind"))))}
+
+
+def packages_of(kind: str) -> list[str]:
+    """The packages without which a model under a head of this kind cannot be loaded."""
+    return list(filter(None, dict.fromkeys(("moemerge", HEADS.package(kind)))))
 
 
 def told_head(config: Any) -> str:
@@ -88,5 +94,5 @@ def _unreadable(given: str, fix: str) -> CheckpointError:
         f"the field {FIELD} of a config cannot be read",
         given=given,
         expected=f"the keys {known}, with a kind among {', '.join(set(HEADS) - {LINEAR})}",
-        fix=f"{fix}; or use the moemerge version that wrote it",
+        fix=f"{fix}; or use the moemerge version, and the packages, that wrote it (manifest.json names them)",
     )

@@ -15,8 +15,7 @@ from moemerge.data.tokenise import Encoded
 from moemerge.errors import UnsupportedError
 from moemerge.models.folder import ModelFolder
 from moemerge.options.placement import WHOLE, Placement
-from moemerge.options.scorers import KIND, ROWS
-from moemerge.registry import Registry
+from moemerge.options.scorers import SCORERS
 
 
 class Loaded(Protocol):
@@ -40,9 +39,6 @@ class Scorer(Protocol):
 
     def load(self, device: torch.device, placement: Placement = WHOLE) -> Loaded:
         """The scorer with its weights."""
-
-
-SCORERS: Registry[Any] = Registry(KIND, {kind: row.opener for kind, row in ROWS.items()})
 
 
 def open_scorer(source: str | Path, trust_remote_code: bool = False) -> Scorer:
