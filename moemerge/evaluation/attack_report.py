@@ -16,7 +16,13 @@ from moemerge.evaluation.attack_search import Search
 from moemerge.evaluation.probes.edit_effects import excerpt
 from moemerge.evaluation.probes.edits import last_message
 from moemerge.options.attack import AttackSettings
-from moemerge.reports.statistics import bootstrap_means, cluster_sums, percentile_interval, wilson
+from moemerge.reports.statistics import (
+    bootstrap_means,
+    cluster_sums,
+    percentile_interval,
+    sampling_units,
+    wilson,
+)
 from moemerge.reports.table import Table, percent
 
 SHOWN = 10
@@ -30,27 +36,27 @@ SUCCESS_WRITTEN = {
 
 
 def summary(attempts: Sequence[Search], spread: float, settings: AttackSettings, seed: int) -> dict[str, Any]:
-    """Success rate with interval (Wilson's, or a bootstrap over prompts where prompts repeat), and its cost.
+    """Success rate with interval (Wilson's, or a bootstrap over prompts where some repeat), and its cost.
 
     `by_queries`: share of pairs on which so many scores at most were enough. `edits`: in how many of the
     successes each took part. `worst`: the largest leads over the chosen answer, divided by `spread`.
     """
     hits = [attempt for attempt in attempts if attempt.succeeded]
     clusters_P = np.unique([prompt_key(attempt.pair) for attempt in attempts], return_inverse=True)[1]
-    curve = _success_by_queries(attempts, clusters_P, settings, seed)
-    num_prompts = len(np.unique(clusters_P))
-    repeated = num_prompts < len(attempts)
-    rate = len(hits) / len(attempts)
-    bootstrapped = repeated and 0 < rate < 1  # else resamples cannot differ: prompts count once
+    units_P = sampling_units(clusters_P)
+    curve = _success_by_queries(attempts, units_P, settings, seed)
+    num_units, rate = len(np.unique(units_P)), len(hits) / len(attempts)
+    # Where all are alike resamples cannot differ: prompts count once.
+    bootstrapped = num_units < len(attempts) and 0 < rate < 1
     # At the last point of the curve every query has been asked: its interval is that of the success rate.
     interval = (curve["low"][-1], curve["high"][-1]) if bootstrapped else None
     used = Counter(name for attempt in hits for name in sorted(set(attempt.best.edits)))
     return {
         "attacked": len(attempts),
-        "prompts": num_prompts,
+        "prompts": len(np.unique(clusters_P)),
         "succeeded": len(hits),
         "success_rate": rate,
-        "interval": interval or wilson(rate * num_prompts, num_prompts, settings.confidence),
+        "interval": interval or wilson(rate * num_units, num_units, settings.confidence),
         "interval_kind": "bootstrap over prompts" if bootstrapped else "wilson",
         "queries": _queries(attempts, hits),
         "by_queries": curve,
@@ -66,7 +72,7 @@ def leading(attempts: Sequence[Search]) -> list[Search]:
 
 
 def _success_by_queries(
-    attempts: Sequence[Search], clusters_P: Any, settings: AttackSettings, seed: int
+    attempts: Sequence[Search], units_P: Any, settings: AttackSettings, seed: int
 ) -> dict[str, list[Any]]:
     """The share of pairs that were overrated within G numbers of scores, with a bootstrap over prompts."""
     most = max(1, *(attempt.queries for attempt in attempts))
@@ -74,7 +80,7 @@ def _success_by_queries(
     success_PG = np.array(
         [[attempt.succeeded and attempt.queries <= limit for limit in grid_G] for attempt in attempts]
     )
-    sums = cluster_sums(success_PG.astype(np.float64), clusters_P)
+    sums = cluster_sums(success_PG.astype(np.float64), units_P)
     draws_RG = bootstrap_means(sums, settings.resamples, seed)
     low_G, high_G = percentile_interval(draws_RG, settings.confidence)
     success_G = success_PG.mean(axis=0)

@@ -23,6 +23,7 @@ from moemerge.reports.statistics import (
     cluster_sums,
     no_difference,
     percentile_interval,
+    sampling_units,
     share_interval,
 )
 from moemerge.reports.table import Table, percent, with_interval
@@ -90,9 +91,9 @@ class _Measure:
         kept_P = np.ones_like(values_P) if of_P is None else of_P
         if not kept_P.any():
             return None
-        right_P, prompts_P = values_P[kept_P].astype(np.float64), self.prompts_P[kept_P]
-        draws_R = self._draws(right_P, prompts_P)[:, 0]
-        low, high = share_interval(right_P, draws_R, len(np.unique(prompts_P)), self.confidence)
+        right_P, units_P = values_P[kept_P].astype(np.float64), sampling_units(self.prompts_P[kept_P])
+        draws_R = self._draws(right_P, units_P)[:, 0]
+        low, high = share_interval(right_P, draws_R, len(np.unique(units_P)), self.confidence)
         return {"value": float(right_P.mean()), "low": low, "high": high, "pairs": len(right_P)}
 
     def difference(
@@ -106,16 +107,16 @@ class _Measure:
         if not kept_P.any():
             return None
         lead_P = values_P[kept_P].astype(np.float64) - others_P[kept_P]
-        draws_RX = self._draws(lead_P, self.prompts_P[kept_P])
+        units_P = sampling_units(self.prompts_P[kept_P])
+        draws_RX = self._draws(lead_P, units_P)
         (low,), (high,) = percentile_interval(draws_RX, self.confidence)
         if not lead_P.any():
-            low, high = no_difference(len(np.unique(self.prompts_P[kept_P])), self.confidence)
+            low, high = no_difference(len(np.unique(units_P)), self.confidence)
         return {
             "value": float(lead_P.mean()), "low": float(low), "high": float(high), "pairs": len(lead_P),
         }  # fmt: skip
 
-    def _draws(self, values_P: Floats, prompts_P: Integers) -> Floats:
-        units_P = np.unique(prompts_P, return_inverse=True)[1]
+    def _draws(self, values_P: Floats, units_P: Integers) -> Floats:
         return bootstrap_means(cluster_sums(values_P[:, None], units_P), self.resamples, self.seed)
 
 

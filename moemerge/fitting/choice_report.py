@@ -108,7 +108,8 @@ class Shown:
         """Mean difference with its interval."""
         if lead_P.any():
             return self._mean(lead_P)
-        return _ends(0.0, no_difference(len(np.unique(self.judged.prompts_P)), self.options.confidence))
+        units = len(np.unique(sampling_units(self.judged.prompts_P)))
+        return _ends(0.0, no_difference(units, self.options.confidence))
 
     def _in_parts(self) -> dict[str, Any] | None:
         """The rule on each part by the others alone; None if there is one part only."""

@@ -34,7 +34,7 @@ OF_MEMORY = 0.8  # what training may take of the memory at hand
 HOURS = 2.0  # that training the mixture may take
 PAIRS_PER_STEP = 16
 FEWEST_STEPS = 16  # that a pass over a person's own few pairs should have
-FEW_PROMPTS = 300  # a tenth of which makes wide intervals
+FEW_PROMPTS = 30  # which make wide intervals
 EVALUATIONS = 4  # of a training, where there is no time for more
 FEWEST, MOST_HELD_OUT = 50, 300  # pairs of a set, where training takes too long for all
 TRAVEL, RATE = 1e-3, 1e-4  # of a model that is trained on: see _rate
@@ -277,17 +277,25 @@ def _of_data(found: Found, path: Path) -> Iterator[tuple[str, str]]:
 def _of_test(test: str | None, path: Path, prompts: int) -> Iterator[tuple[str, str]]:
     """The lines of a recipe, and of a section, that name test pairs."""
     if test is None:
-        count = max(1, round(0.1 * prompts))
-        few = f" ({count} prompt{'s' * (count > 1)} or so: raise it)" if prompts < FEW_PROMPTS else ""
+        tenth, third = (_few(share * prompts) for share in (0.1, 0.3))
         yield (
             "tests",
-            f"test_share: 0.1  # of the pairs, split off by prompt{few}; or files: tests: {{name: FILE}}",
+            f"test_share: 0.1  # of the pairs, split off by prompt{tenth}; or files: tests: {{name: FILE}}",
         )
-        yield "test", "test_share: 0.3  # of the pairs, to measure on; or a file of its own: test: FILE"
+        yield (
+            "test",
+            f"test_share: 0.3  # of the pairs, to measure on{third}; or a file of its own: test: FILE",
+        )
         return
     source = _source(test, path)
     yield "tests", f"tests:\n    test: {source}  # name: file, or hub name:split"
     yield "test", f"test: {source}  # other pairs, to measure on"
+
+
+def _few(prompts: float) -> str:
+    """A word on a share of so many prompts, if they are few."""
+    count = max(1, round(prompts))
+    return f" ({count} prompt{'s' * (count > 1)} or so: raise it)" if count < FEW_PROMPTS else ""
 
 
 def _of_machine(found: Found) -> Iterator[tuple[str, str]]:

@@ -173,7 +173,10 @@ def test_summary_agrees_with_scipy_and_clusters_prompts() -> None:
     )
     same = [Pair("p", pair.chosen, pair.rejected, row=pair.row) for pair in PAIRS]
     told = summary(run(model, AttackSettings(), same)[0], 2.0, AttackSettings(), 0)
-    assert told["prompts"] == 1 and told["interval_kind"] == "bootstrap over prompts"
+    test = stats.binomtest(told["succeeded"], 30).proportion_ci(0.95, "wilson")
+    assert told["prompts"] == 1 and told["interval"] == pytest.approx((test.low, test.high)), "pairs count"
+    told = summary([*found, *found], 2.0, AttackSettings(), 0)
+    assert told["prompts"] == 30 and told["interval_kind"] == "bootstrap over prompts"
     none = [replace(one, goal=one.best.score + 1) for one in found]
     twice = summary([*none, *none], 2.0, AttackSettings(), 0)
     test = stats.binomtest(0, twice["prompts"]).proportion_ci(0.95, "wilson")

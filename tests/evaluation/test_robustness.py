@@ -51,6 +51,9 @@ def test_each_is_compared_with_each() -> None:
     # b and c differ nowhere: what a share of `high` of prompts has, 5 prompts lack in 5 % of cases.
     same = numbers["models"]["b"]["minus"]["c"]["accuracy"]
     assert same["low"] == -same["high"] and (1 - same["high"]) ** 5 == pytest.approx(0.05)
+    of_one = Attacked(["a", "b"], right_MP[:2], right_MP[:2], 0 * PROMPTS).numbers("a", 400, 0.9, 1)
+    ends = of_one["models"]["b"]["minus"]["a"]["accuracy"]
+    assert ends["low"] < ends["value"] < ends["high"], "of one prompt pairs count"
     matrix = tables(numbers)[1]
     assert matrix.header == ["", "a", "b", "c"] and matrix.rows[1][3].startswith("+0.000")
 
