@@ -26,7 +26,7 @@ from moemerge.artifacts.manifest import (
 from moemerge.artifacts.paths import reads_like_path
 from moemerge.errors import ArtifactError
 from moemerge.evaluation.measures import main_measures
-from moemerge.evaluation.model_kinds import host_method, kind_of
+from moemerge.evaluation.model_kinds import host_method, kind_of, source_name, taken_input
 from moemerge.evaluation.page import numbers_to_see_first
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import Report, read_report
@@ -38,7 +38,6 @@ from moemerge.options.publish import Publish
 from moemerge.registry import Registry
 from moemerge.reports.table import Table, inert_markdown
 
-SHORT = 12
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "gate", "export")
@@ -82,7 +81,7 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
     manifest = expect_stage(home, *MODEL_STAGES)
     _require_one_model(folder, manifest)
     evaluation = find_evaluation(folder, options.evaluation) if options.evaluation else None
-    chain = ancestors(manifest)
+    chain = _of_taken(ancestors(manifest))
     title = options.repo or folder.resolve().name
     data = _card_data(title, options, chain, evaluation)
     said = {
@@ -102,9 +101,9 @@ def _card(options: Publish, option_classes: Registry[type[Run]]) -> ModelCard:
 
 def _origin(chain: list[Manifest]) -> str:
     """Models and data at the start of the chain, in a line."""
-    names = dict.fromkeys(_source_name(record) for record in _origins(chain))
+    names = dict.fromkeys(source_name(record) for record in _origins(chain))
     data = dict.fromkeys(
-        _source_name(record)
+        source_name(record)
         for manifest in chain
         for name, record in flat_inputs(manifest).items()
         if manifest["stage"] == "train" and name == "pairs"
@@ -180,6 +179,21 @@ def ancestors(manifest: Manifest) -> list[Manifest]:
     return [*manifest.get("chain", []), manifest]
 
 
+def _of_taken(chain: list[Manifest]) -> list[Manifest]:
+    """The chain without what was made for models that its last stage gave no weight."""
+    taken = taken_input(chain[-1])
+    if taken is None:
+        return chain
+    made = {_sorted_sums(manifest["files"]): place for place, manifest in enumerate(chain[:-1])}
+    queue, kept = [flat_inputs(chain[-1])[taken]], {len(chain) - 1}
+    while queue:
+        place = made.get(_sorted_sums(queue.pop().get("files", {})))
+        if place is not None and place not in kept:
+            kept.add(place)
+            queue.extend(flat_inputs(chain[place]).values())
+    return [chain[place] for place in sorted(kept)]
+
+
 def _digest(path: Path) -> str:
     known = read_manifest(path)["files"] if (path / MANIFEST).is_file() else None
     return str(fingerprint(path, known)["sha256"])
@@ -189,7 +203,8 @@ def _card_data(
     title: str, options: Publish, chain: list[Manifest], evaluation: Evaluation | None
 ) -> ModelCardData:
     base = options.base_model or _hub_base(chain)
-    merged = ["mergekit", "merge"] if chain[-1]["stage"] == "merge" else []
+    is_merge = chain[-1]["stage"] == "merge" and taken_input(chain[-1]) is None
+    merged = ["mergekit", "merge"] if is_merge else []
     is_mixture = ModelFolder(options.model).kind != "dense"
     mixture = ["mixture-of-experts"] if is_mixture else []
     licence: dict[str, Any] = (
@@ -269,17 +284,11 @@ def _fresh_heads(chain: list[Manifest]) -> list[str]:
 
 
 def _stage_row(manifest: Manifest, option_classes: Registry[type[Run]]) -> list[str]:
-    sources = [f"{name}: {_source_name(record)}" for name, record in flat_inputs(manifest).items()]
+    sources = [f"{name}: {source_name(record)}" for name, record in flat_inputs(manifest).items()]
     changed = _changed_settings(manifest, option_classes)
     settings = [f"{name}={_brief(value)}" for name, value in changed.items()]
     version = manifest["versions"].get("moemerge", "")
     return [manifest["stage"], "; ".join(sources), ", ".join(settings), version, manifest["started"][:10]]
-
-
-def _source_name(record: dict[str, Any]) -> str:
-    if "hub" in record:
-        return f"`{Path(record['hub']).name if Path(record['hub']).is_absolute() else record['hub']}`"
-    return f"`{Path(record.get('path', '')).name}` ({record['sha256'][:SHORT]})"
 
 
 def _changed_settings(manifest: Manifest, option_classes: Registry[type[Run]]) -> dict[str, Any]:
@@ -304,7 +313,7 @@ def _brief(value: Any) -> str:
 def _coefficients(manifest: Manifest) -> str:
     """The coefficients that a model was merged with, block by block; "" if by none."""
     table = manifest["results"].get("table") if host_method(manifest) is None else None
-    if not table:
+    if not table or taken_input(manifest) is not None:
         return ""
     member = "model" if manifest["options"].get("models") else "expert"
     header = ["block", "shared", *(f"{member} {i}" for i in range(len(table[0][2])))]

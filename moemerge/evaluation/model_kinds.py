@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moemerge.artifacts.json_file import read_object
-from moemerge.artifacts.manifest import Manifest
+from moemerge.artifacts.manifest import Manifest, flat_inputs
 from moemerge.models.heads.saved import SavedHead, head_field, packages_of
 from moemerge.options.merge import MergeSettings
 from moemerge.reports.table import inert_markdown
@@ -32,6 +33,8 @@ AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247)
 SUM = """sum of the changes from their common start, [task arithmetic](https://arxiv.org/abs/2212.04089)"""
 MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
 Its one output is the reward of prompt and answer together."""
+TAKEN = """A dense reward model: `{name}` as it is, which moemerge compared with others and copied. Its one
+output is the reward of prompt and answer together."""
 STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
 gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
 and answer together."""
@@ -45,6 +48,7 @@ and answer together."""
 
 
 NATIVE_FORM = "qwen2_moe"
+SHORT = 12  # digits of a checksum
 OWN_HEAD = """Its reward head is not the linear one of stock transformers, but of kind `{kind}`
 ({width} factors): loading it needs `pip install {packages}`. Scores are its means: nothing is drawn."""
 
@@ -73,6 +77,8 @@ def _kind_of(manifest: Manifest, folder: Path) -> str:
         assembled = manifest["options"].get("experts")
         upcycled = ASSEMBLED if assembled else UPCYCLED
         return {"upcycle": upcycled, "gate": ROUTED}.get(manifest["stage"], TRAINED)
+    if (taken := taken_input(manifest)) is not None:
+        return TAKEN.format(name=source_name(flat_inputs(manifest)[taken]))
     host = host_method(manifest)
     ours = SUM if manifest["results"].get("coordinates") == "sum" else AVERAGE
     way = ours if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
@@ -82,6 +88,24 @@ def _kind_of(manifest: Manifest, folder: Path) -> str:
     if caveats:
         return NATIVE.format(way=way, caveats=caveats)
     return AVERAGED.format(way=way, count=count) if count else MERGED.format(way=way)
+
+
+def taken_input(manifest: Manifest) -> str | None:
+    """The input to which a merge gave all the weight, so that it is taken as it is; None if there is none."""
+    options, has_weight = manifest["options"], [w > 0 for w in manifest["options"].get("weights") or []]
+    models = [f"models.{number}" for number in range(len(options.get("models") or []))]
+    names = ["base", *models] if options.get("base") else models
+    ours = manifest["stage"] == "merge" and host_method(manifest) is None
+    if not ours or manifest["results"].get("coordinates") == "sum":
+        return None
+    return names[has_weight.index(True)] if sum(has_weight) == 1 and len(has_weight) == len(names) else None
+
+
+def source_name(record: dict[str, Any]) -> str:
+    """The short name of an input in a card: on the hub, or its folder or file with a few digits of its sum."""
+    if "hub" in record:
+        return f"`{Path(record['hub']).name if Path(record['hub']).is_absolute() else record['hub']}`"
+    return f"`{Path(record.get('path', '')).name}` ({record['sha256'][:SHORT]})"
 
 
 def _linear(manifest: Manifest) -> str:

@@ -18,7 +18,6 @@ from moemerge.options.choose import Choose
 from moemerge.reports import plotting
 from moemerge.reports.statistics import (
     Floats,
-    Interval,
     bootstrap_means,
     cluster_sums,
     no_difference,
@@ -26,7 +25,7 @@ from moemerge.reports.statistics import (
     sampling_units,
     wilson,
 )
-from moemerge.reports.table import Table, percent, with_interval
+from moemerge.reports.table import Interval, Table, percent, with_interval
 
 PICTURE = "accuracy.png"
 

@@ -17,7 +17,7 @@ from small_training import write
 from tiny_models import SIZES, TINY, save_dense, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from moemerge import check_recipe, combine, load_moe, merge, run_recipe
+from moemerge import check_recipe, combine, load_moe, merge, merge_models, publish, run_recipe
 from moemerge.artifacts.manifest import own_digest, read_manifest
 from moemerge.artifacts.origin import NoStart, common_start
 from moemerge.errors import CheckpointError, DataError, OptionError, UnsupportedError
@@ -151,6 +151,17 @@ def test_equal_members_are_taken_as_they_are(world: Path) -> None:
     )
     for name, weight in start.state_dict().items():
         assert torch.equal(taken.state_dict()[name], weight)
+    card = (output / "card/README.md").read_text()
+    assert "as it is, which moemerge compared" in card and "- merge" not in card and "per block" not in card
+
+
+def test_the_card_of_a_model_taken_as_it_is_tells_of_this_model_alone(world: Path, tmp_path: Path) -> None:
+    taken = merge_models([world / "a", world / "b"], tmp_path / "b-alone", weights=[0.0, 1.0])
+    card = (publish(taken, output=tmp_path / "card") / "README.md").read_text()
+    assert "`b` (" in card and "trained on `b.jsonl`" in card and "a.jsonl" not in card
+    mixed = merge_models([world / "a", world / "b"], tmp_path / "mixed", weights=[1.0, 1.0])
+    card = (publish(mixed, output=tmp_path / "card-mixed") / "README.md").read_text()
+    assert "2 models of one architecture merged" in card and "a.jsonl" in card and "b.jsonl" in card
 
 
 def test_a_mixture_is_tried_where_it_is_asked_for(world: Path) -> None:
