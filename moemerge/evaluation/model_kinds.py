@@ -102,7 +102,7 @@ def taken_input(manifest: Manifest) -> str | None:
 
 
 def source_name(record: dict[str, Any]) -> str:
-    """The short name of an input in a card: on the hub, or its folder or file with a few digits of its sum."""
+    """The short name of an input in a card: that on the hub, or its last part and some digits of its sum."""
     if "hub" in record:
         return f"`{Path(record['hub']).name if Path(record['hub']).is_absolute() else record['hub']}`"
     return f"`{Path(record.get('path', '')).name}` ({record['sha256'][:SHORT]})"
