@@ -92,12 +92,12 @@ def _kind_of(manifest: Manifest, folder: Path) -> str:
 
 def taken_input(manifest: Manifest) -> str | None:
     """The input to which a merge gave all the weight, so that it is taken as it is; None if there is none."""
-    options, has_weight = manifest["options"], [w > 0 for w in manifest["options"].get("weights") or []]
+    options, results = manifest["options"], manifest["results"]
+    if manifest["stage"] != "merge" or host_method(manifest) or results.get("coordinates") == "sum":
+        return None
+    has_weight = [weight > 0 for weight in options.get("weights") or []]
     models = [f"models.{number}" for number in range(len(options.get("models") or []))]
     names = ["base", *models] if options.get("base") else models
-    ours = manifest["stage"] == "merge" and host_method(manifest) is None
-    if not ours or manifest["results"].get("coordinates") == "sum":
-        return None
     return names[has_weight.index(True)] if sum(has_weight) == 1 and len(has_weight) == len(names) else None
 
 
