@@ -76,7 +76,7 @@ def test_its_pipeline_scores_a_merged_model_alike(
     monkeypatch.setattr(BatchEncoding, "to", lambda self, device: self)
     tokenizer.padding_side = "left"
     pipe = module_in(home / "models/pipeline.py", monkeypatch).RewardBenchPipeline("", model, tokenizer)
-    assert pipe(texts, truncation=False)[:, 0].tolist() == pytest.approx(alone, abs=1e-5)
+    assert pipe(texts, truncation=False)[:, 0].tolist() == pytest.approx(alone, abs=1e-4)
 
 
 def test_sections_of_version_1(package: dict[str, Any]) -> None:
