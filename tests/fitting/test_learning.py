@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from small_moe import (
     ALPHA,
     SHARED,
@@ -295,6 +297,36 @@ def test_noise_leaves_the_initial_coefficients(tmp_path: Path) -> None:
     assert sum(moved) <= 5, "5 % of 40, and three standard deviations"
     best = [fitted(labelled(seed, None, 256, 77), level=1.0).report["best_point"] > 0 for seed in range(40)]
     assert sum(best) >= 10, "without the test many would move: the best of many points often looks better"
+
+
+@pytest.mark.parametrize("judge", ["calibrated", "preferences", "accuracy"])
+def test_the_verdict_tells_the_loss_that_decides_and_how_that_one_changed(judge: str) -> None:
+    """Each by itself: calibrated by scipy; an interval of the loss as it is would tell of another thing."""
+    hot_LN = torch.full((4, 9), 1 / 9, dtype=torch.float64)
+    hot_LN[:, 0] = 2.0
+    data = labelled(3, hot_LN, 256, 77)
+    found = fitted(data, judge=judge, level=1.0)
+    told, plain = found.report["held_out"]["judged"], found.report["held_out"]["change"]["loss"]
+    held = data.out
+    starts_LN = torch.full((4, 9), 1 / 9, dtype=torch.float64)
+    values = [judged_by_hand(data.margins(at, held), judge) for at in (starts_LN, found.alpha_LN)]
+    assert [told["before"], told["after"]] == pytest.approx(values, abs=1e-6)
+    assert told["change"] == pytest.approx(values[1] - values[0], abs=1e-6)
+    assert told["low"] < told["change"] < told["high"]
+    assert (abs(told["change"] - plain["change"]) < 1e-9) == (judge == "preferences")
+    said = f"from {values[0]:.4f} to {values[1]:.4f} (change {told['change']:+.4f}, 95 % interval"
+    assert said in found.report["verdict"]
+
+
+def judged_by_hand(margins_P: Tensor, judge: str) -> float:
+    margins = margins_P.numpy()
+    if judge == "accuracy":
+        return float((margins <= 0).mean())
+
+    def loss(slope: float) -> float:
+        return float(np.logaddexp(0, -slope * margins).mean())
+
+    return loss(1.0) if judge == "preferences" else float(minimize_scalar(loss, bounds=(0, 100)).fun)
 
 
 def test_overfitting_36_parameters_to_256_pairs_is_caught() -> None:

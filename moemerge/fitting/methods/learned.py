@@ -13,10 +13,16 @@ from torch import Tensor
 from moemerge.data.pairs import numbered
 from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.problem import FitOutcome, FitProblem, Objective, mean_of, movement
-from moemerge.fitting.significance import chance, gain, measures, paired
+from moemerge.fitting.significance import chance, gain, mean_change, measures, paired
 from moemerge.fitting.trajectory import BACK, Point, Trajectory
 from moemerge.merging.blocks import layer_of
 
+JUDGED = {
+    "calibrated": "The calibrated held-out loss",
+    "preferences": "The held-out loss",
+    "accuracy": "The share of wrong held-out pairs",
+    "objective": "What is fitted, on held-out pairs,",
+}
 KEPT = "Nothing that was tried beat the initial coefficients on the held-out pairs"
 
 
@@ -96,6 +102,12 @@ class _Selection:
         """Held-out losses that decide, of all trajectories at point `number`."""
         return torch.cat([point.judged_P for point in self.points(number)])
 
+    def change(self, seed: int) -> dict[str, float]:
+        """From the start to the best point, taken or not: the mean loss that decides, and how it changed."""
+        before_P, after_P = self.judged(0), self.judged(self.best)
+        ends = {"before": float(before_P.mean()), "after": float(after_P.mean())}
+        return ends | mean_change(after_P - before_P, self.prompts, seed)
+
 
 def _report(
     problem: FitProblem, objective: Objective, first: FitOutcome, last: FitOutcome, selection: _Selection
@@ -106,9 +118,10 @@ def _report(
     train_P = [objective.measure(at.alpha_LN, at.shared_L, "train").margins_P for at in (first, last)]
     trajectories = selection.trajectories
     change = paired(before_P, after_P, selection.prompts, problem.seed)
+    by_judge = selection.change(problem.seed)
     on_train = paired(train_P[0], train_P[1], objective.prompts("train"), problem.seed)
     return {
-        "verdict": _verdict(selection, change),
+        "verdict": _verdict(selection, by_judge),
         "kept_initial": not selection.moved,
         "pairs": {"train": objective.num_train, "held_out": len(before_P)},
         "train": {"before": measures(train_P[0]), "after": measures(train_P[1]), "change": on_train},
@@ -117,6 +130,7 @@ def _report(
             "after": measures(after_P),
             "gain": gain(before_P, after_P),
             "change": change,
+            "judged": by_judge,
             "p": selection.p,
         },
         "optimizer": trajectories[0].optimizer,
@@ -153,20 +167,17 @@ def _layer_name(block: str) -> str:
     return block if number is None else f"layers.{number}"
 
 
-def _verdict(selection: _Selection, change: dict[str, Any]) -> str:
-    """What came of the fit, in a sentence."""
+def _verdict(selection: _Selection, change: dict[str, float]) -> str:
+    """What came of the fit, in a sentence; `change` is that of the loss that decides, as p is."""
     if not selection.best:
         return f"{KEPT}: they are kept."
-    before, after = (float(selection.judged(number).mean()) for number in (0, selection.best))
-    loss = f"from {before:.4f} to {after:.4f}"
+    loss = f"from {change['before']:.4f} to {change['after']:.4f}"
     if not selection.moved:
         return f"{KEPT} beyond chance (loss {loss} at best, p = {selection.p:.2g}): they are kept."
     shares = [measures(selection.margins(number))["accuracy"] for number in (0, selection.best)]
     accuracy = f"accuracy from {shares[0]:.4f} to {shares[1]:.4f}"
-    if selection.settings.judge == "objective":
-        return f"What is fitted went {loss} on held-out pairs (p = {selection.p:.2g}), {accuracy}."
-    loss = f"{loss} (change {_interval(change['loss'])}, p = {selection.p:.2g})"
-    return f"The held-out loss went {loss}, {accuracy}."
+    loss = f"{loss} (change {_interval(change)}, p = {selection.p:.2g})"
+    return f"{JUDGED[selection.settings.judge]} went {loss}, {accuracy}."
 
 
 def _interval(change: dict[str, float]) -> str:
