@@ -140,7 +140,7 @@ def make_votes(folder: Path, draw: Dice) -> None:
     place = draw.randrange(len(rows))
     rows[place] = json.dumps(changed(json.loads(rows[place]), draw))
     file.unlink()
-    file.write_bytes(gzip.compress("\n".join(rows).encode(errors="replace")))
+    file.write_bytes(gzip.compress("\n".join(rows).encode(errors="replace"), mtime=0))
 
 
 def read_old_votes(folder: Path) -> None:
