@@ -53,7 +53,9 @@ def run(command: list[str], one_thread: bool = False) -> Cost:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | threads
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
         start = time.perf_counter()
-        child = subprocess.Popen(command, stdout=said, stderr=told, env=environment)
+        # Configurations name models by paths from their own folder.
+        folder = next((Path(part).parent for part in command if part.endswith(".yml")), None)
+        child = subprocess.Popen(command, stdout=said, stderr=told, env=environment, cwd=folder)
         with watched(child.pid) as highest:
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
             seconds = time.perf_counter() - start
