@@ -17,8 +17,7 @@ from moemerge.reports.statistics import (
     banded,
     bootstrap_means,
     cluster_sums,
-    no_difference,
-    percentile_interval,
+    lead_interval,
 )
 from moemerge.reports.table import Table, ends, percent, with_interval
 
@@ -39,10 +38,9 @@ def held_out_curves(run: Row, steps: Sequence[int], resamples: int, confidence: 
     clusters_H = np.unique(held["prompts"], return_inverse=True)[1]
     draws = bootstrap_means(cluster_sums(columns, clusters_H), resamples, seed)
     values = np.concatenate([columns.mean(axis=0, keepdims=True), draws])
-    (low,), (high,) = percentile_interval(values[1:, -1:], confidence)
-    if not columns[:, -1].any():
-        low, high = no_difference(len(np.unique(clusters_H)), confidence)
-    change = {"value": float(values[0, -1]), "low": float(low), "high": float(high)}
+    units, differs = len(np.unique(clusters_H)), bool(columns[:, -1].any())
+    low, high = lead_interval(differs, values[1:, -1], units, confidence)
+    change = {"value": float(values[0, -1]), "low": low, "high": high}
     curve = banded(HELD_OUT, values[:, :-1], confidence)
     return {**curve, "held_out_pairs": len(before_H), "held_out_change": change}
 

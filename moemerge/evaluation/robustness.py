@@ -21,8 +21,7 @@ from moemerge.reports.statistics import (
     Integers,
     bootstrap_means,
     cluster_sums,
-    no_difference,
-    percentile_interval,
+    lead_interval,
     sampling_units,
     share_interval,
 )
@@ -108,13 +107,9 @@ class _Measure:
             return None
         lead_P = values_P[kept_P].astype(np.float64) - others_P[kept_P]
         units_P = sampling_units(self.prompts_P[kept_P])
-        draws_RX = self._draws(lead_P, units_P)
-        (low,), (high,) = percentile_interval(draws_RX, self.confidence)
-        if not lead_P.any():
-            low, high = no_difference(len(np.unique(units_P)), self.confidence)
-        return {
-            "value": float(lead_P.mean()), "low": float(low), "high": float(high), "pairs": len(lead_P),
-        }  # fmt: skip
+        draws_R, units = self._draws(lead_P, units_P)[:, 0], len(np.unique(units_P))
+        low, high = lead_interval(bool(lead_P.any()), draws_R, units, self.confidence)
+        return {"value": float(lead_P.mean()), "low": low, "high": high, "pairs": len(lead_P)}
 
     def _draws(self, values_P: Floats, units_P: Integers) -> Floats:
         return bootstrap_means(cluster_sums(values_P[:, None], units_P), self.resamples, self.seed)

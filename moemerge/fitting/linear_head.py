@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from moemerge.models.pooled_states import states_and_scores
 from moemerge.models.scoring import score_pairs
 from moemerge.options.export import Export
 from moemerge.reports.statistics import Floats, wilson
-
-if TYPE_CHECKING:
-    pass
 
 CONFIDENCE = 0.95
 STRENGTHS = tuple(10.0**power for power in range(-8, 3))  # hardly any: a head may be all but linear
@@ -144,7 +141,7 @@ def _require_agreement(numbers: dict[str, Any], options: Export) -> None:
     if numbers["agreement"] < options.least_agreement:
         correlation = numbers["rank_correlation"]
         raise UnsupportedError(
-            f"a linear head disagrees too often with that of {options.model} says",
+            f"a linear head disagrees too often with that of {options.model}",
             given=f"the same answer is better on {numbers['agreement']:.3f} of "
             f"{numbers['held_out_pairs']} pairs that it was not fitted to"
             + (f", rank correlation {correlation:.3f}" if correlation is not None else ""),

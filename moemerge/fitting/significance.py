@@ -59,15 +59,16 @@ def paired(before_P: Tensor, after_P: Tensor, prompts: Sequence[int], seed: int)
     """
     loss_P = logsigmoid(before_P) - logsigmoid(after_P)
     accuracy_P = (after_P > 0).double() - (before_P > 0).double()
-    values = {"loss": loss_P, "accuracy": accuracy_P}
-    return {name: mean_change(values_P, prompts, seed) for name, values_P in values.items()}
+    loss, accuracy = mean_changes(torch.stack([loss_P, accuracy_P], 1), prompts, seed)
+    return {"loss": loss, "accuracy": accuracy}
 
 
-def mean_change(changes_P: Tensor, prompts: Sequence[int], seed: int) -> dict[str, float]:
-    """Mean of pairs' changes with its 95 % interval: bootstrap over prompts."""
-    sums = cluster_sums(changes_P.double().numpy()[:, None], np.asarray(prompts))
-    low_X, high_X = percentile_interval(bootstrap_means(sums, DRAWS, seed), CONFIDENCE)
-    return {"change": float(changes_P.double().mean()), "low": float(low_X[0]), "high": float(high_X[0])}
+def mean_changes(changes_PX: Tensor, prompts: Sequence[int], seed: int) -> list[dict[str, float]]:
+    """Mean of each column of pairs' changes with its 95 % interval: bootstrap over prompts."""
+    values_PX = changes_PX.double().numpy()
+    draws_RX = bootstrap_means(cluster_sums(values_PX, np.asarray(prompts)), DRAWS, seed)
+    ends = zip(values_PX.mean(0), *percentile_interval(draws_RX, CONFIDENCE), strict=True)
+    return [{"change": float(mean), "low": float(low), "high": float(high)} for mean, low, high in ends]
 
 
 def chance(gains_KP: Tensor, best: int, prompts: Sequence[int], seed: int) -> float:

@@ -91,6 +91,14 @@ def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: f
     return float(low[0]), float(high[0])
 
 
+def lead_interval(differs: bool, draws_R: Floats, units: int, confidence: float) -> Interval:
+    """Interval of a mean paired difference: the bootstrap's, or `no_difference` where no row differs."""
+    if not differs:
+        return no_difference(units, confidence)
+    low, high = percentile_interval(draws_R[:, None], confidence)
+    return float(low[0]), float(high[0])
+
+
 @lru_cache(maxsize=2**16)  # of many models on the same pairs, most tests are of numbers seen before
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p of McNemar's test: are the two kinds of disagreement equally likely? 1 without any.

@@ -18,9 +18,9 @@ from moemerge.reports.statistics import (
     Integers,
     clustered_mcnemar,
     holm,
+    lead_interval,
     mcnemar,
-    no_difference,
-    percentile_interval,
+    resampled_p,
 )
 from moemerge.reports.table import Table, percent, with_interval
 
@@ -33,6 +33,20 @@ def compared(models: int, baseline: int) -> list[tuple[int, int]]:
     return [both for both in every if models <= MOST_MODELS or baseline in both]
 
 
+def score_comparison(
+    names: tuple[str, str], gain_V: Floats, units: int, confidence: float
+) -> ScoreComparison:
+    """How the first model's score exceeds the second's: `gain_V` holds the value, then resamples of it."""
+    difference = float(gain_V[0])
+    return {
+        "first": names[0],
+        "second": names[1],
+        "difference": difference,
+        "interval": lead_interval(bool(gain_V.any()), gain_V[1:], units, confidence),
+        "p": resampled_p(difference, gain_V[1:], units),
+    }
+
+
 def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers, confidence: float) -> Paired:
     """First model minus second: accuracy, paired bootstrap interval, exact McNemar p.
 
@@ -40,15 +54,13 @@ def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers,
     """
     gain_P = right_P2[:, 0].astype(np.int64) - right_P2[:, 1]
     ours, theirs = int((gain_P > 0).sum()), int((gain_P < 0).sum())
-    (low,), (high,) = percentile_interval(draws_R2[:, [0]] - draws_R2[:, [1]], confidence)
     _, numbers = np.unique(units_P, return_inverse=True)
     by_unit = np.bincount(numbers, gain_P).round().astype(np.int64)
     shared = len(by_unit) < len(gain_P)
-    if ours == theirs == 0:
-        low, high = no_difference(len(by_unit), confidence)
+    differs, draws_R = bool(ours or theirs), draws_R2[:, 0] - draws_R2[:, 1]
     return {
         "difference": (ours - theirs) / len(gain_P),
-        "interval": (float(low), float(high)),
+        "interval": lead_interval(differs, draws_R, len(by_unit), confidence),
         "first_alone": ours,
         "second_alone": theirs,
         "p": clustered_mcnemar(by_unit) if shared else mcnemar(ours, theirs),

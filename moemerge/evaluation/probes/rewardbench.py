@@ -26,10 +26,9 @@ from moemerge.evaluation.benchmark_results import (
     BenchmarkPart,
     ModelScore,
     RewardBench,
-    ScoreComparison,
 )
 from moemerge.evaluation.probes.base import ChoiceScores, Probe
-from moemerge.evaluation.probes.comparisons import compared, whole_or_part
+from moemerge.evaluation.probes.comparisons import compared, score_comparison, whole_or_part
 from moemerge.evaluation.probes.rewardbench_ties import TIES, ties_scores
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
@@ -37,9 +36,7 @@ from moemerge.reports.statistics import (
     Floats,
     bootstrap_means,
     cluster_sums,
-    no_difference,
     percentile_interval,
-    resampled_p,
     sampling_units,
     share_interval,
 )
@@ -233,7 +230,7 @@ def _summary(
     low, high = (ends.tolist() for ends in percentile_interval(values_VM[1:], confidence))
     scores = values_VM[0].tolist()
     comparisons = [
-        _comparison((models[i], models[j]), values_VM[:, i] - values_VM[:, j], units, confidence)
+        score_comparison((models[i], models[j]), values_VM[:, i] - values_VM[:, j], units, confidence)
         for i, j in compared(len(models), models.index(baseline))
     ]
     return {
@@ -242,18 +239,6 @@ def _summary(
         "always_longer": scores[-2],
         "always_shorter": scores[-1],
         "comparisons": comparisons,
-    }
-
-
-def _comparison(names: tuple[str, str], gain_V: Floats, units: int, confidence: float) -> ScoreComparison:
-    (low,), (high,) = percentile_interval(gain_V[1:, None], confidence)
-    same = not gain_V.any()
-    return {
-        "first": names[0],
-        "second": names[1],
-        "difference": float(gain_V[0]),
-        "interval": no_difference(units, confidence) if same else (float(low), float(high)),
-        "p": resampled_p(float(gain_V[0]), gain_V[1:], units),
     }
 
 

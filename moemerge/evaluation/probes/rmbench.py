@@ -20,12 +20,12 @@ from moemerge.data.rmbench import STYLES
 from moemerge.evaluation.benchmark_results import (
     ModelScore,
     RMBench,
-    ScoreComparison,
     StylePart,
     StyleScores,
     StyleSet,
 )
 from moemerge.evaluation.probes.base import ChoiceScores, Probe
+from moemerge.evaluation.probes.comparisons import score_comparison
 from moemerge.evaluation.probes.rewardbench import LONGER, SHORTER
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports import plotting
@@ -33,9 +33,7 @@ from moemerge.reports.statistics import (
     Floats,
     bootstrap_means,
     cluster_sums,
-    no_difference,
     percentile_interval,
-    resampled_p,
     sampling_units,
 )
 from moemerge.reports.table import Table, percent
@@ -110,7 +108,9 @@ def _part(rows: ChoiceScores, values_VMSS: Floats, baseline: str, confidence: fl
         "always_shorter": {kind: float(share_VM[0, -1]) for kind, share_VM in shares.items()},
         "vs_baseline": {
             model: {
-                kind: _versus((model, baseline), share_VM[:, m] - share_VM[:, first], units, confidence)
+                kind: score_comparison(
+                    (model, baseline), share_VM[:, m] - share_VM[:, first], units, confidence
+                )
                 for kind, share_VM in shares.items()
             }
             for m, model in enumerate(models)
@@ -143,19 +143,6 @@ def _correlation(scores_C: Floats, lengths_C: Sequence[int] | np.ndarray) -> flo
     if np.ptp(scores_C) == 0 or np.ptp(lengths_C) == 0:
         return None
     return float(np.corrcoef(scores_C, lengths_C)[0, 1])
-
-
-def _versus(names: tuple[str, str], gain_V: Floats, units: int, confidence: float) -> ScoreComparison:
-    (low,), (high,) = percentile_interval(gain_V[1:, None], confidence)
-    difference = float(gain_V[0])
-    same = not gain_V.any()
-    return {
-        "first": names[0],
-        "second": names[1],
-        "difference": difference,
-        "interval": no_difference(units, confidence) if same else (float(low), float(high)),
-        "p": resampled_p(difference, gain_V[1:], units),
-    }
 
 
 def tables(result: RMBench) -> list[Table]:

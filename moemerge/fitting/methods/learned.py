@@ -13,7 +13,7 @@ from torch import Tensor
 from moemerge.data.pairs import numbered
 from moemerge.fitting.initial import initial_coefficients
 from moemerge.fitting.problem import FitOutcome, FitProblem, Objective, mean_of, movement
-from moemerge.fitting.significance import chance, gain, mean_change, measures, paired
+from moemerge.fitting.significance import chance, gain, mean_changes, measures, paired
 from moemerge.fitting.trajectory import BACK, Point, Trajectory
 from moemerge.merging.blocks import layer_of
 
@@ -106,7 +106,8 @@ class _Selection:
         """From the start to the best point, taken or not: the mean loss that decides, and how it changed."""
         before_P, after_P = self.judged(0), self.judged(self.best)
         ends = {"before": float(before_P.mean()), "after": float(after_P.mean())}
-        return ends | mean_change(after_P - before_P, self.prompts, seed)
+        (change,) = mean_changes((after_P - before_P)[:, None], self.prompts, seed)
+        return ends | change
 
 
 def _report(
