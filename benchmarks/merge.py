@@ -4,7 +4,7 @@ four of these as models, against mergekit's linear.
 python benchmarks/merge.py [--hidden 640 --layers 6 --dtype bfloat16 --one-thread --repeats 5]
 
 Every command is a fresh process, start-up included. Once everything is imported, "merge itself" is reading,
-averaging, the comparison with float64 sums, writing and flushing; "whole stage" also reads back and hashes.
+averaging, the comparison with plain sums, writing and flushing; "whole stage" also reads back and hashes.
 Times are taken with the files in the page cache; bytes in a last pass without, because reads through mmap
 show only there.
 Prints one row for benchmarks/README.md.

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,8 +47,9 @@ def merge(options: Merge, draft: Draft) -> None:
     """Write the dense model: what `options` name is merged by `options.method`, everything else is kept.
 
     From a MoE the MLPs are merged, from models what `scope` says. Keeps class, config, tokenizer, chat
-    template and, unless another is asked for, dtype. Holds one shard at once. Our average is compared with
-    a sum in float64 before it is written; everything is read back and compared with it, bit for bit.
+    template and, unless another is asked for, dtype. Holds one shard at once. Our average is compared with a
+    plain sum before it is written, in float64, or in float32 where the result has two bytes a number;
+    everything is read back and compared with it, bit for bit.
     Raises CheckpointError when tensors are missing, left over, misshapen or not finite, when the coefficients
     belong to another model, or when a comparison fails; UnsupportedError for models that do not go together;
     OptionError for what the method does not take. Source: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724);
@@ -195,7 +197,7 @@ def _rows(source: MergeSource, coefficients: Coefficients | None) -> dict[str, i
 
 @dataclass
 class _Average:
-    """The routing-normalised average, each chunk of rows checked against a float64 sum at once."""
+    """The routing-normalised average, each chunk of rows checked against a plain sum at once."""
 
     source: MergeSource
     coefficients: Coefficients
@@ -216,10 +218,10 @@ class _Average:
     def _merge(self, chunk: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
         """Fill `chunk`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
         c, row = self.coefficients, self.rows[tensor.dense]
-        wide = (_widened(part, chunk.dtype) for part in parts)
-        chunk.copy_(self.source.merged(wide, c, row))
         weights = c.weights(row, self.source.has_shared)
-        difference = _difference(chunk, weights, parts)
+        again = torch.zeros(chunk.shape, dtype=_check_dtype(chunk, parts))
+        chunk.copy_(self.source.merged(_added(parts, weights, again), c, row))
+        difference = magnitude(again.sub_(chunk))
         # An average is no larger than the largest copy, and a sum no larger than its bound: a difference
         # within the rounding of `chunk` itself is within that of the copies, which need no look.
         if not math.isfinite(difference) or difference > _rounding(chunk, [chunk]):
@@ -275,16 +277,23 @@ def _widened(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, dtype))
 
 
-def _difference(chunk: Tensor, weights: Sequence[float], parts: Sequence[Tensor]) -> float:
-    """Largest |chunk - float64 sum|; not finite if anything in them is not."""
-    rest = chunk.double()
+def _check_dtype(chunk: Tensor, parts: Sequence[Tensor]) -> torch.dtype:
+    """Of a sum that judges `chunk`: its own rounding must be far below that of the result."""
+    least = torch.float64 if chunk.dtype.itemsize > 2 else torch.float32
+    return reduce(torch.promote_types, (part.dtype for part in parts), least)
+
+
+def _added(parts: Sequence[Tensor], weights: Sequence[float], total: Tensor) -> Iterator[Tensor]:
+    """`parts` one by one, at least in float32; their weighted sum, not finite if anything in them is, goes
+    to `total` while they are at hand."""
     for weight, part in zip(weights, parts, strict=True):
-        rest.sub_(part, alpha=weight)
-    return magnitude(rest)
+        wide = _widened(part, torch.promote_types(part.dtype, torch.float32))
+        total.add_(wide, alpha=weight)
+        yield wide
 
 
 def _rounding(chunk: Tensor, parts: Sequence[Tensor]) -> float:
-    """How far rounding can take the average of `parts`, written to `chunk`, from the float64 sum."""
+    """How far rounding can take the average of `parts`, written to `chunk`, from the plain sum."""
     written, summed = torch.finfo(chunk.dtype), torch.finfo(torch.float32)
     size = max(map(magnitude, parts)) + written.tiny
     return size * max(written.eps, summed.eps) * (3 + len(parts))

@@ -339,19 +339,21 @@ def test_experts_that_are_not_finite_are_refused_and_named(
         merge(model=str(broken), coefficients=given, output=tmp_path / "m")
 
 
-def test_the_float64_sum_notices_a_wrong_average(
-    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "fault"), [("float32", 1e-4), ("bfloat16", 1e-1)])
+def test_the_plain_sum_notices_a_wrong_average(
+    dtype: str, fault: float, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = MoeCheckpoint.merged
 
     def wrong(*arguments: Any) -> Tensor:
         average = right(*arguments)
-        average.view(-1)[-1] += 1e-4
+        average.view(-1)[-1] += fault
         return average
 
     monkeypatch.setattr(MoeCheckpoint, "merged", wrong)
-    with pytest.raises(CheckpointError, match="off by 1.0"):
-        merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "m")
+    given = coefficients(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=rf"off by {f'{fault:.0e}'[0]}"):
+        merge(model=str(moe), coefficients=given, output=tmp_path / "m", dtype=dtype)
 
 
 def test_experts_that_cancel_are_no_fault(tmp_path: Path) -> None:
