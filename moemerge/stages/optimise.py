@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def optimise(options: Optimise, draft: Draft) -> None:
     device = use_training_device(options)
     gold_reward = gold.load_gold(options, device, options, options.trust_remote_code)
     assert gold_reward is not None  # the options see to it
+    # Each refreshed model is written twice, for a run that may be killed and as a result.
+    draft.reserve(2 * sum(_bytes_refreshed(options, name) for name in options.refresh))
     with workspace(options) as folder:
         runs = {}
         for number, name in enumerate(options.models):
@@ -261,6 +264,15 @@ def _learner(options: Optimise, rewarding: Scorer, device: torch.device) -> Lear
         return CoefficientLearner(source, tokenizer, start, options.rate, device)
     model = load_reward_model(classifier.folder, device, torch.float32)
     return WeightLearner(model, tokenizer, trains, options.rate, options.max_grad_norm)
+
+
+def _bytes_refreshed(options: Optimise, name: str) -> int:
+    """Bytes of the model's weights as they are written, in float32."""
+    classifier = classifier_of(open_scorer(options.models[name], options.trust_remote_code), "refresh")
+    if options.refresh_trains == "coefficients":
+        return open_source(Members(model=classifier.source)).size(torch.float32)
+    weights = classifier.folder.weights
+    return sum(math.prod(weights.shape(name)) for name in weights.names) * torch.float32.itemsize
 
 
 def _start(options: Optimise, source: MergeSource) -> Coefficients:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 
+from moemerge.artifacts import stage as artifacts
 from moemerge.artifacts.verify import verify
 from moemerge.data.pairs import Pair
 from moemerge.data.rows import read_rows
@@ -263,14 +264,23 @@ def never(prompt: str, answer: str) -> None:
     """A rule that can say nothing."""
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of disk that were asked for."""
+    asked: list[int] = []
+    monkeypatch.setattr(artifacts, "require_space", lambda folder, size: asked.append(size))
+    return asked
+
+
 def test_a_refresh_with_nothing_to_do_is_none(
-    given: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    given: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, asked: list[int]
 ) -> None:
-    """Bit for bit: what the policy says, what it is rewarded, and the model."""
+    """Bit for bit: what the policy says, what it is rewarded, and the model, for which there was room."""
     out = optimise(**given, **SHORT, refresh={"fresh": "during"}, verifier=never, output=tmp_path / "run")
     assert answers_of(out, "fresh") == answers_of(out, "static")
     mine, theirs = weights(out / "refreshed/fresh"), weights(Path(given["models"]["fresh"]))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert asked == [2 * sum(4 * weight.numel() for weight in mine.values())]
     assert "fresh was never refreshed" in caplog.text
     assert json.loads((out / "report.json").read_text())["models"]["fresh"]["refresh"]["pairs"] == 0
 
@@ -316,7 +326,7 @@ def test_before_takes_as_many_updates_and_then_none(given: dict[str, Any], tmp_p
     assert {row["update"] for row in rows_made} <= {0, 1} and all(row["made"] for row in rows_made)
 
 
-def test_only_coefficients(given: dict[str, Any], tmp_path: Path) -> None:
+def test_only_coefficients(given: dict[str, Any], tmp_path: Path, asked: list[int]) -> None:
     moe = make_moe(tmp_path / "moe")
     more = {"refresh": {"fresh": "during"}, "refresh_trains": "coefficients", "verifier": no_w5}
     replayed = {"replay_pairs": given["held_out_pairs"], "replay": 0.5}
@@ -327,6 +337,7 @@ def test_only_coefficients(given: dict[str, Any], tmp_path: Path) -> None:
     assert saved.meta["method"] == "refreshed" and not torch.allclose(saved.alpha_LN, saved.alpha_LN.mean())
     model = load_reward_model(home, "cpu")
     assert type(model).__name__ == "LlamaForSequenceClassification"
+    assert asked[1:] == [2 * 4 * model.num_parameters()], "behind what upcycling asked for"
     backbone = open_source(Members(model=str(moe)))
     assert all(torch.equal(model.state_dict()[name], backbone.kept(name)) for name in backbone.backbone)
     told = json.loads((out / "report.json").read_text())["models"]["fresh"]["refresh"]
