@@ -10,7 +10,7 @@ from moemerge.errors import MoemergeError, together
 from moemerge.options.audit import Audit
 from moemerge.options.base import input_fields
 from moemerge.options.signature import parse_call, with_options_of
-from moemerge.run.faults import missing_inputs, occupied
+from moemerge.run.faults import headless, missing_inputs, named, occupied
 from moemerge.run.steps import (
     RunReport,
     Step,
@@ -52,7 +52,8 @@ def audit(*inputs: Any, tell: Tell | None = None, **fields: Any) -> RunReport:
 
 def audit_faults(options: Audit, section: str = "") -> list[MoemergeError]:
     """Every fault that can be told before anything runs; `section` stands before option names."""
-    return [*missing_inputs(input_fields(options), section), *occupied(options.output)]
+    models = {f"{named('models', section)}.{name}": model for name, model in options.models.items()}
+    return [*missing_inputs(input_fields(options), section), *headless(models), *occupied(options.output)]
 
 
 class Plan(StepPlan):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moemerge.artifacts.paths import near_path, reads_like_path
+from moemerge.artifacts.scorer_file import scorer_file
 from moemerge.artifacts.stage import RECIPE_COPY
 from moemerge.errors import CheckpointError, MoemergeError, OptionError, UnsupportedError
 from moemerge.models.config_file import LAYERS
@@ -123,6 +124,21 @@ def missing_inputs(inputs: Mapping[str, Any], section: str = "") -> Iterator[Moe
         if not Path(source).exists() and reads_like_path(source):
             fix = f"{near_path(source)}correct {key}"
             yield fault_of(f"{key} does not exist", source, "an existing file or folder", fix)
+
+
+def headless(models: Mapping[str, str]) -> Iterator[MoemergeError]:
+    """A fault for each model on this disk, by its key, that cannot be opened or has no reward head."""
+    for key, source in models.items():
+        if not Path(source).is_dir() or scorer_file(source):
+            continue
+        try:
+            model = ModelFolder(source)
+            if model.is_base:
+                kind = ", ".join(model.architectures)
+                fix = "train it first: moemerge train gives it a head"
+                yield fault_of(f"{key} has no reward head", f"{source}: {kind}", "a reward model", fix)
+        except MoemergeError as fault:
+            yield fault
 
 
 def taken_for_hub_names(recipe: Recipe | Run) -> dict[str, str]:

@@ -21,8 +21,7 @@ from moemerge.models.families import family_called
 from moemerge.models.folder import ModelFolder
 from moemerge.options.train import TrainSettings
 from moemerge.options.upcycle import UpcycleSettings
-from moemerge.run.recipe_schema import schema_line
-from moemerge.run.templates import folder_of_templates, write_new
+from moemerge.run.templates import folder_of_templates, schema_line, write_new
 
 if TYPE_CHECKING:
     from moemerge.models.sizes import ModelSize

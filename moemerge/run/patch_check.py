@@ -9,7 +9,7 @@ from moemerge.errors import MoemergeError
 from moemerge.models.folder import ModelFolder
 from moemerge.options.base import input_fields
 from moemerge.options.patch import Patch
-from moemerge.run.faults import layer_faults, missing_inputs, named, occupied
+from moemerge.run.faults import headless, layer_faults, missing_inputs, named, occupied
 
 
 def patch_faults(options: Patch, section: str = "") -> list[MoemergeError]:
@@ -27,13 +27,6 @@ def _faults(options: Patch, section: str) -> Iterator[MoemergeError]:
     except MoemergeError as fault:
         yield fault
     if Path(options.model).is_dir():
-        yield from _model_faults(options, named("train_layers", section))
-
-
-def _model_faults(options: Patch, layers: str) -> Iterator[MoemergeError]:
-    try:
-        config = ModelFolder(options.model).config_json
-    except MoemergeError as fault:
-        yield fault
-    else:
-        yield from layer_faults({layers: options.train_layers}, config)
+        faults = [*headless({named("model", section): options.model})]
+        layers = {named("train_layers", section): options.train_layers}
+        yield from faults or layer_faults(layers, ModelFolder(options.model).config_json)

@@ -11,14 +11,6 @@ from typing import Any
 from moemerge.options.base import Run
 from moemerge.options.recipe import Recipe
 from moemerge.run import commands
-from moemerge.run.templates import folder_of_templates
-
-FILE = "recipe.schema.json"
-
-
-def schema_line() -> str:
-    """The first line of a recipe, by which editors that speak YAML find the schema."""
-    return f"# yaml-language-server: $schema={folder_of_templates() / FILE}\n"
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -11,10 +11,18 @@ from moemerge.artifacts.disk import disk_faults, write_whole
 from moemerge.errors import OptionError, unknown
 
 
+SCHEMA = "recipe.schema.json"
+
+
 def folder_of_templates() -> Path:
     """Where the recipes that come with the package lie."""
     installed = Path(str(importlib.resources.files("moemerge"))) / "merge_configs"
     return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "merge_configs"
+
+
+def schema_line() -> str:
+    """The first line of a recipe, by which editors that speak YAML find the schema of recipes."""
+    return f"# yaml-language-server: $schema={folder_of_templates() / SCHEMA}\n"
 
 
 def templates() -> dict[str, Path]:
@@ -33,7 +41,7 @@ def write_template(path: str | Path, name: str = "quickstart") -> Path:
     known = templates()
     if name not in known:
         raise unknown("template", name, known)
-    return write_new(path, known[name].read_text(encoding="utf-8"))
+    return write_new(path, schema_line() + known[name].read_text(encoding="utf-8"))
 
 
 def write_new(path: str | Path, text: str) -> Path:

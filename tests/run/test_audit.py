@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from small_training import rows, write
-from tiny_models import save_dense
+from tiny_models import save_dense, tiny_dense
 
 from moemerge import RunReport, audit, run_recipe
 from moemerge.artifacts.manifest import read_manifest
@@ -76,5 +76,9 @@ def test_a_recipe_does_the_same_and_faults_are_told(
     assert "Report:" in told and "from_pretrained" not in told, "an audit makes no model to be loaded"
     (home / "wrong.yml").write_text(yaml.safe_dump(tree | {"audit": section | {"pairs": "./none.jsonl"}}))
     assert "audit.pairs does not exist" in str(check_recipe(home / "wrong.yml")[0])
+    tiny_dense().base_model.save_pretrained(home / "bare")  # type: ignore[operator, union-attr]
+    (home / "bare.yml").write_text(yaml.safe_dump(tree | {"audit": section | {"models": {"c": "bare"}}}))
+    (fault,) = check_recipe(home / "bare.yml")
+    assert fault.what == "audit.models.c has no reward head" and "LlamaModel" in fault.given
     with pytest.raises(MoemergeError, match="one model at least"):
         audit([], home / "pairs.jsonl", output=home / "no")

@@ -262,7 +262,9 @@ def test_init_check_and_their_faults(main: Main, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     code, out, _ = main("init", "mine.yml")
     assert code == 0 and "moemerge run mine.yml" in out
-    assert (tmp_path / "mine.yml").read_text() == (ROOT / "merge_configs/quickstart.yml").read_text()
+    first, rest = (tmp_path / "mine.yml").read_text().split("\n", 1)
+    assert rest == (ROOT / "merge_configs/quickstart.yml").read_text()
+    assert first.startswith("# yaml-language-server: $schema=") and Path(first.split("=")[1]).is_file()
     assert main("init", "mine.yml")[0] == 2
     code, out, _ = main("check", "mine.yml")
     assert code == 0 and out.splitlines()[0] == "ok"

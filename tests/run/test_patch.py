@@ -10,7 +10,7 @@ import pytest
 import yaml
 from small_policy import save_policy
 from small_training import rows, write
-from tiny_models import save_dense
+from tiny_models import save_dense, tiny_dense
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.artifacts.json_file import read_object
@@ -189,5 +189,8 @@ def test_all_faults_at_once(home: Path, tmp_path: Path) -> None:
     assert "none.jsonl" in told and "'bold'" in told and "train_layers" in told
     with pytest.raises(OptionError, match="one edit at least"):
         patch(home / "rm", home / "pairs.jsonl", output=tmp_path / "out", unseen=[])
+    tiny_dense().base_model.save_pretrained(tmp_path / "bare")  # type: ignore[operator, union-attr]
+    with pytest.raises(OptionError, match="model has no reward head"):
+        patch(tmp_path / "bare", home / "pairs.jsonl", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert json.loads((home / "rm/config.json").read_text())["model_type"] == "llama"

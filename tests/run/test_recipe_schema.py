@@ -11,8 +11,8 @@ import pytest
 import yaml
 from python_stub import SCHEMA, schema
 
-from moemerge.run.recipe_schema import FILE, schema_line
-from moemerge.run.templates import templates
+from moemerge.run.templates import SCHEMA as FILE
+from moemerge.run.templates import schema_line, templates
 
 WHOLE = json.loads(SCHEMA.read_text(encoding="utf-8"))
 

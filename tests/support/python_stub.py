@@ -18,7 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import moemerge
 from moemerge.options.signature import PATH
-from moemerge.run.recipe_schema import FILE, recipe_schema
+from moemerge.run.recipe_schema import recipe_schema
+from moemerge.run.templates import SCHEMA as FILE
 from moemerge.run.templates import folder_of_templates
 
 STUB = Path(moemerge.__file__).with_suffix(".pyi")
