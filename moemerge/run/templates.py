@@ -10,7 +10,6 @@ from pathlib import Path
 from moemerge.artifacts.disk import disk_faults, write_whole
 from moemerge.errors import OptionError, unknown
 
-
 SCHEMA = "recipe.schema.json"
 
 
