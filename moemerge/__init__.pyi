@@ -882,8 +882,9 @@ def merge(
     r"""Write the dense model: what `options` name is merged by `options.method`, everything else is kept.
 
     From a MoE the MLPs are merged, from models what `scope` says. Keeps class, config, tokenizer, chat
-    template and, unless another is asked for, dtype. Holds one shard at once. Our average is compared with
-    a sum in float64 before it is written; everything is read back and compared with it, bit for bit.
+    template and, unless another is asked for, dtype. Holds one shard at once. Our average is compared with a
+    plain sum before it is written, in float64, or in float32 where the result has two bytes a number;
+    everything is read back and compared with it, bit for bit.
     Raises CheckpointError when tensors are missing, left over, misshapen or not finite, when the coefficients
     belong to another model, or when a comparison fails; UnsupportedError for models that do not go together;
     OptionError for what the method does not take. Source: XFT (arXiv 2404.15247), UMM-RM (arXiv 2512.00724);
