@@ -62,7 +62,7 @@ def measured(seed: Seed, setting: Setting, home: Path) -> dict[str, Measures]:
     files = seed.files(home, setting)
     own, members = files["own"]["all"], seed.members(setting)
     joint = seed.trained("joint-" + "-".join(setting.members), setting.members)
-    made = dict(merges(home, seed.base, list(members.values()), own, seed.seed, True))
+    made = dict(merges(home, seed.base, list(members.values()), own, seed.seed))
     tuned = {
         f"{name} tuned": seed.tuned(home / f"{name}-tuned", model, own)
         for name, model in (members | made).items()

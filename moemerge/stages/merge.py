@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from os import PathLike
@@ -206,17 +207,23 @@ class _Average:
 
     def __post_init__(self) -> None:
         self.rows = _rows(self.source, self.coefficients)
+        self.threads = torch.get_num_threads()
 
-    @one_thread()
     def merged(self, tensor: MergedTensor) -> Tensor:
         merged = torch.empty(tensor.shape, dtype=self.dtype)
         copies = list(self.source.matrices(tensor))
-        for chunk, *parts in zip(*map(row_chunks, (merged, *copies)), strict=True):
-            self._merge(chunk, parts, tensor)
+        chunks = [*zip(*map(row_chunks, (merged, *copies)), strict=True)]
+        # A thread for each chunk, not several for one: so a chunk stays in its core's cache.
+        with one_thread(), ThreadPoolExecutor(self.threads) as pool:
+            differences = pool.map(lambda parts: self._merge(parts[0], parts[1:], tensor), chunks)
+            self.largest_difference = max([self.largest_difference, *differences])
         return merged
 
-    def _merge(self, chunk: Tensor, parts: list[Tensor], tensor: MergedTensor) -> None:
-        """Fill `chunk`, rows of the dense tensor, from `parts`, the same rows of its copies, and check it."""
+    def _merge(self, chunk: Tensor, parts: Sequence[Tensor], tensor: MergedTensor) -> float:
+        """Fill `chunk`, rows of the dense tensor, from `parts`, the same rows of its copies.
+
+        Returns the largest difference to a plain sum, which is checked.
+        """
         c, row = self.coefficients, self.rows[tensor.dense]
         weights = c.weights(row, self.source.has_shared)
         again = torch.zeros(chunk.shape, dtype=_check_dtype(chunk, parts))
@@ -230,7 +237,7 @@ class _Average:
             finite(chunk, f"{tensor.dense} as merged")
             if difference > _rounding(chunk, parts) * max(1.0, sum(map(abs, weights))):
                 raise _not_as_meant(f"{tensor.dense} is off by {difference:.2e}")
-        self.largest_difference = max(self.largest_difference, difference)
+        return difference
 
 
 @dataclass
