@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 SMALLEST_SUM = 1e-6
 ROUNDING = 1e-14
 # Elements: a chunk of every copy stays in a core's cache, and is worth the calls that it costs.
-CHUNK = 2**17
+CHUNK = 2**18
 
 
 def routing_normalized_average(
@@ -101,7 +101,7 @@ def shared_of_sum(blocks: Sequence[str], total: float) -> Tensor:
 
 
 def row_chunks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Views of `matrix`, runs of its rows, of about 2**17 elements; equal shapes are cut at equal rows.
+    """Views of `matrix`, runs of its rows, of about 2**18 elements; equal shapes are cut at equal rows.
 
     A merge that goes chunk by chunk reads every copy from memory once, whatever it does with it.
     """
