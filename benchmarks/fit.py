@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, LlamaForSequenceClassification
 
 from moemerge.data.pairs import Pair
 from moemerge.data.tokenise import Encoded, EncodedPair
@@ -56,8 +56,13 @@ def make_moe(folder: Path, size: str, seed: int = 0) -> Path:
     """A MoE of 7 routed experts, 5 per token, with noise on the copies."""
     torch.manual_seed(seed)
     heads, groups = HEADS[size]
-    config = LlamaConfig(
-        **SIZES[size], num_attention_heads=heads, num_key_value_heads=groups, num_labels=1, pad_token_id=0
+    config = AutoConfig.for_model(
+        "llama",
+        **SIZES[size],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        num_labels=1,
+        pad_token_id=0,
     )
     model = LlamaForSequenceClassification(config).float()
     with torch.no_grad():
@@ -263,7 +268,8 @@ def measure_optimisers(folder: Path, seeds: int) -> None:
         curves = {}
         for way, options in ways.items():
             settings = FitSettings(**options, batch_size=256, evals_per_epoch=1, patience=10_000)
-            problem = FitProblem(blocks, 7, True, settings, seed, objective=lambda made=objective: made)
+            same = lambda made=objective: made  # type: ignore[misc]  # noqa: E731
+            problem = FitProblem(blocks, 7, True, settings, seed, objective=same)
             trajectory = Trajectory(problem, objective, initial_coefficients(problem)).run()
             # Training and held-out pairs are the same here.
             curves[way] = [(point["passes"], point["held_out_loss"]) for point in trajectory.history]

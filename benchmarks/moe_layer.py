@@ -30,7 +30,10 @@ def our_layer(hidden: int, inner: int, experts: int, selected: int) -> MoELayer:
     settings = MoeSettings(experts, selected, True, [0], "xft", 0.5, "linear", 0.02, 0.0, "cv", "float32")
     mlp = LlamaMLP(config)
     shared = DenseExpert({m: getattr(mlp, p.split(".")[1]) for m, p in FAMILIES["llama"].matrices}, "silu")
-    shapes = {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate_up_proj": (experts, 2 * inner, hidden),
+        "down_proj": (experts, hidden, inner),
+    }
     layer = MoELayer(settings, hidden, StackedExperts(config, shapes, "silu"), shared)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merge import Cost, run
 
@@ -50,12 +51,13 @@ PUBLISHED = {"8B": Shape(4096, 14336, 32, 128256), "70B": Shape(8192, 28672, 80,
 SHORT = ["--max-length", "64", "--threads", "1", "--device", "cpu"]
 
 
-def config_of(shape: Shape):  # type: ignore[no-untyped-def]
+def config_of(shape: Shape) -> Any:
     """The Llama's config, with heads of 128 (narrow: 64) and a key-value head for four."""
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     heads = shape.hidden // (128 if shape.hidden >= 4096 else 64)
-    return LlamaConfig(
+    return AutoConfig.for_model(
+        "llama",
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
         num_hidden_layers=shape.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
         num_labels=1, pad_token_id=0, tie_word_embeddings=False,
@@ -159,12 +161,12 @@ def sizes() -> None:
     dense = {name: ModelSize.of(config_of(shape)) for name, shape in PUBLISHED.items()}
     print("| model | parameters | on the disk, bfloat16 |\n| --- | ---: | ---: |")
     for name, size in dense.items():
-        for what, of in (
+        for what, model in (
             (f"{name}", size),
             (f"{name}, 1 + 7 experts in all layers", size.upcycled(upcycled)),
         ):
-            print(f"| {what} | {of.parameters / 1e9:.1f}B | {2 * of.parameters / GB:.0f} GB |")
-    ways = {
+            print(f"| {what} | {model.parameters / 1e9:.1f}B | {2 * model.parameters / GB:.0f} GB |")
+    ways: dict[str, dict[str, Any]] = {
         "all weights": {},
         "experts, routers, head": {"trainable": "experts"},
         "the same in the upper 4 layers": {"trainable": "experts", "train_layers": "last:4"},

@@ -12,11 +12,12 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from moemerge.data.tokenise import Encoded
 from moemerge.models.scoring import score
@@ -26,7 +27,8 @@ VOCABULARY = 8192
 
 def tiny_llama(width: int, layers: int, device: torch.device) -> LlamaForSequenceClassification:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=width * 11 // 4,
@@ -37,7 +39,8 @@ def tiny_llama(width: int, layers: int, device: torch.device) -> LlamaForSequenc
         num_labels=1,
         pad_token_id=0,
     )
-    return LlamaForSequenceClassification(config).to(device).eval()
+    model: Any = LlamaForSequenceClassification(config)
+    return model.to(device).eval()
 
 
 def draw_texts(count: int) -> list[Encoded]:

@@ -16,10 +16,11 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, LlamaForSequenceClassification
 
 from moemerge.models.checkpoint import write_checkpoint
 from moemerge.models.folder import ModelFolder
@@ -33,7 +34,8 @@ def make_dense(folder: Path, hidden: int, layers: int, dtype: str = "float32") -
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama",
         vocab_size=1024,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -76,7 +78,7 @@ def flush(folder: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def timed(function, *arguments) -> tuple[float, float]:
+def timed(function: Callable[..., object], *arguments: object) -> tuple[float, float]:
     """Wall and CPU seconds that one call takes."""
     start, work = time.perf_counter(), time.process_time()
     function(*arguments)
@@ -140,10 +142,10 @@ def main() -> None:
         process.join()
     told = []
     for clock, what in enumerate(("wall", "CPU")):
-        copy, write, whole = (statistics.median(row[i][clock] for row in rows) for i in range(3))
+        copied, wrote, staged = (statistics.median(row[i][clock] for row in rows) for i in range(3))
         ratios = [statistics.median(row[i][clock] / row[0][clock] for row in rows) for i in (1, 2)]
         told.append(
-            f"{what}: copy {copy:.2f} s, write {write:.2f} s ({ratios[0]:.2f}x), whole stage {whole:.2f} s"
+            f"{what}: copy {copied:.2f} s, write {wrote:.2f} s ({ratios[0]:.2f}x), whole stage {staged:.2f} s"
             f" ({ratios[1]:.2f}x)"
         )
     print(

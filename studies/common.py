@@ -23,7 +23,7 @@ Measures: TypeAlias = dict[str, float]
 Row: TypeAlias = dict[str, Any]
 Scores: TypeAlias = dict[str, Any]
 
-ONE = {"threads": 1, "device": "cpu"}
+ONE: dict[str, Any] = {"threads": 1, "device": "cpu"}
 MEASURES = ("accuracy", "accuracy, shifted", "gold of best of 256")
 
 

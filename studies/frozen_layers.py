@@ -145,14 +145,13 @@ def install(lower: LowerLayers | None, pooled_only: bool = False) -> Iterator[No
         current[0], pooled[0] = before
 
 
-def _replace(
-    module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], output: Tensor
-) -> Tensor | None:
+def _replace(module: Any, given: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
     lower = current[0]
     if lower is None or not isinstance(module, BertEmbeddings if lower.encoder else nn.Embedding):
         return None
     ids_BT = given[0] if given else named["input_ids"]
-    width = module.LayerNorm.weight.shape[0] if lower.encoder else module.embedding_dim
+    part: Any = module
+    width = part.LayerNorm.weight.shape[0] if lower.encoder else part.embedding_dim
     return lower.states(ids_BT) if width == lower.width else None
 
 
@@ -187,5 +186,6 @@ def _last_layer(
 
 
 whole_layer = BertLayer.forward
-BertLayer.forward = _last_layer
-nn.modules.module.register_module_forward_hook(_replace, with_kwargs=True)
+BertLayer.forward = _last_layer  # type: ignore[method-assign, assignment]
+hook: Any = _replace  # torch's types do not know of with_kwargs
+nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)

@@ -151,7 +151,8 @@ def _uses(rows: Sequence[Row], draw: random.Random) -> dict[str, str]:
     """The use of each group."""
     groups = sorted({row["group"] for row in rows})
     draw.shuffle(groups)
-    uses, start = {}, 0.0
+    uses: dict[str, str] = {}
+    start = 0.0
     for use, share in USES.items():
         stop = start + share
         chosen = groups[round(start * len(groups)) : round(stop * len(groups))]

@@ -33,10 +33,12 @@ ROWS = Path(__file__).parent / "rows" / "refresh.jsonl"
 SETTINGS = ("all", "head", "coefficients")
 ARMS = ("static", "before", "fresh")
 MEASURES = ("gold at the end", "gold, mean", "held-out accuracy", "own score at the end")
-WORLD = {"train_pairs": 1000, "validation_pairs": 200, "test_pairs": 400, "prompts": 300, "candidates": 2}
-TRAINED = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 32, "patience": None}
-MADE = {"num_routed_experts": 4, "num_experts_per_tok": 2}
-RUN = {
+WORLD: dict[str, Any] = {
+    "train_pairs": 1000, "validation_pairs": 200, "test_pairs": 400, "prompts": 300, "candidates": 2,
+}  # fmt: skip
+TRAINED: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 32, "patience": None}
+MADE: dict[str, Any] = {"num_routed_experts": 4, "num_experts_per_tok": 2}
+RUN: dict[str, Any] = {
     "steps": 200, "batch_size": 32, "answers_per_prompt": 8, "learning_rate": 3e-3, "max_new_tokens": 12,
     "measure_steps": 20, "measure_prompts": 64, "measure_answers": 4, "resamples": 100, "kl_penalty": 0.0,
 }  # fmt: skip
@@ -49,7 +51,7 @@ def is_right(prompt: str, answer: str) -> int:
     return int(gold(prompt, answer) > LEAST)
 
 
-def measured(home: Path, trains: str, seed: int, run: dict[str, Any]) -> dict[str, Measures]:
+def measured(home: Path, trains: Any, seed: int, run: dict[str, Any]) -> dict[str, Measures]:
     """Each arm's gold, held-out accuracy and own score."""
     home.mkdir(parents=True, exist_ok=True)
     world = once(home / "world", write_world, seed=seed, **WORLD)

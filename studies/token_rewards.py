@@ -115,7 +115,7 @@ def run_credit(home: Path, seed: int) -> dict[str, Any]:
     model = once(
         home / "model", train, model=f"{world}/model", pairs=f"{data}/train.jsonl.gz", seed=seed, **TRAINED
     )
-    given = {
+    given: dict[str, Any] = {
         "policy": save_policy(home / "policy", world, seed), "models": {"rm": model}, "gold_function": gold,
         "prompts": f"{data}/tests/in_distribution.jsonl.gz", "seed": seed, **RUNS, **ONE,
     }  # fmt: skip

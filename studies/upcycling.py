@@ -73,7 +73,7 @@ class Variant:
 
 UNIFORM = {"uniform": {"method": "uniform"}}
 LEARNED = {"learned": {"method": "learned"}}
-ALL_MERGES = {
+ALL_MERGES: dict[str, dict[str, Any]] = {
     **UNIFORM,
     "usage": {"method": "usage"},
     **LEARNED,

@@ -1,6 +1,6 @@
 """Passes of fit over pairs with the layers below the first merged one run once per batch, and without that.
 
-python benchmarks/frozen_layers.py [--size 135M --upper 4 --pairs 32 --tokens 64 --repeats 5] [--memory 0]
+python benchmarks/frozen_states.py [--size 135M --upper 4 --pairs 32 --tokens 64 --repeats 5] [--memory 0]
 
 A pass is what each step of L-BFGS takes: loss and gradient on the fitting pairs, then the held-out pairs. Two
 kinds of members: a MoE with experts in its upper layers, and a base with two models trained in these. Both
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from fit import HEADS, SIZES, make_pairs, objective_of, write_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, LlamaForSequenceClassification
 
 from moemerge.fitting.pair_objective import PairObjective
 from moemerge.fitting.problem import Measured
@@ -38,8 +38,13 @@ def make_models(folder: Path, size: str, upper: int) -> list[str]:
     """A base and two models that differ from it in head and upper layers."""
     torch.manual_seed(0)
     heads, groups = HEADS[size]
-    config = LlamaConfig(
-        **SIZES[size], num_attention_heads=heads, num_key_value_heads=groups, num_labels=1, pad_token_id=0
+    config = AutoConfig.for_model(
+        "llama",
+        **SIZES[size],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        num_labels=1,
+        pad_token_id=0,
     )
     model = LlamaForSequenceClassification(config).float()
     names = [str(folder / name) for name in ("base", "a", "b")]
