@@ -58,9 +58,22 @@ log = logging.getLogger(__name__)
 
 
 def _gold(options: Attack, device: torch.device) -> Gold | None:
-    """The gold score of one answer, by the function or reward model that the options name."""
+    """The gold score of one answer, by the function or reward model that the options name.
+
+    Each answer is asked about once: a gold function may be slow, or cost money.
+    """
     reward = gold_scores.load_gold(options, device, options, options.trust_remote_code)
-    return None if reward is None else lambda prompt, text: float(reward([(prompt, text)])[0])
+    if reward is None:
+        return None
+    known: dict[str, float] = {}
+
+    def gold(prompt: Text, text: Text) -> float:
+        key = json.dumps([prompt, text])
+        if key not in known:
+            known[key] = float(reward([(prompt, text)])[0])
+        return known[key]
+
+    return gold
 
 
 @stage("attack", Attack, shares_work=True)

@@ -108,14 +108,17 @@ def test_good_answers_that_score_low_are_found_too(given: dict[str, Any], tmp_pa
 
 
 def test_answers_of_the_other_class_do_not_count(given: dict[str, Any], tmp_path: Path) -> None:
-    """Of a gold that w5 makes better than everything, none is a bad answer any more."""
+    """Of a gold that w5 makes better than everything, none is a bad answer; it is asked once for each."""
+    asked: list[tuple[str, str]] = []
 
     def gold(prompt: str, answer: str) -> float:
+        asked.append((prompt, answer))
         return likes_w1(prompt, answer) + 9 * answer.split().count("w5")
 
     output = attack(**options(given, gold_function=gold), output=tmp_path / "attack")
     report = json.loads((output / "report.json").read_text())
     assert report["succeeded"] == report["decoding"]["kept_class"] == 0
+    assert len(asked) == len(set(asked)) > 24
     assert all(row["edited"] == row["rejected"] for row in rows_of(output) if row["right"])
 
 
