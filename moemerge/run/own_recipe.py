@@ -34,6 +34,7 @@ HOURS = 2.0  # that training the mixture may take
 PAIRS_PER_STEP = 16
 FEWEST_STEPS = 16  # that a pass over a person's own few pairs should have
 FEW_PROMPTS = 30  # which make wide intervals
+VALIDATION, VALIDATION_PROMPTS = 0.1, 3  # share held out, and prompts in it: fitting needs two at least
 EVALUATIONS = 4  # of a training, where there is no time for more
 FEWEST, MOST_HELD_OUT = 50, 300  # pairs of a set, where training takes too long for all
 TRAVEL, RATE = 1e-3, 1e-4  # of a model that is trained on: see _rate
@@ -271,6 +272,8 @@ def _of_data(found: Found, path: Path) -> Iterator[tuple[str, str]]:
     known = [f"{first[0]} of the pairs have up to {first[1]} tokens", *(f"{s} up to {n}" for s, n in more)]
     yield "lengths", f"{', '.join(known)}; longer than {found.max_length}, and left out: {out:.1%}"
     yield "bad_rows", "skip" if lengths.broken or out else "refuse"
+    held_out = min(0.3, max(VALIDATION, VALIDATION_PROMPTS / lengths.prompts))
+    yield "validation", f"validation_share: {held_out:.2g}  # held out for early stopping and fitting"
 
 
 def _of_test(test: str | None, path: Path, prompts: int) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """RewardBench against its own package, on rows drawn at random; skipped where that cannot be had.
 
-Of the package only three files are run, which need nothing else of it: as a whole it does not go with
-transformers 5. It is put into a folder of its own, without what it depends on.
+Of the package only two files are run, which need nothing else of it: as a whole it does not go with
+transformers 5 (tests/promises/test_peers.py runs it in an environment of its own). It is put into a folder
+of its own, without what it depends on.
 """
 
 from __future__ import annotations
@@ -15,15 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from small_moe import make_moe
 from small_reports import choice_scores
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 from moemerge.evaluation.probes.rewardbench import ROWS_1, SECTIONS, aggregate, results
 from moemerge.evaluation.probes.rewardbench_ties import ties_scores
-from moemerge.stages.fit import fit
-from moemerge.stages.merge import merge
 
 pytestmark = pytest.mark.slow
 
@@ -60,23 +56,6 @@ def module_in(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
-
-
-def test_its_pipeline_scores_a_merged_model_alike(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It pads on the left, and wants a GPU, which it does not get."""
-    moe = make_moe(tmp_path / "moe")
-    merged = merge(moe, fit(moe, method="uniform", output=tmp_path / "fit"), output=tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
-    texts = ["w1 w2 w3", "w5 w7", "w9 w4 w2 w33 w21 w8"]
-    with torch.no_grad():
-        alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
-    monkeypatch.setattr(BatchEncoding, "to", lambda self, device: self)
-    tokenizer.padding_side = "left"
-    pipe = module_in(home / "models/pipeline.py", monkeypatch).RewardBenchPipeline("", model, tokenizer)
-    assert pipe(texts, truncation=False)[:, 0].tolist() == pytest.approx(alone, abs=1e-4)
 
 
 def test_sections_of_version_1(package: dict[str, Any]) -> None:

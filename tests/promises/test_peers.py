@@ -150,6 +150,16 @@ for folder in sys.argv[2:]:
     found[folder] = [float(one) for one in encoder.predict(json.loads(sys.argv[1]))]
 print(json.dumps(found))
 """
+BENCH = """
+import json, sys
+from transformers import BatchEncoding
+BatchEncoding.to = lambda self, device: self  # it asks for a GPU by name
+from rewardbench.rewardbench import Args, rewardbench
+model, pairs, out = sys.argv[1:]
+rewardbench(Args(model=model, dataset=pairs, load_json=True, chat_template="raw", not_quantized=True,
+                 torch_dtype="float32", batch_size=2, output_dir=out))
+print(json.dumps([json.loads(line) for line in open(model + "_outputs.jsonl")]))
+"""
 
 
 def test_transformers_4_scores_alike(merged: dict[str, Path], tmp_path: Path) -> None:
@@ -175,3 +185,16 @@ def test_a_cross_encoder_scores_alike(merged: dict[str, Path], tmp_path: Path) -
         with torch.no_grad():
             expected = [model(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in pairs]
         assert found[str(folder)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_rewardbench_scores_alike(merged: dict[str, Path], tmp_path: Path) -> None:
+    """The whole package, with the transformers that it wants; it pads on the left, so positions move."""
+    python = installed(tmp_path / "env", "rewardbench==0.1.4", "setuptools<81")
+    if python is None:
+        pytest.skip("rewardbench cannot be installed here")
+    chats = [[{"role": role, "content": text} for role in ("user", "assistant")] for text in TEXTS]
+    rows = [{"prompt": "w1", "chosen": chats[i], "rejected": chats[i - 1]} for i in range(len(chats))]
+    found = run_in(python, BENCH, merged["llama"], write_rows(tmp_path / "pairs.jsonl", rows), tmp_path)
+    for side in ("chosen", "rejected"):
+        expected = scored(merged["llama"], [row[f"text_{side}"] for row in found])
+        assert [row[f"scores_{side}"] for row in found] == pytest.approx(expected, abs=1e-4)

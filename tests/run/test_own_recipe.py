@@ -90,15 +90,19 @@ def test_short_trainings_have_higher_rates_and_new_heads_the_highest(
     assert (tree["control"]["learning_rate"], tree["base"]["learning_rate"]) == rates
 
 
-def test_a_persons_few_pairs_are_trained_on_in_small_batches(
+def test_a_persons_few_pairs_are_trained_on_in_small_batches_and_few_prompts_held_out(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixteen steps a pass, where there are pairs enough for that."""
+    """Sixteen steps a pass, where there are pairs enough for that; three prompts, as fitting needs two."""
     measure = own_recipe.measure
     for pairs, batch in ((12, 1), (36, 2), (150, 8), (5000, 16)):
         monkeypatch.setattr(own_recipe, "measure", lambda *given, n=pairs: replace(measure(*given), pairs=n))
         tree, text = written(home, tmp_path / f"{pairs}.yml", ["rm"], goal="patch")
         assert tree["patch"]["batch_size"] == batch and "has room for 16" in text
+    for prompts, share in ((200, 0.1), (12, 0.25), (2, 0.3)):
+        few = replace(measure(str(home / "pairs.jsonl"), tiny_tokenizer()), prompts=prompts)
+        monkeypatch.setattr(own_recipe, "measure", lambda *_, few=few: few)
+        assert written(home, tmp_path / f"of-{prompts}.yml", ["rm"])[0]["data"]["validation_share"] == share
 
 
 def test_layers_experts_and_pairs_follow_memory_and_time(
