@@ -47,9 +47,15 @@ class StageCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag that may be repeated takes several values at once, too."""
         leading = [LEADING[self.name]] if self.name in LEADING and not _begins_with_flag(args) else []
+        if args and not (leading or _begins_with_flag(args) or ctx.resilient_parsing):
+            raise click.UsageError(self._without_flag(args[0]), ctx)
         repeatable = {name: param for param in self.get_params(ctx) if _repeats(param) for name in param.opts}
         ctx.meta[OPEN] = repeatable.get(_last_flag([*leading, *args]))
         return super().parse_args(ctx, list(_spread([*leading, *args] if args else [], set(repeatable))))
+
+    def _without_flag(self, word: str) -> str:
+        inputs = COMMANDS.get(str(self.name)).POSITIONAL or ("output",)
+        return f"{word} has no flag before it; inputs have names here, such as --{inputs[0]} {word}"
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """As click does, and where a flag takes several values its further ones."""

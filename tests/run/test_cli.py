@@ -149,6 +149,7 @@ def test_main_results_are_printed(main: Main, stages: FakeStages, tmp_path: Path
         (["trian"], "did you mean 'train'?"),
         (["train", "--epoch", "3"], "--epochs"),
         (["upcycle", "--gate", "soft"], "'xft', 'topk', 'prompt'"),
+        (["upcycle", "rm"], "such as --model rm"),
         (["check"], "RECIPE"),
         (["nothing-like-it"], "choose one of: attack, audit, calibrate, changes, check"),
     ],
