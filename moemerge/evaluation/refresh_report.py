@@ -38,8 +38,7 @@ def held_out_curves(run: Row, steps: Sequence[int], resamples: int, confidence: 
     clusters_H = np.unique(held["prompts"], return_inverse=True)[1]
     draws = bootstrap_means(cluster_sums(columns, clusters_H), resamples, seed)
     values = np.concatenate([columns.mean(axis=0, keepdims=True), draws])
-    units, differs = len(np.unique(clusters_H)), bool(columns[:, -1].any())
-    low, high = lead_interval(differs, values[1:, -1], units, confidence)
+    low, high = lead_interval(values[1:, -1], len(np.unique(clusters_H)), confidence)
     change = {"value": float(values[0, -1]), "low": low, "high": high}
     curve = banded(HELD_OUT, values[:, :-1], confidence)
     return {**curve, "held_out_pairs": len(before_H), "held_out_change": change}

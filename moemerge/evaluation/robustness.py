@@ -100,7 +100,7 @@ class _Measure:
     ) -> dict[str, Any] | None:
         """Mean paired difference, with a bootstrap interval over prompts; None of no pairs.
 
-        Where no pair differs resamples cannot: the interval is `no_difference`.
+        Where no prompt differs resamples cannot: the interval is `no_difference`.
         """
         kept_P = np.ones_like(values_P) if of_P is None else of_P
         if not kept_P.any():
@@ -108,7 +108,7 @@ class _Measure:
         lead_P = values_P[kept_P].astype(np.float64) - others_P[kept_P]
         units_P = sampling_units(self.prompts_P[kept_P])
         draws_R, units = self._draws(lead_P, units_P)[:, 0], len(np.unique(units_P))
-        low, high = lead_interval(bool(lead_P.any()), draws_R, units, self.confidence)
+        low, high = lead_interval(draws_R, units, self.confidence)
         return {"value": float(lead_P.mean()), "low": low, "high": high, "pairs": len(lead_P)}
 
     def _draws(self, values_P: Floats, units_P: Integers) -> Floats:

@@ -91,9 +91,12 @@ def share_interval(right_P: Floats, draws_R: Floats, prompts: int, confidence: f
     return float(low[0]), float(high[0])
 
 
-def lead_interval(differs: bool, draws_R: Floats, units: int, confidence: float) -> Interval:
-    """Interval of a mean paired difference: the bootstrap's, or `no_difference` where no row differs."""
-    if not differs:
+def lead_interval(draws_R: Floats, units: int, confidence: float) -> Interval:
+    """Interval of a mean paired difference: the bootstrap's, or `no_difference` where no unit differs.
+
+    No row does then, or the differences of each unit's rows cancel out: every resample is 0.
+    """
+    if not draws_R.any():
         return no_difference(units, confidence)
     low, high = percentile_interval(draws_R[:, None], confidence)
     return float(low[0]), float(high[0])

@@ -211,13 +211,18 @@ def test_the_difference_that_is_seen_is_seen_in_four_of_five_cases() -> None:
     assert clear == pytest.approx(POWER, abs=0.05)
 
 
-def test_models_that_agree_on_every_pair_have_an_interval_of_some_width() -> None:
+def test_models_that_agree_on_every_pair_or_prompt_have_an_interval_of_some_width() -> None:
     right = np.column_stack([np.ones(40), np.zeros(40)])
     pairs = PairScores({"a": right, "b": 2 * right}, np.full(40, ""), np.arange(40), np.ones((40, 2)))
     found = PROBES.get("accuracy").measure({"t": pairs}, EvaluateSettings(resamples=100), 0)
     low, high = found["sets"]["t"]["all"]["models"]["b"]["vs_baseline"]["interval"]
     clopper_pearson = stats.binomtest(0, 40).proportion_ci(0.95, "exact").high
     assert -low == high == pytest.approx(clopper_pearson)
+    one, other = np.column_stack([[1, 0] * 20, np.zeros(40)]), np.column_stack([[0, 1] * 20, np.zeros(40)])
+    pairs = PairScores({"a": one, "b": other}, np.full(40, ""), np.arange(40) // 2, np.ones((40, 2)))
+    cancelled = PROBES.get("accuracy").measure({"t": pairs}, EvaluateSettings(resamples=100), 0)
+    low, high = cancelled["sets"]["t"]["all"]["models"]["b"]["vs_baseline"]["interval"]
+    assert -low == high == pytest.approx(stats.binomtest(0, 20).proportion_ci(0.95, "exact").high)
     answers = np.array([3.0, 1.0, 2.0] * 20)
     candidates = CandidateScores({"a": answers, "b": 2 * answers}, answers, np.ones(60), np.full(20, 3))
     curves = PROBES.get("best_of_n").measure({"c": candidates}, EvaluateSettings(resamples=100), 0)

@@ -42,7 +42,7 @@ def score_comparison(
         "first": names[0],
         "second": names[1],
         "difference": difference,
-        "interval": lead_interval(bool(gain_V.any()), gain_V[1:], units, confidence),
+        "interval": lead_interval(gain_V[1:], units, confidence),
         "p": resampled_p(difference, gain_V[1:], units),
     }
 
@@ -57,10 +57,9 @@ def difference(right_P2: NDArray[np.bool_], draws_R2: Floats, units_P: Integers,
     _, numbers = np.unique(units_P, return_inverse=True)
     by_unit = np.bincount(numbers, gain_P).round().astype(np.int64)
     shared = len(by_unit) < len(gain_P)
-    differs, draws_R = bool(ours or theirs), draws_R2[:, 0] - draws_R2[:, 1]
     return {
         "difference": (ours - theirs) / len(gain_P),
-        "interval": lead_interval(differs, draws_R, len(by_unit), confidence),
+        "interval": lead_interval(draws_R2[:, 0] - draws_R2[:, 1], len(by_unit), confidence),
         "first_alone": ours,
         "second_alone": theirs,
         "p": clustered_mcnemar(by_unit) if shared else mcnemar(ours, theirs),
