@@ -79,13 +79,12 @@ def load_reward_model(
     """A reward model with exactly one output, in eval mode, every weight from the checkpoint.
 
     `dtype=None`: as `placement` says, by default the checkpoint's on a GPU and float32 on CPU. With
-    `fresh_head_seed` a base LM or
-    encoder is taken too: its missing head is drawn from that seed, on any device alike, and a pad token named
-    if it names none; so is, where the folder is opened with `fresh_head`, any model without its head. A
-    reward model's config stays as it is. `placement`: sharded, each of several processes holds a part of
-    every weight, and never the whole of more than a layer (FSDP2); with device_map, one process spreads the
-    layers over devices and files. `head`: a new head, drawn from `fresh_head_seed` or a seed of its own,
-    takes the place of any that there is; class and config are those of its kind.
+    `fresh_head_seed` a base LM or encoder is taken too: its missing head is drawn from that seed, on any
+    device alike, and a pad token named if it names none; so is, where the folder is opened with `fresh_head`,
+    any model without its head. A reward model's config stays as it is. `placement`: sharded, each of several
+    processes holds a part of every weight, and never the whole of more than a layer (FSDP2); with device_map,
+    one process spreads the layers over devices and files. `head`: a new head, drawn from `fresh_head_seed` or
+    a seed of its own, takes the place of any that there is; class and config are those of its kind.
     Raises CheckpointError for missing, left-over or misshapen tensors, quantised or pickled weights,
     adapters, a reward model without its head, and any other number of outputs; UnsupportedError for a class
     of its own, unless its code comes along and is trusted.
@@ -95,40 +94,58 @@ def load_reward_model(
     folder, device = opened(model), torch.device(device)
     if folder.is_local:
         folder.weights  # noqa: B018 (damaged weights are reported before the config's faults)
+    # A head that the config claims and the weights lack is a fault, not fresh.
+    fresh = None if folder.claims_head and not folder.fresh_head else fresh_head_seed
+    config = _config_to_load(folder, fresh, head)
+    limits = room_for_weights(placement, device)
+    wanted = _dtype_to_load(dtype, placement, device)
+    sharding = _sharding(config) if placement.sharded else None
+    loaded, loading = load_weights(folder, config, wanted, sharding=sharding, limits=limits)
+    if head is not None:
+        loading = _without_heads(loading, loaded, skeleton(folder.config))
+        draw_head(loaded, head, fresh_head_seed or 0)
+    check_loading(folder, loaded, loading, fresh)
+    if fresh is None:
+        folder.require_one_output()
+    else:
+        _settle_fresh_head(folder, loaded, loading, fresh, new_head=head is not None)
+    placed = loaded if placement.sharded or limits else loaded.to(device)  # type: ignore[arg-type]
+    return placed.eval()  # type: ignore[no-any-return]
+
+
+def _config_to_load(folder: ModelFolder, fresh: int | None, head: HeadOptions | None) -> PreTrainedConfig:
+    """A copy of the folder's config, with one output where the head may be fresh, of `head`'s own class."""
     config = deepcopy(folder.config)
-    seed_of_head = fresh_head_seed or 0
-    if folder.claims_head and not folder.fresh_head:
-        fresh_head_seed = None  # a head that the config claims and the weights lack is a fault, not fresh
-    if fresh_head_seed is not None:
+    if fresh is not None:
         config.num_labels = 1
     if folder.is_local:
         refuse_larger(folder.weights, config)
         folder.weights.release()  # transformers maps the files itself
-    config = config if head is None else with_new_head(config, head)
+    return config if head is None else with_new_head(config, head)
+
+
+def _dtype_to_load(dtype: torch.dtype | None, placement: Placement, device: torch.device) -> Any:
     if dtype is None and placement.precision != "auto":
         dtype = getattr(torch, placement.precision)
-    wanted: Any = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    sharding = None
-    if placement.sharded:
-        layers, _ = family_of(config).dense_layers(skeleton(config))
-        sharding = processes.sharding(layers)
-    limits = room_for_weights(placement, device)
-    loaded, loading = load_weights(folder, config, wanted, sharding=sharding, limits=limits)
-    if head is not None:
-        loading = _without_heads(loading, loaded, skeleton(folder.config))
-        draw_head(loaded, head, seed_of_head)
-    check_loading(folder, loaded, loading, fresh_head_seed)
-    if fresh_head_seed is None:
-        folder.require_one_output()
-    elif loading["missing_keys"]:
+    return dtype or (torch.float32 if device.type == "cpu" else "auto")
+
+
+def _sharding(config: PreTrainedConfig) -> Any:
+    layers, _ = family_of(config).dense_layers(skeleton(config))
+    return processes.sharding(layers)
+
+
+def _settle_fresh_head(
+    folder: ModelFolder, model: PreTrainedModel, loading: dict[str, Any], seed: int, new_head: bool
+) -> None:
+    """Draw what the checkpoint has not of its head, name a pad token, and warn; note it in `folder`."""
+    if loading["missing_keys"]:
         folder.drawn_head = sorted(loading["missing_keys"])
-        _draw_head(loaded, folder.drawn_head, fresh_head_seed)
-    if fresh_head_seed is not None and (folder.drawn_head or head is not None):
-        name_pad_of_fresh_head(loaded.config, folder)
-    if fresh_head_seed is not None and (folder.drawn_head or folder.fresh_head):
+        _draw_head(model, folder.drawn_head, seed)
+    if folder.drawn_head or new_head:
+        name_pad_of_fresh_head(model.config, folder)
+    if folder.drawn_head or folder.fresh_head:
         warn_of_fresh_head(folder.source, tuple(folder.drawn_head))
-    placed = loaded if placement.sharded or limits else loaded.to(device)  # type: ignore[arg-type]
-    return placed.eval()  # type: ignore[no-any-return]
 
 
 def load_weights(
