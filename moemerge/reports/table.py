@@ -109,8 +109,13 @@ def _is_number(cell: str) -> bool:
 
 
 def with_interval(value: float, interval: Interval, form: str) -> str:
-    """A value and its interval as a table's cell, all in the format `form`."""
+    """A value and its interval as a table's cell, all in the format `form`.
+
+    An interval of no width is left out: it comes of resamples that cannot differ, and says nothing.
+    """
     low, high = interval
+    if low == high:
+        return f"{value:{form}}"
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 

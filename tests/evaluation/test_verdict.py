@@ -25,6 +25,7 @@ from moemerge.evaluation.report import FORMAT, outdated, read_comparison, read_r
 from moemerge.evaluation.verdict import holm_verdicts, standing, standing_sentences, verdict
 from moemerge.options.evaluate import EvaluateSettings
 from moemerge.reports.statistics import bootstrap_means, mcnemar, resampled_p
+from moemerge.reports.table import with_interval
 
 
 def report_with(low: float, high: float, p: float = 0.01) -> dict[str, Any]:
@@ -223,6 +224,7 @@ def test_models_that_agree_on_every_pair_or_prompt_have_an_interval_of_some_widt
     cancelled = PROBES.get("accuracy").measure({"t": pairs}, EvaluateSettings(resamples=100), 0)
     low, high = cancelled["sets"]["t"]["all"]["models"]["b"]["vs_baseline"]["interval"]
     assert -low == high == pytest.approx(stats.binomtest(0, 20).proportion_ci(0.95, "exact").high)
+    assert with_interval(0.0, (0.0, 0.0), "+.2f") == "+0.00" != with_interval(0.0, (0.0, 0.1), "+.2f")
     answers = np.array([3.0, 1.0, 2.0] * 20)
     candidates = CandidateScores({"a": answers, "b": 2 * answers}, answers, np.ones(60), np.full(20, 3))
     curves = PROBES.get("best_of_n").measure({"c": candidates}, EvaluateSettings(resamples=100), 0)
