@@ -33,8 +33,8 @@ from moemerge.stages.train import train
 
 KINDS = {"a": ("w1", "w2"), "b": ("w11", "w12"), "c": ("w21", "w22")}
 QUICK: dict[str, Any] = {
-    "epochs": 2.0, "learning_rate": 3e-3, "batch_size": 8, "resamples": 200, "threads": 1, "device": "cpu",
-    "max_epochs": 5,
+    "epochs": 1.0, "learning_rate": 3e-3, "batch_size": 8, "resamples": 200, "threads": 1, "device": "cpu",
+    "max_epochs": 5, "folds": 2,
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = save_dense(folder / "base", seed=0)
     settings = {"epochs": 3.0, "learning_rate": 3e-3, "batch_size": 8, "threads": 1, "device": "cpu"}
     for kind in KINDS:
-        pairs = write(folder / f"{kind}.jsonl", rows_of(kind, 160, draw))
+        pairs = write(folder / f"{kind}.jsonl", rows_of(kind, 120, draw))
         train(model=str(base), pairs=pairs, output=folder / kind, patience=None, **settings)
     own = [row for kind in KINDS for row in rows_of(kind, 20, draw)]
     write(folder / "own.jsonl", own)
@@ -380,7 +380,7 @@ def test_a_recipe_with_merges_is_checked(world: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         cli.main(["check", str(recipe_of(world))])
     shown = capsys.readouterr().out
-    assert shown.startswith("ok") and "part-2/made" in shown and "on the hub" not in shown
+    assert shown.startswith("ok") and "part-1/made" in shown and "on the hub" not in shown
     with pytest.raises(SystemExit):
         cli.main(["check", str(recipe_of(world, base="owner/start"))])
     assert "merges.base owner/start is not on this disk" in capsys.readouterr().out

@@ -140,7 +140,9 @@ def dies_at(step: int, rank: int) -> Callable[[int], None]:
     return first
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, []), (1, []), (1, ["--sharded"])])
+@pytest.mark.parametrize(
+    ("rank", "how"), [(0, []), pytest.param(1, [], marks=pytest.mark.slow), (1, ["--sharded"])]
+)
 def test_a_killed_training_goes_on_as_if_it_had_not_been(
     rank: int, how: list[str], home: Path, tmp_path: Path
 ) -> None:
