@@ -52,8 +52,8 @@ STEPS = ((1, 1, 16), (4, 1, 16), (16, 1, 16), (4, 4, 32), (4, 4, 128))
 WAYS = ("xft", "resident", "mapped")
 
 
-def make_moe(folder: Path, size: str, seed: int = 0) -> Path:
-    """A MoE of 7 routed experts, 5 per token, with noise on the copies."""
+def make_dense(size: str, seed: int = 0) -> LlamaForSequenceClassification:
+    """A random Llama reward model in float32."""
     torch.manual_seed(seed)
     heads, groups = HEADS[size]
     config = AutoConfig.for_model(
@@ -64,7 +64,12 @@ def make_moe(folder: Path, size: str, seed: int = 0) -> Path:
         num_labels=1,
         pad_token_id=0,
     )
-    model = LlamaForSequenceClassification(config).float()
+    return LlamaForSequenceClassification(config).float()
+
+
+def make_moe(folder: Path, size: str, seed: int = 0) -> Path:
+    """A MoE of 7 routed experts, 5 per token, with noise on the copies."""
+    model = make_dense(size, seed)
     with torch.no_grad():
         model.score.weight.mul_(100)
     model.save_pretrained(folder / "dense")
@@ -268,8 +273,11 @@ def measure_optimisers(folder: Path, seeds: int) -> None:
         curves = {}
         for way, options in ways.items():
             settings = FitSettings(**options, batch_size=256, evals_per_epoch=1, patience=10_000)
-            same = lambda made=objective: made  # type: ignore[misc]  # noqa: E731
-            problem = FitProblem(blocks, 7, True, settings, seed, objective=same)
+
+            def ready(made: PairObjective = objective) -> PairObjective:
+                return made
+
+            problem = FitProblem(blocks, 7, True, settings, seed, objective=ready)
             trajectory = Trajectory(problem, objective, initial_coefficients(problem)).run()
             # Training and held-out pairs are the same here.
             curves[way] = [(point["passes"], point["held_out_loss"]) for point in trajectory.history]

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fit import HEADS, SIZES, make_pairs, objective_of, write_tokenizer
-from transformers import AutoConfig, LlamaForSequenceClassification
+from fit import SIZES, make_dense, make_pairs, objective_of, write_tokenizer
 
 from moemerge.fitting.pair_objective import PairObjective
 from moemerge.fitting.problem import Measured
@@ -36,17 +35,7 @@ Pass = Callable[[torch.Tensor], tuple[MergeGradient, Measured]]
 
 def make_models(folder: Path, size: str, upper: int) -> list[str]:
     """A base and two models that differ from it in head and upper layers."""
-    torch.manual_seed(0)
-    heads, groups = HEADS[size]
-    config = AutoConfig.for_model(
-        "llama",
-        **SIZES[size],
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    model = LlamaForSequenceClassification(config).float()
+    model = make_dense(size)
     names = [str(folder / name) for name in ("base", "a", "b")]
     for number, name in enumerate(names):
         if number:

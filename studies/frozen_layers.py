@@ -145,7 +145,9 @@ def install(lower: LowerLayers | None, pooled_only: bool = False) -> Iterator[No
         current[0], pooled[0] = before
 
 
-def _replace(module: Any, given: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+def _replace(
+    module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], output: Tensor
+) -> Tensor | None:
     lower = current[0]
     if lower is None or not isinstance(module, BertEmbeddings if lower.encoder else nn.Embedding):
         return None

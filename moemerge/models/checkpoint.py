@@ -9,6 +9,7 @@ Letters: N routed experts.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -100,6 +101,11 @@ class Checkpoint:
                 raise self._quantised(f"{name} in {self.dtype(name)}", "floating point")
         if self.quantised is not None:
             raise self._quantised(self.quantised, "weights in floating point")
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors together, from the headers."""
+        return sum(math.prod(self.shape(name)) for name in self.names)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU, as stored."""

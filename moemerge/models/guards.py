@@ -5,7 +5,6 @@ Everything but `check_finite` reads config.json and the headers of the weights o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def refuse_larger(weights: Checkpoint, config: PretrainedConfig) -> None:
         raise unloadable("the model cannot be made", weights.folder, error, expected) from error
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     weights.refuse_quantised(model.state_dict().keys() & set(weights.names))
-    held = sum(math.prod(weights.shape(name)) for name in weights.names)
+    held = weights.num_elements
     if wanted > 2 * held + SPARE:
         raise CheckpointError(
             f"{weights.folder} does not hold the model that its config asks for",

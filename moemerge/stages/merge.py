@@ -294,7 +294,7 @@ def _added(parts: Sequence[Tensor], weights: Sequence[float], total: Tensor) -> 
     """`parts` one by one, at least in float32; their weighted sum, not finite if anything in them is, goes
     to `total` while they are at hand."""
     for weight, part in zip(weights, parts, strict=True):
-        wide = _widened(part, torch.promote_types(part.dtype, torch.float32))
+        wide = _widened(part, torch.float32)
         total.add_(wide, alpha=weight)
         yield wide
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -271,8 +270,7 @@ def _bytes_refreshed(options: Optimise, name: str) -> int:
     classifier = classifier_of(open_scorer(options.models[name], options.trust_remote_code), "refresh")
     if options.refresh_trains == "coefficients":
         return open_source(Members(model=classifier.source)).size(torch.float32)
-    weights = classifier.folder.weights
-    return sum(math.prod(weights.shape(name)) for name in weights.names) * torch.float32.itemsize
+    return classifier.folder.weights.num_elements * torch.float32.itemsize
 
 
 def _start(options: Optimise, source: MergeSource) -> Coefficients:

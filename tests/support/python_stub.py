@@ -18,12 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import moemerge
 from moemerge.options.signature import PATH
+from moemerge.run import templates
 from moemerge.run.recipe_schema import recipe_schema
-from moemerge.run.templates import SCHEMA as FILE
-from moemerge.run.templates import folder_of_templates
 
 STUB = Path(moemerge.__file__).with_suffix(".pyi")
-SCHEMA = folder_of_templates() / FILE
+SCHEMA = templates.folder_of_templates() / templates.SCHEMA
 HEAD = '''"""Upcycle a reward model into a mixture of experts, train it, and merge it back."""
 
 # Made from the options: `make stub` writes it anew. Do not edit.
