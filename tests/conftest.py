@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import environment  # noqa: F401  (before torch)
 import pytest
@@ -17,6 +19,20 @@ FROZEN: set[str] = set()  # modules whose objects no collection looks at
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama reward model on disk; read only."""
     return save_dense(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rough_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pictures are drawn whole, but small and not laid out, where a test is not of pictures."""
+
+    def roughly(figure: Any) -> None:
+        figure.set_layout_engine(None)
+        figure.set_dpi(30)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "reports":
+            patch.setattr("moemerge.reports.plotting._lay_out", roughly)
+        yield
 
 
 def pytest_runtest_setup() -> None:

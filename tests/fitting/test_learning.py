@@ -203,7 +203,11 @@ def closer(name: str, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("optimizer", "shared_weight", "tolerance"),
-    [("lbfgs", 0.5, 0.005), ("adam", 0.5, 0.03), ("lbfgs", "learned_global", 0.03)],
+    [
+        pytest.param("lbfgs", 0.5, 0.005, marks=pytest.mark.slow),
+        pytest.param("adam", 0.5, 0.03, marks=pytest.mark.slow),
+        ("lbfgs", "learned_global", 0.03),
+    ],
 )
 def test_planted_coefficients_are_recovered(
     tmp_path: Path, optimizer: str, shared_weight: Any, tolerance: float
@@ -346,6 +350,7 @@ def test_overfitting_36_parameters_to_256_pairs_is_caught() -> None:
     assert max(harms) < 0.01
 
 
+@pytest.mark.slow
 def test_optimisers_agree_on_a_convex_toy() -> None:
     generator = torch.Generator().manual_seed(3)
     truth_LN = torch.randn(4, 3, generator=generator, dtype=torch.float64).softmax(1)

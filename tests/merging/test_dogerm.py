@@ -215,6 +215,7 @@ def test_the_curve_is_that_of_each_merge(tmp_path: Path) -> None:
         fit_models([lm], pairs, tmp_path / "no", base=rm, scope="body", curve={"test": str(pairs)})
 
 
+@pytest.mark.slow
 def test_a_weight_per_layer_is_learned(tmp_path: Path) -> None:
     rm, lm = reward_model(tmp_path / "rm"), language_model(tmp_path / "lm")
     pairs = labelled_by(doge(rm, lm, tmp_path / "judge", 0.2), tmp_path)

@@ -161,6 +161,7 @@ def test_registering_twice_does_no_harm() -> None:
     assert [m.spec.name for m in registry.registered_methods()].count(mergekit_bridge.OURS) == 1
 
 
+@pytest.mark.slow
 def test_the_bridge_can_be_imported_first() -> None:
     """As an entry point does."""
     code = (

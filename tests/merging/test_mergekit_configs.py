@@ -165,6 +165,7 @@ def test_every_example_is_tested_and_shipped_but_is_no_recipe() -> None:
         assert all(part["base_model"] for part in yaml.safe_load_all(path.read_text())), path
 
 
+@pytest.mark.slow
 def test_the_opt_in_for_the_stock_command(home: Path, tmp_path: Path) -> None:
     """The lines of docs/mergekit.md: a sitecustomize.py on PYTHONPATH, then the stock command."""
     page = (ROOT / "docs" / "mergekit.md").read_text()

@@ -103,6 +103,7 @@ def test_every_use_of_the_gate(family: str, options: dict[str, object], tmp_path
     assert read_manifest(native)["results"]["exact"] == (options.get("gate_shared_weight") != 0.3)
 
 
+@pytest.mark.slow
 def test_it_loads_where_moemerge_cannot_be_imported(tmp_path: Path) -> None:
     moe = lively_moe(tmp_path / "moe", "llama")
     native = export(model=str(moe), form="qwen2_moe", shard_size=30_000, output=tmp_path / "native")

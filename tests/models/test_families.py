@@ -15,7 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, gradient_of, random_pairs, rewrite, stock_merge, write_rows
-from tiny_models import CORE, SIZES, TINY, batch, scores, tiny_dense, tiny_tokenizer, tokenizer_of
+from tiny_models import (
+    CORE,
+    SIZES,
+    TINY,
+    batch,
+    families,
+    scores,
+    tiny_dense,
+    tiny_tokenizer,
+    tokenizer_of,
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid
@@ -73,7 +83,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_the_whole_chain(family: str, tmp_path: Path) -> None:
     dense = lively(family, tmp_path / "dense")
     options = {"num_routed_experts": 3, "num_experts_per_tok": 2, "balance_coefficient": 0.1}

@@ -139,7 +139,13 @@ print(registry.get(sys.argv[2]).spec.pretty_name)
 """
 
 
-@pytest.mark.parametrize("imports", [["import moemerge", TRAINER], [REGISTRY, LLAMA, "import moemerge"]])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        pytest.param(["import moemerge", TRAINER], marks=pytest.mark.slow),
+        [REGISTRY, LLAMA, "import moemerge"],
+    ],
+)
 def test_importing_moemerge_registers_in_either_order(tmp_path: Path, imports: list[str]) -> None:
     """Model types and the merge method, whatever was imported first."""
     tiny_moe().save_pretrained(tmp_path / "moe")
@@ -193,6 +199,7 @@ print(json.dumps(logits[:, 0].tolist()))
 """
 
 
+@pytest.mark.slow
 def test_an_old_folder_loads_as_a_user_would(tmp_path: Path) -> None:
     tiny_moe().save_pretrained(tmp_path / "moe")
     (tmp_path / "moe" / "moemerge_shim.py").write_text(OLD_SHIM)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_dense, tiny_moe
+from tiny_models import families, save_dense, tiny_moe
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.data.tokenise import Encoded
@@ -48,7 +48,7 @@ def test_beginnings_of_every_padding(pad: int | None, tmp_path: Path) -> None:
     assert last == whole.tolist()  # to the last bit: the same batch
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", families(CAUSAL))
 def test_beginnings_in_every_decoder(family: str, tmp_path: Path) -> None:
     folder = save_dense(tmp_path / "model", family)
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()

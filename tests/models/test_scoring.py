@@ -11,7 +11,7 @@ import pytest
 import torch
 from hostile_files import edit_json
 from safetensors.torch import load_file, save_file
-from tiny_models import CORE, SIZES, TINY, save_dense, tiny_tokenizer, tokenizer_of
+from tiny_models import CORE, SIZES, TINY, families, save_dense, tiny_tokenizer, tokenizer_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -66,7 +66,7 @@ def test_any_padding_of_the_tokenizer_gives_the_same(side: str, pad: str | None,
 NEEDS_A_PAD_TOKEN = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "modernbert-decoder"}
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", families())
 def test_a_pad_token_of_minus_one_is_none_or_refused(family: str, tmp_path: Path) -> None:
     """transformers itself would find no padding then, and take a shorter text's score from a pad token."""
     folder = save_dense(tmp_path / "m", family)

@@ -12,6 +12,7 @@ from fuzz_tools import Dice, Target
 from moemerge.errors import DataError, MoemergeError
 
 
+@pytest.mark.slow
 def test_fuzz_short() -> None:
     """Some two hundred broken inputs: each gives a valid result or a MoemergeError."""
     report = fuzz.fuzz(len(fuzz.order()), seed=1)
@@ -52,7 +53,9 @@ def test_the_fuzzer_finds_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert failed == [f"{name} 0" for name in readers if name != "refuse"]
 
 
-@pytest.mark.parametrize("name", fuzz.TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "heads")) for name in fuzz.TARGETS]
+)
 def test_inputs_that_are_not_broken_are_read(name: str, tmp_path: Path) -> None:
     """A target that refuses whatever it is given would find nothing."""
     fuzz.library()

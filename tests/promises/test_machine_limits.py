@@ -38,7 +38,15 @@ def limited(limit: int, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "fresh"), [(4, True), (7, True), (4, False), (5, False), (6, False), (8, False)]
+    ("limit", "fresh"),
+    [
+        (4, True),
+        pytest.param(7, True, marks=pytest.mark.slow),
+        (4, False),
+        (5, False),
+        (6, False),
+        (8, False),
+    ],
 )
 def test_with_too_few_files_a_command_ends_with_one_line(limit: int, fresh: bool, tmp_path: Path) -> None:
     """In a fresh process imports need files too; in a fork of this one what is read and written is left."""
@@ -73,6 +81,7 @@ for arguments in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of this kind are Linux's")
 def test_with_too_little_memory_a_command_ends_with_one_error(tmp_path: Path) -> None:
     """A model of 60 MB, and room for half of it."""

@@ -25,6 +25,7 @@ GOOD = Ending(0, "done", 1.0)
 FOUR = "disk full\n  given: 1\n  expected: 2\n  to fix: 3"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, tmpfs and the preloaded shim")
 def test_twenty_kills_and_bad_disks_break_no_promise() -> None:
     same = {

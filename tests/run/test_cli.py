@@ -369,6 +369,7 @@ def test_python_finds_everything_valid_that_the_command_line_made(small_run: tup
     assert report.page.stat().st_mtime_ns == page
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_and_ends_with_the_same_model(
     small_run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,7 @@ def test_a_mixture_is_tried_where_it_is_asked_for(world: Path) -> None:
     assert "prompt_lengths" in (world / "moe" / "card" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_language_models_are_averaged_into_one_reward_model(world: Path) -> None:
     """DogeRM: by a weight that was chosen without the part on which the merge is judged."""
     torch.manual_seed(3)
@@ -258,6 +259,7 @@ def test_sums_find_the_common_start_too(world: Path) -> None:
     assert manifest["options"]["base"] == str(world / "base") and "base" in manifest["inputs"]
 
 
+@pytest.mark.slow
 def test_without_any_base_there_are_averages_only(
     world: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

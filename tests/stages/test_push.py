@@ -236,6 +236,7 @@ print("all back")
 """
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_from_the_hub(push: Push, hub: Hub, merged: Path, tmp_path: Path) -> None:
     """A merged model, a MoE, an exported expert and a stock Qwen2-MoE, in a fresh process and cache."""
     moe = make_moe(tmp_path / "moe", gate="topk")

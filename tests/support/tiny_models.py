@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -106,6 +108,11 @@ TINY: dict[str, dict[str, object]] = {
 }
 # What tests of anything but architectures run over.
 CORE = ("bert", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+# One at least of every form that a family can have: what is true of these is mostly true of all.
+QUICK = {
+    *("bert", "bloom", "deberta-v2", "distilbert", "gemma2", "gpt2", "gpt_neox", "llama", "modernbert"),
+    *("modernbert-decoder", "opt", "phi", "phi3", "qwen3"),
+}
 TINY_MOE: dict[str, Any] = {
     "num_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -120,6 +127,11 @@ TINY_MOE: dict[str, Any] = {
     "dense_dtype": "float32",
 }
 LENGTHS = (13, 7, 1, 10)  # of the sequences of `batch`
+
+
+def families(names: Iterable[str] = TINY) -> list[Any]:
+    """Parameters of a test of families: all of `names`, most of them in the slow tests only."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

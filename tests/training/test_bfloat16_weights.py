@@ -117,6 +117,7 @@ def test_a_model_trains_in_bfloat16_and_is_saved_so(world: Path, tmp_path: Path)
     assert results["after"]["loss"] < results["before"]["loss"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_killed_training_in_bfloat16_ends_with_the_same_weights(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_training import brute_force, encoded, history, moved, raiser, rows, run, weights, write
-from tiny_models import SIZES, TINY, save_dense, tiny_tokenizer
+from tiny_models import SIZES, TINY, families, save_dense, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -211,15 +211,7 @@ def test_a_killed_run_with_every_loss_ends_as_an_unbroken_one(
     assert {**straight, "seconds": 0} == {**resumed, "seconds": 0}
 
 
-QUICK = ("gemma2", "gpt2", "gpt_neox", "modernbert-decoder", "opt", "phi")
-DECODERS = [
-    family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
-    for family, known in FAMILIES.items()
-    if known.causal
-]
-
-
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", families(name for name, known in FAMILIES.items() if known.causal))
 def test_the_head_is_that_of_every_decoder(family: str, tmp_path: Path) -> None:
     """Softcaps, scales, biases, further layers before the vocabulary, old names: as transformers has them."""
     lm = AutoModelForCausalLM.from_pretrained(

@@ -58,8 +58,20 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("how", [[], ["--sharded"]], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("way", WAYS)
+SHARDED = ["--sharded"]
+
+
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        ("dense", []),
+        pytest.param("dense", SHARDED, marks=pytest.mark.slow),
+        ("moe", SHARDED),
+        pytest.param("moe", [], marks=pytest.mark.slow),
+        pytest.param("mixture", [], marks=pytest.mark.slow),
+        pytest.param("mixture", SHARDED, marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_train_what_one_does(way: str, how: list[str], home: Path, tmp_path: Path) -> None:
     """batch_size counts the pairs of all; each step is one of the same pairs."""
     model, options = WAYS[way]
@@ -141,7 +153,8 @@ def dies_at(step: int, rank: int) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "how"), [(0, []), pytest.param(1, [], marks=pytest.mark.slow), (1, ["--sharded"])]
+    ("rank", "how"),
+    [(0, []), pytest.param(1, [], marks=pytest.mark.slow), pytest.param(1, SHARDED, marks=pytest.mark.slow)],
 )
 def test_a_killed_training_goes_on_as_if_it_had_not_been(
     rank: int, how: list[str], home: Path, tmp_path: Path
