@@ -1,7 +1,7 @@
 # make demo: install into .venv, run the quickstart, combine models trained apart. make test: install with the test extra, check everything.
 # make site: the documents, with a reference of options, as pages in build/site.
 # make stub: after a change of options or of what they mean, write what editors see.
-# make processes: torchrun on two processes, each way of training and all that shares work: the slow tests of these.
+# make slow: the tests that `make test` leaves out: every architecture, torchrun, kills, whole processes; half an hour.
 # make torture: kills, full disks, failing writes, mutated inputs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -19,7 +19,7 @@ NUMERICAL := $(addprefix tests/,models/test_moe.py models/test_routing.py models
 	merging/test_averaging.py merging/test_weight_gradients.py fitting/test_learning.py evaluation/test_gold.py \
 	training/test_train.py::test_best_weights_are_kept_not_the_last)
 
-.PHONY: demo test processes site stub torture fuzz wheel versions clean
+.PHONY: demo test slow site stub torture fuzz wheel versions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moemerge run merge_configs/quickstart.yml
@@ -42,8 +42,8 @@ test: $(VENV)/.test-installed
 	MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERICAL) \
 		-k 'not planted and not convex and not every_option'
 
-processes: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m slow tests/promises/test_processes.py tests/training/test_several_processes.py
+slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 site: $(VENV)/.installed
 	$(PIP) '.[site]'

@@ -10,8 +10,12 @@ from typing import Any
 
 import environment  # noqa: F401  (before torch)
 import pytest
+from PIL import Image
 from tiny_models import save_dense
 
+from moemerge.reports.figures import Plot, save_plot
+
+DRAWING = ("reports", "evaluation")
 FROZEN: set[str] = set()  # modules whose objects no collection looks at
 
 
@@ -22,16 +26,17 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def rough_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pictures are drawn whole, but small and not laid out, where a test is not of pictures."""
+def no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One picture in place of all, but for tests of what is drawn: drawing is a third of a tiny stage."""
 
-    def roughly(figure: Any) -> None:
-        figure.set_layout_engine(None)
-        figure.set_dpi(30)
+    def dot(figure: Any, path: Path, plot: Plot) -> Path:
+        Image.new("L", (1, 1)).save(path, format="png")
+        save_plot(plot, path)
+        return path
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name != "reports":
-            patch.setattr("moemerge.reports.plotting._lay_out", roughly)
+        if request.path.parent.name not in DRAWING:
+            patch.setattr("moemerge.reports.plotting._save", dot)
         yield
 
 

@@ -28,10 +28,12 @@ def fingerprint(path: Path, known: dict[str, Any] | None = None) -> dict[str, An
     all files together are small: reading them takes no time, and a tool may set times back.
     """
     paths = artifact_files(path)
-    if sum(file.stat().st_size for file in paths.values()) <= SMALL:
+    small = sum(file.stat().st_size for file in paths.values()) <= SMALL
+    if small:
         known = None
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter free
-        records = pool.map(lambda name: _file_record(paths[name], (known or {}).get(name)), paths)
+        each = map if small else pool.map  # starting threads takes longer than reading what is small
+        records = each(lambda name: _file_record(paths[name], (known or {}).get(name)), paths)
         files = dict(zip(paths, records, strict=True))
     digest = hashlib.sha256("".join(f"{n}\0{r['sha256']}\n" for n, r in files.items()).encode())
     return {"path": os.path.abspath(path), "sha256": digest.hexdigest(), "files": files}

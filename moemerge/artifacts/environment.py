@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ def versions(also: Iterable[str] = ()) -> dict[str, str]:
     """Versions of Python and of the packages that results depend on: those that added what is used, too."""
     by_package = {"python": platform.python_version()}
     for package in dict.fromkeys((*PACKAGES, *sorted(USED), *also)):
-        with suppress(metadata.PackageNotFoundError):
-            by_package[package] = metadata.version(package)
+        if version := _version(package):
+            by_package[package] = version
     return by_package
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of what is installed, if it is: each look reads a file, and every stage asks for a dozen."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def hardware() -> dict[str, Any]:

@@ -132,8 +132,19 @@ OBJECTIVES_TO_TRY = [
 ]
 
 
-@pytest.mark.parametrize("settings", OBJECTIVES_TO_TRY, ids=str)
-@pytest.mark.parametrize("granularity", ["layer", "matrix", "group", "global"])
+@pytest.mark.parametrize(
+    ("settings", "granularity"),
+    [
+        *((settings, "layer") for settings in OBJECTIVES_TO_TRY),
+        *((OBJECTIVES_TO_TRY[-1], granularity) for granularity in ("matrix", "group", "global")),
+        *(
+            pytest.param(settings, granularity, marks=pytest.mark.slow)
+            for settings in OBJECTIVES_TO_TRY[:-1]
+            for granularity in ("matrix", "group", "global")
+        ),
+    ],
+    ids=str,
+)
 def test_gradients_of_every_objective_and_granularity(
     moe: Path, tmp_path: Path, settings: dict[str, Any], granularity: str
 ) -> None:

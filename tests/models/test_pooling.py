@@ -41,6 +41,15 @@ PADDINGS: dict[str, tuple[int | None, str | None]] = {
 }
 MOE: dict[str, Any] = {"num_routed_experts": 3, "num_experts_per_tok": 2}
 every_padding = pytest.mark.parametrize("padding", PADDINGS)
+# For whole chains of stages: the others are in the slow tests.
+some_padding = pytest.mark.parametrize(
+    "padding",
+    [
+        padding if padding in ("both", "none", "tokenizer pads with eos", "minus one")
+        else pytest.param(padding, marks=pytest.mark.slow)
+        for padding in PADDINGS
+    ],
+)  # fmt: skip
 
 
 def make(folder: Path, padding: str, family: str = "llama", seed: int = 0) -> Path:
@@ -108,7 +117,7 @@ def test_scores_are_those_of_each_text_alone(padding: str, tmp_path: Path) -> No
     assert model.config.to_dict() == before
 
 
-@every_padding
+@some_padding
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "bert", "qwen3"])
 def test_so_they_are_of_other_families(family: str, padding: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "m", padding, family)
@@ -117,7 +126,7 @@ def test_so_they_are_of_other_families(family: str, padding: str, tmp_path: Path
     assert_same(score(load_reward_model(folder, "cpu"), load_tokenizer(folder), texts(), 60), plain(folder))
 
 
-@every_padding
+@some_padding
 def test_an_upcycled_model_scores_as_before(padding: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "m", padding)
     moe = moemerge.upcycle(model=str(folder), output=tmp_path / "moe", **MOE)
@@ -153,7 +162,7 @@ def test_the_model_that_a_fit_sees_is_that_model(padding: str, tmp_path: Path) -
     assert_same(answers.states_2PD.detach() @ head, expected.T)
 
 
-@every_padding
+@some_padding
 def test_training_trains_and_judges_the_model_that_was_given(padding: str, tmp_path: Path) -> None:
     """After a step that moves nothing all is as before; what is measured is plain transformers' answer."""
     folder, rows = make(tmp_path / "m", padding), jsonl(tmp_path / "rows.jsonl")

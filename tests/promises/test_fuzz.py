@@ -21,6 +21,7 @@ def test_fuzz_short() -> None:
     assert set(report.read + report.refused) == set(fuzz.TARGETS)
 
 
+@pytest.mark.slow
 def test_the_fuzzer_finds_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another exception, a panic, a written file, a hang, the process's end; no MoemergeError."""
 

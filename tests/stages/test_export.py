@@ -77,6 +77,7 @@ def test_exported_experts_merge_in_stock_mergekit(family: str, tmp_path: Path) -
     assert_close(stock, merge(model=str(moe), coefficients=given, output=tmp_path / "ours"))
 
 
+@pytest.mark.slow
 def test_mergekit_yaml_without_moemerge_gives_the_same_model(tmp_path: Path) -> None:
     """The command itself, in a process that cannot import moemerge, in bfloat16; the folder was moved."""
     moe, given = make_moe(tmp_path / "moe", dtype=torch.bfloat16), fitted(tmp_path / "fit")
