@@ -248,9 +248,7 @@ def gates_by_text(moe: Path, pairs: list[EncodedPair]) -> dict[str, Tensor]:
                 model(input_ids=torch.tensor([getattr(pair, side).ids]))
             for row, logits_TN in enumerate(logits):
                 _, index_TK, weights_TK, _ = gate_weights(logits_TN, 2, "xft", has_shared(moe))
-                for chosen, weights in zip(index_TK.tolist(), weights_TK.tolist(), strict=True):
-                    for i, weight in zip(chosen, weights, strict=True):
-                        sums[p, row, i] += weight
+                sums[p, row].index_add_(0, index_TK.flatten(), weights_TK.flatten().double())
         found[side] = sums
     return found
 

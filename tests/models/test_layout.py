@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_moe import ALPHA, SHARED, make_moe
-from tiny_models import CORE
+from tiny_models import CORE, families
 from transformers import AutoConfig
 
 from moemerge.errors import CheckpointError
@@ -34,7 +34,7 @@ sys.exit(" ".join({"transformers", "mergekit", "huggingface_hub"} & set(sys.modu
 """
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", families(CORE))
 def test_the_layout_that_is_kept_is_the_one_of_the_config(family: str, tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe", family)
     assert read_layout(moe) == layout_of(AutoConfig.from_pretrained(moe))

@@ -139,13 +139,8 @@ print(registry.get(sys.argv[2]).spec.pretty_name)
 """
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        pytest.param(["import moemerge", TRAINER], marks=pytest.mark.slow),
-        [REGISTRY, LLAMA, "import moemerge"],
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", [["import moemerge", TRAINER], [REGISTRY, LLAMA, "import moemerge"]])
 def test_importing_moemerge_registers_in_either_order(tmp_path: Path, imports: list[str]) -> None:
     """Model types and the merge method, whatever was imported first."""
     tiny_moe().save_pretrained(tmp_path / "moe")

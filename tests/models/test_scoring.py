@@ -36,7 +36,7 @@ def one_at_a_time(model: torch.nn.Module, encoded: list[Encoded]) -> Tensor:
         return torch.stack([model(torch.tensor([text.ids])).logits[0, 0] for text in encoded])
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", families(CORE))
 def test_equals_one_at_a_time_in_the_order_given(family: str, tmp_path: Path) -> None:
     model = load_reward_model(str(save_dense(tmp_path / "m", family)), "cpu")
     encoded = texts()

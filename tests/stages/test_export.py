@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, stock_merge, write_rows
-from tiny_models import CORE
+from tiny_models import CORE, families
 from transformers import AutoModelForSequenceClassification
 
 from moemerge.artifacts.manifest import read_manifest
@@ -54,7 +54,7 @@ def assert_close(one: Path, other: Path) -> None:
         assert x.dtype == y.dtype and float((x.double() - y.double()).abs().max()) <= bound, name
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", families(CORE))
 def test_exported_experts_merge_in_stock_mergekit(family: str, tmp_path: Path) -> None:
     moe, given = make_moe(tmp_path / "moe", family), fitted(tmp_path / "fit")
     folder = export(model=str(moe), coefficients=given, output=tmp_path / "experts")

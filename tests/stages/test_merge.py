@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_moe import ALPHA, SHARED, N, make_moe, random_pairs, rewrite, write_rows
-from tiny_models import CORE, tiny_dense, tiny_tokenizer
+from tiny_models import CORE, families, tiny_dense, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -70,7 +70,7 @@ def with_expert(moe: Path, index: int) -> torch.nn.Module:
     return dense
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", families(CORE))
 def test_the_original_model_comes_back_with_averaged_mlps(family: str, tmp_path: Path) -> None:
     moe = make_moe(tmp_path / "moe", family)
     folder = merge(model=str(moe), coefficients=coefficients(tmp_path / "c"), output=tmp_path / "merged")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CORE, SIZES, save_dense, tiny_dense, tiny_tokenizer
+from tiny_models import CORE, SIZES, families, save_dense, tiny_dense, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from moemerge.artifacts.manifest import read_manifest
@@ -40,7 +40,7 @@ def make(tmp_path: Path, family: str = "llama", **options: Any) -> tuple[torch.n
     return AutoModelForSequenceClassification.from_pretrained(dense).eval(), load_moe(folder)
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", families(CORE))
 @pytest.mark.parametrize("gate", ["xft", "topk"])
 def test_step_0_equals_dense(tmp_path: Path, family: str, gate: str) -> None:
     dense, moe = make(tmp_path, family, gate=gate, num_routed_experts=4, num_experts_per_tok=2)
@@ -55,7 +55,7 @@ def test_step_0_equals_dense_with_prompt_gate(tmp_path: Path, family: str) -> No
     torch.testing.assert_close(scores(moe, prompt_lengths=lengths), scores(dense), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("experts", "selected"), [(2, 1), (2, 2), (3, 1), (7, 5), (16, 3)])
+@pytest.mark.parametrize(("experts", "selected"), [(2, 2), (3, 1), (7, 5)])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 def test_step_0_for_any_number_of_experts(
