@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Container, Mapping, Set
+from typing import Any, cast
 
-from moemerge.evaluation.report import Report, accuracy_sets
+from moemerge.evaluation.report import Probes, Report, accuracy_sets
 from moemerge.evaluation.results import ModelAccuracy
 
+# Keys of probes' results whose values are mappings by model.
+BY_MODEL = ("models", "vs_baseline")
 ALL_TIES = "the same score for both answers of every pair"
 
 
@@ -38,6 +40,29 @@ def first_of_equals(report: Report) -> dict[str, list[str]]:
         ordered = sorted(names, key=lambda name: name != report["baseline"])
         groups[ordered[0]] = ordered
     return {name: groups[name] for name in report["models"] if name in groups}
+
+
+def without_copies(report: Report) -> Probes:
+    """The probes' results with one of each group of equal models, as tables and plots show them."""
+    copies = report["models"].keys() - first_of_equals(report).keys()
+    return cast(Probes, _pruned(report["probes"], copies)) if copies else report["probes"]
+
+
+def _pruned(found: Any, copies: Set[str]) -> Any:
+    """`found` without what is said of `copies`: in mappings by model, and comparisons of two models."""
+    if isinstance(found, list):
+        return [_pruned(one, copies) for one in found if not (isinstance(one, dict) and _of(one) & copies)]
+    if not isinstance(found, dict):
+        return found
+    kept = {
+        key: {name: of for name, of in value.items() if name not in copies} if key in BY_MODEL else value
+        for key, value in found.items()
+    }
+    return {key: _pruned(value, copies) for key, value in kept.items()}
+
+
+def _of(comparison: Mapping[str, Any]) -> set[Any]:
+    return {comparison[side] for side in ("first", "second") if isinstance(comparison.get(side), str)}
 
 
 def judges_nothing(numbers: ModelAccuracy, pairs: int) -> bool:

@@ -25,6 +25,7 @@ from moemerge.artifacts.manifest import (
 )
 from moemerge.artifacts.paths import reads_like_path
 from moemerge.errors import ArtifactError
+from moemerge.evaluation.cautions import without_copies
 from moemerge.evaluation.measures import main_measures
 from moemerge.evaluation.model_kinds import host_method, kind_of, source_name, taken_input
 from moemerge.evaluation.page import numbers_to_see_first
@@ -338,7 +339,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """What the card says of an evaluation: the main numbers, plots, and all tables."""
     tables = [
         table
-        for name, result in evaluation.report["probes"].items()
+        for name, result in without_copies(evaluation.report).items()
         if name in PROBES
         for table in PROBES.get(name).tables(result)
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moemerge.data.rows import BadRows, RowSummary
 from moemerge.evaluation import protocol, verdict
+from moemerge.evaluation.cautions import without_copies
 from moemerge.evaluation.main_table import main_table
 from moemerge.evaluation.probes import PROBES
 from moemerge.evaluation.report import COSTS, ModelFacts, Report, confidence
@@ -31,7 +32,7 @@ def evaluation_sections(report: Report, folder: Path) -> list[Section]:
     # Gold against KL is what is to be seen first, and is not shown twice.
     pictures, figures["best_of_n"] = figures.get("best_of_n", [])[:1], figures.get("best_of_n", [])[1:]
     sections, to_read = [_summary(report, pictures)], []
-    for name, result in report["probes"].items():
+    for name, result in without_copies(report).items():
         tables = PROBES.get(name).tables(result)
         to_read += [table for table in tables if any(table.prose()[1:])]
         numbers = [table for table in tables if not any(table.prose()[1:])]

@@ -18,7 +18,7 @@ from moemerge.artifacts.json_file import write_json
 from moemerge.artifacts.stage import Draft, stage
 from moemerge.errors import OptionError, unknown
 from moemerge.evaluation import gold, protocol
-from moemerge.evaluation.cautions import equal_models
+from moemerge.evaluation.cautions import equal_models, without_copies
 from moemerge.evaluation.ensembles import check_ensembles, ensemble_facts, ensemble_scores
 from moemerge.evaluation.measures import main_numbers, model_rows
 from moemerge.evaluation.page import evaluation_sections
@@ -77,7 +77,6 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
     results = {
         name: probe.measure(inputs[probe.needs], options, options.seed) for name, probe in probes.items()
     }
-    plots = {name: probe.plot(results[name], draft.folder) for name, probe in probes.items()}
     report: Report = {
         "format": FORMAT,
         "models": {name: _without_times(facts) for name, facts in models.items()},
@@ -86,11 +85,14 @@ def evaluate(options: Evaluate, draft: Draft) -> None:
         "rows": {f"{scored.kind}/{scored.name}": scored.report for scored in sets},
         "protocol": described,
         "probes": cast(Probes, results),
-        "plots": [plot for names in plots.values() for plot in names],
-        "plots_by_probe": plots,
+        "plots": [],
+        "plots_by_probe": {},
     }
     if alike:
         report["equal_models"] = alike
+    shown: Mapping[str, Any] = without_copies(report)
+    plots = {name: probe.plot(shown[name], draft.folder) for name, probe in probes.items()}
+    report["plots"], report["plots_by_probe"] = [plot for names in plots.values() for plot in names], plots
     _write(draft, report)
     write_results(draft.folder, report, inputs["rewardbench"], TEMPLATES[options.rewardbench_template])
     save_file(score_tensors(sets, scores), draft.folder / "scores.safetensors")

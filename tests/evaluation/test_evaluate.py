@@ -231,6 +231,14 @@ def test_models_with_the_same_weights_are_told_and_scored_once(
     assert read_report(folder)["equal_models"] == [["rm", "copy"]]
     page = (folder / "report.md").read_text()
     assert "copy is rm: the same weights, byte for byte." in page and "| rm = copy |" in page
+    numbers = page.split("## Models and data")[0]
+    assert "| copy |" not in numbers and numbers.count("| rm ") > numbers.count("| rm = copy ") == 1
+    part = read_report(folder)["probes"]["accuracy"]["sets"]["test"]["all"]
+    told = {(c["first"], c["second"]): c for c in part["comparisons"]}
+    assert part["models"]["copy"]["accuracy"] == part["models"]["rm"]["accuracy"]
+    # What is said of a copy is the same comparison, so one is left for Holm's correction to count.
+    assert {c["tests"] for c in told.values()} == {1} and told["rm", "copy"]["p"] == 1
+    assert told["rm", "moe"]["p_holm"] == told["copy", "moe"]["p_holm"] == told["rm", "moe"]["p"]
     assert loaded == [Path(models["rm"]).name, "moe"]
     scores = load_file(folder / "scores.safetensors")
     assert torch.equal(scores["pairs/test/model/copy"], scores["pairs/test/model/rm"])

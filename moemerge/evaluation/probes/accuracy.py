@@ -75,8 +75,16 @@ def _measure_parts(
     parts = {
         name: _measure_part(pairs.part(some), settings, seed) for name, some in rows.items() if some.any()
     }
-    comparisons.adjust(compared for part in parts.values() for compared in part["comparisons"])
+    comparisons.adjust((part["comparisons"] for part in parts.values()), _first_alike(pairs.scores))
     return parts
+
+
+def _first_alike(scores: Mapping[str, Floats]) -> dict[str, str]:
+    """Each model, and the first one whose scores are the same to the last bit."""
+    return {
+        model: next(other for other in scores if np.array_equal(scores[other], own, equal_nan=True))
+        for model, own in scores.items()
+    }
 
 
 def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> AccuracyPart:

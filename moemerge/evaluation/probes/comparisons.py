@@ -83,11 +83,24 @@ def all_pairs(
     return found
 
 
-def adjust(comparisons: Iterable[Comparison]) -> None:
-    """Give each of `comparisons`, which are looked at together, Holm's p and their number, in place."""
-    family = list(comparisons)
-    for comparison, p in zip(family, holm(np.array([c["p"] for c in family])), strict=True):
-        comparison["p_holm"], comparison["tests"] = float(p), len(family)
+def adjust(families: Iterable[Sequence[Comparison]], first_alike: Mapping[str, str]) -> None:
+    """Give each comparison of `families`, which are looked at together, Holm's p and their number, in place.
+
+    first_alike: of each model the first whose scores are the same. What is said of a model and of its copy is
+    one comparison, and a model is not compared with its copy.
+    """
+    alike: dict[tuple[int, frozenset[str]], list[Comparison]] = {}
+    for number, family in enumerate(families):
+        for comparison in family:
+            both = frozenset(first_alike[comparison[side]] for side in ("first", "second"))
+            alike.setdefault((number, both), []).append(comparison)
+    different = [found for (_, both), found in alike.items() if len(both) > 1]
+    adjusted = holm(np.array([found[0]["p"] for found in different]))
+    for found, p in zip(different, adjusted.tolist(), strict=True):
+        for comparison in found:
+            comparison["p_holm"] = p
+    for comparison in itertools.chain.from_iterable(alike.values()):
+        comparison["tests"] = len(different)
 
 
 def table(name: str, comparisons: Sequence[Comparison], confidence: float) -> Table:
