@@ -91,7 +91,7 @@ def forecast(recipe: Recipe | Run | str | Path) -> Forecast | str:
     """What the run of a recipe (or of the recipe file) is thought to take, or why that cannot be told.
 
     Reads configs, tokenizer and rows of data, no weights; nothing is asked of the hub. Raises OptionError or
-    Faults for a file with faults, DataError for data that cannot be read.
+    Faults for a file with faults, DataError for rows that no run could be made of.
     """
     if isinstance(recipe, str | Path):
         return forecast(load_recipe(recipe))
@@ -108,6 +108,9 @@ def forecast(recipe: Recipe | Run | str | Path) -> Forecast | str:
     absent = [source for source in (data.tokenizer, *sources) if not Path(source).exists()]
     if absent:
         return f"no estimate of time: {absent[0]} is not on this disk yet"
+    from moemerge.run.data_check import check_rows
+
+    check_rows(data, steps)
     from moemerge.run.work import Foreseen
 
     foreseen = Foreseen.of(data, run)

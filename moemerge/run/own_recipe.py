@@ -110,7 +110,8 @@ def write_recipe(
     training has room in the memory at hand; layers, experts and, if need be, pairs so that training the
     mixture takes no more than `hours`, by an estimate.
     Raises OptionError for an existing file and a goal that does not go with what is given, UnsupportedError
-    for an architecture of no family, DataError and CheckpointError for what cannot be read.
+    for an architecture of no family and models that do not go together, CheckpointError for a model without
+    the head that it needs, DataError and CheckpointError for what cannot be read.
     """
     sources = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     goal = goal or ("combine" if len(sources) > 1 else "merge")
@@ -119,6 +120,7 @@ def write_recipe(
         raise OptionError(
             "bad option hours", given=str(hours), expected="a number above 0", fix="correct --hours"
         )
+    _check_models(goal, sources)
     found = _find_out(sources, str(test if goal == "audit" and test else train), hours)
     text = (folder_of_templates() / "own" / f"{goal}.yml").read_text(encoding="utf-8")
     values = dict(_values(found, Path(path), None if test is None else str(test)))
@@ -143,6 +145,18 @@ def _check_goal(goal: str, models: Sequence[str], test: str | Path | None) -> No
             expected="no test pairs",
             fix="leave test out; moemerge evaluate measures the model on other pairs afterwards",
         )
+
+
+def _check_models(goal: str, models: Sequence[str]) -> None:
+    """Refuse what `check` would refuse of the recipe: models that do not go together, or have no head."""
+    from moemerge.merging.sources.likeness import check_models
+    from moemerge.run.faults import headless
+
+    if goal == "combine":
+        check_models(models)
+    elif goal != "merge":
+        for fault in headless({f"model {Path(model).name}": model for model in models}):
+            raise fault
 
 
 def _find_out(models: list[str], train: str, hours: float) -> Found:

@@ -50,6 +50,11 @@ def prepare(options: Data, draft: Draft) -> None:
     write_json(draft.folder / "report.json", draft.results | {"rows": whole})
 
 
+def read_parts(options: Data) -> dict[str, list[Pair]]:
+    """The pairs of each file that `prepare` writes, by name, too long ones as well. Raises as it does."""
+    return _Reader(options.model_copy(update={"tokenizer": None})).pairs()
+
+
 def _plain(items: Sequence[Pair] | Sequence[CandidateSet]) -> Iterator[Row]:
     return (item.plain() for item in items)
 

@@ -14,7 +14,7 @@ import yaml
 from small_training import words, write
 from tiny_models import save_dense, tiny_dense, tiny_tokenizer
 
-from moemerge.errors import DataError, OptionError, UnsupportedError
+from moemerge.errors import CheckpointError, DataError, OptionError, UnsupportedError
 from moemerge.models.timing import LayerCost
 from moemerge.run import cli, own_recipe
 from moemerge.run.check import load_recipe
@@ -151,6 +151,14 @@ def test_what_cannot_be_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "x.yml").touch()
     with pytest.raises(OptionError, match="exists already"):
         write_recipe(tmp_path / "x.yml", model, pairs)
+    with pytest.raises(CheckpointError, match="has no reward head"):
+        write_recipe(tmp_path / "y.yml", [model, home / "base"], pairs)
+    for goal in ("audit", "patch"):
+        with pytest.raises(OptionError, match="model base has no reward head"):
+            write_recipe(tmp_path / "y.yml", home / "base", pairs, goal=goal)
+    with pytest.raises(UnsupportedError):
+        write_recipe(tmp_path / "y.yml", [model, save_dense(tmp_path / "bert", "bert")], pairs)
+    assert not (tmp_path / "y.yml").exists()
     odd = save_dense(tmp_path / "odd")
     config = json.loads((odd / "config.json").read_text()) | {"model_type": "mixtral"}
     (odd / "config.json").write_text(json.dumps(config))
