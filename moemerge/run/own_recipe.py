@@ -109,9 +109,9 @@ def write_recipe(
     there are any) or patch. max_length is chosen to keep most pairs; layers, experts and batch size so that
     training has room in the memory at hand; layers, experts and, if need be, pairs so that training the
     mixture takes no more than `hours`, by an estimate.
-    Raises OptionError for an existing file and a goal that does not go with what is given, UnsupportedError
-    for an architecture of no family and models that do not go together, CheckpointError for a model without
-    the head that it needs, DataError and CheckpointError for what cannot be read.
+    Raises OptionError for an existing file and a goal that does not go with what is given (audit and patch
+    need a reward head), UnsupportedError for an architecture of no family and models that do not go together,
+    DataError and CheckpointError for what cannot be read.
     """
     sources = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     goal = goal or ("combine" if len(sources) > 1 else "merge")
