@@ -9,7 +9,7 @@ from moemerge.evaluation.report import Probes, Report, accuracy_sets
 from moemerge.evaluation.results import ModelAccuracy
 
 # Keys of probes' results whose values are mappings by model.
-BY_MODEL = ("models", "vs_baseline")
+BY_MODEL = ("models", "vs_baseline", "length")
 ALL_TIES = "the same score for both answers of every pair"
 
 

@@ -39,6 +39,8 @@ from moemerge.options.publish import Publish
 from moemerge.registry import Registry
 from moemerge.reports.table import Table, inert_markdown
 
+# Inputs that are models of which another one was made.
+ORIGINS = ("model", "models", "base", "experts", "language_models")
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PLAIN_NAME = re.compile(r"[\w.+-]+")  # of a plot: others could end the link that shows it
 MODEL_STAGES = ("merge", "train", "upcycle", "gate", "export")
@@ -110,7 +112,8 @@ def _origin(chain: list[Manifest]) -> str:
         if manifest["stage"] == "train" and name == "pairs"
     )
     trained = f", trained on {', '.join(data)}" if data else ""
-    return f"{', '.join(names) or 'Models that manifests do not name'}{trained}, in {len(chain)} stages."
+    stages = f"{len(chain)} stage{'s' * (len(chain) > 1)}"
+    return f"{', '.join(names) or 'Models that manifests do not name'}{trained}, in {stages}."
 
 
 def _cited(manifest: Manifest) -> str:
@@ -203,18 +206,16 @@ def _digest(path: Path) -> str:
 def _card_data(
     title: str, options: Publish, chain: list[Manifest], evaluation: Evaluation | None
 ) -> ModelCardData:
-    base = options.base_model or _hub_base(chain)
+    bases = [options.base_model] if options.base_model else _hub_bases(chain)
     is_merge = chain[-1]["stage"] == "merge" and taken_input(chain[-1]) is None
     merged = ["mergekit", "merge"] if is_merge else []
     is_mixture = ModelFolder(options.model).kind != "dense"
     mixture = ["mixture-of-experts"] if is_mixture else []
     licence: dict[str, Any] = (
-        {"license": options.license} if options.license else _inherited_license(base, chain)
+        {"license": options.license} if options.license else _inherited_license(bases, chain)
     )
-    if not licence:
-        log.warning("the card names no licence: no card of the dense model is on this machine; set license")
     return ModelCardData(
-        base_model=base,
+        base_model=bases if len(bases) > 1 else next(iter(bases), None),
         **licence,
         datasets=options.datasets or None,
         library_name="transformers",
@@ -226,10 +227,13 @@ def _card_data(
 
 
 def _origins(chain: list[Manifest]) -> list[Manifest]:
-    """Models that no stage of the chain made: the dense model at its start."""
+    """Models that no stage of the chain made: those at its start."""
     made = {_sorted_sums(manifest["files"]) for manifest in chain}
     inputs = [
-        record for manifest in chain for name, record in flat_inputs(manifest).items() if name == "model"
+        record
+        for manifest in chain
+        for name, record in flat_inputs(manifest).items()
+        if name.partition(".")[0] in ORIGINS
     ]
     return [record for record in inputs if _sorted_sums(record.get("files", {})) not in made]
 
@@ -238,17 +242,25 @@ def _sorted_sums(files: dict[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(file["sha256"] for file in files.values()))
 
 
-def _hub_base(chain: list[Manifest]) -> str | None:
-    names = (record.get("hub") for record in _origins(chain))
-    return next((name for name in names if name and not reads_like_path(name)), None)
+def _hub_bases(chain: list[Manifest]) -> list[str]:
+    names = dict.fromkeys(record.get("hub") for record in _origins(chain))
+    return [name for name in names if name and not reads_like_path(name)]
 
 
-def _inherited_license(base: str | None, chain: list[Manifest]) -> dict[str, str]:
-    """What the dense model's own card says of its licence: in the hub's cache, or as a stage noted."""
-    noted = [record.get("license") for record in _origins(chain)]
-    cached = try_to_load_from_cache(base, "README.md") if base and base.count("/") == 1 else None
-    cards = [stated_licence(Path(cached).parent)] if isinstance(cached, str) else []
-    return next((dict(stated) for stated in [*cards, *noted] if stated), {})
+def _inherited_license(bases: list[str], chain: list[Manifest]) -> dict[str, str]:
+    """What the cards of the models at the start say of licences: in the hub's cache, or as a stage noted.
+
+    Nothing, and a warning, where there is none, or where they differ.
+    """
+    cached = [try_to_load_from_cache(base, "README.md") for base in bases if base.count("/") == 1]
+    cards = [stated_licence(Path(card).parent) for card in cached if isinstance(card, str)]
+    stated = [*filter(None, cards)] or [*filter(None, (record.get("license") for record in _origins(chain)))]
+    if stated and all(one == stated[0] for one in stated):
+        return dict(stated[0])
+    several = ", ".join(dict.fromkeys(one["license"] for one in stated))
+    why = f"those of its models differ ({several})" if several else "no card of its models is on this machine"
+    log.warning("the card names no licence: %s; set license", why)
+    return {}
 
 
 def _eval_results(evaluation: Evaluation) -> list[EvalResult]:

@@ -30,10 +30,11 @@ moemerge. It has the architecture and the cost of one of them. Its one output is
 answer together."""
 AVERAGE = """routing-normalised average, [XFT](https://arxiv.org/abs/2404.15247),
 [UMM-RM](https://arxiv.org/abs/2512.00724)"""
+MEAN = """weighted average, [model soups](https://arxiv.org/abs/2203.05482), [WARM](https://arxiv.org/abs/2401.12187)"""
 SUM = """sum of the changes from their common start, [task arithmetic](https://arxiv.org/abs/2212.04089)"""
 MEMBER = """A dense reward model: `{member}`, {what}, written as an ordinary checkpoint with moemerge.
 Its one output is the reward of prompt and answer together."""
-TAKEN = """A dense reward model: `{name}` as it is, which moemerge compared with others and copied. Its one
+TAKEN = """A dense reward model: {name} as it is, which moemerge compared with others and copied. Its one
 output is the reward of prompt and answer together."""
 STOCK = """A mixture-of-experts reward model in the form of Qwen2-MoE, which stock transformers loads; it
 gives the same rewards as the MoE that it was made from with moemerge. Its one output is the reward of prompt
@@ -80,7 +81,8 @@ def _kind_of(manifest: Manifest, folder: Path) -> str:
     if (taken := taken_input(manifest)) is not None:
         return TAKEN.format(name=source_name(flat_inputs(manifest)[taken]))
     host = host_method(manifest)
-    ours = SUM if manifest["results"].get("coordinates") == "sum" else AVERAGE
+    mean = MEAN if manifest["options"].get("models") else AVERAGE
+    ours = SUM if manifest["results"].get("coordinates") == "sum" else mean
     way = ours if host is None else f"[mergekit](https://github.com/arcee-ai/mergekit)'s method `{host}`"
     models = [*(manifest["options"].get("models") or []), manifest["options"].get("base")]
     count = sum(model is not None for model in models)

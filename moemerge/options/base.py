@@ -84,6 +84,8 @@ def by_name(sources: Any) -> Any:
     ):
         return sources
     paths = [_as_text(source) for source in listed]
+    if repeated := listed_twice(paths):
+        raise ValueError(f"each once: {repeated[0]} is given twice")
     names = [name_of(path) for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"a name for each, as name=source: {twice[0]} would be the name of two")

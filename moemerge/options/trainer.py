@@ -47,7 +47,7 @@ OPTION_OF = {
 EVALUATION = "pairs are evaluated, each once, by moemerge itself"
 RESUME = "a run that was killed goes on from moemerge's own checkpoints, bit for bit"
 DATA = "texts are read and encoded by moemerge, as for every stage"
-PROCESSES = "what several processes share, and how, is moemerge's (weights whole in each, by DDP)"
+PROCESSES = "what several processes share, and how, is moemerge's: whole weights in each, or parts (sharded)"
 PUBLISHED = "moemerge publish pushes what was trained"
 FIXED = {
     **dict.fromkeys(

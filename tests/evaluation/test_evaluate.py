@@ -227,7 +227,8 @@ def test_models_with_the_same_weights_are_told_and_scored_once(
     copy = shutil.copytree(world["models"]["dense"], tmp_path / "copy")
     (copy / "README.md").write_text("a copy")
     models = {"rm": world["models"]["dense"], "copy": str(copy), "moe": world["models"]["moe"]}
-    folder = evaluate(**{**world, "models": models, "candidates": {}}, output=tmp_path / "e")
+    given = {**world, "models": models, "candidates": {}, "probes": ["accuracy", "calibration", "length"]}
+    folder = evaluate(**given, output=tmp_path / "e")
     assert read_report(folder)["equal_models"] == [["rm", "copy"]]
     page = (folder / "report.md").read_text()
     assert "copy is rm: the same weights, byte for byte." in page and "| rm = copy |" in page

@@ -206,6 +206,8 @@ def test_what_is_evaluated_has_names_of_its_own(main: Main, stages: FakeStages, 
     assert Evaluate(models="q/a/", output=tmp_path / "o").models == {"a": "q/a/"}
     code, _, err = main("evaluate", "q/a", "p/a", "--pairs", "p", "--output", tmp_path / "o")
     assert code == 2 and "a would be the name of two" in err
+    code, _, err = main("evaluate", "q/a", "q/a", "--pairs", "p", "--output", tmp_path / "o")
+    assert code == 2 and "each once: q/a is given twice" in err
 
 
 def test_interrupt_ends_with_130(main: Main, stages: FakeStages, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from moemerge.options.publish import Publish
 from moemerge.options.train import Train
 from moemerge.stages.evaluate import evaluate
 from moemerge.stages.export import export
-from moemerge.stages.merge import merge
+from moemerge.stages.merge import merge, merge_models
 from moemerge.stages.publish import PLACES, publish
 from moemerge.stages.upcycle import upcycle
 
@@ -155,6 +155,22 @@ def test_licence_comes_from_the_dense_model(tmp_path: Path) -> None:
     data = ModelCard.load(publish(model=str(tmp_path / "t"), output=tmp_path / "p") / "README.md").data
     assert data.license == "apache-2.0" and data.base_model is None
     assert "merge" not in data.tags
+
+
+def test_the_card_of_merged_models_names_them_and_the_licence_that_they_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [save_dense(tmp_path / name, seed=number) for number, name in enumerate(("rm-a", "rm-b"))]
+    for model, licence in zip(models, ("mit", "mit"), strict=True):
+        (model / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    merged = merge_models(models, output=tmp_path / "merged")
+    card = ModelCard.load(publish(model=str(merged), output=tmp_path / "p") / "README.md")
+    assert card.data.license == "mit" and "weighted average" in card.text and "UMM-RM" not in card.text
+    assert re.search(r"`rm-a` \(\w+\), `rm-b` \(\w+\), in 1 stage\.", card.text)
+    (models[1] / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    merged = merge_models(models, output=tmp_path / "other")
+    card = ModelCard.load(publish(model=str(merged), output=tmp_path / "q") / "README.md")
+    assert card.data.license is None and "differ (mit, apache-2.0)" in caplog.text
 
 
 def test_the_chain_is_carried_along_and_no_path_in_a_manifest_is_followed(tmp_path: Path) -> None:
