@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moemerge.data.pairs import CandidateSet, Pair
@@ -254,12 +257,30 @@ def _refused(messages: list[dict[str, str]], error: Exception) -> BadRow:
     return BadRow(f"chat template refuses the messages: {words}", SYSTEM_FIX if has_system else ROLES_FIX)
 
 
+_written_below: ContextVar[Path | None] = ContextVar("_written_below", default=None)
+
+
+@contextmanager
+def writing_below(folder: Path) -> Iterator[None]:
+    """Meanwhile files below `folder` are copies of what was read, and told of, before."""
+    token = _written_below.set(folder.absolute())
+    try:
+        yield
+    finally:
+        _written_below.reset(token)
+
+
 def tell_untemplated(tokenizer: Any, texts: Sequence[Text], report: RowReport) -> None:
     """Warn, once per file, of plain texts for a chat model, unless the first begins with a special token.
+
+    A run tells of what it reads, not of the parts that it writes and reads again.
 
     A chat template is not applied to plain text. A text that was rendered beforehand begins with BOS or with
     the token that opens a message.
     """
+    below = _written_below.get()
+    if below is not None and Path(report.source).absolute().is_relative_to(below):
+        return
     plain = next((text for text in texts if isinstance(text, str) and text.strip()), None)
     if report.told_plain or plain is None or tokenizer.chat_template is None or isinstance(tokenizer, Reader):
         return

@@ -23,6 +23,7 @@ from moemerge.artifacts.progress import PROGRESS, hidden
 from moemerge.artifacts.result import Result, data_frame, html_table, picture_html
 from moemerge.artifacts.stage import RECIPE_COPY, refuse_added
 from moemerge.artifacts.staleness import NOT_MADE, other_versions, why_stale
+from moemerge.data.tokenise import writing_below
 from moemerge.evaluation.report import outdated
 from moemerge.options.audit import Audit
 from moemerge.options.base import Run
@@ -185,7 +186,8 @@ def run_step(step: Step, again: str = "", place: str = "1/1") -> StepReport:
         log.log(
             logging.DEBUG if reason == NOT_MADE else logging.INFO, "[%s] %s: %s", place, step.name, reason
         )
-        with _one_line(), _sign_of_life(f"[{place}] {step.name}"):
+        run = output.parents[len(Path(step.name).parts) - 1]
+        with _one_line(), _sign_of_life(f"[{place}] {step.name}"), writing_below(run):
             STAGES.get(step.stage)(step.options.model_copy(update={"overwrite": True}))
     manifest = read_manifest(step.options.output)
     return StepReport(step.name, step.stage, reason, time.perf_counter() - started, manifest, place)

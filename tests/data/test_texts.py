@@ -18,7 +18,7 @@ import moemerge
 from moemerge.data.pairs import Pair
 from moemerge.data.reading import read_candidates, read_pairs, read_prompts
 from moemerge.data.rows import RowReport
-from moemerge.data.tokenise import encode, encode_pairs
+from moemerge.data.tokenise import encode, encode_pairs, writing_below
 from moemerge.errors import DataError
 from moemerge.models.loading import load_reward_model
 from moemerge.models.scoring import score
@@ -277,6 +277,10 @@ def test_plain_text_for_a_chat_model_is_told_once_a_file(caplog: pytest.LogCaptu
     plain = [Pair("w1 ", "w2", "w3", row=row) for row in (1, 2)]
     assert told(tokenizer_of(), plain, times=2) == 1
     assert told(tokenizer_of(template=None), plain) == 0
+    with writing_below(Path(".")):  # a run's own parts of what it has read
+        assert told(tokenizer_of(), plain) == 0
+    with writing_below(Path("run")):
+        assert told(tokenizer_of(), plain) == 1
     assert told(tokenizer_of(), [Pair([USER], [GOOD], [BAD], row=1)]) == 0
     assert told(tokenizer_of(), [Pair("w60 w1 ", "w2", "w3", row=1)]) == 0, "rendered beforehand"
     assert told(tokenizer_of(), [Pair("", "w60 w2", "w60 w3", row=1)]) == 0
