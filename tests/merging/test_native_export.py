@@ -86,7 +86,7 @@ def test_the_export_scores_as_the_moe(case: str, tmp_path: Path) -> None:
     assert 0 <= results["largest_difference"] <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "qwen2"])
 @pytest.mark.parametrize(
     "options",
     [

@@ -107,7 +107,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "nested_maps": ("a: " + "{{a: " * 3000 + "1" + "}}" * 3000, "recursion"),
     "double_key": (BASE + "output: x\noutput: y\n", "given twice"),
     "two_megabytes": ("# " + "x" * 2_000_000, "bytes"),
-    "many_keys": ("".join(f"k{i}: 1\n" for i in range(3_000)), "fault"),
+    "many_keys": ("".join(f"k{i}: 1\n" for i in range(30_000)), "fault"),
     "empty": ("", "mapping"),
     "a_list": ("- a\n", "mapping"),
     "nul": (BASE + "output: a\0b\n", "cannot be read"),
@@ -171,7 +171,7 @@ def test_data(name: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "lines": ("data.jsonl.gz", lambda path: bomb(path, b"\n" * 100_000, 120), "unpacks to far more"),
+    "lines": ("data.jsonl.gz", lambda path: bomb(path, b"\n" * 100_000, 200), "unpacks to far more"),
     "one_line": ("data.jsonl.gz", lambda path: bomb(path, b"x" * 1_000_000, 300), "unpacks to far more"),
     "json": ("data.json.gz", lambda path: bomb(path, b"[" * 1_000_000, 300), "unpacks to far more"),
     "not_gzip": ("data.jsonl.gz", lambda path: path.write_text("hello"), "cannot be read"),

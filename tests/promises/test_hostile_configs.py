@@ -83,8 +83,8 @@ USED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing_for_yarn": ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
     "layer_types": ({"layer_types": ["full_attention"] * 100_000}, "layer_types"),
     "names_are_a_list": ({"id2label": ["x"]}, "the model's config cannot be read"),
-    "many_wide_layers": (
-        {"num_hidden_layers": 200, "hidden_size": 10**6, "num_attention_heads": 100},
+    "thousand_wide_layers": (
+        {"num_hidden_layers": 1000, "hidden_size": 10**6, "num_attention_heads": 100},
         "config",
     ),
     "huge_heads": ({"head_dim": 10**12}, "config"),

@@ -55,7 +55,13 @@ def test_step_0_equals_dense_with_prompt_gate(tmp_path: Path, family: str) -> No
     torch.testing.assert_close(scores(moe, prompt_lengths=lengths), scores(dense), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("experts", "selected"), [(2, 2), (3, 1), (7, 5)])
+@pytest.mark.parametrize(
+    ("experts", "selected"),
+    [
+        *((2, 2), (3, 1), (7, 5)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (16, 3))),
+    ],
+)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 def test_step_0_for_any_number_of_experts(
