@@ -25,7 +25,7 @@ from tiny_models import (
     tiny_dense,
     tiny_tokenizer,
     tokenizer_of,
-)  # fmt: skip
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import logsigmoid

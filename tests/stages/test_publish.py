@@ -161,8 +161,8 @@ def test_the_card_of_merged_models_names_them_and_the_licence_that_they_share(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     models = [save_dense(tmp_path / name, seed=number) for number, name in enumerate(("rm-a", "rm-b"))]
-    for model, licence in zip(models, ("mit", "mit"), strict=True):
-        (model / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    for model in models:
+        (model / "README.md").write_text("---\nlicense: mit\n---\n")
     merged = merge_models(models, output=tmp_path / "merged")
     card = ModelCard.load(publish(model=str(merged), output=tmp_path / "p") / "README.md")
     assert card.data.license == "mit" and "weighted average" in card.text and "UMM-RM" not in card.text

@@ -81,10 +81,8 @@ def _measure_parts(
 
 def _first_alike(scores: Mapping[str, Floats]) -> dict[str, str]:
     """Each model, and the first one whose scores are the same to the last bit."""
-    return {
-        model: next(other for other in scores if np.array_equal(scores[other], own, equal_nan=True))
-        for model, own in scores.items()
-    }
+    first: dict[bytes, str] = {}
+    return {model: first.setdefault(own.tobytes(), model) for model, own in scores.items()}
 
 
 def _measure_part(pairs: PairScores, settings: EvaluateSettings, seed: int) -> AccuracyPart:
